@@ -1,0 +1,241 @@
+"""The contract of a backend, on NumPy arrays with Numba kernels.
+
+Arrays of data are four-dimensional, ``(batch, outer, channel, inner)``, of one dtype: float16, bfloat16, float32 or
+float64. Per-channel numbers are float64 vectors over ``batch * channel``. ``weight`` is None, bool or float64, with
+size 1 where it does not vary. Arrays to be written must be `writable_in_place`; they may be the inputs themselves,
+element for element. What is absent is None.
+
+Two families of kernels: `rows` where the inner axis is contiguous, `columns` where the channel axis is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from fastbn.cpu import columns, rows
+
+__all__ = [
+    "backward",
+    "forward",
+    "grad_input",
+    "grad_sums",
+    "moments",
+    "normalize",
+    "writable_in_place",
+    "xp",
+]
+
+xp = np
+
+CACHE_SHARE = 4 << 20  # bytes of output; below, streaming stores lose to plain ones, whose lines are still in cache
+Array = np.ndarray[Any, Any]
+
+
+# --- arrays as kernels take them --------------------------------------------------------------------------------------
+
+_AS_INTEGERS = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16), "bool": np.dtype(np.uint8)}
+_NO_STRIDES = (0, 0, 0, 0)
+
+
+class _Span:
+    """Flat memory from an array's lowest to its highest element, whatever its strides."""
+
+    def __init__(self, a: Array, start: int, count: int, dtype: np.dtype[Any]) -> None:
+        self.owner = a
+        address = a.__array_interface__["data"][0] - start * a.itemsize
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (count,),
+            "typestr": dtype.str,
+            "data": (address, False),  # not read-only: one compiled kernel serves both; inputs are never written
+        }
+
+
+def _unit_stride(a: Array) -> bool:
+    """Whether kernels can walk the array: contiguous inner or channel axis, other strides whole elements."""
+    _, _, channel, inner = a.shape
+    axis = 3 if inner > 1 or channel == 1 else 2
+    return (a.shape[axis] == 1 or a.strides[axis] == a.itemsize) and all(s % a.itemsize == 0 for s in a.strides)
+
+
+def writable_in_place(a: Array) -> bool:
+    """Whether kernels can write a folded array as it lies in memory."""
+    return bool(a.dtype.isnative and a.flags.aligned and _unit_stride(a))
+
+
+def _memory(a: Array | None) -> tuple[Array | None, tuple[int, ...]]:
+    """Flat memory and the element strides (start, batch, outer, channel); copies what kernels cannot walk."""
+    if a is None:
+        return None, _NO_STRIDES
+    if not writable_in_place(a):
+        a = np.array(a, dtype=a.dtype.newbyteorder("="), order="C")
+    dtype = _AS_INTEGERS.get(a.dtype.name, a.dtype)
+    batch, outer, channel, inner = a.shape
+    if a.flags.c_contiguous and a.flags.writeable:
+        strides = (0, outer * channel * inner, channel * inner, inner)
+        return a.reshape(-1).view(dtype), strides
+    steps = tuple(s // a.itemsize if n > 1 else 0 for s, n in zip(a.strides, a.shape, strict=True))
+    reach = [(n - 1) * s for n, s in zip(a.shape, steps, strict=True)]
+    start = -sum(r for r in reach if r < 0)
+    count = 1 + start + sum(r for r in reach if r > 0) if a.size else 0
+    return np.asarray(_Span(a, start, count, dtype)), (start, *steps[:3])
+
+
+def _weight_memory(weight: Array | None) -> tuple[Array | None, tuple[int, ...]]:
+    """The same for weights: contiguous, and stride 0 along batch and channel where they do not vary."""
+    if weight is None:
+        return None, _NO_STRIDES
+    batch, outer, channel, inner = weight.shape
+    strides = (0, outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1))
+    flat = weight.reshape(-1)
+    return flat.view(_AS_INTEGERS.get(weight.dtype.name, weight.dtype)), strides
+
+
+def _in_rows(shape: tuple[int, ...]) -> bool:
+    return shape[3] > 1 or shape[2] == 1
+
+
+def _whole_channels(shape: tuple[int, ...]) -> bool:
+    """Whether there are channels enough to give each thread whole ones."""
+    return shape[0] * shape[2] >= 4 * numba.get_num_threads()
+
+
+def _streams(out: Array) -> bool:
+    """Whether to write past the caches; rows of channels only where each starts on a line of its own."""
+    if out.nbytes < CACHE_SHARE:
+        return False
+    if _in_rows(out.shape):
+        return out.__array_interface__["data"][0] % out.itemsize == 0
+    places = (out.__array_interface__["data"][0], out.strides[0], out.strides[1])
+    return all(place % 64 == 0 for place in places)
+
+
+def _flag(on: bool) -> bool | None:
+    """Options are True or None to kernels: each is compiled without the branches of the other."""
+    return True if on else None
+
+
+# --- the contract -----------------------------------------------------------------------------------------------------
+
+
+def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array]:
+    """Count, mean and M2."""
+    count, mean, m2 = np.empty((3, x.shape[0] * x.shape[2]))
+    (x_, xs), (w_, ws) = _memory(x), _weight_memory(weight)
+    if _in_rows(x.shape):
+        grid = rows.chunk_grid(x.shape[1], x.shape[3])
+        rows.moments.run(x.size, x_, xs, w_, ws, x.shape, grid, count, mean, m2)
+    else:
+        columns.moments.run(x.size, x_, xs, w_, ws, x.shape, count, mean, m2)
+    return count, mean, m2
+
+
+def normalize(
+    x: Array, mean: Array, scale: Array, shift: Array, residual: Array | None, relu: bool, y: Array
+) -> None:
+    """y = ((x - mean) * scale + shift + residual), through relu."""
+    (x_, xs), (y_, ys), (r_, rs) = _memory(x), _memory(y), _memory(residual)
+    numbers = (mean, scale, shift, _flag(relu), _streams(y))
+    if _in_rows(x.shape):
+        grid = rows.chunk_grid(x.shape[1], x.shape[3])
+        rows.normalize.run(x.size, x_, xs, y_, ys, r_, rs, x.shape, grid, *numbers)
+    else:
+        columns.normalize.run(x.size, x_, xs, y_, ys, r_, rs, x.shape, *numbers)
+
+
+def forward(
+    x: Array,
+    weight: Array | None,
+    gamma: Array,
+    beta: Array,
+    eps: float,
+    residual: Array | None,
+    relu: bool,
+    y: Array,
+) -> tuple[Array, Array, Array]:
+    """Moments of x, and y normalised by them."""
+    if not (_in_rows(x.shape) and _whole_channels(x.shape)):
+        count, mean, m2 = moments(x, weight)
+        scale = 1.0 / np.sqrt(m2 / count + eps) * gamma
+        normalize(x, mean, scale, beta, residual, relu, y)
+        return count, mean, m2
+    count, mean, m2 = np.empty((3, x.shape[0] * x.shape[2]))
+    (x_, xs), (w_, ws), (y_, ys), (r_, rs) = _memory(x), _weight_memory(weight), _memory(y), _memory(residual)
+    grid = rows.chunk_grid(x.shape[1], x.shape[3])
+    rows.forward.run(
+        x.size, x_, xs, w_, ws, y_, ys, r_, rs, x.shape, grid,
+        gamma, beta, eps, _flag(relu), _streams(y), count, mean, m2,
+    )  # fmt: skip
+    return count, mean, m2
+
+
+def grad_sums(dy: Array, x: Array, y: Array | None, mean: Array, rstd: Array) -> tuple[Array, Array]:
+    """dgamma = sum(dz * xhat) and dbeta = sum(dz); dz = dy, or 0 where y <= 0."""
+    dgamma, dbeta = np.empty((2, x.shape[0] * x.shape[2]))
+    (dy_, dys), (x_, xs), (y_, ys) = _memory(dy), _memory(x), _memory(y)
+    if _in_rows(x.shape):
+        grid = rows.chunk_grid(x.shape[1], x.shape[3])
+        rows.grad_sums.run(x.size, dy_, dys, x_, xs, y_, ys, x.shape, grid, mean, rstd, dgamma, dbeta)
+    else:
+        columns.grad_sums.run(x.size, dy_, dys, x_, xs, y_, ys, x.shape, mean, rstd, dgamma, dbeta)
+    return dgamma, dbeta
+
+
+def grad_input(
+    dy: Array,
+    x: Array | None,
+    y: Array | None,
+    weight: Array | None,
+    mean: Array,
+    scale: Array,
+    offset: Array,
+    slope: Array,
+    dx: Array,
+    dresidual: Array | None,
+) -> None:
+    """dx = scale * dz - weight * (offset + slope * (x - mean)), without x scale * dz; dresidual = dz."""
+    (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = _memory(dy), _memory(x), _memory(y), _weight_memory(weight)
+    (dx_, dxs), (dr_, drs) = _memory(dx), _memory(dresidual)
+    arrays = (dy_, dys, x_, xs, y_, ys, w_, ws, dx_, dxs, dr_, drs, dy.shape)
+    numbers = (mean, scale, offset, slope, _streams(dx))
+    if _in_rows(dy.shape):
+        rows.grad_input.run(dy.size, *arrays, rows.chunk_grid(dy.shape[1], dy.shape[3]), *numbers)
+    else:
+        columns.grad_input.run(dy.size, *arrays, *numbers)
+
+
+def backward(
+    dy: Array,
+    x: Array,
+    y: Array | None,
+    weight: Array | None,
+    mean: Array,
+    rstd: Array,
+    gamma: Array,
+    count: Array,
+    dmean: Array,
+    dvar: Array,
+    frozen: bool,
+    dx: Array,
+    dresidual: Array | None,
+) -> tuple[Array, Array]:
+    """dgamma and dbeta; dx from them (frozen: without the statistics' share); dresidual = dz."""
+    if not (_in_rows(x.shape) and _whole_channels(x.shape)):
+        dgamma, dbeta = grad_sums(dy, x, y, mean, rstd)
+        scale = gamma * rstd
+        offset = (scale * dbeta - dmean) / count
+        slope = (scale * rstd * dgamma - 2.0 * dvar) / count
+        grad_input(dy, None if frozen else x, y, weight, mean, scale, offset, slope, dx, dresidual)
+        return dgamma, dbeta
+    dgamma, dbeta = np.empty((2, x.shape[0] * x.shape[2]))
+    (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = _memory(dy), _memory(x), _memory(y), _weight_memory(weight)
+    (dx_, dxs), (dr_, drs) = _memory(dx), _memory(dresidual)
+    rows.backward.run(
+        x.size, dy_, dys, x_, xs, y_, ys, w_, ws, dx_, dxs, dr_, drs,
+        x.shape, rows.chunk_grid(x.shape[1], x.shape[3]),
+        mean, rstd, gamma, count, dmean, dvar, _flag(frozen), _streams(dx), dgamma, dbeta,
+    )  # fmt: skip
+    return dgamma, dbeta

@@ -1,0 +1,419 @@
+"""Kernels for channels-first memory: the innermost reduced axis is contiguous.
+
+An array is flat memory plus the element strides ``(start, batch, outer, channel)``; a channel's slab is ``outer`` rows
+of ``inner`` contiguous values. A slab is cut into chunks of about 1024 values and 64 chunks make a segment, by shape
+alone; a segment is what threads share, and merges run in the order of chunks and segments. So the bits do not depend
+on threads, and the fused kernels (`forward`, `backward`) give the same ones as the separate kernels.
+
+Statistics, per chunk, around a guess q of its mean (the rounded mean of the chunks before it):
+    s1 = sum(x - q), s2 = sum((x - q)^2);  mean = q + s1/n, M2 = s2 - s1^2/n.
+This is the corrected two-pass algorithm (Chan, Golub & LeVeque 1983, eq. 1.7) with the first pass guessed: any q near
+the mean serves, and where q turns out more than 0.7 standard deviations away the chunk, still in L1, is summed again
+around its mean. Chunks are merged by Chan's update in float64, relative to the channel's first selected finite value.
+
+Bytes moved, S = the bytes of x: moments S, normalize 2S, grad_sums 2S, grad_input 3S; forward 2S and backward 3S where
+a slab stays in cache between the two passes over it.
+"""
+
+import numpy as np
+from numba import prange
+
+from fastbn.cpu.jit import inner, kernel
+from fastbn.cpu.simd import (
+    address,
+    converted,
+    first_lanes,
+    fma,
+    lanes,
+    load,
+    load_first,
+    rounded,
+    splat,
+    store,
+    store_first,
+    stream,
+    total,
+    zero_where_not_positive,
+    zero_where_zero,
+)
+from fastbn.cpu.slab import channel_start, find_pivot, finished, merged, needs_new_guess, positive_or_nan
+
+WIDTH = 128  # bytes of a vector: four AVX2 registers, so that two sums keep eight additions in flight
+CHUNK = 1024  # values: 32 float32 additions per lane (rounding below 1e-6), and L1 holds it for a second look
+SEGMENT = 64  # chunks
+
+
+def chunk_grid(outer, inner):
+    """Rows and columns of a chunk: whole rows while they fit, else pieces of one row."""
+    if inner <= CHUNK:
+        return max(1, CHUNK // max(inner, 1)), max(inner, 1)
+    return 1, CHUNK
+
+
+@inner
+def chunk_count(shape, grid):
+    return -(-shape[1] // grid[0]) * -(-shape[3] // grid[1])
+
+
+@inner
+def chunk_at(k, shape, grid):
+    """First row, rows, first column, columns of chunk k."""
+    pieces = -(-shape[3] // grid[1])
+    row = k // pieces * grid[0]
+    column = k % pieces * grid[1]
+    return row, min(grid[0], shape[1] - row), column, min(grid[1], shape[3] - column)
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+@inner
+def chunk_sums(x, x_at, x_step, weight, w_at, w_step, rows, columns, guess):
+    """n, sum(w * (x - guess)), sum(w * (x - guess)^2)."""
+    n = lanes(x, WIDTH)
+    whole = columns - columns % n
+    q = splat(x, guess, WIDTH)
+    s1 = splat(x, 0.0, WIDTH)
+    s2 = splat(x, 0.0, WIDTH)
+    if weight is None:
+        for r in range(rows):
+            row = x_at + r * x_step
+            for i in range(row, row + whole, n):
+                e = load(x, i, WIDTH) - q
+                s1 = s1 + e
+                s2 = fma(e, e, s2)
+            if whole < columns:
+                e = first_lanes(load_first(x, row + whole, columns - whole, WIDTH) - q, columns - whole)
+                s1 = s1 + e
+                s2 = fma(e, e, s2)
+        return np.float64(rows * columns), total(s1), total(s2)
+    else:
+        count = load_first(weight, w_at, 0, s1)
+        for r in range(rows):
+            for i in range(0, columns, n):
+                stored = load_first(weight, w_at + r * w_step + i, min(n, columns - i), s1)
+                count = count + stored
+                w = converted(stored, s1)
+                e = load_first(x, x_at + r * x_step + i, min(n, columns - i), WIDTH) - q
+                e = zero_where_zero(w, e)
+                s1 = s1 + w * e
+                s2 = fma(w * e, e, s2)
+        return total(count), total(s1), total(s2)
+
+
+@inner
+def segment_moments(x, x_at, x_step, weight, w_at, w_step, shape, grid, segment, pivot):
+    """n, mean - pivot and M2 of one segment."""
+    n, mean, m2 = 0.0, 0.0, 0.0
+    guess = pivot
+    for k in range(segment * SEGMENT, min((segment + 1) * SEGMENT, chunk_count(shape, grid))):
+        row, rows, column, columns = chunk_at(k, shape, grid)
+        x_chunk = x_at + row * x_step + column
+        w_chunk = w_at + row * w_step + column
+        count, s1, s2 = chunk_sums(x, x_chunk, x_step, weight, w_chunk, w_step, rows, columns, guess)
+        if needs_new_guess(count, s1, s2):
+            guess = rounded(x, guess + s1 / count)
+            count, s1, s2 = chunk_sums(x, x_chunk, x_step, weight, w_chunk, w_step, rows, columns, guess)
+        if count != 0.0:
+            shift = s1 / count
+            n, mean, m2 = merged(n, mean, m2, count, guess - pivot + shift, positive_or_nan(s2 - s1 * shift))
+            guess = rounded(x, pivot + mean)
+    return n, mean, m2
+
+
+@inner
+def channel_moments(x, x_at, x_step, weight, w_at, w_step, shape, grid):
+    pivot = find_pivot(x, x_at, x_step, weight, w_at, w_step, shape)
+    n, mean, m2 = 0.0, 0.0, 0.0
+    for s in range(-(-chunk_count(shape, grid) // SEGMENT)):
+        part = segment_moments(x, x_at, x_step, weight, w_at, w_step, shape, grid, s, pivot)
+        n, mean, m2 = merged(n, mean, m2, part[0], part[1], part[2])
+    return finished(x, x_at, x_step, weight, w_at, w_step, shape, n, mean, m2, pivot)
+
+
+@kernel
+def moments(x, xs, weight, ws, shape, grid, count, mean, m2):
+    """Count, mean and M2 of every kept index; segments are shared among threads."""
+    channels = shape[0] * shape[2]
+    segments = -(-chunk_count(shape, grid) // SEGMENT)
+    pivots = np.empty(channels)
+    parts = np.empty((channels * segments, 3))
+    for t in prange(channels):
+        pivots[t] = find_pivot(
+            x, channel_start(xs, t, shape), xs[2], weight, channel_start(ws, t, shape), ws[2], shape
+        )
+    for k in prange(channels * segments):
+        t = k // segments
+        x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
+        part = segment_moments(x, x_at, xs[2], weight, w_at, ws[2], shape, grid, k % segments, pivots[t])
+        parts[k, 0], parts[k, 1], parts[k, 2] = part
+    for t in prange(channels):
+        a, b, c = 0.0, 0.0, 0.0
+        for k in range(t * segments, (t + 1) * segments):
+            a, b, c = merged(a, b, c, parts[k, 0], parts[k, 1], parts[k, 2])
+        x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
+        count[t], mean[t], m2[t] = finished(x, x_at, xs[2], weight, w_at, ws[2], shape, a, b, c, pivots[t])
+
+
+# --- normalise, scale, shift ------------------------------------------------------------------------------------------
+
+
+@inner
+def misaligned(y, at, limit):
+    """How many values lie before the next 64-byte line of ``y``."""
+    size = address(y, 1) - address(y, 0)
+    return min(-address(y, at) % 64 // size, limit)
+
+
+@inner
+def normalized(x, residual, hi, lo, scale, shift, relu):
+    z = fma((x - hi) - lo, scale, shift)
+    if residual is not None:
+        z = z + residual
+    if relu is not None:
+        z = zero_where_not_positive(z, z)
+    return z
+
+
+@inner
+def normalize_part(x, x_at, y, y_at, residual, r_at, n, hi, lo, scale, shift, relu):
+    """The first n lanes, for the two ends of a row."""
+    r = load_first(residual, r_at, n, WIDTH)
+    store_first(y, y_at, n, normalized(load_first(x, x_at, n, WIDTH), r, hi, lo, scale, shift, relu))
+
+
+@inner
+def normalize_rows(x, x_at, x_step, y, y_at, y_step, residual, r_at, r_step, rows, columns, affine, relu, streaming):
+    """y = ((x - mean) * scale + shift, + residual, relu); affine is (mean, scale, shift)."""
+    n = lanes(x, WIDTH)
+    mean, scale, shift = affine
+    hi = splat(x, mean, WIDTH)
+    lo = splat(x, mean - rounded(x, mean), WIDTH)
+    scale = splat(x, scale, WIDTH)
+    shift = splat(x, shift, WIDTH)
+    for r in range(rows):
+        i, j, k = x_at + r * x_step, y_at + r * y_step, r_at + r * r_step
+        end = i + columns
+        if streaming:
+            head = misaligned(y, j, columns)
+            if head > 0:
+                normalize_part(x, i, y, j, residual, k, head, hi, lo, scale, shift, relu)
+                i, j, k = i + head, j + head, k + head
+            while i + n <= end:
+                z = load(residual, k, WIDTH)
+                stream(y, j, normalized(load(x, i, WIDTH), z, hi, lo, scale, shift, relu))
+                i, j, k = i + n, j + n, k + n
+        else:
+            while i + n <= end:
+                z = load(residual, k, WIDTH)
+                store(y, j, normalized(load(x, i, WIDTH), z, hi, lo, scale, shift, relu))
+                i, j, k = i + n, j + n, k + n
+        if i < end:
+            normalize_part(x, i, y, j, residual, k, end - i, hi, lo, scale, shift, relu)
+
+
+@kernel
+def normalize(x, xs, y, ys, residual, rs, shape, grid, mean, scale, shift, relu, streaming):
+    """Normalise, scale and shift with given per-channel numbers; segments are shared among threads."""
+    chunks = chunk_count(shape, grid)
+    segments = -(-chunks // SEGMENT)
+    for s in prange(shape[0] * shape[2] * segments):
+        t = s // segments
+        first = s % segments * SEGMENT
+        affine = (mean[t], scale[t], shift[t])
+        x_at, y_at, r_at = channel_start(xs, t, shape), channel_start(ys, t, shape), channel_start(rs, t, shape)
+        for k in range(first, min(first + SEGMENT, chunks)):
+            row, rows, column, columns = chunk_at(k, shape, grid)
+            normalize_rows(
+                x, x_at + row * xs[2] + column, xs[2], y, y_at + row * ys[2] + column, ys[2],
+                residual, r_at + row * rs[2] + column, rs[2], rows, columns, affine, relu, streaming,
+            )  # fmt: skip
+
+
+@kernel
+def forward(x, xs, weight, ws, y, ys, residual, rs, shape, grid, gamma, beta, eps, relu, streaming, count, mean, m2):
+    """Moments and normalise, a channel at a time: the second pass finds the slab in cache."""
+    for t in prange(shape[0] * shape[2]):
+        x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
+        n, mu, q = channel_moments(x, x_at, xs[2], weight, w_at, ws[2], shape, grid)
+        count[t], mean[t], m2[t] = n, mu, q
+        affine = (mu, 1.0 / np.sqrt(q / n + eps) * gamma[t], beta[t])
+        y_at, r_at = channel_start(ys, t, shape), channel_start(rs, t, shape)
+        normalize_rows(
+            x, x_at, xs[2], y, y_at, ys[2], residual, r_at, rs[2], shape[1], shape[3], affine, relu, streaming
+        )
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@inner
+def chunk_grad_sums(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, rows, columns, mean):
+    """sum(dz), sum(dz * (x - mean)), with dz = dy, or 0 where y <= 0."""
+    n = lanes(x, WIDTH)
+    whole = columns - columns % n
+    hi = splat(x, mean, WIDTH)
+    lo = splat(x, mean - rounded(x, mean), WIDTH)
+    s1 = splat(x, 0.0, WIDTH)
+    s2 = splat(x, 0.0, WIDTH)
+    for r in range(rows):
+        g, i, o = dy_at + r * dy_step, x_at + r * x_step, y_at + r * y_step
+        for k in range(0, whole, n):
+            dz = load(dy, g + k, WIDTH)
+            dz = zero_where_not_positive(load(y, o + k, WIDTH), dz)
+            s1 = s1 + dz
+            s2 = fma(dz, (load(x, i + k, WIDTH) - hi) - lo, s2)
+        if whole < columns:
+            rest = columns - whole
+            dz = load_first(dy, g + whole, rest, WIDTH)
+            dz = zero_where_not_positive(load_first(y, o + whole, rest, WIDTH), dz)
+            s1 = s1 + dz
+            s2 = fma(dz, (load_first(x, i + whole, rest, WIDTH) - hi) - lo, s2)
+    return total(s1), total(s2)
+
+
+@inner
+def segment_grad_sums(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, shape, grid, segment, mean):
+    a, b = 0.0, 0.0
+    for k in range(segment * SEGMENT, min((segment + 1) * SEGMENT, chunk_count(shape, grid))):
+        row, rows, column, columns = chunk_at(k, shape, grid)
+        s1, s2 = chunk_grad_sums(
+            dy, dy_at + row * dy_step + column, dy_step, x, x_at + row * x_step + column, x_step,
+            y, y_at + row * y_step + column, y_step, rows, columns, mean,
+        )  # fmt: skip
+        a, b = a + s1, b + s2
+    return a, b
+
+
+@kernel
+def grad_sums(dy, dys, x, xs, y, ys, shape, grid, mean, rstd, dgamma, dbeta):
+    """sum(dz * xhat) and sum(dz) of every kept index; segments are shared among threads."""
+    channels = shape[0] * shape[2]
+    segments = -(-chunk_count(shape, grid) // SEGMENT)
+    parts = np.empty((channels * segments, 2))
+    for k in prange(channels * segments):
+        t = k // segments
+        dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
+        parts[k, 0], parts[k, 1] = segment_grad_sums(
+            dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], shape, grid, k % segments, mean[t]
+        )
+    for t in prange(channels):
+        a, b = 0.0, 0.0
+        for k in range(t * segments, (t + 1) * segments):
+            a, b = a + parts[k, 0], b + parts[k, 1]
+        dbeta[t], dgamma[t] = a, b * rstd[t]
+
+
+@inner
+def input_gradient(dz, x, weight, hi, lo, scale, offset, slope):
+    """scale * dz - weight * (offset + slope * (x - mean)); without x, scale * dz."""
+    if x is None:
+        return scale * dz
+    back = fma((x - hi) - lo, slope, offset)
+    if weight is not None:
+        back = zero_where_zero(weight, weight * back)
+    return scale * dz - back
+
+
+@inner
+def grad_input_part(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, n, hi, lo, scale, offset, slope):
+    dz = load_first(dy, g, n, WIDTH)
+    dz = zero_where_not_positive(load_first(y, o, n, WIDTH), dz)
+    x_ = load_first(x, i, n, WIDTH)
+    w_ = converted(load_first(weight, w, n, dz), dz)
+    store_first(dx, d, n, input_gradient(dz, x_, w_, hi, lo, scale, offset, slope))
+    store_first(dresidual, e, n, dz)
+
+
+@inner
+def grad_input_rows(
+    dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, weight, w_at, w_step,
+    dx, dx_at, dx_step, dresidual, dr_at, dr_step, rows, columns, linear, streaming,
+):  # fmt: skip
+    """linear is (mean, scale, offset, slope) of `input_gradient`."""
+    n = lanes(dy, WIDTH)
+    mean, scale, offset, slope = linear
+    hi = splat(dy, mean, WIDTH)
+    lo = splat(dy, mean - rounded(dy, mean), WIDTH)
+    scale = splat(dy, scale, WIDTH)
+    offset = splat(dy, offset, WIDTH)
+    slope = splat(dy, slope, WIDTH)
+    for r in range(rows):
+        g, i, o, w = dy_at + r * dy_step, x_at + r * x_step, y_at + r * y_step, w_at + r * w_step
+        d, e = dx_at + r * dx_step, dr_at + r * dr_step
+        k = 0
+        if streaming:
+            k = misaligned(dx, d, columns)
+            if k > 0:
+                grad_input_part(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, k, hi, lo, scale, offset, slope)
+        while k + n <= columns:
+            dz = load(dy, g + k, WIDTH)
+            dz = zero_where_not_positive(load(y, o + k, WIDTH), dz)
+            x_ = load(x, i + k, WIDTH)
+            w_ = converted(load(weight, w + k, dz), dz)
+            out = input_gradient(dz, x_, w_, hi, lo, scale, offset, slope)
+            if streaming:
+                stream(dx, d + k, out)
+            else:
+                store(dx, d + k, out)
+            store(dresidual, e + k, dz)
+            k += n
+        if k < columns:
+            grad_input_part(
+                dy, g + k, x, i + k, y, o + k, weight, w + k, dx, d + k, dresidual, e + k, columns - k,
+                hi, lo, scale, offset, slope,
+            )  # fmt: skip
+
+
+@kernel
+def grad_input(
+    dy, dys, x, xs, y, ys, weight, ws, dx, dxs, dresidual, drs, shape, grid, mean, scale, offset, slope, streaming
+):
+    """dx (and dresidual = dz) with given per-channel numbers; segments are shared among threads."""
+    chunks = chunk_count(shape, grid)
+    segments = -(-chunks // SEGMENT)
+    for s in prange(shape[0] * shape[2] * segments):
+        t = s // segments
+        first = s % segments * SEGMENT
+        dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
+        w_at, dx_at, dr_at = channel_start(ws, t, shape), channel_start(dxs, t, shape), channel_start(drs, t, shape)
+        for k in range(first, min(first + SEGMENT, chunks)):
+            row, rows, column, columns = chunk_at(k, shape, grid)
+            grad_input_rows(
+                dy, dy_at + row * dys[2] + column, dys[2], x, x_at + row * xs[2] + column, xs[2],
+                y, y_at + row * ys[2] + column, ys[2], weight, w_at + row * ws[2] + column, ws[2],
+                dx, dx_at + row * dxs[2] + column, dxs[2], dresidual, dr_at + row * drs[2] + column, drs[2],
+                rows, columns, (mean[t], scale[t], offset[t], slope[t]), streaming,
+            )  # fmt: skip
+
+
+@kernel
+def backward(
+    dy, dys, x, xs, y, ys, weight, ws, dx, dxs, dresidual, drs, shape, grid,
+    mean, rstd, gamma, count, dmean, dvar, frozen, streaming, dgamma, dbeta,
+):  # fmt: skip
+    """Gradient sums and dx, a channel at a time: the second pass finds the slabs of dy and x in cache."""
+    segments = -(-chunk_count(shape, grid) // SEGMENT)
+    for t in prange(shape[0] * shape[2]):
+        dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
+        w_at, dx_at, dr_at = channel_start(ws, t, shape), channel_start(dxs, t, shape), channel_start(drs, t, shape)
+        a, b = 0.0, 0.0
+        for s in range(segments):
+            s1, s2 = segment_grad_sums(
+                dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], shape, grid, s, mean[t]
+            )
+            a, b = a + s1, b + s2
+        b *= rstd[t]
+        dbeta[t], dgamma[t] = a, b
+        scale = gamma[t] * rstd[t]
+        if frozen is None:
+            offset = (scale * a - dmean[t]) / count[t]
+            slope = (scale * rstd[t] * b - 2.0 * dvar[t]) / count[t]
+            source = x
+        else:
+            offset, slope, source = 0.0, 0.0, None
+        grad_input_rows(
+            dy, dy_at, dys[2], source, x_at, xs[2], y, y_at, ys[2], weight, w_at, ws[2],
+            dx, dx_at, dxs[2], dresidual, dr_at, drs[2], shape[1], shape[3],
+            (mean[t], scale, offset, slope), streaming,
+        )  # fmt: skip

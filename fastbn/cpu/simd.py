@@ -1,0 +1,366 @@
+"""Vectors inside Numba kernels: typed loads, stores and arithmetic on a fixed number of lanes.
+
+Kernels written with them do exactly the additions they say, in the order they say, whatever LLVM, the processor or
+the number of threads: a sum needs no fastmath flag to be fast, so no flag can reorder it or fold ``(x - hi) - lo``.
+
+A `Vector` holds ``width`` bytes of the compute type: float64 for float64 arrays, float32 for all others. Numba has no half
+types on the CPU, so those travel as integers and are decoded on load and rounded to nearest-even on store:
+
+=========  ==========  ==========
+array      seen here   computes in
+=========  ==========  ==========
+float16    uint16      float32
+bfloat16   int16       float32
+float32    float32     float32
+float64    float64     float64
+=========  ==========  ==========
+
+Arrays are flat (one axis, contiguous); positions are element indices and are not checked. An absent array (None) loads
+as None, and None is stored, converted and tested by doing nothing: options cost no branches, in source or at run time.
+"""
+
+import operator
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_HALF, _FLOAT, _DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+_SCALARS = {types.float32: _FLOAT, types.float64: _DOUBLE}
+_STORED = {types.uint16: _I16, types.int16: _I16, types.uint8: ir.IntType(8)} | _SCALARS
+
+
+class Vector(types.Type):
+    """Numba type of ``lanes`` values of ``scalar``; one LLVM vector."""
+
+    def __init__(self, scalar, lanes):
+        self.scalar, self.lanes = scalar, lanes
+        super().__init__(name=f"Vector({scalar} x {lanes})")
+
+    @property
+    def llvm(self):
+        return ir.VectorType(_SCALARS[self.scalar], self.lanes)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, vector):
+        super().__init__(manager, vector, vector.llvm)
+
+
+def _vector(array, width):
+    """What a load from ``array`` gives: ``width`` bytes of the compute type, or as many lanes as the vector ``width``."""
+    scalar = types.float64 if array.dtype == types.float64 else types.float32
+    return Vector(scalar, width.lanes if isinstance(width, Vector) else width.literal_value * 8 // scalar.bitwidth)
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def _absent(result, *arguments):
+    """The intrinsic of an absent array: the last argument handed on where the result is one, else nothing."""
+
+    def codegen(context, builder, sig, args):
+        return args[-1] if isinstance(result, Vector) else context.get_dummy_value()
+
+    return result(*arguments), codegen
+
+
+def _define_operator(function, instruction):
+    @type_callable(function)
+    def _type(context):
+        return lambda a, b: a if isinstance(a, Vector) and a == b else None
+
+    @lower_builtin(function, Vector, Vector)
+    def _lower(context, builder, sig, args):
+        return getattr(builder, instruction)(*args)
+
+
+_define_operator(operator.add, "fadd")
+_define_operator(operator.sub, "fsub")
+_define_operator(operator.mul, "fmul")
+
+
+@intrinsic
+def fma(typing, a, b, c):
+    """a * b + c, rounded once."""
+
+    def codegen(context, builder, sig, args):
+        name = f"llvm.fma.v{a.lanes}f{a.scalar.bitwidth}"
+        kind = ir.FunctionType(a.llvm, [a.llvm] * 3)
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+    return a(a, b, c), codegen
+
+
+@intrinsic
+def zero_where_not_positive(typing, test, v):
+    """v, but 0 in the lanes where test <= 0. A NaN in ``test`` lets v through."""
+    if test == types.none:
+        return _absent(v, test, v)
+
+    def codegen(context, builder, sig, args):
+        zero = ir.Constant(v.llvm, [0.0] * v.lanes)
+        return builder.select(builder.fcmp_ordered("<=", args[0], zero), zero, args[1])
+
+    return v(test, v), codegen
+
+
+@intrinsic
+def zero_where_zero(typing, test, v):
+    """v, but 0 in the lanes where test == 0."""
+
+    def codegen(context, builder, sig, args):
+        zero = ir.Constant(v.llvm, [0.0] * v.lanes)
+        return builder.select(builder.fcmp_ordered("==", args[0], zero), zero, args[1])
+
+    return v(test, v), codegen
+
+
+@intrinsic
+def first_lanes(typing, v, n):
+    """v, but 0 in the lanes from n on."""
+
+    def codegen(context, builder, sig, args):
+        zero = ir.Constant(v.llvm, [0.0] * v.lanes)
+        return builder.select(_lanes_below(builder, args[1], v.lanes), args[0], zero)
+
+    return v(v, types.intp), codegen
+
+
+@intrinsic
+def converted(typing, v, like):
+    """v in the compute type of the vector ``like``, which has as many lanes."""
+    if v == types.none:
+        return _absent(types.none, v, like)
+    to = Vector(like.scalar, v.lanes)
+
+    def codegen(context, builder, sig, args):
+        if v == to:
+            return args[0]
+        return (builder.fpext if to.scalar == types.float64 else builder.fptrunc)(args[0], to.llvm)
+
+    return to(v, like), codegen
+
+
+@intrinsic
+def total(typing, v):
+    """The sum of the lanes in float64, halves added to halves."""
+
+    def codegen(context, builder, sig, args):
+        value, lanes = args[0], v.lanes
+        if v.scalar == types.float32:
+            value = builder.fpext(value, ir.VectorType(_DOUBLE, lanes))
+        while lanes > 1:
+            lanes //= 2
+            low = _shuffle(builder, value, range(lanes))
+            value = builder.fadd(low, _shuffle(builder, value, range(lanes, 2 * lanes)))
+        return builder.extract_element(value, _I32(0))
+
+    return types.float64(v), codegen
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def lanes(typing, array, width):
+    """How many values of ``array`` a vector of ``width`` bytes holds; a constant."""
+    count = _vector(array, width).lanes
+    return types.intp(array, width), lambda context, builder, sig, args: ir.Constant(_I64, count)
+
+
+@intrinsic(prefer_literal=True)
+def splat(typing, array, value, width):
+    """``value`` in every lane, in the compute type of ``array``."""
+    if value == types.none:
+        return _absent(types.none, array, value, width)
+    v = _vector(array, width)
+
+    def codegen(context, builder, sig, args):
+        value = context.cast(builder, args[1], sig.args[1], v.scalar)
+        single = builder.insert_element(ir.Constant(v.llvm, ir.Undefined), value, _I32(0))
+        return _shuffle(builder, single, [0] * v.lanes)
+
+    return v(array, value, width), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load(typing, array, at, width):
+    """The values from ``at`` on."""
+    if array == types.none:
+        return _absent(types.none, array, types.intp, width)
+    v = _vector(array, width)
+
+    def codegen(context, builder, sig, args):
+        pointer = _pointer(context, builder, array, args[0], args[1], v.lanes)
+        return _decode(builder, builder.load(pointer, align=_size(array)), array.dtype, v)
+
+    return v(array, types.intp, width), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load_first(typing, array, at, n, width):
+    """The ``n`` values from ``at`` on and 0 in the other lanes, whose memory is not touched."""
+    if array == types.none:
+        return _absent(types.none, array, types.intp, types.intp, width)
+    v = _vector(array, width)
+
+    def codegen(context, builder, sig, args):
+        pointer = _pointer(context, builder, array, args[0], args[1], v.lanes)
+        stored = pointer.type.pointee
+        mask = _lanes_below(builder, args[2], v.lanes)
+        kind = ir.FunctionType(stored, [pointer.type, _I32, mask.type, stored])
+        function = _masked(builder, "load", kind, stored)
+        value = builder.call(function, [pointer, _I32(_size(array)), mask, ir.Constant(stored, None)])
+        return _decode(builder, value, array.dtype, v)
+
+    return v(array, types.intp, types.intp, width), codegen
+
+
+@intrinsic
+def store(typing, array, at, v):
+    """Write the lanes from ``at`` on."""
+    if array == types.none:
+        return _absent(types.none, array, types.intp, v)
+
+    def codegen(context, builder, sig, args):
+        pointer = _pointer(context, builder, array, args[0], args[1], v.lanes)
+        builder.store(_encode(builder, args[2], array.dtype, v), pointer, align=_size(array))
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, v), codegen
+
+
+@intrinsic
+def store_first(typing, array, at, n, v):
+    """Write the first ``n`` lanes from ``at`` on; the memory behind them is not touched."""
+    if array == types.none:
+        return _absent(types.none, array, types.intp, types.intp, v)
+
+    def codegen(context, builder, sig, args):
+        pointer = _pointer(context, builder, array, args[0], args[1], v.lanes)
+        value = _encode(builder, args[3], array.dtype, v)
+        mask = _lanes_below(builder, args[2], v.lanes)
+        kind = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, _I32, mask.type])
+        builder.call(_masked(builder, "store", kind, value.type), [value, pointer, _I32(_size(array)), mask])
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, types.intp, v), codegen
+
+
+@intrinsic
+def stream(typing, array, at, v):
+    """Write the lanes past the caches; ``at`` must lie on a multiple of the vector's stored bytes, at most 64."""
+
+    def codegen(context, builder, sig, args):
+        pointer = _pointer(context, builder, array, args[0], args[1], v.lanes)
+        align = min(64, _size(array) * v.lanes)
+        written = builder.store(_encode(builder, args[2], array.dtype, v), pointer, align=align)
+        written.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, v), codegen
+
+
+@intrinsic
+def value(typing, array, at):
+    """One value as float64."""
+    if array == types.none:
+        return _absent(types.none, array, types.intp)
+    v = Vector(types.float64 if array.dtype == types.float64 else types.float32, 1)
+
+    def codegen(context, builder, sig, args):
+        pointer = _pointer(context, builder, array, args[0], args[1], 1)
+        single = _decode(builder, builder.load(pointer, align=_size(array)), array.dtype, v)
+        single = builder.extract_element(single, _I32(0))
+        return single if v.scalar == types.float64 else builder.fpext(single, _DOUBLE)
+
+    return types.float64(array, types.intp), codegen
+
+
+@intrinsic
+def rounded(typing, array, number):
+    """A float64 number, rounded to the compute type of ``array``."""
+
+    def codegen(context, builder, sig, args):
+        if array.dtype == types.float64:
+            return args[1]
+        return builder.fpext(builder.fptrunc(args[1], _FLOAT), _DOUBLE)
+
+    return types.float64(array, types.float64), codegen
+
+
+@intrinsic
+def address(typing, array, at):
+    """The address of an element in bytes."""
+
+    def codegen(context, builder, sig, args):
+        return builder.ptrtoint(_pointer(context, builder, array, args[0], args[1], 1), _I64)
+
+    return types.intp(array, types.intp), codegen
+
+
+# --- LLVM, shared by the above ----------------------------------------------------------------------------------------
+
+
+def _size(array):
+    return array.dtype.bitwidth // 8
+
+
+def _pointer(context, builder, array, value, at, lanes):
+    data = context.make_array(array)(context, builder, value).data
+    vector = ir.VectorType(_STORED[array.dtype], lanes)
+    return builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
+
+
+def _shuffle(builder, value, lanes):
+    undefined = ir.Constant(value.type, ir.Undefined)
+    lanes = list(lanes)
+    return builder.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+def _lanes_below(builder, n, lanes):
+    kind = ir.VectorType(_I32, lanes)
+    single = builder.insert_element(ir.Constant(kind, ir.Undefined), builder.trunc(n, _I32), _I32(0))
+    return builder.icmp_signed("<", ir.Constant(kind, list(range(lanes))), _shuffle(builder, single, [0] * lanes))
+
+
+def _masked(builder, what, kind, stored):
+    element = stored.element
+    letter = "i" if isinstance(element, ir.IntType) else "f"
+    bits = element.width if letter == "i" else {_FLOAT: 32, _DOUBLE: 64}[element]
+    name = f"llvm.masked.{what}.v{stored.count}{letter}{bits}.p0"
+    return cgutils.get_or_insert_function(builder.module, kind, name)
+
+
+def _decode(builder, stored, dtype, v):
+    if dtype == types.uint16:
+        return builder.fpext(builder.bitcast(stored, ir.VectorType(_HALF, v.lanes)), v.llvm)
+    if dtype == types.int16:
+        bits = builder.zext(stored, ir.VectorType(_I32, v.lanes))
+        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * v.lanes)), v.llvm)
+    if dtype == types.uint8:
+        return builder.uitofp(stored, v.llvm)
+    return stored
+
+
+def _encode(builder, value, dtype, v):
+    if dtype == types.uint16:
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(_HALF, v.lanes)), ir.VectorType(_I16, v.lanes))
+    if dtype == types.int16:
+        kind = ir.VectorType(_I32, v.lanes)
+
+        def constant(number):
+            return ir.Constant(kind, [number] * v.lanes)
+
+        bits = builder.bitcast(value, kind)
+        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+        nearest = builder.add(bits, builder.add(odd, constant(0x7FFF)))
+        # The rounding carry would turn a NaN with a full payload into -0: keep NaNs, quietened.
+        quiet = builder.or_(bits, constant(0x400000))
+        bits = builder.select(builder.fcmp_unordered("uno", value, value), quiet, nearest)
+        return builder.trunc(builder.lshr(bits, constant(16)), ir.VectorType(_I16, v.lanes))
+    return value

@@ -1,0 +1,76 @@
+"""From an array to the backend that computes on it. Never imports what the user has not imported."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+_INSTEAD = {
+    "torch": "pass t.detach().numpy() (CPU) or cupy.from_dlpack(t) (CUDA)",
+    "jax": "pass numpy.asarray(a)",
+    "jaxlib": "pass numpy.asarray(a)",
+    "tensorflow": "pass t.numpy()",
+    "dask": "pass a.compute()",
+    "pandas": "pass .to_numpy()",
+    "xarray": "pass .values",
+    "scipy": "pass .toarray()",
+}
+
+
+def kind_of(name: str, array: Any) -> str:
+    """'numpy' or 'cupy'; a TypeError that says what to pass instead for everything else."""
+    kind = type(array)
+    if kind is np.ndarray or kind is np.memmap:
+        return "numpy"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return "cupy"
+    raise TypeError(
+        f"{name}: expected a numpy.ndarray or a cupy.ndarray, got {_type_name(kind)}; {_what_to_call(array)}"
+    )
+
+
+def one_kind(**arrays: Any) -> str:
+    """The kind that all the given arrays share; None is skipped."""
+    first, kind = "", ""
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        found = kind_of(name, array)
+        if not kind:
+            first, kind = name, found
+        elif found != kind:
+            raise TypeError(f"{name}: expected a {kind}.ndarray like {first}, got a {found}.ndarray")
+    return kind
+
+
+def backend_of(kind: str) -> ModuleType:
+    """The module of kernels for arrays of this kind."""
+    if kind == "numpy":
+        from fastbn import cpu
+
+        return cpu
+    raise TypeError(f"{kind} arrays: this version of fastbn has no kernels for them; copy them to NumPy arrays")
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether a value is an array of a library other than NumPy, or a NumPy subclass with a meaning of its own."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return isinstance(value, np.ndarray) and type(value) not in (np.ndarray, np.memmap)
+    protocols = ("__array__", "__dlpack__", "__array_interface__", "__cuda_array_interface__")
+    return any(hasattr(value, protocol) for protocol in protocols)
+
+
+def _type_name(kind: type) -> str:
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def _what_to_call(value: Any) -> str:
+    if isinstance(value, np.ma.MaskedArray):
+        return "pass a.data and where=~numpy.ma.getmaskarray(a)"
+    if isinstance(value, (np.ndarray, np.generic, list, tuple, int, float)):
+        return "pass numpy.asarray(a)"
+    return _INSTEAD.get(type(value).__module__.partition(".")[0], "convert it to a NumPy array")

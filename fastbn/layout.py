@@ -1,0 +1,114 @@
+"""Axes to the flat view that kernels see: ``(batch, outer, channel, inner)``.
+
+The axes of an array, ordered as they lie in memory, fall into alternating groups of kept and reduced axes. Kernels see
+four groups: batch and channel are kept, outer and inner are reduced, and absent groups have size 1::
+
+    NCHW, channel_axis=1          (1, N, C, HW)
+    NHWC, channel_axis=-1         (1, NHW, C, 1)
+    NCHW, channel_axis=(0, 1)     (1, 1, NC, HW)      instance norm
+    NHWC, channel_axis=(0, 3)     (N, HW, C, 1)       instance norm
+
+The order is derived once, from ``x``, and applied to every array of the call. Folding an array is a transpose and a
+reshape, which copies only what cannot be viewed: an array whose strides do not allow it (a spatial slice), or axes
+that alternate more often than the four groups do.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+Shape = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """How the axes of one array fall into the four groups; made by `layout_of`."""
+
+    order: Shape
+    """The axes as kernels see them."""
+    folded: Shape
+    """Sizes of batch, outer, channel and inner."""
+    kept_shape: Shape
+    """Sizes of the kept axes in the array's own order: the shape of parameters and statistics."""
+    kept_order: Shape | None
+    """The kept axes as kernels see them, numbered among themselves; None where that is their own order."""
+    kept: frozenset[int]
+
+    def fold(self, a: Any) -> Any:
+        """The array as ``(batch, outer, channel, inner)``: a view where strides allow it, else a copy."""
+        return a.transpose(self.order).reshape(self.folded)
+
+    def fold_weight(self, xp: Any, weight: Any, shape: Shape) -> Any:
+        """A weight that broadcasts to ``shape``, contiguous, with size 1 for batch and channel if it has it there."""
+        full = any(weight.shape[axis] != 1 for axis in self.kept)
+        target = tuple(size if full or axis not in self.kept else 1 for axis, size in enumerate(shape))
+        batch, outer, channel, inner = self.folded
+        folded = self.folded if full else (1, outer, 1, inner)
+        return xp.ascontiguousarray(xp.broadcast_to(weight, target).transpose(self.order).reshape(folded))
+
+    def unfold(self, folded: Any, into: Any) -> None:
+        """Write a folded result into an array of the original shape."""
+        target = into.transpose(self.order)
+        target[...] = folded.reshape(target.shape)
+
+    def vector(self, xp: Any, parameter: Any) -> Any:
+        """A parameter that broadcasts to the kept shape, as the kernels' float64 vector."""
+        if parameter.shape != self.kept_shape:
+            parameter = xp.broadcast_to(parameter, self.kept_shape)
+        if self.kept_order is not None:
+            parameter = parameter.transpose(self.kept_order)
+        return parameter.astype(xp.float64, order="C", copy=False).reshape(-1)
+
+    def kept_array(self, xp: Any, vector: Any) -> Any:
+        """A kernel's result vector in the kept shape, C-contiguous."""
+        if self.kept_order is None:
+            return vector.reshape(self.kept_shape)
+        sizes = [self.kept_shape[axis] for axis in self.kept_order]
+        inverse = sorted(range(len(sizes)), key=self.kept_order.__getitem__)
+        return xp.ascontiguousarray(vector.reshape(sizes).transpose(inverse))
+
+
+@lru_cache(maxsize=4096)
+def layout_of(shape: Shape, strides: Shape, kept: frozenset[int]) -> Layout:
+    """The layout of an array of this shape and these strides whose axes ``kept`` are kept."""
+    # Broadcast axes (stride 0) go outermost: there they cost nothing, inside they would break contiguous runs.
+    order = sorted(range(len(shape)), key=lambda axis: -abs(strides[axis]) if strides[axis] else -math.inf)
+    runs = _runs(order, shape, kept)
+    if len(runs) > 4 or (len(runs) == 4 and runs[0][0] not in kept):
+        fastest_is_kept = runs[-1][0] in kept
+        order.sort(key=lambda axis: (axis in kept) == fastest_is_kept)
+        runs = _runs(order, shape, kept)
+    sizes = [math.prod(shape[axis] for axis in run) for run in runs]
+    # Absent groups: an array that ends in kept axes has no inner group, one that starts with reduced ones no batch.
+    if runs and runs[-1][0] in kept:
+        sizes.append(1)
+    folded = (1,) * (4 - len(sizes)) + tuple(sizes)
+    kept_axes = sorted(kept)
+    kept_order = tuple(kept_axes.index(axis) for axis in order if axis in kept)
+    return Layout(
+        order=tuple(order),
+        folded=folded if 0 not in shape else _empty(shape, kept),
+        kept_shape=tuple(shape[axis] for axis in kept_axes),
+        kept_order=None if kept_order == tuple(range(len(kept_order))) else kept_order,
+        kept=kept,
+    )
+
+
+def _runs(order: list[int], shape: Shape, kept: frozenset[int]) -> list[list[int]]:
+    """Neighbouring axes of one kind, together; axes of size 1 belong anywhere and are left out."""
+    runs: list[list[int]] = []
+    for axis in order:
+        if shape[axis] == 1:
+            continue
+        if runs and (runs[-1][0] in kept) == (axis in kept):
+            runs[-1].append(axis)
+        else:
+            runs.append([axis])
+    return runs
+
+
+def _empty(shape: Shape, kept: frozenset[int]) -> Shape:
+    """The folded shape of an array without elements."""
+    channels = math.prod(shape[axis] for axis in kept)
+    return 1, math.prod(size for axis, size in enumerate(shape) if axis not in kept), channels, 1
