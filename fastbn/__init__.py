@@ -1,0 +1,37 @@
+"""Batch-normalization kernels for people who hold arrays: NumPy arrays on the CPU, CuPy arrays on the GPU."""
+
+from fastbn.functional import (
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_inference,
+    fold,
+    grad_input,
+    grad_sums,
+    normalize,
+)
+from fastbn.merging import Moments, merge, population, update_running
+from fastbn.saved import Gradients, Saved
+from fastbn.statistics import mean, mean_var, moments, std, var
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Gradients",
+    "Moments",
+    "Saved",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_inference",
+    "fold",
+    "grad_input",
+    "grad_sums",
+    "mean",
+    "mean_var",
+    "merge",
+    "moments",
+    "normalize",
+    "population",
+    "std",
+    "update_running",
+    "var",
+]

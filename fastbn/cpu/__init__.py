@@ -24,6 +24,8 @@ __all__ = [
     "grad_sums",
     "moments",
     "normalize",
+    "overlap",
+    "same_or_apart",
     "writable_in_place",
     "xp",
 ]
@@ -64,6 +66,18 @@ def _unit_stride(a: Array) -> bool:
 def writable_in_place(a: Array) -> bool:
     """Whether kernels can write a folded array as it lies in memory."""
     return bool(a.dtype.isnative and a.flags.aligned and _unit_stride(a))
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays share memory; where that is hard to decide, whether their extents meet."""
+    return np.may_share_memory(a, b) and np.may_share_memory(a, b, max_work=1000)
+
+
+def same_or_apart(a: Array, b: Array) -> bool:
+    """Whether each element of `a` lies where the same element of `b` does, or the arrays share no memory."""
+    return (
+        a.__array_interface__["data"][0] == b.__array_interface__["data"][0] and a.strides == b.strides
+    ) or not overlap(a, b)
 
 
 def _memory(a: Array | None) -> tuple[Array | None, tuple[int, ...]]:

@@ -1,0 +1,145 @@
+"""Checks of what users pass. Each names the argument, what was expected and what came; none allocates or writes."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
+
+from fastbn.dispatch import one_kind
+from fastbn.layout import Layout, Shape, layout_of
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+_known: dict[Any, bool] = {}
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether kernels compute on this dtype. ``dtype.name`` takes a microsecond, hence the table."""
+    known = _known.get(dtype)
+    if known is None:
+        known = _known[dtype] = dtype.name in FLOATS
+    return known
+
+
+def data(name: str, array: Any) -> Any:
+    """An array of data: one of the float dtypes. A memmap is seen as the plain array it is."""
+    if not is_float(array.dtype):
+        instead = {"i": "; convert it with .astype(numpy.float32)", "u": "; convert it with .astype(numpy.float32)"}
+        instead["c"] = "; normalise its real and imaginary parts"
+        raise TypeError(
+            f"{name}: expected one of {', '.join(FLOATS)}, got dtype {array.dtype}{instead.get(array.dtype.kind, '')}"
+        )
+    return array.view(np.ndarray) if type(array) is np.memmap else array
+
+
+def like(name: str, array: Any, x: Any, of: str = "x") -> Any:
+    """An input of the shape and dtype of another."""
+    if array is None:
+        return None
+    if array.shape != x.shape or array.dtype != x.dtype:
+        raise ValueError(
+            f"{name}: expected {of}'s shape {x.shape} and dtype {x.dtype}, got shape {array.shape} and dtype {array.dtype}"
+        )
+    return array.view(np.ndarray) if type(array) is np.memmap else array
+
+
+def output(name: str, array: Any, x: Any, of: str = "x") -> Any:
+    """An array to write, of the shape and dtype of another."""
+    array = like(name, array, x, of)
+    if array is not None and isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ValueError(f"{name}: expected a writable array, got a read-only one")
+    return array
+
+
+def channel_axes(ndim: int, channel_axis: Any) -> frozenset[int]:
+    """The kept axes, not negative."""
+    if isinstance(channel_axis, int):
+        return frozenset((normalize_axis_index(channel_axis, ndim, "channel_axis"),))
+    try:
+        return frozenset(normalize_axis_tuple(channel_axis, ndim, "channel_axis"))
+    except TypeError:
+        raise TypeError(
+            f"channel_axis: expected an int or a tuple of ints, got {type(channel_axis).__name__}"
+        ) from None
+
+
+def layout_for(x: Any, channel_axis: Any) -> Layout:
+    """The layout of x with these kept axes."""
+    return layout_of(x.shape, x.strides, channel_axes(x.ndim, channel_axis))
+
+
+def parameter(name: str, array: Any, layout: Layout) -> Any:
+    """A per-channel parameter: any float dtype, of a shape that broadcasts to the kept axes'."""
+    if not (is_float(array.dtype) or array.dtype.kind == "f"):
+        raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
+    if array.shape != layout.kept_shape and not _broadcasts(array.shape, layout.kept_shape):
+        raise ValueError(f"{name}: expected a shape that broadcasts to {layout.kept_shape}, got {array.shape}")
+    return array
+
+
+def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape, kept: frozenset[int]) -> Any:
+    """where * weights with the dimensions of x: None, bool or float64."""
+    if where is not None:
+        if where.dtype != bool:
+            raise TypeError(f"where: expected dtype bool, got {where.dtype}")
+        where = _reduced_only("where", where, shape, kept)
+    if weights is not None:
+        if weights.dtype.kind not in "fiub" and not is_float(weights.dtype):
+            raise TypeError(f"weights: expected a real dtype, got {weights.dtype}")
+        weights = _reduced_only("weights", weights, shape, kept).astype(xp.float64)
+        if xp is np and not (np.isfinite(weights) & (weights >= 0)).all():
+            raise ValueError("weights: expected finite values >= 0, got others among them")
+    if where is None or weights is None:
+        return where if weights is None else weights
+    return xp.where(where, weights, 0.0)
+
+
+def _reduced_only(name: str, array: Any, shape: Shape, kept: frozenset[int]) -> Any:
+    """Give a weight the dimensions of x; it must have size 1 on the channel axes."""
+    padded = (1,) * (len(shape) - array.ndim) + array.shape
+    expected = tuple(1 if axis in kept else size for axis, size in enumerate(shape))
+    if len(padded) != len(shape) or not _broadcasts(padded, expected):
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {expected} (size 1 on the channel axes), got {array.shape}"
+        )
+    return array.reshape(padded)
+
+
+def _broadcasts(shape: Shape, to: Shape) -> bool:
+    """Whether an array of one shape can be read as one of another."""
+    if len(shape) > len(to):
+        return False
+    return all(size in (1, want) for size, want in zip(reversed(shape), reversed(to), strict=False))
+
+
+def epsilon(eps: Any) -> float:
+    """A finite number >= 0."""
+    if not isinstance(eps, Real):
+        raise TypeError(f"eps: expected a real number, got {type(eps).__name__}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+    return float(eps)
+
+
+def is_relu(activation: Any) -> bool:
+    """None or "relu"."""
+    if activation is not None and activation != "relu":
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+    return activation is not None
+
+
+def gathered(xp: Any, rows: Any, width: int) -> Any:
+    """What a gather hook returned: (ranks, width) numbers of x's kind."""
+    one_kind(**{"the vector given to gather": xp.empty(0), "gather's result": rows})
+    if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] != width:
+        raise ValueError(f"gather: expected a result of shape (ranks, {width}), got {rows.shape}")
+    return rows.astype(xp.float64, copy=False)
+
+
+def reciprocal_std(xp: Any, var: Any, eps: float) -> Any:
+    """1 / sqrt(var + eps) in float64; infinite or NaN without a warning, as the formula says."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 1.0 / xp.sqrt(var + eps)

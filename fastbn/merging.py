@@ -1,0 +1,251 @@
+"""Mergeable statistics: `Moments` and what is done with them. Array-library agnostic float64 arithmetic on small arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastbn import arguments
+from fastbn.dispatch import kind_of
+
+
+def namespace(array: Any, name: str = "array") -> Any:
+    """numpy, or the cupy that the array came from."""
+    if kind_of(name, array) == "numpy":
+        return np
+    import cupy
+
+    return cupy
+
+
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations of each channel, float64 arrays of the channels' shape.
+
+    What `moments` returns and `merge` combines. Counts are sums of weights where there were weights; a channel of
+    count 0 has mean and m2 NaN.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> m = fastbn.moments(np.array([[1.0, 4.0], [3.0, 8.0]]))
+    >>> m.mean, m.var(), m.var(correction=1)
+    (array([2., 6.]), array([1., 4.]), array([2., 8.]))
+    """
+
+    count: Any  # type: ignore[assignment]  # tuple.count gives way to the field's standard name
+    mean: Any
+    m2: Any
+
+    def var(self, correction: float = 0) -> Any:
+        """Variance ``m2 / (count - correction)``; NaN where nothing is left to divide by."""
+        xp = namespace(self.m2)
+        divisor = self.count - correction
+        return self.m2 / xp.where(divisor > 0, divisor, np.nan)
+
+    def std(self, correction: float = 0) -> Any:
+        """Standard deviation ``sqrt(var(correction))``."""
+        return namespace(self.m2).sqrt(self.var(correction))
+
+    def rstd(self, eps: float = 1e-5) -> Any:
+        """Reciprocal standard deviation ``1 / sqrt(var + eps)`` with the biased variance."""
+        with np.errstate(divide="ignore"):
+            return 1.0 / namespace(self.m2).sqrt(self.var() + eps)
+
+
+def merge(*moments: Moments) -> Moments:
+    """Moments of the union of disjoint samples, by Chan's update in the order given.
+
+    Parameters
+    ----------
+    *moments : Moments
+        At least one, all of one shape. Where an operand's count is 0 the other is returned bit for bit, whatever the
+        operand's mean and m2 hold.
+
+    Returns
+    -------
+    Moments
+
+    Raises
+    ------
+    ValueError
+        No operand, or shapes that differ.
+    TypeError
+        An operand that is not a `Moments`, or operands of different kinds of array.
+
+    Notes
+    -----
+    With ``d = mean_b - mean_a`` and ``n = n_a + n_b``: ``mean = mean_a + d n_b / n`` and
+    ``m2 = m2_a + m2_b + d^2 n_a n_b / n``.
+
+    References
+    ----------
+    Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37 (1983), eq. 2.1.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.arange(12.0).reshape(6, 2)
+    >>> both = fastbn.merge(fastbn.moments(x[:2]), fastbn.moments(x[2:]))
+    >>> both.mean, both.m2
+    (array([5., 6.]), array([70., 70.]))
+    """
+    if not moments:
+        raise ValueError("merge: expected at least one Moments, got none")
+    first = _checked("moments[0]", moments[0])
+    xp = namespace(first.count)
+    for i, other in enumerate(moments[1:], 1):
+        _checked(f"moments[{i}]", other)
+        if other.count.shape != first.count.shape:
+            raise ValueError(f"moments[{i}]: expected shape {first.count.shape}, got {other.count.shape}")
+        if namespace(other.count) is not xp:
+            raise TypeError(f"moments[{i}]: expected arrays of the same kind as moments[0]")
+    n, mean, m2 = (xp.array(a, dtype=xp.float64) for a in first)
+    for count, other_mean, other_m2 in moments[1:]:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            together = n + count
+            delta = other_mean - mean
+            share = count / together
+            both = (count != 0) & (n != 0)
+            mean = xp.where(both, mean + delta * share, xp.where(n == 0, other_mean, mean))
+            m2 = xp.where(both, m2 + (other_m2 + delta * delta * (n * share)), xp.where(n == 0, other_m2, m2))
+            n = together
+    return Moments(n, mean, m2)
+
+
+def _checked(name: str, moments: Any) -> Moments:
+    if not isinstance(moments, tuple) or len(moments) != 3:
+        raise TypeError(f"{name}: expected a fastbn.Moments, got {type(moments).__name__}")
+    shapes = {tuple(np.shape(a)) for a in moments}
+    if len(shapes) != 1:
+        raise ValueError(f"{name}: expected count, mean and m2 of one shape, got {sorted(shapes)}")
+    for field, array in zip(Moments._fields, moments, strict=True):
+        kind_of(f"{name}.{field}", array)
+    return Moments(*moments)
+
+
+def update_running(
+    mean: Any,
+    var: Any,
+    moments: Moments,
+    *,
+    rate: float = 0.1,
+    correction: float = 1,
+    skip_nonfinite: bool = False,
+    out: tuple[Any, Any] | None = None,
+) -> tuple[Any, Any]:
+    """Running statistics after one more batch: ``(1 - rate) * running + rate * batch``.
+
+    Parameters
+    ----------
+    mean, var : array
+        Running mean and variance, of any float dtype and the moments' shape.
+    moments : Moments
+        The batch's.
+    rate : float
+        Weight of the new batch, in [0, 1]: PyTorch's ``momentum``; Keras, Flax and ONNX weight the old statistics.
+    correction : float
+        The batch's variance is ``m2 / (count - correction)``. Channels with ``count <= correction`` stay as they are.
+    skip_nonfinite : bool
+        Leave channels alone whose batch mean or variance is NaN or infinite.
+    out : pair of arrays, optional
+        Written and returned; may be ``(mean, var)`` themselves.
+
+    Returns
+    -------
+    mean, var : array
+        In the dtypes of the arguments `mean` and `var`, computed in float64.
+
+    Raises
+    ------
+    ValueError
+        A rate outside [0, 1], a shape that is not the moments', an `out` of another shape or dtype, or read-only.
+    TypeError
+        Arrays of another kind than the moments', or not of a float dtype.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> batch = fastbn.moments(np.array([[1.0], [3.0]]))
+    >>> fastbn.update_running(np.zeros(1), np.ones(1), batch)
+    (array([0.2]), array([1.1]))
+    """
+    moments = _checked("moments", moments)
+    xp = namespace(moments.count)
+    if not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        raise ValueError(f"rate: expected a number in [0, 1], got {rate!r}")
+    old = {"mean": mean, "var": var}
+    for name, array in old.items():
+        if namespace(array, name) is not xp:
+            raise TypeError(f"{name}: expected an array of the moments' kind, got {type(array).__name__}")
+        if not (arguments.is_float(array.dtype) or array.dtype.kind == "f"):
+            raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
+        if array.shape != moments.count.shape:
+            raise ValueError(f"{name}: expected the moments' shape {moments.count.shape}, got {array.shape}")
+    if out is not None:
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(f"out: expected a pair of arrays, got {type(out).__name__}")
+        for name, array, (of, like) in zip(("out[0]", "out[1]"), out, old.items(), strict=True):
+            namespace(array, name)
+            arguments.output(name, array, like, of)
+    batch_var = moments.var(correction)
+    update = moments.count > correction
+    if skip_nonfinite:
+        update &= xp.isfinite(moments.mean) & xp.isfinite(batch_var)
+    results = []
+    for array, batch in ((mean, moments.mean), (var, batch_var)):
+        running = array.astype(xp.float64)
+        # The ends are exact and take nothing of the other side, which may be infinite.
+        mixed = batch if rate == 1 else running if rate == 0 else (1.0 - rate) * running + rate * batch
+        results.append(xp.where(update, mixed, running).astype(array.dtype))
+    if out is None:
+        return results[0], results[1]
+    out[0][...], out[1][...] = results
+    return out
+
+
+def population(moments_of_batches: Iterable[Moments]) -> tuple[Any, Any]:
+    """Population mean and variance from the moments of many batches, every batch counting the same.
+
+    Parameters
+    ----------
+    moments_of_batches : iterable of Moments
+        All of one shape. Per channel, batches with count <= 1 are skipped; NaN where none is left.
+
+    Returns
+    -------
+    mean, var : array
+        Float64: the averages over batches of the mean and of the unbiased variance ``m2 / (count - 1)``.
+
+    Raises
+    ------
+    ValueError
+        No batch at all, or shapes that differ.
+
+    References
+    ----------
+    Ioffe & Szegedy, "Batch Normalization", ICML 2015, Algorithm 2, step 10.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> batches = (np.array([[1.0], [3.0]]), np.array([[5.0], [5.0]]))
+    >>> fastbn.population(fastbn.moments(b) for b in batches)
+    (array([3.5]), array([1.]))
+    """
+    batches = [_checked(f"moments_of_batches[{i}]", m) for i, m in enumerate(moments_of_batches)]
+    if not batches:
+        raise ValueError("moments_of_batches: expected at least one Moments, got none")
+    xp = namespace(batches[0].count)
+    shapes = {m.count.shape for m in batches}
+    if len(shapes) != 1:
+        raise ValueError(f"moments_of_batches: expected one shape, got {sorted(shapes)}")
+    used, mean, var = (xp.zeros(batches[0].count.shape) for _ in range(3))
+    for m in batches:
+        counts = m.count > 1
+        used += counts
+        mean += xp.where(counts, m.mean, 0.0)
+        var += xp.where(counts, m.var(correction=1), 0.0)
+    divisor = xp.where(used > 0, used, np.nan)
+    return mean / divisor, var / divisor

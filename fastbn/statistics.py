@@ -1,0 +1,360 @@
+"""Statistics: `mean`, `var`, `std` as drop-ins for NumPy's, `mean_var` and `moments` in one pass.
+
+Accumulation is by corrected two-pass sums in chunks, merged by Chan's update in float64 (see ``cpu/rows.py``): float32
+data with a mean 50 000 times their deviation keep a mean good to 1e-7 and a variance good to 1e-6.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
+
+from fastbn import arguments
+from fastbn.dispatch import backend_of, is_foreign, kind_of, one_kind
+from fastbn.layout import layout_of
+from fastbn.merging import Moments
+
+__all__ = ["mean", "mean_var", "moments", "std", "var"]
+
+
+def mean(
+    x: Any,
+    axis: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    keepdims: bool = False,
+    *,
+    where: Any = True,
+) -> Any:
+    """Arithmetic mean over axes: `numpy.mean`, accurate and parallel.
+
+    Parameters
+    ----------
+    x : array_like
+        Real numbers of any dtype and layout; lists and scalars as NumPy takes them.
+    axis : int or tuple of ints, optional
+        The axes reduced; all by default.
+    dtype : dtype, optional
+        Of the result: by default float64 for integers, else that of `x`. Sums are in float64 whatever it is.
+    out : array, optional
+        Written and returned; of the result's shape.
+    keepdims : bool
+        Leave the reduced axes in the result, with size 1.
+    where : array_like of bool
+        Elements to include; broadcasts to `x`.
+
+    Returns
+    -------
+    array or scalar
+
+    Raises
+    ------
+    TypeError
+        Complex, object and time dtypes, masked arrays and other subclasses, arrays of other libraries.
+    numpy.exceptions.AxisError
+        An axis that `x` has not; ValueError for a repeated one.
+
+    Notes
+    -----
+    Infinities of one sign give that infinity, NaN and infinities of both signs NaN. An empty slice gives NaN and NumPy's
+    RuntimeWarning. Extended precision (longdouble) and an integer `dtype` are left to NumPy.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.full((4, 512, 512, 8), 100, np.float32) + np.float32(1 / 3)
+    >>> np.mean(x, axis=(0, 1, 2))[0], fastbn.mean(x, axis=(0, 1, 2))[0]  # doctest: +SKIP
+    (np.float32(...), np.float32(100.333336))
+    >>> fastbn.mean([[1, 2], [3, 5]], axis=0)
+    array([2. , 3.5])
+    """
+    x = _array(x)
+    if _is_numpys(x, dtype):
+        return np.mean(x, axis, dtype, out, keepdims, where=where)
+    count, centre, _, shape = _reduced(x, axis, keepdims, where)
+    _warn_if(count == 0, "Mean of empty slice.")
+    return _result(centre.reshape(shape), x, dtype, out)
+
+
+def var(
+    x: Any,
+    axis: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    ddof: float = 0,
+    keepdims: bool = False,
+    *,
+    where: Any = True,
+    mean: Any = None,
+    correction: float | None = None,
+) -> Any:
+    """Variance over axes: `numpy.var`, accurate and parallel.
+
+    Parameters
+    ----------
+    x, axis, dtype, out, keepdims, where
+        As for `mean`.
+    ddof : float
+        The divisor is the number of elements less `ddof`.
+    mean : array_like, optional
+        Measure deviations from these values instead of the mean; of the shape that ``keepdims=True`` gives.
+    correction : float, optional
+        The array API's name for `ddof`; give one of them.
+
+    Returns
+    -------
+    array or scalar
+        ``sum((x - mean)^2) / (n - ddof)``.
+
+    Raises
+    ------
+    ValueError
+        `ddof` and `correction` both given; otherwise as `mean`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.var([1.0, 2.0, 3.0, 4.0]), fastbn.var([1.0, 2.0, 3.0, 4.0], correction=1)
+    (np.float64(1.25), np.float64(1.6666666666666667))
+    """
+    x, ddof = _array(x), _degrees(ddof, correction)
+    if _is_numpys(x, dtype):
+        options = {} if mean is None else {"mean": mean}
+        return np.var(x, axis, dtype, out, ddof, keepdims, where=where, **options)
+    return _result(_variance(x, axis, ddof, keepdims, where, mean), x, dtype, out)
+
+
+def std(
+    x: Any,
+    axis: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    ddof: float = 0,
+    keepdims: bool = False,
+    *,
+    where: Any = True,
+    mean: Any = None,
+    correction: float | None = None,
+) -> Any:
+    """Standard deviation over axes, ``sqrt(var(...))``: `numpy.std`, accurate and parallel.
+
+    Parameters, results and errors are those of `var`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.std([1.0, 1.0, 5.0, 5.0])
+    np.float64(2.0)
+    """
+    x, ddof = _array(x), _degrees(ddof, correction)
+    if _is_numpys(x, dtype):
+        options = {} if mean is None else {"mean": mean}
+        return np.std(x, axis, dtype, out, ddof, keepdims, where=where, **options)
+    return _result(np.sqrt(_variance(x, axis, ddof, keepdims, where, mean)), x, dtype, out)
+
+
+def mean_var(
+    x: Any, axis: Any = None, *, correction: float = 0, keepdims: bool = False, where: Any = True
+) -> tuple[Any, Any]:
+    """Mean and variance in one pass over the data.
+
+    Parameters
+    ----------
+    x, axis, keepdims, where
+        As for `mean`.
+    correction : float
+        The variance's divisor is the number of elements less `correction`.
+
+    Returns
+    -------
+    mean, var : array or scalar
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        As `mean`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> fastbn.mean_var(np.array([[0.0, 1.0], [2.0, 5.0]]), axis=0)
+    (array([1., 3.]), array([1., 4.]))
+    """
+    x = _array(x)
+    if _is_numpys(x, None):
+        return np.mean(x, axis, None, None, keepdims, where=where), np.var(
+            x, axis, None, None, correction, keepdims, where=where
+        )
+    count, centre, m2, shape = _reduced(x, axis, keepdims, where)
+    _warn_if(count == 0, "Mean of empty slice.")
+    variance = _divided(m2, count, correction)
+    return _result(centre.reshape(shape), x, None, None), _result(variance.reshape(shape), x, None, None)
+
+
+def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = None) -> Moments:
+    """Count, mean and sum of squared deviations of each channel, in one pass.
+
+    Parameters
+    ----------
+    x : array_like
+        Real numbers of any layout.
+    channel_axis : int or tuple of ints
+        The axes kept.
+    where : array of bool, optional
+        Elements to include; broadcasts to `x`, with size 1 on the channel axes.
+    weights : array, optional
+        Finite real weights >= 0, shaped like `where`: how often each element counts. Both given, they multiply. What
+        weighs zero is skipped, NaN or not.
+
+    Returns
+    -------
+    Moments
+        Float64 arrays of the kept axes' shape, in x's order: ``count = sum w``, ``mean = sum(w x) / count``,
+        ``m2 = sum(w (x - mean)^2)``.
+
+    Raises
+    ------
+    TypeError
+        As `mean`; a `where` that is not bool.
+    ValueError
+        A `where` or `weights` that does not broadcast so, negative or non-finite weights.
+    numpy.exceptions.AxisError
+        A channel axis that `x` has not.
+
+    References
+    ----------
+    Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37 (1983).
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.array([[1.0, 10.0], [3.0, np.nan]])
+    >>> fastbn.moments(x, where=np.array([[True], [False]])).mean
+    array([ 1., 10.])
+    """
+    x = _array(x)
+    kept = arguments.channel_axes(x.ndim, channel_axis)
+    kind = one_kind(x=x, where=where, weights=weights)
+    backend = backend_of(kind)
+    weight = arguments.combined_weight(backend.xp, where, weights, x.shape, kept)
+    x = _floating(x)
+    return _channel_moments(backend, x, kept, weight)
+
+
+def _channel_moments(backend: Any, x: Any, kept: frozenset[int], weight: Any) -> Moments:
+    layout = layout_of(x.shape, x.strides, kept)
+    folded = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
+    count, centre, m2 = backend.moments(layout.fold(x), folded)
+    return Moments(*(layout.kept_array(backend.xp, vector) for vector in (count, centre, m2)))
+
+
+# --- what the NumPy drop-ins share ------------------------------------------------------------------------------------
+
+
+def _array(x: Any) -> Any:
+    """x as an array of real numbers: lists and scalars as NumPy takes them, foreign arrays refused."""
+    if type(x) is not np.ndarray and not _is_cupy(x):
+        if is_foreign(x):
+            kind_of("x", x)  # raises, naming what to pass instead
+        x = np.asarray(x)
+    if x.dtype.kind in "cOmMSUV" and not arguments.is_float(x.dtype):
+        raise TypeError(
+            f"x: expected real numbers, got dtype {x.dtype}; numpy.mean and numpy.var take complex, object and time dtypes"
+        )
+    return x
+
+
+def _is_cupy(x: Any) -> bool:
+    return type(x).__module__.partition(".")[0] == "cupy" and kind_of("x", x) == "cupy"
+
+
+def _is_numpys(x: Any, dtype: Any) -> bool:
+    """Whether NumPy computes this: extended precision, an integer result, or nothing to reduce."""
+    if type(x) is not np.ndarray:
+        return False
+    wanted = x.dtype if dtype is None else np.dtype(dtype)
+    longs = x.dtype.char == "g" or wanted.char == "g"
+    return longs or x.size == 0 or not (arguments.is_float(wanted) or (dtype is None and wanted.kind in "iub"))
+
+
+def _floating(x: Any) -> Any:
+    """Integers and bools as float64, so that their sums are exact as far as NumPy's are."""
+    return x if arguments.is_float(x.dtype) else x.astype(np.float64)
+
+
+def _degrees(ddof: float, correction: float | None) -> float:
+    if correction is None:
+        return ddof
+    if ddof != 0:
+        raise ValueError("correction: expected ddof or correction, got both")
+    return correction
+
+
+def _reduced(x: Any, axis: Any, keepdims: bool, where: Any) -> tuple[Any, Any, Any, tuple[int, ...]]:
+    """Count, mean and M2 over the axes, and the shape that NumPy gives the result."""
+    axes = range(x.ndim) if axis is None else normalize_axis_tuple(axis, x.ndim)
+    kept = frozenset(range(x.ndim)).difference(axes)
+    backend = backend_of(kind_of("x", x))
+    weight = _where(backend.xp, where, x.shape)
+    count, centre, m2 = _channel_moments(backend, _floating(x), kept, weight)
+    shape = tuple(1 if i not in kept else n for i, n in enumerate(x.shape)) if keepdims else count.shape
+    return count, centre, m2, shape
+
+
+def _where(xp: Any, where: Any, shape: tuple[int, ...]) -> Any:
+    if where is True:
+        return None
+    where = xp.asarray(where)
+    if where.dtype != bool:
+        raise TypeError(f"where: expected dtype bool, got {where.dtype}")
+    if where.ndim > len(shape):
+        raise ValueError(f"where: expected a shape that broadcasts to {shape}, got {where.shape}")
+    padded = where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
+    if any(size not in (1, want) for size, want in zip(padded.shape, shape, strict=True)):
+        raise ValueError(f"where: expected a shape that broadcasts to {shape}, got {where.shape}")
+    return padded
+
+
+def _variance(x: Any, axis: Any, ddof: float, keepdims: bool, where: Any, given: Any) -> Any:
+    count, centre, m2, shape = _reduced(x, axis, keepdims, where)
+    if given is not None:
+        given = np.asarray(given, dtype=np.float64)
+        if given.size != centre.size:
+            raise ValueError(f"mean: expected the shape of the result with keepdims=True, got {given.shape}")
+        m2 = m2 + count * (centre - given.reshape(centre.shape)) ** 2
+    return _divided(m2, count, ddof).reshape(shape)
+
+
+def _divided(m2: Any, count: Any, ddof: float) -> Any:
+    """m2 / max(count - ddof, 0), with NumPy's warning where nothing is left."""
+    _warn_if(count - ddof <= 0, "Degrees of freedom <= 0 for slice.")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return m2 / np.maximum(count - ddof, 0)
+
+
+def _warn_if(condition: Any, message: str) -> None:
+    if condition.any():
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _result(value: Any, x: Any, dtype: Any, out: Any) -> Any:
+    """Cast as NumPy does; write to `out` if given; a full reduction is a scalar."""
+    if dtype is None:
+        dtype = x.dtype.newbyteorder("=") if arguments.is_float(x.dtype) else np.float64
+    if out is not None:
+        if kind_of("out", out) != kind_of("x", value):
+            raise TypeError(f"out: expected an array of x's kind, got {type(out).__name__}")
+        if out.shape != value.shape:
+            raise ValueError(f"out: expected shape {value.shape}, got {out.shape}")
+        if not np.can_cast(dtype, out.dtype, "same_kind"):
+            raise TypeError(f"out: expected a dtype that {np.dtype(dtype)} can be cast to, got {out.dtype}")
+        if not out.flags.writeable:
+            raise ValueError("out: expected a writable array, got a read-only one")
+        out[...] = value
+        return out
+    with np.errstate(over="ignore"):  # float16 results beyond 65504 are infinite
+        value = value.astype(dtype, copy=False)
+    return value[()] if isinstance(value, np.ndarray) else value
