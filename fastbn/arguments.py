@@ -54,21 +54,31 @@ def output(name: str, array: Any, x: Any, of: str = "x") -> Any:
     return array
 
 
-def channel_axes(ndim: int, channel_axis: Any) -> frozenset[int]:
+def channel_axes(ndim: int, channel_axis: Any, name: str = "channel_axis") -> frozenset[int]:
     """The kept axes, not negative."""
     if isinstance(channel_axis, int):
-        return frozenset((normalize_axis_index(channel_axis, ndim, "channel_axis"),))
+        return frozenset((normalize_axis_index(channel_axis, ndim, name),))
     try:
-        return frozenset(normalize_axis_tuple(channel_axis, ndim, "channel_axis"))
+        return frozenset(normalize_axis_tuple(channel_axis, ndim, name))
     except TypeError:
-        raise TypeError(
-            f"channel_axis: expected an int or a tuple of ints, got {type(channel_axis).__name__}"
-        ) from None
+        raise TypeError(f"{name}: expected an int or a tuple of ints, got {channel_axis!r}") from None
 
 
-def layout_for(x: Any, channel_axis: Any) -> Layout:
+def static_axes(channel_axis: Any) -> int | tuple[int, ...]:
+    """Checked channel axes as plain, hashable numbers."""
+    return tuple(map(int, channel_axis)) if isinstance(channel_axis, (tuple, list)) else int(channel_axis)
+
+
+def layout_for(x: Any, channel_axis: Any, name: str = "channel_axis") -> Layout:
     """The layout of x with these kept axes."""
-    return layout_of(x.shape, x.strides, channel_axes(x.ndim, channel_axis))
+    return layout_of(x.shape, x.strides, channel_axes(x.ndim, channel_axis, name))
+
+
+def real(name: str, number: Any) -> float:
+    """A real number, Python's or NumPy's."""
+    if not isinstance(number, Real):
+        raise TypeError(f"{name}: expected a real number, got {type(number).__name__}")
+    return float(number)
 
 
 def parameter(name: str, array: Any, layout: Layout) -> Any:
@@ -117,11 +127,17 @@ def _broadcasts(shape: Shape, to: Shape) -> bool:
 
 def epsilon(eps: Any) -> float:
     """A finite number >= 0."""
-    if not isinstance(eps, Real):
-        raise TypeError(f"eps: expected a real number, got {type(eps).__name__}")
+    eps = real("eps", eps)
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
-    return float(eps)
+    return eps
+
+
+def hook(gather: Any) -> Any:
+    """None or something to call."""
+    if gather is not None and not callable(gather):
+        raise TypeError(f"gather: expected a callable, got {type(gather).__name__}")
+    return gather
 
 
 def is_relu(activation: Any) -> bool:
@@ -133,7 +149,9 @@ def is_relu(activation: Any) -> bool:
 
 def gathered(xp: Any, rows: Any, width: int) -> Any:
     """What a gather hook returned: (ranks, width) numbers of x's kind."""
-    one_kind(**{"the vector given to gather": xp.empty(0), "gather's result": rows})
+    one_kind({"gather's argument": xp.empty(0), "gather's result": rows})
+    if rows.dtype.kind not in "fiu":
+        raise TypeError(f"gather: expected a result of real numbers, got dtype {rows.dtype}")
     if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] != width:
         raise ValueError(f"gather: expected a result of shape (ranks, {width}), got {rows.shape}")
     return rows.astype(xp.float64, copy=False)

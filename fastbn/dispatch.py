@@ -33,12 +33,10 @@ def kind_of(name: str, array: Any) -> str:
     )
 
 
-def one_kind(**arrays: Any) -> str:
-    """The kind that all the given arrays share; None is skipped."""
+def one_kind(required: dict[str, Any], **optional: Any) -> str:
+    """The kind that all the given arrays share; an optional one may be None."""
     first, kind = "", ""
-    for name, array in arrays.items():
-        if array is None:
-            continue
+    for name, array in (required | {n: a for n, a in optional.items() if a is not None}).items():
         found = kind_of(name, array)
         if not kind:
             first, kind = name, found
@@ -71,6 +69,8 @@ def _type_name(kind: type) -> str:
 def _what_to_call(value: Any) -> str:
     if isinstance(value, np.ma.MaskedArray):
         return "pass a.data and where=~numpy.ma.getmaskarray(a)"
+    if value is None:
+        return "it is required"
     if isinstance(value, (np.ndarray, np.generic, list, tuple, int, float)):
         return "pass numpy.asarray(a)"
     return _INSTEAD.get(type(value).__module__.partition(".")[0], "convert it to a NumPy array")

@@ -7,6 +7,7 @@ the results the caller's shape.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -112,19 +113,21 @@ def batch_norm(
     >>> saved.mean, saved.rstd
     (array([2., 4.]), array([1. , 0.5]))
     """
-    kind = one_kind(x=x, gamma=gamma, beta=beta, where=where, weights=weights, residual=residual, out=out)
+    kind = one_kind(
+        {"x": x}, gamma=gamma, beta=beta, where=where, weights=weights, residual=residual, out=out
+    )
     backend = backend_of(kind)
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
     eps, relu = arguments.epsilon(eps), arguments.is_relu(activation)
     scale = _vector("gamma", gamma, layout, backend.xp, 1.0)
-    shift = _vector("beta", beta, layout, backend.xp, 0.0)
+    shift = _vector("beta", beta, layout, backend.xp)
     residual = arguments.like("residual", residual, x)
-    out = arguments.output("out", out, x)
+    out, gather = arguments.output("out", out, x), arguments.hook(gather)
     weight = arguments.combined_weight(backend.xp, where, weights, x.shape, layout.kept)
 
     y = _empty_like(backend.xp, x) if out is None else out
-    target = _Target(backend, layout, y, out is not None, x, residual)
+    target = _Target(backend, layout, y, out is not None, x, residual, gamma, beta)
     x_ = layout.fold(x)
     w_ = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
     r_ = None if residual is None else layout.fold(residual)
@@ -150,7 +153,7 @@ def batch_norm(
         mean=moments.mean,
         rstd=rstd,
         count=moments.count,
-        channel_axis=channel_axis if isinstance(channel_axis, int) else tuple(map(int, channel_axis)),
+        channel_axis=arguments.static_axes(channel_axis),
         activation=activation,
         has_residual=residual is not None,
         gathered=gather is not None,
@@ -226,7 +229,7 @@ def batch_norm_backward(
     if (gather is not None) != saved.gathered:
         came, went = ("a hook", "without one") if gather is not None else ("None", "with one")
         raise ValueError(f"gather: expected what the forward pass had, which ran {went}, got {came}")
-    kind = one_kind(dy=dy, **{"saved.x": x}, dmean=dmean, dvar=dvar, out=out)
+    kind = one_kind({"dy": dy, "saved.x": x}, dmean=dmean, dvar=dvar, out=out)
     backend = backend_of(kind)
     xp = backend.xp
     layout = arguments.layout_for(x, saved.channel_axis)
@@ -234,15 +237,15 @@ def batch_norm_backward(
     out = arguments.output("out", out, x)
     if frozen and not (dmean is None and dvar is None):
         raise ValueError("dmean, dvar: expected None with frozen statistics, which do not depend on x")
-    dmean = _vector("dmean", dmean, layout, xp, 0.0)
-    dvar = _vector("dvar", dvar, layout, xp, 0.0)
+    dmean = _vector("dmean", dmean, layout, xp)
+    dvar = _vector("dvar", dvar, layout, xp)
     gamma = _vector("saved.gamma", saved.gamma, layout, xp, 1.0)
     mean, rstd = layout.vector(xp, saved.mean), layout.vector(xp, saved.rstd)
     count = mean if frozen else layout.vector(xp, saved.count)
 
     dx = _empty_like(xp, x) if out is None else out
     dresidual = _empty_like(xp, x) if saved.has_residual else None
-    target = _Target(backend, layout, dx, out is not None, x, dy, saved.y)
+    target = _Target(backend, layout, dx, out is not None, x, dy, saved.y, saved.gamma)
     residual_target = None if dresidual is None else _Target(backend, layout, dresidual, False)
     into = (target.array, None if residual_target is None else residual_target.array)
     x_, dy_ = layout.fold(x), layout.fold(dy)
@@ -307,7 +310,7 @@ def batch_norm_inference(
     >>> fastbn.batch_norm_inference(np.array([[3.0, 9.0]]), np.array([1.0, 1.0]), np.array([4.0, 16.0]), eps=0)
     array([[1., 2.]])
     """
-    kind = one_kind(x=x, mean=mean, var=var, gamma=gamma, beta=beta, residual=residual, out=out)
+    kind = one_kind({"x": x, "mean": mean, "var": var}, gamma=gamma, beta=beta, residual=residual, out=out)
     backend = backend_of(kind)
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
@@ -357,7 +360,7 @@ def normalize(
     array([[-2.],
            [ 2.]])
     """
-    kind = one_kind(x=x, mean=mean, rstd=rstd, gamma=gamma, beta=beta, residual=residual, out=out)
+    kind = one_kind({"x": x, "mean": mean, "rstd": rstd}, gamma=gamma, beta=beta, residual=residual, out=out)
     backend = backend_of(kind)
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
@@ -394,7 +397,7 @@ def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: Axes = 1) 
     >>> fastbn.grad_sums(np.array([[1.0], [2.0]]), x, np.array([4.0]), np.array([2.0]))
     (array([2.]), array([3.]))
     """
-    backend = backend_of(one_kind(dy=dy, x=x, mean=mean, rstd=rstd))
+    backend = backend_of(one_kind({"dy": dy, "x": x, "mean": mean, "rstd": rstd}))
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
     dy = arguments.like("dy", dy, x)
@@ -452,14 +455,10 @@ def grad_input(
     array([[0.],
            [0.]])
     """
-    if isinstance(count, (int, float)):
-        count_ = None
-    else:
-        count_ = count
-    kind = one_kind(
-        dy=dy, x=x, mean=mean, rstd=rstd, gamma=gamma, dgamma=dgamma, dbeta=dbeta, count=count_,
-        where=where, weights=weights, out=out,
-    )  # fmt: skip
+    required = {"dy": dy, "x": x, "mean": mean, "rstd": rstd, "dgamma": dgamma, "dbeta": dbeta}
+    if not isinstance(count, Real):
+        required["count"] = count
+    kind = one_kind(required, gamma=gamma, where=where, weights=weights, out=out)
     backend = backend_of(kind)
     xp = backend.xp
     x = arguments.data("x", x)
@@ -469,7 +468,7 @@ def grad_input(
     mean, rstd = _vector("mean", mean, layout, xp), _vector("rstd", rstd, layout, xp)
     gamma = _vector("gamma", gamma, layout, xp, 1.0)
     dgamma, dbeta = _vector("dgamma", dgamma, layout, xp), _vector("dbeta", dbeta, layout, xp)
-    count = xp.full(mean.shape, float(count)) if count_ is None else _vector("count", count, layout, xp)
+    count = xp.full(mean.shape, float(count)) if isinstance(count, Real) else _vector("count", count, layout, xp)
     weight = arguments.combined_weight(xp, where, weights, x.shape, layout.kept)
 
     dx = _empty_like(xp, x) if out is None else out
@@ -526,12 +525,14 @@ def fold(
     (array([[0.5, 1. ],
            [3. , 4. ]]), array([-0.5, -1. ]))
     """
-    kind = one_kind(kernel=kernel, kernel_bias=kernel_bias, mean=mean, var=var, gamma=gamma, beta=beta)
+    kind = one_kind({"kernel": kernel, "mean": mean, "var": var}, kernel_bias=kernel_bias, gamma=gamma, beta=beta)
     xp = backend_of(kind).xp
     kernel = arguments.data("kernel", kernel)
-    layout = arguments.layout_for(kernel, axis)
+    if isinstance(axis, tuple):
+        raise TypeError(f"axis: expected an int, got {axis!r}")
+    layout = arguments.layout_for(kernel, axis, "axis")
     eps = arguments.epsilon(eps)
-    bias, shift = _vector("kernel_bias", kernel_bias, layout, xp, 0.0), _vector("beta", beta, layout, xp, 0.0)
+    bias, shift = _vector("kernel_bias", kernel_bias, layout, xp), _vector("beta", beta, layout, xp)
     mean, var = _vector("mean", mean, layout, xp), _vector("var", var, layout, xp)
     scale = _vector("gamma", gamma, layout, xp, 1.0) * arguments.reciprocal_std(xp, var, eps)
     along = [1] * kernel.ndim
@@ -573,22 +574,20 @@ def _normalize(
     relu = arguments.is_relu(activation)
     mean = _vector("mean", mean, layout, backend.xp)
     scale = _vector("gamma", gamma, layout, backend.xp, 1.0) * rstd
-    shift = _vector("beta", beta, layout, backend.xp, 0.0)
+    shift = _vector("beta", beta, layout, backend.xp)
     residual = arguments.like("residual", residual, x)
     out = arguments.output("out", out, x)
     y = _empty_like(backend.xp, x) if out is None else out
-    target = _Target(backend, layout, y, out is not None, x, residual)
+    target = _Target(backend, layout, y, out is not None, x, residual, beta)
     r_ = None if residual is None else layout.fold(residual)
     backend.normalize(layout.fold(x), mean, scale, shift, r_, relu, target.array)
     target.deliver()
     return y
 
 
-def _vector(name: str, parameter: Any, layout: Layout, xp: Any, default: float | None = None) -> Any:
+def _vector(name: str, parameter: Any, layout: Layout, xp: Any, default: float = 0.0) -> Any:
     """A checked parameter as the kernels' float64 vector."""
     if parameter is None:
-        if default is None:
-            raise TypeError(f"{name}: expected an array, got None")
         return xp.full(layout.folded[0] * layout.folded[2], default)
     return layout.vector(xp, arguments.parameter(name, parameter, layout))
 

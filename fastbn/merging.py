@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastbn import arguments
-from fastbn.dispatch import kind_of
+from fastbn.dispatch import kind_of, one_kind
 
 
-def namespace(array: Any, name: str = "array") -> Any:
+def namespace(array: Any) -> Any:
     """numpy, or the cupy that the array came from."""
-    if kind_of(name, array) == "numpy":
-        return np
-    import cupy
-
-    return cupy
+    return sys.modules[kind_of("array", array)]
 
 
 class Moments(NamedTuple):
@@ -92,16 +89,9 @@ def merge(*moments: Moments) -> Moments:
     (array([5., 6.]), array([70., 70.]))
     """
     if not moments:
-        raise ValueError("merge: expected at least one Moments, got none")
-    first = _checked("moments[0]", moments[0])
-    xp = namespace(first.count)
-    for i, other in enumerate(moments[1:], 1):
-        _checked(f"moments[{i}]", other)
-        if other.count.shape != first.count.shape:
-            raise ValueError(f"moments[{i}]: expected shape {first.count.shape}, got {other.count.shape}")
-        if namespace(other.count) is not xp:
-            raise TypeError(f"moments[{i}]: expected arrays of the same kind as moments[0]")
-    n, mean, m2 = (xp.array(a, dtype=xp.float64) for a in first)
+        raise ValueError("moments: expected at least one Moments, got none")
+    xp = _checked_together({f"moments[{i}]": operand for i, operand in enumerate(moments)})
+    n, mean, m2 = (xp.array(a, dtype=xp.float64) for a in moments[0])
     for count, other_mean, other_m2 in moments[1:]:
         with np.errstate(invalid="ignore", divide="ignore"):
             together = n + count
@@ -114,15 +104,21 @@ def merge(*moments: Moments) -> Moments:
     return Moments(n, mean, m2)
 
 
-def _checked(name: str, moments: Any) -> Moments:
-    if not isinstance(moments, tuple) or len(moments) != 3:
-        raise TypeError(f"{name}: expected a fastbn.Moments, got {type(moments).__name__}")
-    shapes = {tuple(np.shape(a)) for a in moments}
-    if len(shapes) != 1:
-        raise ValueError(f"{name}: expected count, mean and m2 of one shape, got {sorted(shapes)}")
-    for field, array in zip(Moments._fields, moments, strict=True):
-        kind_of(f"{name}.{field}", array)
-    return Moments(*moments)
+def _checked_together(operands: dict[str, Any], **others: Any) -> Any:
+    """Check moments that are to be combined, and other arrays with them: one kind, one shape. Returns the namespace."""
+    arrays = {}
+    for name, moments in operands.items():
+        if not isinstance(moments, Moments):
+            raise TypeError(f"{name}: expected a fastbn.Moments, got {type(moments).__name__}")
+        arrays |= {f"{name}.{field}": array for field, array in zip(Moments._fields, moments, strict=True)}
+    one_kind(arrays | others)
+    (first, example), *_ = arrays.items()
+    for name, array in (arrays | others).items():
+        if not (arguments.is_float(array.dtype) or array.dtype.kind in "fiu"):
+            raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
+        if array.shape != example.shape:
+            raise ValueError(f"{name}: expected the shape of {first}, {example.shape}, got {array.shape}")
+    return namespace(example)
 
 
 def update_running(
@@ -171,24 +167,21 @@ def update_running(
     >>> fastbn.update_running(np.zeros(1), np.ones(1), batch)
     (array([0.2]), array([1.1]))
     """
-    moments = _checked("moments", moments)
-    xp = namespace(moments.count)
-    if not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
-        raise ValueError(f"rate: expected a number in [0, 1], got {rate!r}")
-    old = {"mean": mean, "var": var}
-    for name, array in old.items():
-        if namespace(array, name) is not xp:
-            raise TypeError(f"{name}: expected an array of the moments' kind, got {type(array).__name__}")
-        if not (arguments.is_float(array.dtype) or array.dtype.kind == "f"):
-            raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
-        if array.shape != moments.count.shape:
-            raise ValueError(f"{name}: expected the moments' shape {moments.count.shape}, got {array.shape}")
+    outs = {}
     if out is not None:
         if not isinstance(out, tuple) or len(out) != 2:
             raise TypeError(f"out: expected a pair of arrays, got {type(out).__name__}")
-        for name, array, (of, like) in zip(("out[0]", "out[1]"), out, old.items(), strict=True):
-            namespace(array, name)
-            arguments.output(name, array, like, of)
+        outs = {"out[0]": out[0], "out[1]": out[1]}
+    xp = _checked_together({"moments": moments}, mean=mean, var=var, **outs)
+    for name, array in {"mean": mean, "var": var}.items():
+        if not (arguments.is_float(array.dtype) or array.dtype.kind == "f"):
+            raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
+    if out is not None:
+        arguments.output("out[0]", out[0], mean, "mean")
+        arguments.output("out[1]", out[1], var, "var")
+    rate = arguments.real("rate", rate)
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate: expected a number in [0, 1], got {rate}")
     batch_var = moments.var(correction)
     update = moments.count > correction
     if skip_nonfinite:
@@ -234,13 +227,12 @@ def population(moments_of_batches: Iterable[Moments]) -> tuple[Any, Any]:
     >>> fastbn.population(fastbn.moments(b) for b in batches)
     (array([3.5]), array([1.]))
     """
-    batches = [_checked(f"moments_of_batches[{i}]", m) for i, m in enumerate(moments_of_batches)]
+    if not isinstance(moments_of_batches, Iterable):
+        raise TypeError(f"moments_of_batches: expected Moments to iterate over, got {type(moments_of_batches).__name__}")
+    batches = list(moments_of_batches)
     if not batches:
         raise ValueError("moments_of_batches: expected at least one Moments, got none")
-    xp = namespace(batches[0].count)
-    shapes = {m.count.shape for m in batches}
-    if len(shapes) != 1:
-        raise ValueError(f"moments_of_batches: expected one shape, got {sorted(shapes)}")
+    xp = _checked_together({f"moments_of_batches[{i}]": batch for i, batch in enumerate(batches)})
     used, mean, var = (xp.zeros(batches[0].count.shape) for _ in range(3))
     for m in batches:
         counts = m.count > 1

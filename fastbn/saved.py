@@ -118,7 +118,7 @@ class Saved(NamedTuple):
         >>> fastbn.batch_norm_backward(np.ones((1, 2)), saved).x
         array([[0.5, 0.5]])
         """
-        kind = one_kind(x=x, mean=mean, var=var, gamma=gamma, y=y)
+        kind = one_kind({"x": x, "mean": mean, "var": var}, gamma=gamma, y=y)
         x = arguments.data("x", x)
         layout = arguments.layout_for(x, channel_axis)
         eps, relu = arguments.epsilon(eps), arguments.is_relu(activation)
@@ -132,4 +132,5 @@ class Saved(NamedTuple):
             arguments.parameter("gamma", gamma, layout)
         rstd = arguments.reciprocal_std(xp, var, eps)
         y = y if relu else None
+        channel_axis = arguments.static_axes(channel_axis)
         return cls(x, y, gamma, None, None, mean, rstd, None, channel_axis, activation, False, False)

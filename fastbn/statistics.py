@@ -74,8 +74,8 @@ def mean(
     x = _array(x)
     if _is_numpys(x, dtype):
         return np.mean(x, axis, dtype, out, keepdims, where=where)
-    count, centre, _, shape = _reduced(x, axis, keepdims, where)
-    _warn_if(count == 0, "Mean of empty slice.")
+    count, centre, _, shape = _reduced(_precise(x, dtype), axis, keepdims, where)
+    _warn_if(count == 0, "Mean of empty slice.", 3)
     return _result(centre.reshape(shape), x, dtype, out)
 
 
@@ -124,7 +124,8 @@ def var(
     if _is_numpys(x, dtype):
         options = {} if mean is None else {"mean": mean}
         return np.var(x, axis, dtype, out, ddof, keepdims, where=where, **options)
-    return _result(_variance(x, axis, ddof, keepdims, where, mean), x, dtype, out)
+    value, dtype = _variance(x, axis, dtype, ddof, keepdims, where, mean)
+    return _result(value, x, dtype, out)
 
 
 def std(
@@ -153,7 +154,8 @@ def std(
     if _is_numpys(x, dtype):
         options = {} if mean is None else {"mean": mean}
         return np.std(x, axis, dtype, out, ddof, keepdims, where=where, **options)
-    return _result(np.sqrt(_variance(x, axis, ddof, keepdims, where, mean)), x, dtype, out)
+    value, dtype = _variance(x, axis, dtype, ddof, keepdims, where, mean)
+    return _result(value**0.5, x, dtype, out)
 
 
 def mean_var(
@@ -189,8 +191,8 @@ def mean_var(
             x, axis, None, None, correction, keepdims, where=where
         )
     count, centre, m2, shape = _reduced(x, axis, keepdims, where)
-    _warn_if(count == 0, "Mean of empty slice.")
-    variance = _divided(m2, count, correction)
+    _warn_if(count == 0, "Mean of empty slice.", 3)
+    variance = _divided(m2, count, correction, 4)
     return _result(centre.reshape(shape), x, None, None), _result(variance.reshape(shape), x, None, None)
 
 
@@ -237,7 +239,7 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
     """
     x = _array(x)
     kept = arguments.channel_axes(x.ndim, channel_axis)
-    kind = one_kind(x=x, where=where, weights=weights)
+    kind = one_kind({"x": x}, where=where, weights=weights)
     backend = backend_of(kind)
     weight = arguments.combined_weight(backend.xp, where, weights, x.shape, kept)
     x = _floating(x)
@@ -298,63 +300,82 @@ def _reduced(x: Any, axis: Any, keepdims: bool, where: Any) -> tuple[Any, Any, A
     axes = range(x.ndim) if axis is None else normalize_axis_tuple(axis, x.ndim)
     kept = frozenset(range(x.ndim)).difference(axes)
     backend = backend_of(kind_of("x", x))
-    weight = _where(backend.xp, where, x.shape)
+    weight = None
+    if where is not True:
+        weight = _operand("where", where, x)
+        if weight.dtype != bool:
+            raise TypeError(f"where: expected dtype bool, got {weight.dtype}")
     count, centre, m2 = _channel_moments(backend, _floating(x), kept, weight)
     shape = tuple(1 if i not in kept else n for i, n in enumerate(x.shape)) if keepdims else count.shape
     return count, centre, m2, shape
 
 
-def _where(xp: Any, where: Any, shape: tuple[int, ...]) -> Any:
-    if where is True:
-        return None
-    where = xp.asarray(where)
-    if where.dtype != bool:
-        raise TypeError(f"where: expected dtype bool, got {where.dtype}")
-    if where.ndim > len(shape):
-        raise ValueError(f"where: expected a shape that broadcasts to {shape}, got {where.shape}")
-    padded = where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
-    if any(size not in (1, want) for size, want in zip(padded.shape, shape, strict=True)):
-        raise ValueError(f"where: expected a shape that broadcasts to {shape}, got {where.shape}")
+def _operand(name: str, value: Any, x: Any, single: tuple[int, ...] = ()) -> Any:
+    """An argument beside x, with x's dimensions: broadcasts to x, with size 1 on the axes ``single``."""
+    if is_foreign(value):
+        one_kind({"x": x, name: value})
+    value = backend_of(kind_of("x", x)).xp.asarray(value)
+    expected = tuple(1 if axis in single else n for axis, n in enumerate(x.shape))
+    padded = value[(np.newaxis,) * (x.ndim - value.ndim)] if value.ndim < x.ndim else value
+    fits = padded.ndim == x.ndim and all(n in (1, want) for n, want in zip(padded.shape, expected, strict=True))
+    if not fits:
+        raise ValueError(f"{name}: expected a shape that broadcasts to {expected}, got {value.shape}")
     return padded
 
 
-def _variance(x: Any, axis: Any, ddof: float, keepdims: bool, where: Any, given: Any) -> Any:
+def _precise(x: Any, dtype: Any) -> Any:
+    """x in float64 where that is asked for: float32 sums in chunks are good to 1e-7 only."""
+    wanted = dtype is not None and np.dtype(dtype) == np.float64
+    return x.astype(np.float64, copy=False) if wanted else x
+
+
+def _variance(
+    x: Any, axis: Any, dtype: Any, ddof: float, keepdims: bool, where: Any, given: Any
+) -> tuple[Any, Any]:
+    """The variance in float64, and the dtype that NumPy would give it."""
+    x = _precise(x, dtype)
+    if given is not None:
+        axes = tuple(range(x.ndim)) if axis is None else normalize_axis_tuple(axis, x.ndim)
+        given = _operand("mean", given, x, axes)
+        if dtype is None:
+            dtype = np.result_type(np.float64 if x.dtype.kind in "iub" else x.dtype.newbyteorder("="), given.dtype)
     count, centre, m2, shape = _reduced(x, axis, keepdims, where)
     if given is not None:
-        given = np.asarray(given, dtype=np.float64)
-        if given.size != centre.size:
-            raise ValueError(f"mean: expected the shape of the result with keepdims=True, got {given.shape}")
-        m2 = m2 + count * (centre - given.reshape(centre.shape)) ** 2
-    return _divided(m2, count, ddof).reshape(shape)
+        kept = tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
+        away = np.broadcast_to(given.astype(np.float64).squeeze(axes), kept) - centre
+        m2 = m2 + count * away**2
+    return _divided(m2, count, ddof, 5).reshape(shape), dtype
 
 
-def _divided(m2: Any, count: Any, ddof: float) -> Any:
+def _divided(m2: Any, count: Any, ddof: float, stacklevel: int) -> Any:
     """m2 / max(count - ddof, 0), with NumPy's warning where nothing is left."""
-    _warn_if(count - ddof <= 0, "Degrees of freedom <= 0 for slice.")
+    _warn_if(count - ddof <= 0, "Degrees of freedom <= 0 for slice.", stacklevel)
     with np.errstate(divide="ignore", invalid="ignore"):
         return m2 / np.maximum(count - ddof, 0)
 
 
-def _warn_if(condition: Any, message: str) -> None:
+def _warn_if(condition: Any, message: str, stacklevel: int) -> None:
     if condition.any():
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
 
 
 def _result(value: Any, x: Any, dtype: Any, out: Any) -> Any:
     """Cast as NumPy does; write to `out` if given; a full reduction is a scalar."""
     if dtype is None:
         dtype = x.dtype.newbyteorder("=") if arguments.is_float(x.dtype) else np.float64
+    if isinstance(value, np.generic):
+        value = np.asarray(value)
     if out is not None:
-        if kind_of("out", out) != kind_of("x", value):
-            raise TypeError(f"out: expected an array of x's kind, got {type(out).__name__}")
+        one_kind({"x": value, "out": out})
         if out.shape != value.shape:
             raise ValueError(f"out: expected shape {value.shape}, got {out.shape}")
         if not np.can_cast(dtype, out.dtype, "same_kind"):
             raise TypeError(f"out: expected a dtype that {np.dtype(dtype)} can be cast to, got {out.dtype}")
         if not out.flags.writeable:
             raise ValueError("out: expected a writable array, got a read-only one")
-        out[...] = value
-        return out
     with np.errstate(over="ignore"):  # float16 results beyond 65504 are infinite
+        if out is not None:
+            out[...] = value
+            return out
         value = value.astype(dtype, copy=False)
     return value[()] if isinstance(value, np.ndarray) else value

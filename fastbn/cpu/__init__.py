@@ -250,6 +250,6 @@ def backward(
     rows.backward.run(
         x.size, dy_, dys, x_, xs, y_, ys, w_, ws, dx_, dxs, dr_, drs,
         x.shape, rows.chunk_grid(x.shape[1], x.shape[3]),
-        mean, rstd, gamma, count, dmean, dvar, _flag(frozen), _streams(dx), dgamma, dbeta,
+        mean, rstd, gamma, count, dmean, dvar, None if frozen else x_, _streams(dx), dgamma, dbeta,
     )  # fmt: skip
     return dgamma, dbeta

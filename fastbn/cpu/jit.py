@@ -6,32 +6,66 @@ too small to share (a parallel call costs 2.2 us, a serial one 0.6 us). Both giv
 
 import hashlib
 import os
+import pickle
 import threading
 import warnings
 from pathlib import Path
 
 import numba
 from numba import njit
+from numba.core.caching import FunctionCache
+from numba.core.serialize import dumps
 
 PARALLEL_FROM = 1 << 15  # elements; below, two threads lose to one (measured: 8k 1.7x slower, 64k 1.5x faster)
 
 
 def _fingerprint():
     """A hash of this folder's sources: Numba's own stamp sees only the file that holds the kernel, not its helpers."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(numba.__version__.encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
 
+class _CompiledFiles:
+    """Compiled kernels on disk, a file each, in the place of Numba's index of numbered files.
+
+    Two processes that compile different signatures at once give both the same number there, and one of them then loads
+    the other's code. Here the name is a hash of all that the code depends on, and a file appears whole or not at all.
+    """
+
+    def __init__(self, folder, name):
+        self._folder, self._name = Path(folder), name
+
+    def _path(self, key):
+        return self._folder / f"{self._name}-{_FINGERPRINT[:12]}-{hashlib.sha256(str(key).encode()).hexdigest()[:24]}.nbc"
+
+    def load(self, key):
+        try:
+            stored_key, data = pickle.loads(self._path(key).read_bytes())
+        except (OSError, EOFError, pickle.UnpicklingError, ValueError):
+            return None
+        return data if stored_key == str(key) else None
+
+    def save(self, key, data):
+        for stale in self._folder.glob(f"{self._name}-*.nbc"):
+            if _FINGERPRINT[:12] not in stale.name:
+                stale.unlink(missing_ok=True)
+        temporary = self._path(key).with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        temporary.write_bytes(dumps((str(key), data)))
+        os.replace(temporary, self._path(key))
+
+    def flush(self):
+        for path in self._folder.glob(f"{self._name}-*.nbc"):
+            path.unlink(missing_ok=True)
+
+
 def _disk_cache(function, name):
     """Numba's disk cache for one compiled form of ``function``, or None where nothing is writable."""
     try:
-        from numba.core.caching import FunctionCache, IndexDataCacheFile
-
         cache = FunctionCache(function)
-        cache._cache_file = IndexDataCacheFile(cache._cache_path, f"{cache._impl.filename_base}-{name}", _FINGERPRINT)
-    except (RuntimeError, ImportError, AttributeError, OSError):  # read-only install without a home; other internals
+        cache._cache_file = _CompiledFiles(cache.cache_path, f"{cache._impl.filename_base}-{name}")
+    except (RuntimeError, OSError):  # a read-only installation, and no home to fall back to
         return None
     return cache
 
@@ -72,7 +106,7 @@ if hasattr(os, "register_at_fork"):
 
 def inner(function):
     """A function that kernels call: compiled into them, never called from Python."""
-    return njit(nogil=True, error_model="numpy")(function)
+    return njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 class kernel:

@@ -390,9 +390,12 @@ def grad_input(
 @kernel
 def backward(
     dy, dys, x, xs, y, ys, weight, ws, dx, dxs, dresidual, drs, shape, grid,
-    mean, rstd, gamma, count, dmean, dvar, frozen, streaming, dgamma, dbeta,
+    mean, rstd, gamma, count, dmean, dvar, live, streaming, dgamma, dbeta,
 ):  # fmt: skip
-    """Gradient sums and dx, a channel at a time: the second pass finds the slabs of dy and x in cache."""
+    """Gradient sums and dx, a channel at a time: the second pass finds the slabs of dy and x in cache.
+
+    ``live`` is x again, or None where statistics are frozen and dx does not depend on it.
+    """
     segments = -(-chunk_count(shape, grid) // SEGMENT)
     for t in prange(shape[0] * shape[2]):
         dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
@@ -406,14 +409,12 @@ def backward(
         b *= rstd[t]
         dbeta[t], dgamma[t] = a, b
         scale = gamma[t] * rstd[t]
-        if frozen is None:
+        offset, slope = 0.0, 0.0
+        if live is not None:
             offset = (scale * a - dmean[t]) / count[t]
             slope = (scale * rstd[t] * b - 2.0 * dvar[t]) / count[t]
-            source = x
-        else:
-            offset, slope, source = 0.0, 0.0, None
         grad_input_rows(
-            dy, dy_at, dys[2], source, x_at, xs[2], y, y_at, ys[2], weight, w_at, ws[2],
+            dy, dy_at, dys[2], live, x_at, xs[2], y, y_at, ys[2], weight, w_at, ws[2],
             dx, dx_at, dxs[2], dresidual, dr_at, drs[2], shape[1], shape[3],
             (mean[t], scale, offset, slope), streaming,
         )  # fmt: skip
