@@ -223,6 +223,7 @@ def batch_norm_backward(
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected a fastbn.Saved, got {type(saved).__name__}")
+    gather = arguments.hook(gather)
     x, frozen, relu = saved.x, saved.moments is None, saved.activation is not None
     if x is None:
         raise ValueError("saved: expected the input x, but out overwrote it in the forward pass; give it an out of its own")

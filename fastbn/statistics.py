@@ -6,6 +6,7 @@ data with a mean 50 000 times their deviation keep a mean good to 1e-7 and a var
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -71,10 +72,10 @@ def mean(
     >>> fastbn.mean([[1, 2], [3, 5]], axis=0)
     array([2. , 3.5])
     """
-    x = _array(x)
+    x = _array(x, out)
     if _is_numpys(x, dtype):
         return np.mean(x, axis, dtype, out, keepdims, where=where)
-    count, centre, _, shape = _reduced(_precise(x, dtype), axis, keepdims, where)
+    count, centre, _, shape = _reduced(_precise(x, dtype, out), axis, keepdims, where)
     _warn_if(count == 0, "Mean of empty slice.", 3)
     return _result(centre.reshape(shape), x, dtype, out)
 
@@ -120,11 +121,11 @@ def var(
     >>> fastbn.var([1.0, 2.0, 3.0, 4.0]), fastbn.var([1.0, 2.0, 3.0, 4.0], correction=1)
     (np.float64(1.25), np.float64(1.6666666666666667))
     """
-    x, ddof = _array(x), _degrees(ddof, correction)
+    x, ddof = _array(x, out), _degrees(ddof, correction)
     if _is_numpys(x, dtype):
         options = {} if mean is None else {"mean": mean}
         return np.var(x, axis, dtype, out, ddof, keepdims, where=where, **options)
-    value, dtype = _variance(x, axis, dtype, ddof, keepdims, where, mean)
+    value, dtype = _variance(_precise(x, dtype, out), x, axis, dtype, ddof, keepdims, where, mean)
     return _result(value, x, dtype, out)
 
 
@@ -150,12 +151,12 @@ def std(
     >>> fastbn.std([1.0, 1.0, 5.0, 5.0])
     np.float64(2.0)
     """
-    x, ddof = _array(x), _degrees(ddof, correction)
+    x, ddof = _array(x, out), _degrees(ddof, correction)
     if _is_numpys(x, dtype):
         options = {} if mean is None else {"mean": mean}
         return np.std(x, axis, dtype, out, ddof, keepdims, where=where, **options)
-    value, dtype = _variance(x, axis, dtype, ddof, keepdims, where, mean)
-    return _result(value**0.5, x, dtype, out)
+    value, dtype = _variance(_precise(x, dtype, out), x, axis, dtype, ddof, keepdims, where, mean)
+    return _result(np.sqrt(value), x, dtype, out)
 
 
 def mean_var(
@@ -256,7 +257,7 @@ def _channel_moments(backend: Any, x: Any, kept: frozenset[int], weight: Any) ->
 # --- what the NumPy drop-ins share ------------------------------------------------------------------------------------
 
 
-def _array(x: Any) -> Any:
+def _array(x: Any, out: Any = None) -> Any:
     """x as an array of real numbers: lists and scalars as NumPy takes them, foreign arrays refused."""
     if type(x) is not np.ndarray and not _is_cupy(x):
         if is_foreign(x):
@@ -266,6 +267,7 @@ def _array(x: Any) -> Any:
         raise TypeError(
             f"x: expected real numbers, got dtype {x.dtype}; numpy.mean and numpy.var take complex, object and time dtypes"
         )
+    one_kind({"x": x}, out=out)
     return x
 
 
@@ -299,12 +301,12 @@ def _reduced(x: Any, axis: Any, keepdims: bool, where: Any) -> tuple[Any, Any, A
     """Count, mean and M2 over the axes, and the shape that NumPy gives the result."""
     axes = range(x.ndim) if axis is None else normalize_axis_tuple(axis, x.ndim)
     kept = frozenset(range(x.ndim)).difference(axes)
-    backend = backend_of(kind_of("x", x))
     weight = None
     if where is not True:
         weight = _operand("where", where, x)
         if weight.dtype != bool:
             raise TypeError(f"where: expected dtype bool, got {weight.dtype}")
+    backend = backend_of(kind_of("x", x))
     count, centre, m2 = _channel_moments(backend, _floating(x), kept, weight)
     shape = tuple(1 if i not in kept else n for i, n in enumerate(x.shape)) if keepdims else count.shape
     return count, centre, m2, shape
@@ -312,9 +314,10 @@ def _reduced(x: Any, axis: Any, keepdims: bool, where: Any) -> tuple[Any, Any, A
 
 def _operand(name: str, value: Any, x: Any, single: tuple[int, ...] = ()) -> Any:
     """An argument beside x, with x's dimensions: broadcasts to x, with size 1 on the axes ``single``."""
-    if is_foreign(value):
+    if isinstance(value, np.ndarray) or is_foreign(value):
         one_kind({"x": x, name: value})
-    value = backend_of(kind_of("x", x)).xp.asarray(value)
+    else:
+        value = sys.modules[kind_of("x", x)].asarray(value)
     expected = tuple(1 if axis in single else n for axis, n in enumerate(x.shape))
     padded = value[(np.newaxis,) * (x.ndim - value.ndim)] if value.ndim < x.ndim else value
     fits = padded.ndim == x.ndim and all(n in (1, want) for n, want in zip(padded.shape, expected, strict=True))
@@ -323,23 +326,25 @@ def _operand(name: str, value: Any, x: Any, single: tuple[int, ...] = ()) -> Any
     return padded
 
 
-def _precise(x: Any, dtype: Any) -> Any:
-    """x in float64 where that is asked for: float32 sums in chunks are good to 1e-7 only."""
-    wanted = dtype is not None and np.dtype(dtype) == np.float64
+def _precise(x: Any, dtype: Any, out: Any) -> Any:
+    """x in float64 where the result is asked for in float64: float32 sums in chunks are good to 1e-7."""
+    if dtype is None:
+        dtype = getattr(out, "dtype", None)
+    wanted = dtype is not None and np.dtype(dtype).itemsize >= 8
     return x.astype(np.float64, copy=False) if wanted else x
 
 
 def _variance(
-    x: Any, axis: Any, dtype: Any, ddof: float, keepdims: bool, where: Any, given: Any
+    precise: Any, x: Any, axis: Any, dtype: Any, ddof: float, keepdims: bool, where: Any, given: Any
 ) -> tuple[Any, Any]:
     """The variance in float64, and the dtype that NumPy would give it."""
-    x = _precise(x, dtype)
     if given is not None:
         axes = tuple(range(x.ndim)) if axis is None else normalize_axis_tuple(axis, x.ndim)
+        weak = isinstance(given, (int, float))  # Python's numbers do not widen a result
         given = _operand("mean", given, x, axes)
-        if dtype is None:
+        if dtype is None and not weak:
             dtype = np.result_type(np.float64 if x.dtype.kind in "iub" else x.dtype.newbyteorder("="), given.dtype)
-    count, centre, m2, shape = _reduced(x, axis, keepdims, where)
+    count, centre, m2, shape = _reduced(precise, axis, keepdims, where)
     if given is not None:
         kept = tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
         away = np.broadcast_to(given.astype(np.float64).squeeze(axes), kept) - centre
@@ -366,7 +371,6 @@ def _result(value: Any, x: Any, dtype: Any, out: Any) -> Any:
     if isinstance(value, np.generic):
         value = np.asarray(value)
     if out is not None:
-        one_kind({"x": value, "out": out})
         if out.shape != value.shape:
             raise ValueError(f"out: expected shape {value.shape}, got {out.shape}")
         if not np.can_cast(dtype, out.dtype, "same_kind"):

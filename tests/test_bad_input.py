@@ -337,7 +337,7 @@ def shapes():
         message = rf"^out: expected shape \(4, 5\), got {re.escape(str(shape))}"
         yield function, {"out": np.ones(shape, np.float32)}, ValueError, message
     for name, shape in product(("mean", "var"), ((2,), (1,), (), (3, 1))):
-        message = rf"^{name}: expected the moments' shape \(3,\), got {re.escape(str(shape))}"
+        message = rf"^{name}: expected the shape of moments.count, \(3,\), got {re.escape(str(shape))}"
         yield fastbn.update_running, {name: np.ones(shape, np.float32)}, ValueError, message
 
 
@@ -348,7 +348,7 @@ def outputs():
     good, wrong = channels(2), np.ones(4, np.float32)
     for i in (0, 1):
         for bad, message in (
-            (wrong, r"expected .*shape \(3,\).* got shape \(4,\)"),
+            (wrong, r"expected .*shape .*\(3,\).* got .*\(4,\)"),
             (good.astype(np.float64), "expected .*dtype float32.* got .*dtype float64"),
             (read_only(good.copy()), "expected a writable array, got a read-only one"),
         ):
@@ -379,7 +379,7 @@ def axes():
     for axis in (3, -4):
         yield fastbn.fold, {"axis": axis}, AxisError, "^axis: axis .* is out of bounds .* dimension 3"
     for axis in ((0, 1), 0.0, None):
-        yield fastbn.fold, {"axis": axis}, TypeError, "^axis: expected an int, got "
+        yield fastbn.fold, {"axis": axis}, TypeError, "^axis: expected an int.* got "
     for function in (fastbn.mean, fastbn.var):
         for axis in (3, -4, (0, 3)):
             yield function, {"axis": axis}, AxisError, "axis .* is out of bounds .* dimension 3"
@@ -409,7 +409,7 @@ def values():
             fastbn.update_running,
             {"rate": rate},
             (TypeError, ValueError),
-            r"^rate: expected a number in \[0, 1\], got ",
+            r"^rate: expected a real number, got ",
         )
     both = {"ddof": 1, "correction": 1}
     yield fastbn.var, both, ValueError, "^correction: expected ddof or correction, got both"
@@ -422,8 +422,8 @@ def moments():
         (a, TypeError, "expected a fastbn.Moments, got ndarray"),
         ([a, a, a], TypeError, "expected a fastbn.Moments, got list"),
         ((a, a), TypeError, "expected a fastbn.Moments, got tuple"),
-        (Moments(a, a, np.ones(4)), ValueError, r"expected count, mean and m2 of one shape, got .*\(3,\).*\(4,\)"),
-        (Moments(a, np.ones((3, 1)), a), ValueError, r"expected count, mean and m2 of one shape, got .*\(3, 1\)"),
+        (Moments(a, a, np.ones(4)), ValueError, r"expected the shape of .*count, \(3,\), got \(4,\)"),
+        (Moments(a, np.ones((3, 1)), a), ValueError, r"expected the shape of .*count, \(3,\), got \(3, 1\)"),
     ]
     wrong_fields = [
         (Moments([1, 1, 1], a, a), "count: expected a numpy.ndarray .* got list"),
@@ -433,10 +433,10 @@ def moments():
         (Moments(a, a, a.astype(object)), "m2: expected a float dtype, got object"),
     ]
     for bad, error, message in wrong:
-        yield fastbn.update_running, {"moments": bad}, error, f"^moments: {message}"
+        yield fastbn.update_running, {"moments": bad}, error, rf"^moments[.\w]*: {message}"
         for i, several in ((0, (bad, batch())), (1, (batch(), bad))):
-            yield merge, {"moments": several}, error, rf"^moments\[{i}\]: {message}"
-            yield fastbn.population, {"moments_of_batches": several}, error, rf"^moments_of_batches\[{i}\]: {message}"
+            yield merge, {"moments": several}, error, rf"^moments\[{i}\][.\w]*: {message}"
+            yield fastbn.population, {"moments_of_batches": several}, error, rf"^moments_of_batches\[{i}\][.\w]*: {message}"
     for bad, message in wrong_fields:
         yield fastbn.update_running, {"moments": bad}, TypeError, rf"^moments\.{message}"
         yield merge, {"moments": (batch(), bad)}, TypeError, rf"^moments\[1\]\.{message}"
@@ -446,13 +446,13 @@ def moments():
         fastbn.update_running,
         {"moments": batch((4,))},
         ValueError,
-        r"^mean: expected the moments' shape \(4,\), got \(3,\)",
+        r"^mean: expected the shape of moments.count, \(4,\), got \(3,\)",
     )
-    yield merge, {"moments": ()}, ValueError, "^merge: expected at least one Moments, got none"
-    yield merge, {"moments": (batch(), batch((4,)))}, ValueError, r"^moments\[1\]: expected shape \(3,\), got \(4,\)"
+    yield merge, {"moments": ()}, ValueError, "^moments: expected at least one Moments, got none"
+    yield merge, {"moments": (batch(), batch((4,)))}, ValueError, r"^moments\[1\].count: expected the shape of moments\[0\].count, \(3,\), got \(4,\)"
     none, two = {"moments_of_batches": []}, {"moments_of_batches": [batch(), batch((4,))]}
     yield fastbn.population, none, ValueError, "^moments_of_batches: expected at least one Moments, got none"
-    yield fastbn.population, two, ValueError, r"^moments_of_batches: expected one shape, got .*\(3,\).*\(4,\)"
+    yield fastbn.population, two, ValueError, r"^moments_of_batches\[1\].count: expected the shape of .*\(3,\), got \(4,\)"
     for bad in (None, 3):
         yield fastbn.population, {"moments_of_batches": bad}, TypeError, "^moments_of_batches: expected .* got "
     yield (
