@@ -9,11 +9,11 @@ once as it is and once with batch normalization before every sigmoid, at 1, 10 a
 E and Var are the mini-batch's while training, running averages where the test accuracy is followed, and the
 population's (Algorithm 2) at the end, where they are also folded into W and b.
 
-Run ``python examples/digits.py`` (about a minute; ``--quick``: seconds). It prints a table and saves a picture: test
+Run ``python examples/digits.py`` (a minute or two; ``--quick``: seconds). It prints a table and saves a picture: test
 accuracy over the steps, and the 15th, 50th and 85th percentiles of the input of one sigmoid of the last hidden layer.
 
 How much is gained depends on the initial weights: ``--std 0.1``, about 1 / sqrt(units), leaves the plain network on a
-long plateau; with ``--std 0.5`` it has none and learns about as fast as with batch normalization.
+long plateau; with ``--std 0.5`` it has none, and at the base rate reaches 96 % as soon as with batch normalization.
 
 Source: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
 ICML 2015, section 4.1 and Algorithms 1 and 2. The paper's digits are MNIST.
@@ -36,7 +36,7 @@ import fastbn
 
 SIZES = (64, 100, 100, 100, 10)
 BATCH = 60  # as in the paper
-BASE_RATE = 0.3  # the plain network trains steadily at it, best at about ten times it, and hardly at thirty
+BASE_RATE = 0.3  # the plain network trains steadily at it, faster at ten times it, and at thirty only with luck
 FACTORS = (1, 10, 30)
 PLAIN, NORMALIZED = "plain", "batch norm"
 
@@ -230,7 +230,7 @@ def draw(runs: list[Run], output: str) -> None:
             letter = "b" if run.network == PLAIN else "c"
             axes[letter].fill_between(run.steps, low, high, color=shade, alpha=0.3, lw=0)
             axes[letter].plot(run.steps, median, color=shade, lw=1.3)
-            axes[letter].set_title(f"({letter}) {name}: 15, 50, 85 % of the input", loc="left")
+            axes[letter].set_title(f"({letter}) {name}: 15, 50, 85 %", loc="left")
             axes[letter].set_ylabel("input of a sigmoid")
     axes["c"].sharey(axes["b"])
     axes["c"].autoscale(axis="y")

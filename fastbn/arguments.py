@@ -155,9 +155,3 @@ def gathered(xp: Any, rows: Any, width: int) -> Any:
     if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] != width:
         raise ValueError(f"gather: expected a result of shape (ranks, {width}), got {rows.shape}")
     return rows.astype(xp.float64, copy=False)
-
-
-def reciprocal_std(xp: Any, var: Any, eps: float) -> Any:
-    """1 / sqrt(var + eps) in float64; infinite or NaN without a warning, as the formula says."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return 1.0 / xp.sqrt(var + eps)

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastbn import arguments
 from fastbn.dispatch import backend_of, one_kind
+from fastbn.formulas import batch_rstd, input_numbers, reciprocal_std
 from fastbn.layout import Layout
 from fastbn.merging import Moments, merge
 from fastbn.saved import Gradients, Saved
@@ -134,12 +135,12 @@ def batch_norm(
     if gather is None:
         vectors = backend.forward(x_, w_, scale, shift, eps, r_, relu, target.array)
         moments = Moments(*(layout.kept_array(backend.xp, v) for v in vectors))
-        rstd = arguments.reciprocal_std(backend.xp, moments.m2 / _or_nan(moments.count), eps)
+        rstd = batch_rstd(moments.count, moments.m2, eps)
     else:
         vectors = backend.moments(x_, w_)
         local = Moments(*(layout.kept_array(backend.xp, v) for v in vectors))
         moments = _merged_over_ranks(backend.xp, gather, local)
-        rstd = arguments.reciprocal_std(backend.xp, moments.m2 / _or_nan(moments.count), eps)
+        rstd = batch_rstd(moments.count, moments.m2, eps)
         mean_, rstd_ = layout.vector(backend.xp, moments.mean), layout.vector(backend.xp, rstd)
         backend.normalize(x_, mean_, rstd_ * scale, shift, r_, relu, target.array)
     target.deliver()
@@ -261,7 +262,7 @@ def batch_norm_backward(
         local = xp.concatenate([layout.kept_array(xp, v).ravel() for v in (dgamma, dbeta)])
         summed = arguments.gathered(xp, gather(local), local.size).sum(axis=0).reshape(2, *layout.kept_shape)
         all_dgamma, all_dbeta = (layout.vector(xp, a) for a in summed)
-        numbers = _input_numbers(gamma, rstd, all_dgamma, all_dbeta, count, dmean, dvar)
+        numbers = input_numbers(gamma, rstd, all_dgamma, all_dbeta, count, dmean, dvar)
         backend.grad_input(dy_, x_, y_, w_, mean, *numbers, *into)
     target.deliver()
     if residual_target is not None:
@@ -316,7 +317,7 @@ def batch_norm_inference(
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
     eps = arguments.epsilon(eps)
-    rstd = arguments.reciprocal_std(backend.xp, _vector("var", var, layout, backend.xp), eps)
+    rstd = reciprocal_std(_vector("var", var, layout, backend.xp), eps)
     return _normalize(backend, x, layout, mean, rstd, gamma, beta, residual, activation, out)
 
 
@@ -475,7 +476,7 @@ def grad_input(
     dx = _empty_like(xp, x) if out is None else out
     target = _Target(backend, layout, dx, out is not None, x, dy)
     w_ = None if weight is None else layout.fold_weight(xp, weight, x.shape)
-    numbers = _input_numbers(gamma, rstd, dgamma, dbeta, count, 0.0, 0.0)
+    numbers = input_numbers(gamma, rstd, dgamma, dbeta, count, 0.0, 0.0)
     backend.grad_input(layout.fold(dy), layout.fold(x), None, w_, mean, *numbers, target.array, None)
     target.deliver()
     return dx
@@ -535,7 +536,7 @@ def fold(
     eps = arguments.epsilon(eps)
     bias, shift = _vector("kernel_bias", kernel_bias, layout, xp), _vector("beta", beta, layout, xp)
     mean, var = _vector("mean", mean, layout, xp), _vector("var", var, layout, xp)
-    scale = _vector("gamma", gamma, layout, xp, 1.0) * arguments.reciprocal_std(xp, var, eps)
+    scale = _vector("gamma", gamma, layout, xp, 1.0) * reciprocal_std(var, eps)
     along = [1] * kernel.ndim
     along[axis] = -1
     folded = kernel.astype(xp.float64) * scale.reshape(along)
@@ -597,22 +598,8 @@ def _empty_like(xp: Any, x: Any) -> Any:
     return xp.empty_like(x)
 
 
-def _or_nan(count: Any) -> Any:
-    """Counts to divide by: 0 as NaN."""
-    return np.where(count == 0, np.nan, count) if isinstance(count, np.ndarray) else count
-
-
 def _merged_over_ranks(xp: Any, gather: Gather, local: Moments) -> Moments:
     """All ranks' moments, merged in rank order."""
     vector = xp.concatenate([a.ravel() for a in local])
     rows = arguments.gathered(xp, gather(vector), vector.size)
     return merge(*(Moments(*row.reshape(3, *local.count.shape)) for row in rows))
-
-
-def _input_numbers(
-    gamma: Any, rstd: Any, dgamma: Any, dbeta: Any, count: Any, dmean: Any, dvar: Any
-) -> tuple[Any, Any, Any]:
-    """scale, offset, slope of ``dx = scale * dz - w * (offset + slope * (x - mean))``."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scale = gamma * rstd
-        return scale, (scale * dbeta - dmean) / count, (scale * rstd * dgamma - 2.0 * dvar) / count

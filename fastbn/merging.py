@@ -92,15 +92,19 @@ def merge(*moments: Moments) -> Moments:
         raise ValueError("moments: expected at least one Moments, got none")
     xp = _checked_together({f"moments[{i}]": operand for i, operand in enumerate(moments)})
     n, mean, m2 = (xp.array(a, dtype=xp.float64) for a in moments[0])
+    # Means are kept relative to the first one, so that a mean far from 0 is rounded once, at the end.
+    origin, shift = mean, xp.zeros_like(mean)
     for count, other_mean, other_m2 in moments[1:]:
         with np.errstate(invalid="ignore", divide="ignore"):
             together = n + count
-            delta = other_mean - mean
+            delta = (other_mean - origin) - shift
             share = count / together
             both = (count != 0) & (n != 0)
-            mean = xp.where(both, mean + delta * share, xp.where(n == 0, other_mean, mean))
             m2 = xp.where(both, m2 + (other_m2 + delta * delta * (n * share)), xp.where(n == 0, other_m2, m2))
+            shift = xp.where(both, shift + delta * share, xp.where(n == 0, 0.0, shift))
+            origin = xp.where(n == 0, other_mean, origin)
             n = together
+    mean = xp.where(shift == 0, origin, origin + shift)
     return Moments(n, mean, m2)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from fastbn import arguments
 from fastbn.dispatch import backend_of, one_kind
+from fastbn.formulas import reciprocal_std
 from fastbn.merging import Moments
 
 
@@ -130,7 +131,7 @@ class Saved(NamedTuple):
         var = xp.broadcast_to(arguments.parameter("var", var, layout), layout.kept_shape).astype(xp.float64)
         if gamma is not None:
             arguments.parameter("gamma", gamma, layout)
-        rstd = arguments.reciprocal_std(xp, var, eps)
+        rstd = reciprocal_std(var, eps)
         y = y if relu else None
         channel_axis = arguments.static_axes(channel_axis)
         return cls(x, y, gamma, None, None, mean, rstd, None, channel_axis, activation, False, False)

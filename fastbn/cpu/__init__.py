@@ -16,6 +16,7 @@ import numba
 import numpy as np
 
 from fastbn.cpu import columns, rows
+from fastbn.formulas import batch_rstd, input_numbers
 
 __all__ = [
     "backward",
@@ -173,8 +174,7 @@ def forward(
     """Moments of x, and y normalised by them."""
     if not (_in_rows(x.shape) and _whole_channels(x.shape)):
         count, mean, m2 = moments(x, weight)
-        scale = 1.0 / np.sqrt(m2 / count + eps) * gamma
-        normalize(x, mean, scale, beta, residual, relu, y)
+        normalize(x, mean, batch_rstd(count, m2, eps) * gamma, beta, residual, relu, y)
         return count, mean, m2
     count, mean, m2 = np.empty((3, x.shape[0] * x.shape[2]))
     (x_, xs), (w_, ws), (y_, ys), (r_, rs) = _memory(x), _weight_memory(weight), _memory(y), _memory(residual)
@@ -188,6 +188,9 @@ def forward(
 
 def grad_sums(dy: Array, x: Array, y: Array | None, mean: Array, rstd: Array) -> tuple[Array, Array]:
     """dgamma = sum(dz * xhat) and dbeta = sum(dz); dz = dy, or 0 where y <= 0."""
+    if x.size == 0:  # the empty sum, though rstd is NaN
+        dgamma, dbeta = np.zeros((2, x.shape[0] * x.shape[2]))
+        return dgamma, dbeta
     dgamma, dbeta = np.empty((2, x.shape[0] * x.shape[2]))
     (dy_, dys), (x_, xs), (y_, ys) = _memory(dy), _memory(x), _memory(y)
     if _in_rows(x.shape):
@@ -237,12 +240,10 @@ def backward(
     dresidual: Array | None,
 ) -> tuple[Array, Array]:
     """dgamma and dbeta; dx from them (frozen: without the statistics' share); dresidual = dz."""
-    if not (_in_rows(x.shape) and _whole_channels(x.shape)):
+    if not (_in_rows(x.shape) and _whole_channels(x.shape)) or x.size == 0:
         dgamma, dbeta = grad_sums(dy, x, y, mean, rstd)
-        scale = gamma * rstd
-        offset = (scale * dbeta - dmean) / count
-        slope = (scale * rstd * dgamma - 2.0 * dvar) / count
-        grad_input(dy, None if frozen else x, y, weight, mean, scale, offset, slope, dx, dresidual)
+        numbers = input_numbers(gamma, rstd, dgamma, dbeta, count, dmean, dvar)
+        grad_input(dy, None if frozen else x, y, weight, mean, *numbers, dx, dresidual)
         return dgamma, dbeta
     dgamma, dbeta = np.empty((2, x.shape[0] * x.shape[2]))
     (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = _memory(dy), _memory(x), _memory(y), _weight_memory(weight)

@@ -136,11 +136,14 @@ def weighted_chunk_sums(x, at, step, weight, w_at, w_step, w_across, rows, colum
 
 
 @inner
-def better_guesses(x, columns, counts, s1, s2, guess):
-    """Move the guesses that were poor to the mean just found; whether there were any."""
+def better_guesses(columns, counts, s1, s2, guess, first):
+    """Move the guesses that were poor to the mean just found, on the first chunk all of them; whether there were any.
+
+    A chunk has few values per channel, so that a guess half a standard deviation away would cost the mean 1e-7.
+    """
     poor = False
     for i in range(columns):
-        if needs_new_guess(counts[i], np.float64(s1[i]), np.float64(s2[i])):
+        if needs_new_guess(counts[i], np.float64(s1[i]), np.float64(s2[i])) or (first and counts[i] != 0.0):
             guess[i] += s1[i] / counts[i]
             poor = True
     return poor
@@ -160,7 +163,7 @@ def segment_moments(x, at, step, weight, w_at, w_step, w_across, rows, columns, 
         if weight is None:
             counts[:] = high
             chunk_sums(x, at + r * step, step, high, columns, guess, s1, s2)
-            if better_guesses(x, columns, counts, s1, s2, guess):
+            if better_guesses(columns, counts, s1, s2, guess, r == 0):
                 chunk_sums(x, at + r * step, step, high, columns, guess, s1, s2)
             each = 1.0 / high
             share = high / (r + high)
@@ -176,7 +179,7 @@ def segment_moments(x, at, step, weight, w_at, w_step, w_across, rows, columns, 
             weighted_chunk_sums(
                 x, at + r * step, step, weight, w_chunk, w_step, w_across, high, columns, guess, counts, s1, s2
             )
-            if better_guesses(x, columns, counts, s1, s2, guess):
+            if better_guesses(columns, counts, s1, s2, guess, r == 0):
                 weighted_chunk_sums(
                     x, at + r * step, step, weight, w_chunk, w_step, w_across, high, columns, guess, counts, s1, s2
                 )

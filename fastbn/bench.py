@@ -1,0 +1,242 @@
+"""How fast batch norm runs on this machine, beside a copy, the obvious NumPy formula and PyTorch.
+
+The contenders of a case run in turn in one process and on as many threads, so that whatever else the machine does
+meets all of them; figures are medians. Every call meets other buffers than the one before, together more than twice
+the last cache, so that all data come from memory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numba import prange
+
+import fastbn
+from fastbn.cpu.simd import load, stream
+from fastbn.environment import float_dtypes, last_cache, torch_with_our_threads
+
+EPS = 1e-5
+PASSES = {"forward": 2, "backward": 3, "inference": 2}
+"""Counted bytes, in units of those of x: what must be read and written if nothing is read twice."""
+
+RESNET50 = (
+    (64, 112, 112), (64, 56, 56), (256, 56, 56), (128, 28, 28), (512, 28, 28),
+    (256, 14, 14), (1024, 14, 14), (512, 7, 7), (2048, 7, 7),
+)  # fmt: skip
+"""Channels, height and width of the batch norms in ResNet-50 (He et al. 2015, table 1)."""
+BATCH = 32
+QUICK = ((256, 56, 56), (256, 14, 14), (2048, 7, 7))
+
+SECONDS, QUICK_SECONDS = 0.35, 0.1  # for the rounds of one case
+FEWEST, MOST, NUMPYS = 3, 25, 3  # rounds; NumPy's formula, a hundred times slower than a copy, has fewer
+PAUSE = 0.001  # seconds before a call: OpenMP's threads spin on after theirs, PyTorch's on the cores of Numba's
+BLOCK = 1024  # elements of a streaming copy's block
+
+Array = np.ndarray[Any, Any]
+Call = Callable[[int], object]
+
+
+class Result(NamedTuple):
+    """Median seconds of one case; None for a contender that is not there."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    what: str
+    counted_bytes: int
+    copied_bytes: int
+    seconds: dict[str, float | None]
+    """fastbn: the plain call; fastbn_out: with ``out=`` given; copy; numpy; torch."""
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.counted_bytes / _given(self.seconds["fastbn_out"]) / 1e9
+
+    @property
+    def copy_gb_per_s(self) -> float:
+        return self.copied_bytes / _given(self.seconds["copy"]) / 1e9
+
+    def speedup(self, peer: str) -> float | None:
+        """How many times faster the plain call is than the peer's."""
+        theirs = self.seconds[peer]
+        return None if theirs is None else theirs / _given(self.seconds["fastbn"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return self._asdict() | {
+            "gb_per_s": self.gb_per_s,
+            "copy_gb_per_s": self.copy_gb_per_s,
+            "share_of_copy": self.gb_per_s / self.copy_gb_per_s,
+            "times_numpy": self.speedup("numpy"),
+            "times_torch": self.speedup("torch"),
+        }
+
+
+def _given(seconds: float | None) -> float:
+    return math.nan if seconds is None else seconds
+
+
+def measure(shape: tuple[int, ...], dtype: str, layout: str, *, quick: bool = False) -> list[Result]:
+    """All passes on arrays of one shape ``(N, C, ...)``, which lie in memory as the layout says."""
+    data = Data(shape, dtype, layout)
+    torch = torch_with_our_threads()
+    results = []
+    for what, factor in PASSES.items():
+        calls = data.ours(what) | {"copy": data.copy}
+        if dtype != "bfloat16":  # NumPy has no arithmetic of its own for it
+            calls["numpy"] = data.numpys(what)
+        if torch is not None:
+            calls["torch"] = data.torchs(torch, what)
+        medians = _in_turn(calls, QUICK_SECONDS if quick else SECONDS)
+        seconds = {name: medians.get(name) for name in ("fastbn", "fastbn_out", "copy", "numpy", "torch")}
+        nbytes = data.x[0].nbytes
+        results.append(Result(shape, dtype, layout, what, factor * nbytes, 2 * data.raw_x[0].nbytes, seconds))
+    return results
+
+
+def _in_turn(calls: dict[str, Call], seconds: float) -> dict[str, float]:
+    """Median seconds of each call, made in turn, each with the number of the buffers to use."""
+    turn, once = 0, 0.0
+    for name, call in calls.items():
+        if name == "numpy":
+            continue
+        call(turn)  # compiles or loads kernels
+        start = time.perf_counter()
+        call(turn + 1)
+        once += time.perf_counter() - start
+        turn += 2
+    rounds = min(MOST, max(FEWEST, round(seconds / once)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if name == "numpy" and (len(times[name]) == NUMPYS or sum(times[name]) > seconds / 2):
+                continue
+            time.sleep(PAUSE)
+            start = time.perf_counter()
+            call(turn)
+            times[name].append(time.perf_counter() - start)
+            turn += 1
+    return {name: float(np.median(measured)) for name, measured in times.items()}
+
+
+class Data:
+    """Buffers of one case, taken in turn, and the contenders' calls on them."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, layout: str) -> None:
+        self.layout = layout
+        channels_last = layout == "NHWC"
+        self.channel_axis = -1 if channels_last else 1
+        shape = (shape[0], *shape[2:], shape[1]) if channels_last else shape
+        self.axes = tuple(axis for axis in range(len(shape)) if axis != self.channel_axis % len(shape))
+        self.channels = shape[self.channel_axis]
+        itemtype = float_dtypes()[dtype]
+        nbytes = math.prod(shape) * itemtype.itemsize
+        count = max(2, -(-max(2 * last_cache(), 64 << 20) // nbytes))
+
+        rng = np.random.default_rng(0)
+        normal = (rng.standard_normal(math.prod(shape), np.float32) + np.float32(0.5)).astype(itemtype).reshape(shape)
+        self.raw_x, self.raw_out = ([_aligned(nbytes) for _ in range(count)] for _ in range(2))
+        self.x, self.dy, self.out = (
+            [raw.view(np.uint8)[:nbytes].view(itemtype).reshape(shape) for raw in raws]
+            for raws in (self.raw_x, [_aligned(nbytes) for _ in range(count)], self.raw_out)
+        )
+        for i, array in enumerate(self.x + self.dy):
+            array[...] = np.roll(normal, i + 1, axis=0)
+        parameter = np.float64 if dtype == "float64" else np.float32
+        self.gamma, self.beta = rng.random((2, self.channels)).astype(parameter) + parameter(0.5)
+        self.mean, self.var = self.beta, self.gamma
+        self.dtype = dtype
+
+    def copy(self, i: int) -> None:
+        i %= len(self.x)
+        _copy(self.raw_x[i], self.raw_out[i])
+
+    def ours(self, what: str) -> dict[str, Call]:
+        """The plain call, which allocates its result, and the one that writes to ``out``."""
+        x, dy, out, n, axis = self.x, self.dy, self.out, len(self.x), self.channel_axis
+        if what == "forward":
+
+            def call(i: int, out: Any = None) -> object:
+                return fastbn.batch_norm(x[i % n], self.gamma, self.beta, channel_axis=axis, out=out)
+
+        elif what == "backward":
+            saved = [fastbn.batch_norm(a, self.gamma, self.beta, channel_axis=axis, out=out[0])[1] for a in x]
+
+            def call(i: int, out: Any = None) -> object:
+                return fastbn.batch_norm_backward(dy[i % n], saved[i % n], out=out)
+
+        else:
+            given = (self.mean, self.var, self.gamma, self.beta)
+
+            def call(i: int, out: Any = None) -> object:
+                return fastbn.batch_norm_inference(x[i % n], *given, channel_axis=axis, out=out)
+
+        return {"fastbn": call, "fastbn_out": lambda i: call(i, out[i % n])}
+
+    def numpys(self, what: str) -> Call:
+        """The obvious formula, with the per-channel numbers that the pass is given."""
+        axes, n = self.axes, len(self.x)
+        spread = tuple(-1 if axis == self.channel_axis % self.x[0].ndim else 1 for axis in range(self.x[0].ndim))
+        gamma, beta, mean, var = (a.reshape(spread) for a in (self.gamma, self.beta, self.mean, self.var))
+        rstd = 1 / np.sqrt(var + np.float32(EPS))
+        size = self.x[0].size // self.channels
+
+        def forward(i: int) -> object:
+            x = self.x[i % n]
+            mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+            return (x - mean) / np.sqrt(var + np.float32(EPS)) * gamma + beta
+
+        def backward(i: int) -> object:
+            x, dy = self.x[i % n], self.dy[i % n]
+            xhat = (x - mean) * rstd
+            dgamma, dbeta = (dy * xhat).sum(axes, keepdims=True), dy.sum(axes, keepdims=True)
+            return gamma * rstd * (dy - (dbeta + xhat * dgamma) / size), dgamma, dbeta
+
+        def inference(i: int) -> object:
+            return (self.x[i % n] - mean) * rstd * gamma + beta
+
+        return {"forward": forward, "backward": backward, "inference": inference}[what]
+
+    def torchs(self, torch: Any, what: str) -> Call:
+        """PyTorch's own calls on the same memory; channels-last arrays as its channels-last tensors."""
+
+        def tensor(a: Array) -> Any:
+            t = torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16) if self.dtype == "bfloat16" else None
+            t = torch.from_numpy(a) if t is None else t
+            return t.movedim(-1, 1) if self.layout == "NHWC" else t
+
+        x, dy, n = [tensor(a) for a in self.x], [tensor(a) for a in self.dy], len(self.x)
+        gamma, beta, mean, var = (torch.from_numpy(a) for a in (self.gamma, self.beta, self.mean, self.var))
+        batch_norm = torch.nn.functional.batch_norm
+        if what == "forward":
+            return lambda i: batch_norm(x[i % n], None, None, gamma, beta, True, 0.1, EPS)
+        if what == "inference":
+            return lambda i: batch_norm(x[i % n], mean, var, gamma, beta, False, 0.1, EPS)
+        saved = [torch.native_batch_norm(t, gamma, beta, None, None, True, 0.1, EPS)[1:] for t in x]
+        backward = torch.ops.aten.native_batch_norm_backward
+        return lambda i: backward(
+            dy[i % n], x[i % n], gamma, None, None, *saved[i % n], True, EPS, [True, True, True]
+        )  # fmt: skip
+
+
+def _aligned(nbytes: int) -> Array:
+    """Whole blocks of float32 that hold so many bytes, from the start of a cache line."""
+    elements = -(-nbytes // (4 * BLOCK)) * BLOCK
+    buffer = np.zeros(elements + 16, np.float32)
+    start = -buffer.ctypes.data % 64 // 4
+    return buffer[start : start + elements]
+
+
+def _stream_blocks(x, out):  # type: ignore[no-untyped-def]  # compiled code
+    """A parallel copy that writes past the caches: the fastest here, a third faster than memcpy on each thread."""
+    for k in prange(x.size // BLOCK):
+        for i in range(k * BLOCK, (k + 1) * BLOCK, 16):
+            stream(out, i, load(x, i, 64))
+
+
+_copy = numba.njit(parallel=True)(_stream_blocks)

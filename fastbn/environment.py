@@ -1,0 +1,136 @@
+"""What the command line says about this machine and this installation."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+import numpy as np
+
+import fastbn
+from fastbn import dispatch
+
+ASSUMED_CACHE = 32 << 20  # bytes, where the system does not tell
+
+
+def describe() -> dict[str, Any]:
+    """Versions, backends, processor, threads and the folder of compiled kernels, as plain data."""
+    return {
+        "versions": {
+            "fastbn": fastbn.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "numba": numba.__version__,
+            "llvmlite": llvmlite.__version__,
+        },
+        "backends": {kind: backend_state(kind) for kind in ("numpy", "cupy")},
+        "dtypes": list(float_dtypes()),
+        "left_out": left_out(),
+        "cpu": cpu_model(),
+        "cache_bytes": last_cache(),
+        "threads": numba.get_num_threads(),
+        "threading_layer": threading_layer(),
+        "kernel_cache": kernel_cache(),
+    }
+
+
+def backend_state(kind: str) -> str:
+    """'ready', or why there is no backend for arrays of this kind; a library that is not installed is not imported."""
+    if importlib.util.find_spec(kind) is None:
+        return "not installed"
+    try:
+        dispatch.backend_of(kind)
+    except TypeError:
+        return "installed; no kernels in this version of fastbn"
+    except Exception as error:  # a CUDA library without its driver raises what it likes
+        return f"installed, but not usable: {error}"
+    return "ready"
+
+
+def ready_backends() -> list[str]:
+    return [kind for kind in ("numpy", "cupy") if backend_state(kind) == "ready"]
+
+
+@lru_cache
+def float_dtypes() -> dict[str, np.dtype[Any]]:
+    """The dtypes that can be computed on here, by name; bfloat16 comes with ml_dtypes."""
+    dtypes = {name: np.dtype(name) for name in ("float16", "float32", "float64")}
+    ml_dtypes = optional("ml_dtypes")
+    return dtypes if ml_dtypes is None else dtypes | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def left_out() -> list[str]:
+    """What the checks and measurements leave out on this installation, and why."""
+    missing = [] if "bfloat16" in float_dtypes() else ["bfloat16: ml_dtypes is not installed"]
+    return missing if importlib.util.find_spec("torch") else [*missing, "PyTorch's figures: torch is not installed"]
+
+
+def optional(name: str) -> Any:
+    """A module, or None where it is not installed or does not load."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError):
+        return None
+
+
+def torch_with_our_threads() -> Any:
+    """PyTorch on as many threads as Numba uses, or None."""
+    torch = optional("torch")
+    if torch is not None:
+        torch.set_num_threads(numba.get_num_threads())
+    return torch
+
+
+def cpu_model() -> str:
+    """The processor's name as its vendor gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    if platform.system() == "Darwin":
+        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        return asked.stdout.strip() or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def last_cache() -> int:
+    """Bytes of the last level of cache."""
+    for name in ("SC_LEVEL4_CACHE_SIZE", "SC_LEVEL3_CACHE_SIZE"):
+        try:
+            size = os.sysconf(name)
+        except (ValueError, OSError, AttributeError):
+            continue
+        if size > 0:
+            return size
+    return ASSUMED_CACHE
+
+
+def threading_layer() -> str:
+    """Numba's threading layer; it is chosen by the first parallel call, which is made here."""
+    if numba.get_num_threads() == 1:
+        return "none: one thread"
+    fastbn.mean(np.zeros(1 << 16, np.float32))
+    try:
+        return str(numba.threading_layer())
+    except ValueError:
+        return "none: calls run serially"
+
+
+def kernel_cache() -> str | None:
+    """The folder that keeps compiled kernels between processes; None where no folder can be written."""
+    from fastbn.cpu import rows
+
+    path = rows.normalize.serial._cache.cache_path
+    return None if path is None else str(path)

@@ -1,0 +1,32 @@
+"""Formulas on per-channel float64 numbers that the functions and the backends share.
+
+Divisions by zero give what the formulas say, infinity or NaN, without a warning: counts are 0 where a channel has no
+samples, variances where it is constant and eps is 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def reciprocal_std(var: Any, eps: float) -> Any:
+    """``1 / sqrt(var + eps)``."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 1.0 / np.sqrt(var + eps)
+
+
+def batch_rstd(count: Any, m2: Any, eps: float) -> Any:
+    """The same of a batch's moments, with the biased variance."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return reciprocal_std(m2 / count, eps)
+
+
+def input_numbers(
+    gamma: Any, rstd: Any, dgamma: Any, dbeta: Any, count: Any, dmean: Any, dvar: Any
+) -> tuple[Any, Any, Any]:
+    """scale, offset, slope of ``dx = scale * dz - w * (offset + slope * (x - mean))``."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = gamma * rstd
+        return scale, (scale * dbeta - dmean) / count, (scale * rstd * dgamma - 2.0 * dvar) / count
