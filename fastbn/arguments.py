@@ -32,6 +32,11 @@ def data(name: str, array: Any) -> Any:
         raise TypeError(
             f"{name}: expected one of {', '.join(FLOATS)}, got dtype {array.dtype}{instead.get(array.dtype.kind, '')}"
         )
+    return plain(array)
+
+
+def plain(array: Any) -> Any:
+    """A memmap as the plain array it is."""
     return array.view(np.ndarray) if type(array) is np.memmap else array
 
 
@@ -41,14 +46,15 @@ def like(name: str, array: Any, x: Any, of: str = "x") -> Any:
         return None
     if array.shape != x.shape or array.dtype != x.dtype:
         raise ValueError(
-            f"{name}: expected {of}'s shape {x.shape} and dtype {x.dtype}, got shape {array.shape} and dtype {array.dtype}"
+            f"{name}: expected {of}'s shape {x.shape} and dtype {x.dtype}, "
+            f"got shape {array.shape} and dtype {array.dtype}"
         )
-    return array.view(np.ndarray) if type(array) is np.memmap else array
+    return plain(array)
 
 
 def output(name: str, array: Any, x: Any, of: str = "x") -> Any:
     """An array to write, of the shape and dtype of another."""
-    array = like(name, array, x, of)
+    like(name, array, x, of)
     if array is not None and isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"{name}: expected a writable array, got a read-only one")
     return array
@@ -91,7 +97,7 @@ def parameter(name: str, array: Any, layout: Layout) -> Any:
 
 
 def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape, kept: frozenset[int]) -> Any:
-    """where * weights with the dimensions of x: None, bool or float64."""
+    """Where * weights with the dimensions of x: None, bool or float64."""
     if where is not None:
         if where.dtype != bool:
             raise TypeError(f"where: expected dtype bool, got {where.dtype}")
@@ -127,10 +133,10 @@ def _broadcasts(shape: Shape, to: Shape) -> bool:
 
 def epsilon(eps: Any) -> float:
     """A finite number >= 0."""
-    eps = real("eps", eps)
-    if not (math.isfinite(eps) and eps >= 0):
+    number = real("eps", eps)
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
-    return eps
+    return number
 
 
 def hook(gather: Any) -> Any:

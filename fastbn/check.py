@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterable
-from decimal import Decimal, localcontext
+from decimal import Context, Decimal
 from fractions import Fraction
+from functools import partial
 from typing import Any, NamedTuple
 
 import numba
@@ -64,25 +65,18 @@ class Job(NamedTuple):
 def jobs(kind: str = "numpy", groups: Iterable[str] = tuple(TITLES), quick: bool = False) -> list[Job]:
     """The checks of the given groups on arrays of one kind; quick: smaller arrays, and serial kernels alone."""
     xp = importlib.import_module(kind)
-    work: list[Job] = []
-    for group in groups:
-        if group == "nist":
-            work += [Job(name, lambda name=name: nist(xp, name)) for name in NIST]
-        elif group == "offset":
-            side = 64 if quick else 512
-            work += [Job(f"offset {layout}", lambda layout=layout: offset(xp, layout, side)) for layout in LAYOUTS]
-        elif group == "large mean":
-            side = 24 if quick else 200
-            work += [
-                Job(f"mean/std {ratio:g} {name}", lambda name=name, ratio=ratio: large_mean(xp, name, ratio, side))
-                for name, ratio in LARGE_MEANS
-                if name in float_dtypes()
-            ]
-        elif group == "constant":
-            work += [Job(f"constant {name}", lambda name=name: constant(xp, name)) for name in float_dtypes()]
-        else:
-            work += _oracle_jobs(xp, quick)
-    return work
+    work: dict[str, list[Job]] = {
+        "nist": [Job(name, partial(nist, xp, name)) for name in NIST],
+        "offset": [Job(f"offset {layout}", partial(offset, xp, layout, 64 if quick else 512)) for layout in LAYOUTS],
+        "large mean": [
+            Job(f"mean/std {ratio:g} {name}", partial(large_mean, xp, name, ratio, 24 if quick else 200))
+            for name, ratio in LARGE_MEANS
+            if name in float_dtypes()
+        ],
+        "constant": [Job(f"constant {name}", partial(constant, xp, name)) for name in float_dtypes()],
+        "oracle": _oracle_jobs(xp, quick),
+    }
+    return [job for group in groups for job in work[group]]
 
 
 # --- moments ----------------------------------------------------------------------------------------------------------
@@ -100,21 +94,48 @@ NIST = {
 }
 
 
-def exact_mean_std(x: np.ndarray[Any, Any]) -> tuple[Decimal, Decimal]:
-    """Mean and sample standard deviation of the stored doubles, to 60 digits."""
+class Exact(NamedTuple):
+    """Moments as rational numbers."""
+
+    count: int
+    mean: Fraction
+    m2: Fraction
+
+    @property
+    def std(self) -> Decimal:
+        """Of a sample, to 60 digits."""
+        return _decimal(self.m2 / (self.count - 1)).sqrt(_SIXTY)
+
+
+_SIXTY = Context(prec=60)
+
+
+def _decimal(value: Fraction) -> Decimal:
+    return _SIXTY.divide(Decimal(value.numerator), Decimal(value.denominator))
+
+
+def exact_moments(x: np.ndarray[Any, Any]) -> Exact:
+    """Moments of the stored doubles."""
     values = [Fraction(value) for value in x.tolist()]
     mean = sum(values, Fraction()) / len(values)
-    var = sum(((value - mean) ** 2 for value in values), Fraction()) / (len(values) - 1)
-    with localcontext() as context:
-        context.prec = 60
-        return Decimal(mean.numerator) / mean.denominator, (Decimal(var.numerator) / var.denominator).sqrt()
+    return Exact(len(values), mean, sum(((value - mean) ** 2 for value in values), Fraction()))
+
+
+def best_merge(parts: list[np.ndarray[Any, Any]]) -> Exact:
+    """What is left of the moments of all parts once each part's are rounded to doubles."""
+    rounded = [
+        (n, Fraction(float(mean)), Fraction(float(m2))) for n, mean, m2 in map(exact_moments, parts)
+    ]
+    count = sum(n for n, _, _ in rounded)
+    mean = sum((n * part for n, part, _ in rounded), Fraction()) / count
+    return Exact(count, mean, sum((m2 + n * (part - mean) ** 2 for n, part, m2 in rounded), Fraction()))
 
 
 def digits(value: float, exact: Decimal) -> float:
     """Log relative error: the number of correct decimal digits."""
     if not math.isfinite(value):
         return 0.0
-    error = abs((Decimal(value) - exact) / exact)
+    error = abs(_SIXTY.divide(_SIXTY.subtract(Decimal(value), exact), exact))
     return min(MOST_DIGITS, -float(error.log10())) if error else MOST_DIGITS
 
 
@@ -122,29 +143,31 @@ def nist(xp: Any, name: str) -> list[Row]:
     """Mean and standard deviation in one piece, and merged from seven."""
     x = NIST[name]
     on_device = xp.asarray(x)
-    mean, std = exact_mean_std(x)
-    parts = [fastbn.moments(part.reshape(-1, 1)) for part in xp.array_split(on_device, 7)]
-    merged = fastbn.merge(*parts)
+    exact = exact_moments(x)
+    mean, std = _decimal(exact.mean), exact.std
+    parts = [part for part in np.array_split(x, 7) if part.size]
+    merged = fastbn.merge(*(fastbn.moments(xp.asarray(part.reshape(-1, 1))) for part in parts))
+    # The rounding of the parts' means alone leaves 10.5 digits of NumAcc4's deviation, however they are merged.
+    best = digits(float(best_merge(parts).std), std)
 
-    def row(what: str, value: Any, exact: Decimal, bound: float, **beside: Any) -> Row:
-        others = {library: digits(float(v), exact) for library, v in beside.items()}
-        return Row("nist", f"{name} {what}", digits(float(value), exact), bound, True, others)
+    def row(what: str, value: Any, exact: Decimal, bound: float, **beside: float) -> Row:
+        return Row("nist", f"{name} {what}", digits(float(value), exact), bound, True, beside)
 
     return [
-        row("mean", fastbn.mean(on_device), mean, 13, numpy=np.mean(x)),
-        row("std", fastbn.std(on_device, ddof=1), std, 13, numpy=np.std(x, ddof=1)),
+        row("mean", fastbn.mean(on_device), mean, 13, numpy=digits(float(np.mean(x)), mean)),
+        row("std", fastbn.std(on_device, ddof=1), std, 13, numpy=digits(float(np.std(x, ddof=1)), std)),
         row("mean, 7 parts merged", merged.mean[0], mean, 11),
-        row("std, 7 parts merged", merged.std(correction=1)[0], std, 11),
+        row("std, 7 parts merged", merged.std(correction=1)[0], std, min(11, best - 0.05), **{"exact merge": best}),
     ]
 
 
 def offset(xp: Any, layout: str, side: int) -> list[Row]:
     """Where float32 sums of raw values go wrong: four channels of 100 + U(0, 1)."""
-    x = _placed(100 + np.random.default_rng(0).random((4, 4, side, side)), np.dtype(np.float32), layout)
-    axes = (0, 2, 3)
-    expected = reference.moments(x)
+    values = (100 + np.random.default_rng(0).random((4, 4, side, side))).astype(np.float32)
+    x, axes = _placed(np, values, layout), (0, 2, 3)
+    expected = reference.moments(values)
     expected_var = expected.m2 / expected.count
-    ours = [_on_host(a) for a in fastbn.mean_var(_like(xp, x, layout), axes)]
+    ours = [_on_host(a) for a in fastbn.mean_var(_placed(xp, values, layout), axes)]
     others = {"numpy": (np.mean(x, axes), np.var(x, axes))}
     torch = torch_with_our_threads()
     if torch is not None:
@@ -167,13 +190,13 @@ def large_mean(xp: Any, name: str, ratio: float, side: int) -> list[Row]:
     """Moments before they are rounded to the dtype of the data."""
     rng = np.random.default_rng(1)
     signs = np.array([1, -1, 1, -1, 1]).reshape(5, 1, 1)
-    values = rng.standard_normal((8, 5, side, side)) + ratio * signs
+    values = (rng.standard_normal((8, 5, side, side)) + ratio * signs).astype(float_dtypes()[name])
+    expected = reference.moments(values)
+    expected_var = expected.m2 / expected.count
     rows = []
     for layout in LAYOUTS:
-        x = _placed(values, float_dtypes()[name], layout)
-        expected, ours = reference.moments(x), fastbn.moments(_like(xp, x, layout))
+        x, ours = _placed(np, values, layout), fastbn.moments(_placed(xp, values, layout))
         numpys = np.mean(x, (0, 2, 3), np.float32), np.var(x, (0, 2, 3), np.float32)
-        expected_var = expected.m2 / expected.count
         title = f"{name} {layout} mean/std {ratio:g}"
         beside = {"numpy": _relative(numpys[0], expected.mean)}
         rows.append(
@@ -195,10 +218,10 @@ def constant(xp: Any, name: str) -> list[Row]:
     values = np.array([0.0, 1 / 3, -100.1, 3.0e4, 1e-3, 7.0]).reshape(6, 1, 1)
     gamma, beta = np.random.default_rng(2).standard_normal((2, 6))
     beta = beta.astype(dtype)
+    x = np.broadcast_to(values.astype(dtype), (3, 6, 7, 9))
     rows = []
     for layout in LAYOUTS:
-        x = _placed(np.broadcast_to(values, (3, 6, 7, 9)), dtype, layout)
-        y, _ = fastbn.batch_norm(_like(xp, x, layout), xp.asarray(gamma), xp.asarray(beta))
+        y, _ = fastbn.batch_norm(_placed(xp, x, layout), xp.asarray(gamma), xp.asarray(beta))
         wrong = np.count_nonzero(_on_host(y) != beta.reshape(6, 1, 1))
         rows.append(Row("constant", f"{name} {layout}", float(wrong), 0, False, {}))
     return rows
@@ -219,7 +242,7 @@ def _oracle_jobs(xp: Any, quick: bool) -> list[Job]:
     if not quick:
         cases.append(("float32", small, True))
     return [
-        Job(f"oracle {name} {layout}", lambda case=(xp, name, layout, shape, fused): oracle(*case))
+        Job(f"oracle {name} {layout}", partial(oracle, xp, name, layout, shape, fused))
         for name, shape, fused in cases
         for layout in LAYOUTS
     ]
@@ -229,18 +252,18 @@ def oracle(xp: Any, name: str, layout: str, shape: tuple[int, ...], fused: bool)
     """Forward, backward and inference; fused: with a mask, a residual and relu."""
     rng = np.random.default_rng(3)
     dtype = float_dtypes()[name]
-    x, dy, residual = (_placed(v, dtype, layout) for v in rng.standard_normal((3, *shape)) * 2 + 0.5)
+    x, dy, residual = (rng.standard_normal((3, *shape)) * 2 + 0.5).astype(dtype)
     gamma, beta = rng.standard_normal((2, shape[1]))
     where = rng.random((shape[0], 1, *shape[2:])) < 0.7
     masked: dict[str, Any] = {"where": where} if fused else {}
     epilogue: dict[str, Any] = {"residual": residual, "activation": "relu"} if fused else {}
 
-    x_, dy_, gamma_, beta_ = _like(xp, x, layout), _like(xp, dy, layout), xp.asarray(gamma), xp.asarray(beta)
+    x_, dy_, gamma_, beta_ = _placed(xp, x, layout), _placed(xp, dy, layout), xp.asarray(gamma), xp.asarray(beta)
     masked_ = {key: xp.asarray(value) for key, value in masked.items()}
-    epilogue_ = epilogue | ({"residual": _like(xp, residual, layout)} if fused else {})
+    epilogue_ = epilogue | ({"residual": _placed(xp, residual, layout)} if fused else {})
     y, saved = fastbn.batch_norm(x_, gamma_, beta_, **masked_, **epilogue_)
     grads = fastbn.batch_norm_backward(dy_, saved)
-    y = _on_host(y)
+    y = np.ascontiguousarray(_on_host(y))  # NumPy adds along other orders with larger errors
 
     forward = reference.batch_norm(x, gamma, beta, **masked, **epilogue)
     dx, dgamma, dbeta, dz = reference.batch_norm_backward(dy, forward, y=y)
@@ -288,20 +311,11 @@ def oracle(xp: Any, name: str, layout: str, shape: tuple[int, ...], fused: bool)
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def _placed(values: Any, dtype: np.dtype[Any], layout: str) -> np.ndarray[Any, Any]:
-    """Values in an array that is NCHW to NumPy and lies in memory as the layout says."""
+def _placed(xp: Any, values: np.ndarray[Any, Any], layout: str) -> Any:
+    """An NCHW array of the library xp that lies in memory as the layout says."""
     if layout == "NCHW":
-        return np.ascontiguousarray(values, dtype)
-    return np.moveaxis(np.ascontiguousarray(np.moveaxis(values, 1, -1), dtype), -1, 1)
-
-
-def _like(xp: Any, x: Any, layout: str) -> Any:
-    """The same array in another library, in the same order in memory."""
-    if xp is np:
-        return x
-    if layout == "NCHW":
-        return xp.asarray(x)
-    return xp.moveaxis(xp.asarray(np.moveaxis(x, 1, -1)), -1, 1)
+        return xp.asarray(np.ascontiguousarray(values))
+    return xp.moveaxis(xp.asarray(np.ascontiguousarray(np.moveaxis(values, 1, -1))), -1, 1)
 
 
 def _on_host(a: Any) -> Any:

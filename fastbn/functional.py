@@ -10,8 +10,6 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal
 
-import numpy as np
-
 from fastbn import arguments
 from fastbn.dispatch import backend_of, one_kind
 from fastbn.formulas import batch_rstd, input_numbers, reciprocal_std
@@ -114,9 +112,7 @@ def batch_norm(
     >>> saved.mean, saved.rstd
     (array([2., 4.]), array([1. , 0.5]))
     """
-    kind = one_kind(
-        {"x": x}, gamma=gamma, beta=beta, where=where, weights=weights, residual=residual, out=out
-    )
+    kind = one_kind({"x": x}, gamma=gamma, beta=beta, where=where, weights=weights, residual=residual, out=out)
     backend = backend_of(kind)
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
@@ -127,7 +123,7 @@ def batch_norm(
     out, gather = arguments.output("out", out, x), arguments.hook(gather)
     weight = arguments.combined_weight(backend.xp, where, weights, x.shape, layout.kept)
 
-    y = _empty_like(backend.xp, x) if out is None else out
+    y = backend.xp.empty_like(x) if out is None else out
     target = _Target(backend, layout, y, out is not None, x, residual, gamma, beta)
     x_ = layout.fold(x)
     w_ = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
@@ -227,7 +223,9 @@ def batch_norm_backward(
     gather = arguments.hook(gather)
     x, frozen, relu = saved.x, saved.moments is None, saved.activation is not None
     if x is None:
-        raise ValueError("saved: expected the input x, but out overwrote it in the forward pass; give it an out of its own")
+        raise ValueError(
+            "saved: expected the input x, but out overwrote it in the forward pass; give it an out of its own"
+        )
     if (gather is not None) != saved.gathered:
         came, went = ("a hook", "without one") if gather is not None else ("None", "with one")
         raise ValueError(f"gather: expected what the forward pass had, which ran {went}, got {came}")
@@ -245,8 +243,8 @@ def batch_norm_backward(
     mean, rstd = layout.vector(xp, saved.mean), layout.vector(xp, saved.rstd)
     count = mean if frozen else layout.vector(xp, saved.count)
 
-    dx = _empty_like(xp, x) if out is None else out
-    dresidual = _empty_like(xp, x) if saved.has_residual else None
+    dx = xp.empty_like(x) if out is None else out
+    dresidual = xp.empty_like(x) if saved.has_residual else None
     target = _Target(backend, layout, dx, out is not None, x, dy, saved.y, saved.gamma)
     residual_target = None if dresidual is None else _Target(backend, layout, dresidual, False)
     into = (target.array, None if residual_target is None else residual_target.array)
@@ -254,9 +252,7 @@ def batch_norm_backward(
     y_ = layout.fold(saved.y) if relu else None
     w_ = None if saved.weight is None else layout.fold_weight(xp, saved.weight, x.shape)
     if gather is None:
-        dgamma, dbeta = backend.backward(
-            dy_, x_, y_, w_, mean, rstd, gamma, count, dmean, dvar, frozen, *into
-        )
+        dgamma, dbeta = backend.backward(dy_, x_, y_, w_, mean, rstd, gamma, count, dmean, dvar, frozen, *into)
     else:
         dgamma, dbeta = backend.grad_sums(dy_, x_, y_, mean, rstd)
         local = xp.concatenate([layout.kept_array(xp, v).ravel() for v in (dgamma, dbeta)])
@@ -473,7 +469,7 @@ def grad_input(
     count = xp.full(mean.shape, float(count)) if isinstance(count, Real) else _vector("count", count, layout, xp)
     weight = arguments.combined_weight(xp, where, weights, x.shape, layout.kept)
 
-    dx = _empty_like(xp, x) if out is None else out
+    dx = xp.empty_like(x) if out is None else out
     target = _Target(backend, layout, dx, out is not None, x, dy)
     w_ = None if weight is None else layout.fold_weight(xp, weight, x.shape)
     numbers = input_numbers(gamma, rstd, dgamma, dbeta, count, 0.0, 0.0)
@@ -511,8 +507,8 @@ def fold(
     Returns
     -------
     kernel, bias : array
-        ``kernel * s`` and ``(kernel_bias - mean) * s + beta`` with ``s = gamma / sqrt(var + eps)``, computed in float64,
-        in the kernel's dtype.
+        ``kernel * s`` and ``(kernel_bias - mean) * s + beta`` with ``s = gamma / sqrt(var + eps)``, in the kernel's
+        dtype, computed in float64.
 
     Raises
     ------
@@ -530,15 +526,14 @@ def fold(
     kind = one_kind({"kernel": kernel, "mean": mean, "var": var}, kernel_bias=kernel_bias, gamma=gamma, beta=beta)
     xp = backend_of(kind).xp
     kernel = arguments.data("kernel", kernel)
-    if isinstance(axis, tuple):
-        raise TypeError(f"axis: expected an int, got {axis!r}")
     layout = arguments.layout_for(kernel, axis, "axis")
+    if len(layout.kept_shape) != 1:
+        raise TypeError(f"axis: expected an int, got {axis!r}")
     eps = arguments.epsilon(eps)
     bias, shift = _vector("kernel_bias", kernel_bias, layout, xp), _vector("beta", beta, layout, xp)
     mean, var = _vector("mean", mean, layout, xp), _vector("var", var, layout, xp)
     scale = _vector("gamma", gamma, layout, xp, 1.0) * reciprocal_std(var, eps)
-    along = [1] * kernel.ndim
-    along[axis] = -1
+    along = [-1 if i in layout.kept else 1 for i in range(kernel.ndim)]
     folded = kernel.astype(xp.float64) * scale.reshape(along)
     return folded.astype(kernel.dtype), ((bias - mean) * scale + shift).astype(kernel.dtype)
 
@@ -553,7 +548,8 @@ class _Target:
     """
 
     def __init__(self, backend: Any, layout: Layout, result: Any, given: bool, *inputs: Any) -> None:
-        self.layout, self.result = layout, result
+        self.layout, self.result = layout, arguments.plain(result)
+        result = self.result
         self.array = layout.fold(result)
         in_place = backend.overlap(self.array, result) or result.size == 0
         if given and in_place:
@@ -579,7 +575,7 @@ def _normalize(
     shift = _vector("beta", beta, layout, backend.xp)
     residual = arguments.like("residual", residual, x)
     out = arguments.output("out", out, x)
-    y = _empty_like(backend.xp, x) if out is None else out
+    y = backend.xp.empty_like(x) if out is None else out
     target = _Target(backend, layout, y, out is not None, x, residual, beta)
     r_ = None if residual is None else layout.fold(residual)
     backend.normalize(layout.fold(x), mean, scale, shift, r_, relu, target.array)
@@ -592,10 +588,6 @@ def _vector(name: str, parameter: Any, layout: Layout, xp: Any, default: float =
     if parameter is None:
         return xp.full(layout.folded[0] * layout.folded[2], default)
     return layout.vector(xp, arguments.parameter(name, parameter, layout))
-
-
-def _empty_like(xp: Any, x: Any) -> Any:
-    return xp.empty_like(x)
 
 
 def _merged_over_ranks(xp: Any, gather: Gather, local: Moments) -> Moments:

@@ -43,7 +43,7 @@ class Layout(NamedTuple):
         """A weight that broadcasts to ``shape``, contiguous, with size 1 for batch and channel if it has it there."""
         full = any(weight.shape[axis] != 1 for axis in self.kept)
         target = tuple(size if full or axis not in self.kept else 1 for axis, size in enumerate(shape))
-        batch, outer, channel, inner = self.folded
+        _batch, outer, _channel, inner = self.folded
         folded = self.folded if full else (1, outer, 1, inner)
         return xp.ascontiguousarray(xp.broadcast_to(weight, target).transpose(self.order).reshape(folded))
 

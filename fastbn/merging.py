@@ -1,4 +1,4 @@
-"""Mergeable statistics: `Moments` and what is done with them. Array-library agnostic float64 arithmetic on small arrays."""
+"""Mergeable statistics: `Moments` and what is done with them, in float64 on small arrays of either kind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Moments(NamedTuple):
     (array([2., 6.]), array([1., 4.]), array([2., 8.]))
     """
 
-    count: Any  # type: ignore[assignment]  # tuple.count gives way to the field's standard name
+    count: Any
     mean: Any
     m2: Any
 
@@ -110,7 +110,7 @@ def merge(*moments: Moments) -> Moments:
 
 def _checked_together(operands: dict[str, Any], **others: Any) -> Any:
     """Check moments that are to be combined, and other arrays with them: one kind, one shape. Returns the namespace."""
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, moments in operands.items():
         if not isinstance(moments, Moments):
             raise TypeError(f"{name}: expected a fastbn.Moments, got {type(moments).__name__}")
@@ -232,7 +232,9 @@ def population(moments_of_batches: Iterable[Moments]) -> tuple[Any, Any]:
     (array([3.5]), array([1.]))
     """
     if not isinstance(moments_of_batches, Iterable):
-        raise TypeError(f"moments_of_batches: expected Moments to iterate over, got {type(moments_of_batches).__name__}")
+        raise TypeError(
+            f"moments_of_batches: expected Moments to iterate over, got {type(moments_of_batches).__name__}"
+        )
     batches = list(moments_of_batches)
     if not batches:
         raise ValueError("moments_of_batches: expected at least one Moments, got none")

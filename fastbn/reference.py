@@ -182,9 +182,9 @@ def batch_norm_backward(
     if forward.statistics is None:
         scale = _spread(forward.gamma, dz, channel_axis, 1.0) * _spread(forward.rstd, dz, channel_axis)
         return scale * dz, dgamma, dbeta, dz
-    over_all = (dgamma, dbeta) if sums is None else sums
+    all_dgamma, all_dbeta = (dgamma, dbeta) if sums is None else sums
     dx = grad_input(
-        dz, forward.x, forward.mean, forward.rstd, forward.gamma, *over_all, forward.statistics.count,
+        dz, forward.x, forward.mean, forward.rstd, forward.gamma, all_dgamma, all_dbeta, forward.statistics.count,
         dmean=dmean, dvar=dvar, **forward.options,
     )  # fmt: skip
     return dx, dgamma, dbeta, dz

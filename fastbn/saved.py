@@ -37,7 +37,7 @@ class Saved(NamedTuple):
     """Over all ranks; None for frozen statistics."""
     mean: Any
     rstd: Any
-    count: Any  # type: ignore[assignment]  # tuple.count gives way to the field's standard name
+    count: Any
     channel_axis: int | tuple[int, ...]
     activation: Literal["relu"] | None
     has_residual: bool
@@ -70,9 +70,7 @@ class Saved(NamedTuple):
         x, y, gamma, weight, *moments, mean, rstd = (next(remaining) if there else None for there in present)
         whole = None if moments[0] is None else Moments(*moments)
         count = None if whole is None else whole.count
-        return cls(
-            x, y, gamma, weight, whole, mean, rstd, count, channel_axis, activation, has_residual, gathered
-        )
+        return cls(x, y, gamma, weight, whole, mean, rstd, count, channel_axis, activation, has_residual, gathered)
 
     @classmethod
     def frozen(

@@ -60,8 +60,8 @@ def mean(
 
     Notes
     -----
-    Infinities of one sign give that infinity, NaN and infinities of both signs NaN. An empty slice gives NaN and NumPy's
-    RuntimeWarning. Extended precision (longdouble) and an integer `dtype` are left to NumPy.
+    Infinities of one sign give that infinity, NaN and infinities of both signs NaN. An empty slice gives NaN and
+    NumPy's RuntimeWarning. Extended precision (longdouble) and an integer `dtype` are left to NumPy.
 
     Examples
     --------
@@ -258,15 +258,13 @@ def _channel_moments(backend: Any, x: Any, kept: frozenset[int], weight: Any) ->
 
 
 def _array(x: Any, out: Any = None) -> Any:
-    """x as an array of real numbers: lists and scalars as NumPy takes them, foreign arrays refused."""
+    """X as an array of real numbers: lists and scalars as NumPy takes them, foreign arrays refused."""
     if type(x) is not np.ndarray and not _is_cupy(x):
         if is_foreign(x):
             kind_of("x", x)  # raises, naming what to pass instead
         x = np.asarray(x)
     if x.dtype.kind in "cOmMSUV" and not arguments.is_float(x.dtype):
-        raise TypeError(
-            f"x: expected real numbers, got dtype {x.dtype}; numpy.mean and numpy.var take complex, object and time dtypes"
-        )
+        raise TypeError(f"x: expected real numbers, got dtype {x.dtype}; numpy.mean and numpy.var take other dtypes")
     one_kind({"x": x}, out=out)
     return x
 
@@ -327,7 +325,7 @@ def _operand(name: str, value: Any, x: Any, single: tuple[int, ...] = ()) -> Any
 
 
 def _precise(x: Any, dtype: Any, out: Any) -> Any:
-    """x in float64 where the result is asked for in float64: float32 sums in chunks are good to 1e-7."""
+    """X in float64 where the result is asked for in float64: float32 sums in chunks are good to 1e-7."""
     if dtype is None:
         dtype = getattr(out, "dtype", None)
     wanted = dtype is not None and np.dtype(dtype).itemsize >= 8

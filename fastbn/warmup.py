@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numba
@@ -47,7 +48,7 @@ def jobs(dtypes: Sequence[str]) -> list[Job]:
         for channels, options in itertools.product((many, 2) if layout == "NCHW" else (many,), OPTIONS):
             shape = (2, channels, max(4, elements // channels))
             name = f"{dtype} {layout} {size} {options}"
-            work.append(Job(name, lambda case=(dtype, layout, shape, OPTIONS[options]): _call_all(*case)))
+            work.append(Job(name, partial(_call_all, dtype, layout, shape, OPTIONS[options])))
     return work
 
 

@@ -13,6 +13,7 @@ DTYPES = {
     "float64": np.float64,
 }
 
+
 def placed(values, strides_of):
     """The same values in an array laid out as `strides_of` lays out an uninitialised one of this shape and dtype."""
     array = strides_of(values.shape, values.dtype)

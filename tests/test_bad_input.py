@@ -436,7 +436,12 @@ def moments():
         yield fastbn.update_running, {"moments": bad}, error, rf"^moments[.\w]*: {message}"
         for i, several in ((0, (bad, batch())), (1, (batch(), bad))):
             yield merge, {"moments": several}, error, rf"^moments\[{i}\][.\w]*: {message}"
-            yield fastbn.population, {"moments_of_batches": several}, error, rf"^moments_of_batches\[{i}\][.\w]*: {message}"
+            yield (
+                fastbn.population,
+                {"moments_of_batches": several},
+                error,
+                rf"^moments_of_batches\[{i}\][.\w]*: {message}",
+            )
     for bad, message in wrong_fields:
         yield fastbn.update_running, {"moments": bad}, TypeError, rf"^moments\.{message}"
         yield merge, {"moments": (batch(), bad)}, TypeError, rf"^moments\[1\]\.{message}"
@@ -449,10 +454,20 @@ def moments():
         r"^mean: expected the shape of moments.count, \(4,\), got \(3,\)",
     )
     yield merge, {"moments": ()}, ValueError, "^moments: expected at least one Moments, got none"
-    yield merge, {"moments": (batch(), batch((4,)))}, ValueError, r"^moments\[1\].count: expected the shape of moments\[0\].count, \(3,\), got \(4,\)"
+    yield (
+        merge,
+        {"moments": (batch(), batch((4,)))},
+        ValueError,
+        r"^moments\[1\].count: expected the shape of moments\[0\].count, \(3,\), got \(4,\)",
+    )
     none, two = {"moments_of_batches": []}, {"moments_of_batches": [batch(), batch((4,))]}
     yield fastbn.population, none, ValueError, "^moments_of_batches: expected at least one Moments, got none"
-    yield fastbn.population, two, ValueError, r"^moments_of_batches\[1\].count: expected the shape of .*\(3,\), got \(4,\)"
+    yield (
+        fastbn.population,
+        two,
+        ValueError,
+        r"^moments_of_batches\[1\].count: expected the shape of .*\(3,\), got \(4,\)",
+    )
     for bad in (None, 3):
         yield fastbn.population, {"moments_of_batches": bad}, TypeError, "^moments_of_batches: expected .* got "
     yield (

@@ -1,4 +1,4 @@
-"""The bounds that the package promises: accuracy at large means, NIST's data, constant channels, bitwise repeatability."""
+"""The bounds that the package promises: large means, NIST's data, constant channels, the same bits always."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from fastbn import cpu, reference
 from tests.support import DTYPES
 from tests.tolerances import BOUNDS
 
-# --- NIST StRD, univariate summary statistics (National Institute of Standards and Technology, 1999) -------------------
+# --- NIST Statistical Reference Datasets, univariate summary statistics ----------------------------------------------
 
 
 def alternating(base, low, high):
@@ -257,7 +257,9 @@ def test_bits_do_not_depend_on_threads():
     hashes = set()
     for threads in (1, 2, 4):
         environment = os.environ | {"NUMBA_NUM_THREADS": str(threads)}
-        run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
+        )
         hashes.update(run.stdout.split())
     assert len(hashes) == 1
 

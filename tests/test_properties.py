@@ -1,5 +1,7 @@
 """What must hold for any data: equivariance, permutation, splitting, isolation of NaN, round trips."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -68,7 +70,7 @@ def test_permuting_the_channels(x, data):
 @given(arrays(dtype=np.float64), st.lists(st.integers(0, 9), max_size=4))
 def test_split_and_merge_equals_whole(x, cuts):
     edges = [0, *sorted(min(cut, len(x)) for cut in cuts), len(x)]
-    parts = [fastbn.moments(x[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [fastbn.moments(x[a:b]) for a, b in itertools.pairwise(edges)]
     merged, whole = fastbn.merge(*parts), fastbn.moments(x)
     np.testing.assert_array_equal(merged.count, whole.count)
     np.testing.assert_allclose(merged.mean, whole.mean, atol=1e-14 * spread_of(x))
@@ -164,9 +166,7 @@ def test_saved_frozen_round_trip():
     saved = fastbn.Saved.frozen(x, np.zeros(3), np.ones(3), y=x, activation="relu")
     again = fastbn.Saved.from_arrays(*saved.arrays())
     assert again.moments is None
-    np.testing.assert_array_equal(
-        fastbn.batch_norm_backward(x, again).x, fastbn.batch_norm_backward(x, saved).x
-    )
+    np.testing.assert_array_equal(fastbn.batch_norm_backward(x, again).x, fastbn.batch_norm_backward(x, saved).x)
 
 
 def test_saved_is_immutable():
@@ -201,14 +201,12 @@ RANKS = {"even": (2, 2, 2), "uneven": (1, 3, 2), "one empty": (3, 0, 3), "first 
 def test_gather(ranks, layout, options):
     """Ranks that share statistics give what one process gives on the whole batch, each its own rows."""
     layout = LAYOUTS[layout]
-    case = make_case(
-        type(layout)((6, *layout.shape[1:]), layout.channel_axis), "float64", OPTIONS[options]
-    )
+    case = make_case(type(layout)((6, *layout.shape[1:]), layout.channel_axis), "float64", OPTIONS[options])
     keywords = case.keywords | case.epilogue
     whole_y, whole = fastbn.batch_norm(case.x, case.gamma, case.beta, **keywords)
     whole_grads = fastbn.batch_norm_backward(case.dy, whole)
     edges = np.cumsum([0, *RANKS[ranks]])
-    cuts = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    cuts = [slice(a, b) for a, b in itertools.pairwise(edges)]
 
     def on_all_ranks(call):
         """Run a collective call on every rank: once to see what each sends, once with the answer."""

@@ -1,7 +1,4 @@
-"""How far a result may lie from the float64 oracle, and why. Nothing else in the tests holds a tolerance of its own kind.
-
-``bound(what, dtype)`` multiplies a scale that the check computes from the oracle.
-"""
+"""How far a result may lie from the float64 oracle, and why: factors of scales that a check takes from the oracle."""
 
 import numpy as np
 

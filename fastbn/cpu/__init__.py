@@ -39,7 +39,11 @@ Array = np.ndarray[Any, Any]
 
 # --- arrays as kernels take them --------------------------------------------------------------------------------------
 
-_AS_INTEGERS = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16), "bool": np.dtype(np.uint8)}
+_AS_INTEGERS: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype(np.uint16),
+    "bfloat16": np.dtype(np.int16),
+    "bool": np.dtype(np.uint8),
+}
 _NO_STRIDES = (0, 0, 0, 0)
 
 
@@ -61,7 +65,8 @@ def _unit_stride(a: Array) -> bool:
     """Whether kernels can walk the array: contiguous inner or channel axis, other strides whole elements."""
     _, _, channel, inner = a.shape
     axis = 3 if inner > 1 or channel == 1 else 2
-    return (a.shape[axis] == 1 or a.strides[axis] == a.itemsize) and all(s % a.itemsize == 0 for s in a.strides)
+    unit = a.shape[axis] == 1 or a.strides[axis] == a.itemsize
+    return unit and all(s % a.itemsize == 0 for s in a.strides)
 
 
 def writable_in_place(a: Array) -> bool:
@@ -70,8 +75,11 @@ def writable_in_place(a: Array) -> bool:
 
 
 def overlap(a: Array, b: Array) -> bool:
-    """Whether two arrays share memory; where that is hard to decide, whether their extents meet."""
-    return np.may_share_memory(a, b) and np.may_share_memory(a, b, max_work=1000)
+    """Whether two arrays share memory; yes where that is too hard to decide."""
+    try:
+        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=1000)
+    except np.exceptions.TooHardError:
+        return True
 
 
 def same_or_apart(a: Array, b: Array) -> bool:
@@ -88,7 +96,7 @@ def _memory(a: Array | None) -> tuple[Array | None, tuple[int, ...]]:
     if not writable_in_place(a):
         a = np.array(a, dtype=a.dtype.newbyteorder("="), order="C")
     dtype = _AS_INTEGERS.get(a.dtype.name, a.dtype)
-    batch, outer, channel, inner = a.shape
+    _batch, outer, channel, inner = a.shape
     if a.flags.c_contiguous and a.flags.writeable:
         strides = (0, outer * channel * inner, channel * inner, inner)
         return a.reshape(-1).view(dtype), strides
@@ -115,7 +123,7 @@ def _in_rows(shape: tuple[int, ...]) -> bool:
 
 def _whole_channels(shape: tuple[int, ...]) -> bool:
     """Whether there are channels enough to give each thread whole ones."""
-    return shape[0] * shape[2] >= 4 * numba.get_num_threads()
+    return bool(shape[0] * shape[2] >= 4 * numba.get_num_threads())
 
 
 def _streams(out: Array) -> bool:
@@ -123,7 +131,7 @@ def _streams(out: Array) -> bool:
     if out.nbytes < CACHE_SHARE:
         return False
     if _in_rows(out.shape):
-        return out.__array_interface__["data"][0] % out.itemsize == 0
+        return True
     places = (out.__array_interface__["data"][0], out.strides[0], out.strides[1])
     return all(place % 64 == 0 for place in places)
 
@@ -148,10 +156,8 @@ def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array]:
     return count, mean, m2
 
 
-def normalize(
-    x: Array, mean: Array, scale: Array, shift: Array, residual: Array | None, relu: bool, y: Array
-) -> None:
-    """y = ((x - mean) * scale + shift + residual), through relu."""
+def normalize(x: Array, mean: Array, scale: Array, shift: Array, residual: Array | None, relu: bool, y: Array) -> None:
+    """Y = ((x - mean) * scale + shift + residual), through relu."""
     (x_, xs), (y_, ys), (r_, rs) = _memory(x), _memory(y), _memory(residual)
     numbers = (mean, scale, shift, _flag(relu), _streams(y))
     if _in_rows(x.shape):
@@ -187,7 +193,7 @@ def forward(
 
 
 def grad_sums(dy: Array, x: Array, y: Array | None, mean: Array, rstd: Array) -> tuple[Array, Array]:
-    """dgamma = sum(dz * xhat) and dbeta = sum(dz); dz = dy, or 0 where y <= 0."""
+    """Dgamma = sum(dz * xhat) and dbeta = sum(dz); dz = dy, or 0 where y <= 0."""
     if x.size == 0:  # the empty sum, though rstd is NaN
         dgamma, dbeta = np.zeros((2, x.shape[0] * x.shape[2]))
         return dgamma, dbeta
@@ -213,7 +219,7 @@ def grad_input(
     dx: Array,
     dresidual: Array | None,
 ) -> None:
-    """dx = scale * dz - weight * (offset + slope * (x - mean)), without x scale * dz; dresidual = dz."""
+    """Dx = scale * dz - weight * (offset + slope * (x - mean)), without x scale * dz; dresidual = dz."""
     (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = _memory(dy), _memory(x), _memory(y), _weight_memory(weight)
     (dx_, dxs), (dr_, drs) = _memory(dx), _memory(dresidual)
     arrays = (dy_, dys, x_, xs, y_, ys, w_, ws, dx_, dxs, dr_, drs, dy.shape)
@@ -239,7 +245,7 @@ def backward(
     dx: Array,
     dresidual: Array | None,
 ) -> tuple[Array, Array]:
-    """dgamma and dbeta; dx from them (frozen: without the statistics' share); dresidual = dz."""
+    """Dgamma and dbeta; dx from them (frozen: without the statistics' share); dresidual = dz."""
     if not (_in_rows(x.shape) and _whole_channels(x.shape)) or x.size == 0:
         dgamma, dbeta = grad_sums(dy, x, y, mean, rstd)
         numbers = input_numbers(gamma, rstd, dgamma, dbeta, count, dmean, dvar)

@@ -187,9 +187,7 @@ def segment_moments(x, at, step, weight, w_at, w_step, w_across, rows, columns, 
                 if counts[i] != 0.0:
                     shift = s1[i] / counts[i]
                     part = positive_or_nan(s2[i] - s1[i] * shift)
-                    n[i], mean[i], m2[i] = merged(
-                        n[i], mean[i], m2[i], counts[i], (guess[i] - pivot[i]) + shift, part
-                    )
+                    n[i], mean[i], m2[i] = merged(n[i], mean[i], m2[i], counts[i], (guess[i] - pivot[i]) + shift, part)
                     guess[i] = pivot[i] + mean[i]
     if weight is None:
         n[:] = rows
@@ -203,9 +201,7 @@ def moments(x, xs, weight, ws, shape, count, mean, m2):
     pivots = np.empty(channels)
     parts = np.empty((3, segments, channels))
     for t in prange(channels):
-        pivots[t] = find_pivot(
-            x, channel_start(xs, t, shape), xs[2], weight, channel_start(ws, t, shape), ws[2], shape
-        )
+        pivots[t] = find_pivot(x, channel_start(xs, t, shape), xs[2], weight, channel_start(ws, t, shape), ws[2], shape)
     for k in prange(task_count(shape)):
         b, s, row, end, c, columns = task_at(k, shape)
         t = b * shape[2] + c
@@ -256,13 +252,13 @@ def normalized(x, residual, i, hi, lo, scale, shift, relu):
 
 @kernel
 def normalize(x, xs, y, ys, residual, rs, shape, mean, scale, shift, relu, streaming):
-    """y = ((x - mean) * scale + shift, + residual, relu)."""
+    """Y = ((x - mean) * scale + shift, + residual, relu)."""
     n = lanes(x, WIDTH)
     for k in prange(task_count(shape)):
         b, _, row, end, c, columns = task_at(k, shape)
         t = b * shape[2] + c
-        hi, lo = as_compute(x, mean[t:t + columns]), rest_of_mean(x, mean[t:t + columns])
-        a, z = as_compute(x, scale[t:t + columns]), as_compute(x, shift[t:t + columns])
+        hi, lo = as_compute(x, mean[t : t + columns]), rest_of_mean(x, mean[t : t + columns])
+        a, z = as_compute(x, scale[t : t + columns]), as_compute(x, shift[t : t + columns])
         x_at, y_at, r_at = channel_start(xs, t, shape), channel_start(ys, t, shape), channel_start(rs, t, shape)
         whole = columns - columns % n
         for r in range(row, end):
@@ -316,11 +312,11 @@ def grad_sums(dy, dys, x, xs, y, ys, shape, mean, rstd, dgamma, dbeta):
     for k in prange(task_count(shape)):
         b, s, row, end, c, columns = task_at(k, shape)
         t = b * shape[2] + c
-        hi, lo = as_compute(x, mean[t:t + columns]), rest_of_mean(x, mean[t:t + columns])
+        hi, lo = as_compute(x, mean[t : t + columns]), rest_of_mean(x, mean[t : t + columns])
         s1, s2 = scratch(x, columns), scratch(x, columns)
         dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
         whole = columns - columns % n
-        parts[:, s, t:t + columns] = 0.0
+        parts[:, s, t : t + columns] = 0.0
         for first in range(row, end, CHUNK):
             s1[:] = 0
             s2[:] = 0
@@ -350,7 +346,7 @@ def grad_sums(dy, dys, x, xs, y, ys, shape, mean, rstd, dgamma, dbeta):
 
 @inner
 def input_gradient(dz, x, weight, i, hi, lo, scale, offset, slope):
-    """scale * dz - weight * (offset + slope * (x - mean)); without x, scale * dz."""
+    """Scale * dz - weight * (offset + slope * (x - mean)); without x, scale * dz."""
     if x is None:
         return load(scale, i, WIDTH) * dz
     back = fma((x - load(hi, i, WIDTH)) - load(lo, i, WIDTH), load(slope, i, WIDTH), load(offset, i, WIDTH))
@@ -363,16 +359,16 @@ def input_gradient(dz, x, weight, i, hi, lo, scale, offset, slope):
 def grad_input(
     dy, dys, x, xs, y, ys, weight, ws, dx, dxs, dresidual, drs, shape, mean, scale, offset, slope, streaming
 ):
-    """dx (and dresidual = dz) with given per-channel numbers."""
+    """Dx (and dresidual = dz) with given per-channel numbers."""
     n = lanes(dy, WIDTH)
     for k in prange(task_count(shape)):
         b, _, row, end, c, columns = task_at(k, shape)
         t = b * shape[2] + c
-        hi, lo = as_compute(dy, mean[t:t + columns]), rest_of_mean(dy, mean[t:t + columns])
+        hi, lo = as_compute(dy, mean[t : t + columns]), rest_of_mean(dy, mean[t : t + columns])
         a, p, q = (
-            as_compute(dy, scale[t:t + columns]),
-            as_compute(dy, offset[t:t + columns]),
-            as_compute(dy, slope[t:t + columns]),
+            as_compute(dy, scale[t : t + columns]),
+            as_compute(dy, offset[t : t + columns]),
+            as_compute(dy, slope[t : t + columns]),
         )
         dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
         w_at, dx_at, dr_at = channel_start(ws, t, shape), channel_start(dxs, t, shape), channel_start(drs, t, shape)

@@ -38,7 +38,9 @@ class _CompiledFiles:
         self._folder, self._name = Path(folder), name
 
     def _path(self, key):
-        return self._folder / f"{self._name}-{_FINGERPRINT[:12]}-{hashlib.sha256(str(key).encode()).hexdigest()[:24]}.nbc"
+        return (
+            self._folder / f"{self._name}-{_FINGERPRINT[:12]}-{hashlib.sha256(str(key).encode()).hexdigest()[:24]}.nbc"
+        )
 
     def load(self, key):
         try:
@@ -72,8 +74,8 @@ def _disk_cache(function, name):
 
 _FINGERPRINT = _fingerprint()
 
-# One parallel call at a time: a second Python thread runs serially meanwhile. Numba's workqueue layer aborts the process
-# when entered twice, and on the other layers two teams of threads on the same cores only slow each other down.
+# One parallel call at a time: a second Python thread runs serially meanwhile. Numba's workqueue layer aborts the
+# process when entered twice, and on the other layers two teams of threads only slow each other down.
 _team = threading.Lock()
 _lost_team = False
 

@@ -139,9 +139,7 @@ def moments(x, xs, weight, ws, shape, grid, count, mean, m2):
     pivots = np.empty(channels)
     parts = np.empty((channels * segments, 3))
     for t in prange(channels):
-        pivots[t] = find_pivot(
-            x, channel_start(xs, t, shape), xs[2], weight, channel_start(ws, t, shape), ws[2], shape
-        )
+        pivots[t] = find_pivot(x, channel_start(xs, t, shape), xs[2], weight, channel_start(ws, t, shape), ws[2], shape)
     for k in prange(channels * segments):
         t = k // segments
         x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
@@ -184,7 +182,7 @@ def normalize_part(x, x_at, y, y_at, residual, r_at, n, hi, lo, scale, shift, re
 
 @inner
 def normalize_rows(x, x_at, x_step, y, y_at, y_step, residual, r_at, r_step, rows, columns, affine, relu, streaming):
-    """y = ((x - mean) * scale + shift, + residual, relu); affine is (mean, scale, shift)."""
+    """Y = ((x - mean) * scale + shift, + residual, relu); affine is (mean, scale, shift)."""
     n = lanes(x, WIDTH)
     mean, scale, shift = affine
     hi = splat(x, mean, WIDTH)
@@ -306,7 +304,7 @@ def grad_sums(dy, dys, x, xs, y, ys, shape, grid, mean, rstd, dgamma, dbeta):
 
 @inner
 def input_gradient(dz, x, weight, hi, lo, scale, offset, slope):
-    """scale * dz - weight * (offset + slope * (x - mean)); without x, scale * dz."""
+    """Scale * dz - weight * (offset + slope * (x - mean)); without x, scale * dz."""
     if x is None:
         return scale * dz
     back = fma((x - hi) - lo, slope, offset)
@@ -330,7 +328,7 @@ def grad_input_rows(
     dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, weight, w_at, w_step,
     dx, dx_at, dx_step, dresidual, dr_at, dr_step, rows, columns, linear, streaming,
 ):  # fmt: skip
-    """linear is (mean, scale, offset, slope) of `input_gradient`."""
+    """Linear is (mean, scale, offset, slope) of `input_gradient`."""
     n = lanes(dy, WIDTH)
     mean, scale, offset, slope = linear
     hi = splat(dy, mean, WIDTH)
@@ -369,7 +367,7 @@ def grad_input_rows(
 def grad_input(
     dy, dys, x, xs, y, ys, weight, ws, dx, dxs, dresidual, drs, shape, grid, mean, scale, offset, slope, streaming
 ):
-    """dx (and dresidual = dz) with given per-channel numbers; segments are shared among threads."""
+    """Dx (and dresidual = dz) with given per-channel numbers; segments are shared among threads."""
     chunks = chunk_count(shape, grid)
     segments = -(-chunks // SEGMENT)
     for s in prange(shape[0] * shape[2] * segments):
@@ -402,9 +400,7 @@ def backward(
         w_at, dx_at, dr_at = channel_start(ws, t, shape), channel_start(dxs, t, shape), channel_start(drs, t, shape)
         a, b = 0.0, 0.0
         for s in range(segments):
-            s1, s2 = segment_grad_sums(
-                dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], shape, grid, s, mean[t]
-            )
+            s1, s2 = segment_grad_sums(dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], shape, grid, s, mean[t])
             a, b = a + s1, b + s2
         b *= rstd[t]
         dbeta[t], dgamma[t] = a, b

@@ -3,8 +3,8 @@
 Kernels written with them do exactly the additions they say, in the order they say, whatever LLVM, the processor or
 the number of threads: a sum needs no fastmath flag to be fast, so no flag can reorder it or fold ``(x - hi) - lo``.
 
-A `Vector` holds ``width`` bytes of the compute type: float64 for float64 arrays, float32 for all others. Numba has no half
-types on the CPU, so those travel as integers and are decoded on load and rounded to nearest-even on store:
+A `Vector` holds ``width`` bytes of the compute type: float64 for float64 arrays, float32 for all others. Numba has no
+half types on the CPU, so those travel as integers, are decoded on load and rounded to nearest-even on store:
 
 =========  ==========  ==========
 array      seen here   computes in
@@ -51,7 +51,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _vector(array, width):
-    """What a load from ``array`` gives: ``width`` bytes of the compute type, or as many lanes as the vector ``width``."""
+    """What a load gives: ``width`` bytes of the array's compute type, or as many lanes as the vector ``width``."""
     scalar = types.float64 if array.dtype == types.float64 else types.float32
     return Vector(scalar, width.lanes if isinstance(width, Vector) else width.literal_value * 8 // scalar.bitwidth)
 
@@ -85,7 +85,7 @@ _define_operator(operator.mul, "fmul")
 
 @intrinsic
 def fma(typing, a, b, c):
-    """a * b + c, rounded once."""
+    """A * b + c, rounded once."""
 
     def codegen(context, builder, sig, args):
         name = f"llvm.fma.v{a.lanes}f{a.scalar.bitwidth}"
@@ -132,7 +132,7 @@ def first_lanes(typing, v, n):
 
 @intrinsic
 def converted(typing, v, like):
-    """v in the compute type of the vector ``like``, which has as many lanes."""
+    """V in the compute type of the vector ``like``, which has as many lanes."""
     if v == types.none:
         return _absent(types.none, v, like)
     to = Vector(like.scalar, v.lanes)

@@ -1,0 +1,248 @@
+"""The package as a thing that is imported, upgraded, and run beside others."""
+
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import reference
+from fastbn.cpu import jit
+
+PACKAGE = Path(fastbn.__file__).parent
+
+
+def run(program, *arguments, **environment):
+    """Run a program in a fresh interpreter and return what it printed."""
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", textwrap.dedent(program), *map(str, arguments)]
+    finished = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_import_stays_light():
+    """Neither compilers nor other array libraries are loaded before they are needed."""
+    loaded = run("import sys, fastbn; print(*sys.modules)").split()
+    heavy = {"numba", "llvmlite", "cupy", "torch", "jax", "scipy", "ml_dtypes", "dask", "mpi4py"}
+    assert "fastbn.functional" in loaded
+    assert heavy.isdisjoint(loaded)
+    assert not [name for name in loaded if name.startswith(("fastbn.cpu", "fastbn.reference"))]
+
+
+def test_oracle_stands_alone():
+    """The oracle imports NumPy and nothing of what it judges."""
+    imports = re.findall(r"^(?:from|import) (\S+)", (PACKAGE / "reference.py").read_text(), re.MULTILINE)
+    assert set(imports) == {"__future__", "typing", "numpy"}
+
+
+def test_public_names():
+    assert sorted(fastbn.__all__) == fastbn.__all__
+    for name in fastbn.__all__:
+        documented = getattr(fastbn, name)
+        assert inspect.getdoc(documented), name
+        if inspect.isfunction(documented):
+            for section in ("Parameters\n", "Returns\n", "Raises\n", "Examples\n"):
+                assert section in inspect.getdoc(documented) or name == "std", f"{name}: no {section.strip()}"
+
+
+SIGNATURES = {
+    "mean": "(x, axis=None, dtype=None, out=None, keepdims=False, *, where=True)",
+    "var": "(x, axis=None, dtype=None, out=None, ddof=0, keepdims=False, *, where=True, mean=None, correction=None)",
+    "mean_var": "(x, axis=None, *, correction=0, keepdims=False, where=True)",
+    "moments": "(x, *, channel_axis=1, where=None, weights=None)",
+    "merge": "(*moments)",
+    "update_running": "(mean, var, moments, *, rate=0.1, correction=1, skip_nonfinite=False, out=None)",
+    "population": "(moments_of_batches)",
+    "normalize": "(x, mean, rstd, gamma=None, beta=None, *, channel_axis=1, residual=None, activation=None, out=None)",
+    "grad_sums": "(dy, x, mean, rstd, *, channel_axis=1)",
+    "grad_input": "(dy, x, mean, rstd, gamma, dgamma, dbeta, count, *, channel_axis=1, where=None, weights=None, "
+    "out=None)",
+    "batch_norm": "(x, gamma=None, beta=None, *, channel_axis=1, eps=1e-05, where=None, weights=None, residual=None, "
+    "activation=None, gather=None, out=None)",
+    "batch_norm_backward": "(dy, saved, *, dmean=None, dvar=None, gather=None, out=None)",
+    "batch_norm_inference": "(x, mean, var, gamma=None, beta=None, *, channel_axis=1, eps=1e-05, residual=None, "
+    "activation=None, out=None)",
+    "fold": "(kernel, kernel_bias, mean, var, gamma=None, beta=None, *, eps=1e-05, axis=0)",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_a_promise(name):
+    signature = inspect.signature(getattr(fastbn, name))
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    assert str(inspect.Signature(bare)) == SIGNATURES[name]
+
+
+# --- compiled code on disk --------------------------------------------------------------------------------------------
+
+MOMENTS = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import numpy as np
+    import fastbn
+    assert fastbn.__file__.startswith(sys.argv[1])
+    print(fastbn.moments(np.arange(6.0).reshape(3, 2)).mean)
+"""
+
+
+def test_upgrade_sees_the_new_code(tmp_path):
+    """A changed helper in another file than the kernel: the new answer, not the one on disk."""
+    shutil.copytree(PACKAGE, tmp_path / "fastbn", ignore=shutil.ignore_patterns("__pycache__"))
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    assert run(MOMENTS, tmp_path, **cache) == "[2. 3.]\n"
+    compiled = set((tmp_path / "cache").rglob("*.nbc"))
+    assert compiled
+    assert run(MOMENTS, tmp_path, **cache) == "[2. 3.]\n"
+    assert set((tmp_path / "cache").rglob("*.nbc")) == compiled
+    helper = tmp_path / "fastbn" / "cpu" / "slab.py"
+    changed = helper.read_text().replace("return n, pivot + mean, m2", "return n, pivot + mean + 10.0, m2")
+    assert changed != helper.read_text()
+    helper.write_text(changed)
+    assert run(MOMENTS, tmp_path, **cache) == "[12. 13.]\n"
+    assert len(set((tmp_path / "cache").rglob("*.nbc"))) == len(compiled), "the stale files are gone"
+
+
+def test_nothing_writable():
+    """No place for compiled code: kernels run all the same, compiled anew in each process."""
+    program = "from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []\n" + textwrap.dedent(MOMENTS)
+    assert run(program, PACKAGE.parent) == "[2. 3.]\n"
+
+
+def test_compiled_files(tmp_path):
+    """A file is used for just the key it was written for, and not if it is damaged."""
+    files = jit._CompiledFiles(tmp_path, "kernel")
+    assert files.load(("key", 1)) is None
+    files.save(("key", 1), "code")
+    assert files.load(("key", 1)) == "code"
+    assert files.load(("key", 2)) is None
+    files._path(("key", 2)).write_bytes(files._path(("key", 1)).read_bytes())
+    assert files.load(("key", 2)) is None
+    files._path(("key", 1)).write_bytes(b"\x80")
+    assert files.load(("key", 1)) is None
+    files.flush()
+    assert not list(tmp_path.iterdir())
+
+
+# --- threads and processes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.xdist_group("float32")
+def test_python_threads(monkeypatch):
+    """Several Python threads at once: one has Numba's threads, the others run alone; all are right."""
+    monkeypatch.setattr(jit, "PARALLEL_FROM", 0)
+    rng = np.random.default_rng(0)
+    arrays = [
+        rng.standard_normal(shape).astype(np.float32) for shape in ((4, 6, 30, 30), (8, 40), (3, 9, 5, 5), (500, 33))
+    ]
+    expected = [(*fastbn.moments(x), fastbn.batch_norm(x)[0]) for x in arrays]
+    failures = []
+
+    def work(start):
+        try:
+            for i in range(start, start + 50):
+                x, wanted = arrays[i % 4], expected[i % 4]
+                for ours, theirs in zip((*fastbn.moments(x), fastbn.batch_norm(x)[0]), wanted, strict=True):
+                    np.testing.assert_array_equal(ours, theirs)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_forked_child_after_a_parallel_call():
+    """The child computes the same, serially where Numba's threads are lost, and is told so."""
+    program = """
+        import os, warnings
+        import numpy as np
+        import fastbn
+        x = np.random.default_rng(0).standard_normal((8, 16, 40, 40)).astype(np.float32)
+        y, _ = fastbn.batch_norm(x)
+        import numba
+        layer = numba.threading_layer()
+        warnings.simplefilter("ignore")
+        child = os.fork()
+        if child == 0:
+            os._exit(not np.array_equal(fastbn.batch_norm(x)[0], y))
+        print(layer, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    layer, status = run(program).split()
+    assert status == "0", layer
+
+
+def test_oracle_and_package_have_the_same_functions():
+    for name in ("moments", "mean", "var", "merge", "update_running", "population", "normalize", "grad_sums",
+                 "grad_input", "batch_norm", "batch_norm_backward", "batch_norm_inference", "fold"):  # fmt: skip
+        assert callable(getattr(reference, name))
+        assert name in fastbn.__all__
+
+
+# --- what the matrix does not reach -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_fold(axis, dtype):
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((5, 4, 3)).astype(dtype)
+    n = kernel.shape[axis]
+    bias, mean, gamma, beta = rng.standard_normal((4, n))
+    var = rng.random(n) + 0.1
+    for arguments in ((kernel, bias, mean, var, gamma, beta), (kernel, None, mean, var)):
+        folded, expected = fastbn.fold(*arguments, axis=axis), reference.fold(*arguments, axis=axis)
+        for ours, theirs in zip(folded, expected, strict=True):
+            assert ours.dtype == dtype
+            np.testing.assert_allclose(ours, theirs, rtol=4 * np.finfo(dtype).eps)
+
+
+def test_population():
+    rng = np.random.default_rng(0)
+    batches = [rng.standard_normal((n, 3)) for n in (5, 1, 9, 2)]
+    ours = fastbn.population(fastbn.moments(b) for b in batches)
+    for a, b in zip(ours, reference.population([reference.moments(b) for b in batches]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-14)
+    assert np.isnan(fastbn.population([fastbn.moments(batches[1])])).all()
+
+
+def test_memmap(tmp_path):
+    values = np.random.default_rng(0).standard_normal((4, 3, 5)).astype(np.float32)
+    values.tofile(tmp_path / "x")
+    x = np.memmap(tmp_path / "x", np.float32, "r", shape=values.shape)
+    y, saved = fastbn.batch_norm(x)
+    np.testing.assert_array_equal(y, fastbn.batch_norm(values)[0])
+    np.testing.assert_array_equal(fastbn.batch_norm_backward(x, saved).x, fastbn.batch_norm_backward(values, saved).x)
+    out = np.memmap(tmp_path / "y", np.float32, "w+", shape=values.shape)
+    assert fastbn.batch_norm(values, out=out)[0] is out
+    np.testing.assert_array_equal(out, y)
+    np.testing.assert_array_equal(fastbn.mean(x, 0), fastbn.mean(values, 0))
+
+
+def test_documented_gradients_of_frozen_statistics():
+    """The docs' dmean and dvar, by finite differences on the functions themselves."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, 6, 2))
+    mean, var, gamma = rng.standard_normal(2), rng.random(2) + 0.5, rng.standard_normal(2)
+    saved = fastbn.Saved.frozen(x, mean, var, gamma)
+    grads = fastbn.batch_norm_backward(dy, saved)
+
+    def loss(mean, var):
+        return (dy * fastbn.batch_norm_inference(x, mean, var, gamma)).sum(axis=0)
+
+    step = 1e-6
+    by_mean = (loss(mean + step, var) - loss(mean - step, var)) / (2 * step)
+    by_var = (loss(mean, var + step) - loss(mean, var - step)) / (2 * step)
+    np.testing.assert_allclose(-gamma * saved.rstd * grads.beta, by_mean, rtol=1e-6)
+    np.testing.assert_allclose(-gamma * saved.rstd**2 * grads.gamma / 2, by_var, rtol=1e-6)
