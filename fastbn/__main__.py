@@ -31,7 +31,9 @@ DETAILS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 1 if a check failed, else 0."""
-    options = _parser().parse_args(argv)
+    # Defaults of --json and --progress come from here: a command's own would undo what was given before it.
+    defaults = argparse.Namespace(json=False, progress=sys.stderr.isatty())
+    options = _parser().parse_args(argv, defaults)
     return {"info": _info, "check": _check, "bench": _bench, "warmup": _warmup, None: _all}[options.command](options)
 
 
@@ -48,7 +50,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    rows = _checked(options, tuple(check.TITLES), options.quick)
+    rows = _checked(options, tuple(check.TITLES), options.quick, () if options.quick else environment.float_dtypes())
     if options.json:
         _print_json({"environment": environment.describe(), **_as_dict(rows)})
     return int(any(not row.ok for row in rows))
@@ -81,10 +83,227 @@ def _all(options: argparse.Namespace) -> int:
     found = environment.describe()
     if not options.json:
         _print_environment(found)
-    rows = _checked(options, ("oracle",), False, quick_dtypes=True)
+    rows = _checked(options, ("oracle",), True, ("float32",))
     shapes = [(bench.BATCH, *shape) for shape in bench.RESNET50]
     results = _measured(options, shapes, "float32", check.LAYOUTS, False)
     if options.json:
         measured = [result.as_dict() for result in results]
         _print_json({"environment": found, **_as_dict(rows), "bench": measured})
     return int(any(not row.ok for row in rows))
+
+
+def _checked(
+    options: argparse.Namespace, groups: Sequence[str], quick: bool, parallel: Iterable[str]
+) -> list[check.Row]:
+    """Run checks on every backend that is ready, printing as they come."""
+    parallel = tuple(parallel)
+    work = [
+        job for kind in environment.ready_backends() for job in check.jobs(kind, groups, quick=quick, parallel=parallel)
+    ]
+    if not options.json:
+        _print_left_out()
+    rows: list[check.Row] = []
+    for found in _in_turn(work, options.progress):
+        if not options.json:
+            _print_rows(found, with_title=not rows or rows[-1].group != found[0].group)
+        rows += found
+    if not options.json:
+        failed = sum(not row.ok for row in rows)
+        print(f"\n{len(rows)} figures, {failed or 'none'} beyond its bound")
+    return rows
+
+
+def _measured(
+    options: argparse.Namespace, shapes: Sequence[tuple[int, ...]], dtype: str, layouts: Sequence[str], quick: bool
+) -> list[bench.Result]:
+    """Measure every layout and shape, printing as they come."""
+    machine = environment.describe()
+    work = [bench.Job(shape, dtype, layout, quick) for layout in layouts for shape in shapes]
+    if not options.json:
+        _print_bench_title(dtype, machine)
+    results: list[bench.Result] = []
+    for measured in _in_turn(work, options.progress):
+        if not options.json:
+            for result in measured:
+                print(_bench_line(result), flush=True)
+        results += measured
+    if not options.json:
+        _print_bench_summary(results)
+    return results
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+Outcome = TypeVar("Outcome", covariant=True)
+
+
+class Work(Protocol[Outcome]):
+    """A named piece of work."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self) -> Outcome: ...
+
+
+def _in_turn(work: Sequence[Work[Outcome]], progress: bool) -> Iterator[Outcome]:
+    """Do the pieces of work, with a bar on stderr while one runs."""
+    for done, piece in enumerate(work):
+        if progress:
+            bar = ("#" * (30 * done // len(work))).ljust(30, ".")
+            sys.stderr.write(f"\r[{bar}] {done}/{len(work)} {piece.name:.40}\x1b[K")
+            sys.stderr.flush()
+        outcome = piece.run()
+        if progress:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+        yield outcome
+
+
+# --- printing ---------------------------------------------------------------------------------------------------------
+
+
+def _print_environment(found: dict[str, Any]) -> None:
+    print(", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    print("backends  " + "; ".join(f"{kind}: {state}" for kind, state in found["backends"].items()))
+    print(f"cpu       {found['cpu']}, last cache {found['cache_bytes'] / 2**20:.0f} MiB")
+    print(f"threads   {found['threads']}, layer {found['threading_layer']}")
+    print(f"kernels   {found['kernel_cache'] or 'not kept on disk: no folder can be written'}")
+
+
+def _print_left_out() -> None:
+    for what in environment.left_out():
+        print(f"left out  {what}")
+
+
+def _print_rows(rows: Sequence[check.Row], with_title: bool) -> None:
+    if with_title:
+        print(f"\n{check.TITLES[rows[0].group]}")
+        print(f"  {'':<58}{'measured':>10}{'bound':>13}")
+    for row in rows:
+        bound = f"{'>=' if row.at_least else '<='} {row.bound:.3g}"
+        beside = "".join(f"   {library} {_figure(row, value)}" for library, value in row.beside.items())
+        print(f"  {row.name:<58}{_figure(row, row.measured):>10}{bound:>13}  {'ok' if row.ok else 'FAILED':<6}{beside}")
+    sys.stdout.flush()
+
+
+def _figure(row: check.Row, value: float) -> str:
+    """Digits with one place, errors with two figures."""
+    return f"{value:.1f}" if row.at_least else f"{value:.2g}"
+
+
+def _print_bench_title(dtype: str, machine: dict[str, Any]) -> None:
+    torch = environment.optional("torch")
+    peer = f"PyTorch {torch.__version__}" if torch else "PyTorch, which is not installed"
+    print(
+        f"""
+Batch norm of {dtype}, {machine["threads"]} threads; medians, contenders in turn, data from memory
+  ms, GB/s   with out= given; counted are 2S bytes forward and inference, 3S backward, S those of x
+  of copy    share of the GB/s of a parallel copy with streaming stores, of the same buffers in the same minute
+  plain ms   the call without out=, which allocates its result
+  numpy      how many times faster the plain call is than the obvious NumPy formula
+  torch      how many times faster the plain call is than the same call of {peer}
+
+  {"layout":<7}{"shape":<20}{"pass":<10}{"ms":>9}{"GB/s":>7}{"of copy":>9}{"plain ms":>10}{"numpy":>8}{"torch":>8}"""
+    )
+    if (machine["load"] or 0) > machine["cpus"] / 2:
+        print(
+            f"  NOTE: {machine['cpus']} processors have a load of {machine['load']:.1f}; other work blurs these figures"
+        )
+
+
+def _bench_line(result: bench.Result) -> str:
+    plain, out = (1e3 * (result.seconds[name] or math.nan) for name in ("fastbn", "fastbn_out"))
+    share = result.gb_per_s / result.copy_gb_per_s
+    shape = "x".join(map(str, result.shape))
+    return (
+        f"  {result.layout:<7}{shape:<20}{result.what:<10}{out:9.3f}{result.gb_per_s:7.1f}{share:9.0%}{plain:10.3f}"
+        f"{_times(result.speedup('numpy')):>8}{_times(result.speedup('torch')):>8}"
+    )
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.1f}x"
+
+
+def _print_bench_summary(results: Sequence[bench.Result]) -> None:
+    """Geometric means over the shapes."""
+
+    def mean(select: Callable[[bench.Result], float | None], group: Sequence[bench.Result]) -> float | None:
+        values = [value for value in map(select, group) if value is not None]
+        return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+    print()
+    for layout, what in dict.fromkeys((result.layout, result.what) for result in results):
+        group = [result for result in results if (result.layout, result.what) == (layout, what)]
+        share = mean(lambda r: r.gb_per_s / r.copy_gb_per_s, group) or math.nan
+        speed = mean(lambda r: r.gb_per_s, group)
+        numpy, torch = (
+            _times(mean(lambda r: r.speedup("numpy"), group)),
+            _times(mean(lambda r: r.speedup("torch"), group)),
+        )
+        print(f"  {layout:<7}{'geometric mean':<20}{what:<10}{'':9}{speed:7.1f}{share:9.0%}{'':10}{numpy:>8}{torch:>8}")
+    print(f"  copy: {mean(lambda r: r.copy_gb_per_s, results):.1f} GB/s")
+
+
+def _as_dict(rows: Sequence[check.Row]) -> dict[str, Any]:
+    return {"ok": all(row.ok for row in rows), "rows": [row.as_dict() for row in rows]}
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(_finite(data), indent=2, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    """The same data with null for NaN and infinities, which JSON does not have."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    common.add_argument("--progress", action="store_true", help="a progress bar on stderr even if that is no terminal")
+    parser = argparse.ArgumentParser("python -m fastbn", description=DESCRIPTION, parents=[common])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    made = {
+        name: commands.add_parser(
+            name, help=summary, parents=[common], description=f"{summary.capitalize()}. {DETAILS.get(name, '')}"
+        )
+        for name, summary in COMMANDS.items()
+    }
+    dtypes = list(environment.float_dtypes())
+    made["check"].add_argument("--quick", action="store_true", help="smaller arrays, and serial kernels alone")
+    made["bench"].add_argument("--quick", action="store_true", help="three of the shapes, and fewer repetitions")
+    made["bench"].add_argument(
+        "--shape", type=_shape, action="append", metavar="N,C,H,W",
+        help="measure this shape instead of ResNet-50's at batch 32; may be repeated",
+    )  # fmt: skip
+    made["bench"].add_argument("--dtype", choices=dtypes, default="float32", help="of the data (float32)")
+    made["bench"].add_argument(
+        "--layout", choices=check.LAYOUTS, type=str.upper, action="append", help="one of the two layouts only"
+    )
+    made["warmup"].add_argument(
+        "--dtype", choices=dtypes, action="append", help="compile for this dtype only; may be repeated"
+    )
+    return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) < 2 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive sizes such as 32,64,56,56, got {text!r}")
+    return shape
+
+
+if __name__ == "__main__":
+    sys.exit(main())

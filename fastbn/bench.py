@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numba import prange
 
 import fastbn
+from fastbn.cpu.jit import kernel
 from fastbn.cpu.simd import load, stream
 from fastbn.environment import float_dtypes, last_cache, torch_with_our_threads
 
@@ -32,9 +32,13 @@ RESNET50 = (
 BATCH = 32
 QUICK = ((256, 56, 56), (256, 14, 14), (2048, 7, 7))
 
-SECONDS, QUICK_SECONDS = 0.35, 0.1  # for the rounds of one case
-FEWEST, MOST, NUMPYS = 3, 25, 3  # rounds; NumPy's formula, a hundred times slower than a copy, has fewer
-PAUSE = 0.001  # seconds before a call: OpenMP's threads spin on after theirs, PyTorch's on the cores of Numba's
+SECONDS, QUICK_SECONDS = 0.3, 0.1  # for the rounds of one case
+BURST = 4  # calls of one contender before the next has its turn
+FEWEST, MOST = 2, 4  # rounds of bursts
+PAUSE = (
+    0.02  # seconds between Numba's and PyTorch's calls: OpenMP's threads spin on for 10 ms, each on the other's cores
+)
+BUFFERS = 256  # at most; arrays below a quarter of a megabyte are not driven out of every cache
 BLOCK = 1024  # elements of a streaming copy's block
 
 Array = np.ndarray[Any, Any]
@@ -77,6 +81,22 @@ class Result(NamedTuple):
         }
 
 
+class Job(NamedTuple):
+    """One shape and layout, for a progress bar to count."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    quick: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.layout} {'x'.join(map(str, self.shape))}"
+
+    def run(self) -> list[Result]:
+        return measure(self.shape, self.dtype, self.layout, quick=self.quick)
+
+
 def _given(seconds: float | None) -> float:
     return math.nan if seconds is None else seconds
 
@@ -110,17 +130,19 @@ def _in_turn(calls: dict[str, Call], seconds: float) -> dict[str, float]:
         call(turn + 1)
         once += time.perf_counter() - start
         turn += 2
-    rounds = min(MOST, max(FEWEST, round(seconds / once)))
+    rounds = min(MOST, max(FEWEST, round(seconds / once / BURST)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            if name == "numpy" and (len(times[name]) == NUMPYS or sum(times[name]) > seconds / 2):
-                continue
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            call(turn)
-            times[name].append(time.perf_counter() - start)
-            turn += 1
+            if "torch" in calls and name in ("torch", "fastbn"):
+                time.sleep(PAUSE)
+            for _ in range(BURST):
+                if name == "numpy" and sum(times[name]) > seconds / 2:
+                    break  # a hundred times slower than a copy, and as steady
+                start = time.perf_counter()
+                call(turn)
+                times[name].append(time.perf_counter() - start)
+                turn += 1
     return {name: float(np.median(measured)) for name, measured in times.items()}
 
 
@@ -136,7 +158,7 @@ class Data:
         self.channels = shape[self.channel_axis]
         itemtype = float_dtypes()[dtype]
         nbytes = math.prod(shape) * itemtype.itemsize
-        count = max(2, -(-max(2 * last_cache(), 64 << 20) // nbytes))
+        count = min(BUFFERS, max(2, -(-max(2 * last_cache(), 64 << 20) // nbytes)))
 
         rng = np.random.default_rng(0)
         normal = (rng.standard_normal(math.prod(shape), np.float32) + np.float32(0.5)).astype(itemtype).reshape(shape)
@@ -147,14 +169,14 @@ class Data:
         )
         for i, array in enumerate(self.x + self.dy):
             array[...] = np.roll(normal, i + 1, axis=0)
-        parameter = np.float64 if dtype == "float64" else np.float32
+        parameter: Any = np.float64 if dtype == "float64" else np.float32
         self.gamma, self.beta = rng.random((2, self.channels)).astype(parameter) + parameter(0.5)
         self.mean, self.var = self.beta, self.gamma
         self.dtype = dtype
 
     def copy(self, i: int) -> None:
         i %= len(self.x)
-        _copy(self.raw_x[i], self.raw_out[i])
+        _copy.run(self.raw_x[i].size, self.raw_x[i], self.raw_out[i])
 
     def ours(self, what: str) -> dict[str, Call]:
         """The plain call, which allocates its result, and the one that writes to ``out``."""
@@ -178,13 +200,20 @@ class Data:
 
         return {"fastbn": call, "fastbn_out": lambda i: call(i, out[i % n])}
 
+    def saved(self, what: str) -> list[tuple[Array, Array]]:
+        """What the peers' backward passes take from the forward pass: mean and rstd of each buffer."""
+        if what != "backward":
+            return []
+        moments = (fastbn.moments(x, channel_axis=self.channel_axis) for x in self.x)
+        return [(m.mean.astype(self.mean.dtype), m.rstd(EPS).astype(self.mean.dtype)) for m in moments]
+
     def numpys(self, what: str) -> Call:
         """The obvious formula, with the per-channel numbers that the pass is given."""
         axes, n = self.axes, len(self.x)
         spread = tuple(-1 if axis == self.channel_axis % self.x[0].ndim else 1 for axis in range(self.x[0].ndim))
         gamma, beta, mean, var = (a.reshape(spread) for a in (self.gamma, self.beta, self.mean, self.var))
-        rstd = 1 / np.sqrt(var + np.float32(EPS))
         size = self.x[0].size // self.channels
+        saved = [[a.reshape(spread) for a in pair] for pair in self.saved(what)]
 
         def forward(i: int) -> object:
             x = self.x[i % n]
@@ -193,12 +222,13 @@ class Data:
 
         def backward(i: int) -> object:
             x, dy = self.x[i % n], self.dy[i % n]
+            mean, rstd = saved[i % n]
             xhat = (x - mean) * rstd
             dgamma, dbeta = (dy * xhat).sum(axes, keepdims=True), dy.sum(axes, keepdims=True)
             return gamma * rstd * (dy - (dbeta + xhat * dgamma) / size), dgamma, dbeta
 
         def inference(i: int) -> object:
-            return (self.x[i % n] - mean) * rstd * gamma + beta
+            return (self.x[i % n] - mean) / np.sqrt(var + np.float32(EPS)) * gamma + beta
 
         return {"forward": forward, "backward": backward, "inference": inference}[what]
 
@@ -217,7 +247,7 @@ class Data:
             return lambda i: batch_norm(x[i % n], None, None, gamma, beta, True, 0.1, EPS)
         if what == "inference":
             return lambda i: batch_norm(x[i % n], mean, var, gamma, beta, False, 0.1, EPS)
-        saved = [torch.native_batch_norm(t, gamma, beta, None, None, True, 0.1, EPS)[1:] for t in x]
+        saved = [[torch.from_numpy(a) for a in pair] for pair in self.saved(what)]
         backward = torch.ops.aten.native_batch_norm_backward
         return lambda i: backward(
             dy[i % n], x[i % n], gamma, None, None, *saved[i % n], True, EPS, [True, True, True]
@@ -239,4 +269,4 @@ def _stream_blocks(x, out):  # type: ignore[no-untyped-def]  # compiled code
             stream(out, i, load(x, i, 64))
 
 
-_copy = numba.njit(parallel=True)(_stream_blocks)
+_copy: Any = kernel(_stream_blocks)  # type: ignore[no-untyped-call]

@@ -62,8 +62,14 @@ class Job(NamedTuple):
     run: Callable[[], list[Row]]
 
 
-def jobs(kind: str = "numpy", groups: Iterable[str] = tuple(TITLES), quick: bool = False) -> list[Job]:
-    """The checks of the given groups on arrays of one kind; quick: smaller arrays, and serial kernels alone."""
+def jobs(
+    kind: str, groups: Iterable[str] = tuple(TITLES), *, quick: bool = False, parallel: Iterable[str] = ()
+) -> list[Job]:
+    """The checks of the given groups on arrays of one kind.
+
+    Quick takes smaller arrays and leaves out the fused options; parallel names the dtypes whose parallel kernels are
+    held against the oracle, beside every dtype's serial ones.
+    """
     xp = importlib.import_module(kind)
     work: dict[str, list[Job]] = {
         "nist": [Job(name, partial(nist, xp, name)) for name in NIST],
@@ -74,7 +80,7 @@ def jobs(kind: str = "numpy", groups: Iterable[str] = tuple(TITLES), quick: bool
             if name in float_dtypes()
         ],
         "constant": [Job(f"constant {name}", partial(constant, xp, name)) for name in float_dtypes()],
-        "oracle": _oracle_jobs(xp, quick),
+        "oracle": _oracle_jobs(xp, quick, parallel),
     }
     return [job for group in groups for job in work[group]]
 
@@ -97,14 +103,14 @@ NIST = {
 class Exact(NamedTuple):
     """Moments as rational numbers."""
 
-    count: int
+    n: int
     mean: Fraction
     m2: Fraction
 
     @property
     def std(self) -> Decimal:
         """Of a sample, to 60 digits."""
-        return _decimal(self.m2 / (self.count - 1)).sqrt(_SIXTY)
+        return _decimal(self.m2 / (self.n - 1)).sqrt(_SIXTY)
 
 
 _SIXTY = Context(prec=60)
@@ -123,9 +129,7 @@ def exact_moments(x: np.ndarray[Any, Any]) -> Exact:
 
 def best_merge(parts: list[np.ndarray[Any, Any]]) -> Exact:
     """What is left of the moments of all parts once each part's are rounded to doubles."""
-    rounded = [
-        (n, Fraction(float(mean)), Fraction(float(m2))) for n, mean, m2 in map(exact_moments, parts)
-    ]
+    rounded = [(n, Fraction(float(mean)), Fraction(float(m2))) for n, mean, m2 in map(exact_moments, parts)]
     count = sum(n for n, _, _ in rounded)
     mean = sum((n * part for n, part, _ in rounded), Fraction()) / count
     return Exact(count, mean, sum((m2 + n * (part - mean) ** 2 for n, part, m2 in rounded), Fraction()))
@@ -234,11 +238,11 @@ SUBNORMAL = {"float16": 2.0**-25, "bfloat16": 2.0**-134, "float32": 2.0**-150, "
 ROUNDINGS = 20  # of intermediate values as large as the terms that are added up to a result
 
 
-def _oracle_jobs(xp: Any, quick: bool) -> list[Job]:
+def _oracle_jobs(xp: Any, quick: bool, parallel: Iterable[str]) -> list[Job]:
     """Every dtype and layout; small arrays run the serial kernels, larger ones the parallel kernels."""
     channels = 4 * numba.get_num_threads() + 3  # whole channels for every thread, and no multiple of a vector
     small, large = (3, channels, 5, 7), (-(-70_000 // (channels * 29 * 37)), channels, 29, 37)
-    cases = [(name, shape, False) for shape in ((small,) if quick else (small, large)) for name in float_dtypes()]
+    cases = [(name, small, False) for name in float_dtypes()] + [(name, large, False) for name in parallel]
     if not quick:
         cases.append(("float32", small, True))
     return [

@@ -36,6 +36,8 @@ def describe() -> dict[str, Any]:
         "left_out": left_out(),
         "cpu": cpu_model(),
         "cache_bytes": last_cache(),
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": numba.get_num_threads(),
         "threading_layer": threading_layer(),
         "kernel_cache": kernel_cache(),
@@ -100,7 +102,9 @@ def cpu_model() -> str:
     except OSError:
         pass
     if platform.system() == "Darwin":
-        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        )
         return asked.stdout.strip() or platform.machine()
     return platform.processor() or platform.machine()
 

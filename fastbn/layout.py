@@ -45,7 +45,9 @@ class Layout(NamedTuple):
         target = tuple(size if full or axis not in self.kept else 1 for axis, size in enumerate(shape))
         _batch, outer, _channel, inner = self.folded
         folded = self.folded if full else (1, outer, 1, inner)
-        return xp.ascontiguousarray(xp.broadcast_to(weight, target).transpose(self.order).reshape(folded))
+        folded_weight = xp.broadcast_to(weight, target).transpose(self.order).reshape(folded)
+        # One byte an element where a mask may be as large as x; else one kind of weight is enough to compile for.
+        return xp.ascontiguousarray(folded_weight, dtype=None if full else xp.float64)
 
     def unfold(self, folded: Any, into: Any) -> None:
         """Write a folded result into an array of the original shape."""

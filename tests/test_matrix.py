@@ -11,14 +11,19 @@ from tests import tolerances
 from tests.support import DTYPES, LAYOUTS, OPTIONS, make_case
 
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
-by_options = pytest.mark.parametrize("options", OPTIONS)
 
 
 def by_dtype_and_options(*options):
-    """float32 with all the options; the other dtypes, a second of compilation for each, with the first ones."""
-    cases = [(dtype, name) for dtype in DTYPES for name in (options if dtype == "float32" else options[:2])]
-    groups = [pytest.param(*case, marks=pytest.mark.xdist_group(case[0])) for case in cases]
-    return pytest.mark.parametrize(("dtype", "options"), groups)
+    """float32 with all the options, the other dtypes with the first one: the rest, mostly compilation, is slow.
+
+    A dtype's kernels are compiled by one worker.
+    """
+    cases = []
+    for dtype in DTYPES:
+        for name in options:
+            slow = [pytest.mark.slow] if dtype != "float32" and name != options[0] else []
+            cases.append(pytest.param(dtype, name, marks=[pytest.mark.xdist_group(dtype), *slow]))
+    return pytest.mark.parametrize(("dtype", "options"), cases)
 
 
 TRAINING = ("affine residual relu", "where weights residual", "plain", "where", "weights relu")
@@ -216,8 +221,8 @@ def test_statistics(dtype, layout, options):
 # --- strategies: tuning is not correctness ----------------------------------------------------------------------------
 
 
-@pytest.mark.xdist_group("float32")
-@by_options
+@pytest.mark.xdist_group("float32 in parallel")
+@pytest.mark.parametrize("options", TRAINING[:3])
 @pytest.mark.parametrize(
     ("serial_below", "whole_channels", "streaming"), [(0, True, True), (0, False, True), (1 << 60, False, True)]
 )

@@ -1,0 +1,288 @@
+"""python -m fastbn: every command runs, its JSON is JSON, and a wrong kernel makes it fail."""
+
+import json
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from fastbn import bench, check, cpu, environment, warmup
+from fastbn.__main__ import COMMANDS, main
+
+SHAPE = "4,64,14,14"
+LONE = pytest.mark.xdist_group("command line")  # measures, or imports torch: in one process
+
+
+@pytest.fixture(autouse=True)
+def few_buffers(monkeypatch):
+    """Measurements that nobody reads need not come from memory."""
+    monkeypatch.setattr(bench, "BUFFERS", 4)
+
+
+def run(capsys, *argv):
+    status = main(argv)
+    return status, capsys.readouterr().out
+
+
+def run_json(capsys, *argv):
+    status, out = run(capsys, *argv, "--json")
+    return status, json.loads(out)
+
+
+def test_info(capsys):
+    status, found = run_json(capsys, "info")
+    assert status == 0
+    assert set(found["versions"]) == {"fastbn", "python", "numpy", "numba", "llvmlite"}
+    assert found["backends"]["numpy"] == "ready"
+    assert found["dtypes"] == ["float16", "float32", "float64", "bfloat16"]
+    assert found["threads"] >= 1
+    assert found["cpu"]
+    status, out = run(capsys, "info")
+    assert status == 0
+    assert found["cpu"] in out
+    assert str(found["kernel_cache"]) in out
+
+
+def test_cupy_is_imported_only_if_installed(capsys, monkeypatch):
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None if name == "cupy" else object())
+    assert environment.backend_state("cupy") == "not installed"
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
+
+    def no_kernels(kind):
+        raise TypeError(kind)
+
+    monkeypatch.setattr(environment.dispatch, "backend_of", no_kernels)
+    assert environment.backend_state("cupy") == "installed; no kernels in this version of fastbn"
+
+
+def test_module_runs():
+    """As a user starts it; and importing fastbn loads none of it."""
+    code = "import fastbn, sys; print([m for m in sys.modules if m.startswith(('fastbn.', 'numba'))])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for module in ("__main__", "check", "bench", "environment", "warmup"):
+        assert f"fastbn.{module}'" not in loaded
+    info = subprocess.run([sys.executable, "-m", "fastbn", "info"], capture_output=True, text=True, check=True)
+    assert "numpy: ready" in info.stdout
+    assert info.stderr == ""
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"] if command else ["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    for text in ["--json", *([] if command else COMMANDS)]:
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    "argv", [["nothing"], ["bench", "--shape", "3"], ["bench", "--shape", "3,0"], ["bench", "--dtype", "int8"]]
+)
+def test_wrong_arguments(capsys, argv):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+@LONE
+def test_check(capsys):
+    status, found = run_json(capsys, "check", "--quick")
+    assert status == 0
+    assert found["ok"] is True
+    rows = found["rows"]
+    assert {row["group"] for row in rows} == set(check.TITLES)
+    assert all(row["ok"] for row in rows)
+    names = [row["name"] for row in rows if row["group"] == "oracle"]
+    for dtype in environment.float_dtypes():
+        for layout in check.LAYOUTS:
+            for what in bench.PASSES:
+                assert any(n.startswith(f"{dtype} {layout} ") and n.endswith(f": {what}") for n in names)
+
+
+@LONE
+def test_options_before_the_command_count(capsys):
+    assert main(["--json", "--progress", "check", "--quick"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["ok"]
+    assert "NumAcc1" in printed.err
+
+
+def test_fused_options_are_checked():
+    fused = [job for job in check.jobs("numpy", ["oracle"]) if job.run.args[-1]]
+    assert len(fused) == len(check.LAYOUTS)
+    assert all(row.ok for job in fused for row in job.run())
+
+
+def test_parallel_kernels_are_checked():
+    serial, parallel = (len(check.jobs("numpy", ["oracle"], quick=True, parallel=p)) for p in ((), ("float32",)))
+    assert parallel == serial + len(check.LAYOUTS)
+    last = check.jobs("numpy", ["oracle"], quick=True, parallel=("float32",))[-1]
+    assert np.prod(last.run.args[-2]) > cpu.jit.PARALLEL_FROM
+    assert all(row.ok for row in last.run())
+
+
+def test_digits_of_known_values():
+    exact = check.exact_moments(np.array([10000001.0, 10000003.0, 10000002.0]))
+    assert (exact.n, exact.mean, exact.m2, exact.std) == (3, 10000002, 2, 1)
+    assert check.digits(1.001, exact.std) == pytest.approx(3)
+    assert check.digits(1.0, exact.std) == check.MOST_DIGITS
+    assert check.digits(float("nan"), exact.std) == 0
+
+
+def test_nan_is_never_ok():
+    for at_least in (True, False):
+        assert not check.Row("nist", "", float("nan"), 1.0, at_least, {}).ok
+
+
+def broken(name, change):
+    """The CPU backend with the results of one function changed: ``change(arguments, result)``."""
+    wrong = types.SimpleNamespace(**{key: getattr(cpu, key) for key in cpu.__all__})
+    right = getattr(cpu, name)
+    setattr(wrong, name, lambda *args: change(args, right(*args)))
+    return wrong
+
+
+def scaled(index, by):
+    return lambda args, result: tuple(a * (by if i == index else 1) for i, a in enumerate(result))
+
+
+def nudged(position):
+    """The last element of an output is off by a thousandth of itself and a bit: more than a rounding of bfloat16."""
+
+    def change(args, result):
+        last = args[position].reshape(-1)[-1:]
+        last += np.abs(last) / 64 + np.asarray(0.01, last.dtype)
+        return result
+
+    return change
+
+
+FAULTS = [
+    ("nist", "moments", scaled(1, 1 + 1e-12)),
+    ("nist", "moments", scaled(2, 1 + 1e-10)),
+    ("offset", "moments", scaled(1, 1 + 1e-6)),
+    ("offset", "moments", scaled(2, 1 + 5e-6)),
+    ("large mean", "moments", scaled(1, 1 + 1e-6)),
+    ("large mean", "moments", scaled(2, 1 + 5e-6)),
+    ("constant", "forward", nudged(7)),
+    ("oracle", "forward", nudged(7)),
+    ("oracle", "normalize", nudged(6)),
+    ("oracle", "backward", nudged(11)),
+    ("oracle", "backward", scaled(0, 1 + 1e-3)),
+    ("oracle", "backward", scaled(1, 1 + 1e-3)),
+]
+
+
+def use(monkeypatch, backend):
+    monkeypatch.setattr("fastbn.functional.backend_of", lambda kind: backend)
+    monkeypatch.setattr("fastbn.statistics.backend_of", lambda kind: backend)
+
+
+@LONE
+@pytest.mark.parametrize(
+    ("group", "function", "change"), [pytest.param(*fault, id="-".join(fault[:2])) for fault in FAULTS]
+)
+def test_every_group_rejects_a_wrong_backend(monkeypatch, group, function, change):
+    use(monkeypatch, broken(function, change))
+    rows = [row for job in check.jobs("numpy", [group], quick=True) for row in job.run()]
+    assert any(not row.ok for row in rows)
+
+
+@LONE
+def test_failure_gives_status_1(monkeypatch, capsys):
+    monkeypatch.setattr(check, "TITLES", {"offset": check.TITLES["offset"]})
+    assert run(capsys, "check", "--quick")[0] == 0
+    use(monkeypatch, broken("moments", scaled(1, 1 + 1e-6)))
+    status, out = run(capsys, "check", "--quick")
+    assert status == 1
+    assert "FAILED" in out
+    status, found = run_json(capsys, "check", "--quick")
+    assert status == 1
+    assert found["ok"] is False
+
+
+def test_says_what_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(environment, "optional", lambda name: None)
+    monkeypatch.setattr(check, "TITLES", {"constant": check.TITLES["constant"]})
+    environment.float_dtypes.cache_clear()
+    try:
+        status, out = run(capsys, "check", "--quick")
+    finally:
+        environment.float_dtypes.cache_clear()
+    assert status == 0
+    assert "left out  bfloat16: ml_dtypes is not installed" in out
+    assert "bfloat16 NCHW" not in out
+
+
+# --- bench, warmup and the main job -----------------------------------------------------------------------------------
+
+
+@LONE
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench(capsys, dtype):
+    status, found = run_json(capsys, "bench", "--quick", "--shape", SHAPE, "--dtype", dtype)
+    assert status == 0
+    results = found["bench"]
+    assert [(r["layout"], r["what"]) for r in results] == [(y, what) for y in check.LAYOUTS for what in bench.PASSES]
+    for result in results:
+        assert result["shape"] == [4, 64, 14, 14]
+        assert result["counted_bytes"] == bench.PASSES[result["what"]] * 4 * 64 * 14 * 14 * np.dtype(dtype).itemsize
+        assert result["gb_per_s"] > 0
+        assert result["share_of_copy"] > 0
+        assert (result["times_numpy"] is None) == (dtype == "bfloat16")
+
+
+@LONE
+@pytest.mark.parametrize("layout", check.LAYOUTS)
+def test_contenders_compute_the_same(layout):
+    """Else a faster one would prove nothing."""
+    torch = pytest.importorskip("torch")
+    data = bench.Data((3, 24, 5, 6), "float32", layout)
+    data.copy(1)
+    np.testing.assert_array_equal(data.out[1], data.x[1])
+    for what in bench.PASSES:
+        ours = data.ours(what)
+        calls = {"out": ours["fastbn_out"], "numpy": data.numpys(what), "torch": data.torchs(torch, what)}
+        expected = first(ours["fastbn"](1))
+        for name, call in calls.items():
+            result = first(call(1))
+            if name == "torch":
+                result = (result if layout == "NCHW" else result.movedim(1, -1)).numpy()
+            np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5, err_msg=f"{what} {name}")
+
+
+def first(result):
+    """y or dx of what a pass returns."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+@LONE
+def test_main_job(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "RESNET50", ((64, 14, 14),))
+    monkeypatch.setattr(bench, "BATCH", 4)
+    status, out = run(capsys)
+    assert status == 0
+    for text in ("numba", "float16 NHWC", "figures, none beyond its bound", "NCHW   4x64x14x14", "geometric mean"):
+        assert text in out
+    status, found = run_json(capsys)
+    assert status == 0
+    assert {"environment", "ok", "rows", "bench"} == set(found)
+
+
+def test_warmup(monkeypatch, capsys):
+    """Afterwards the same calls compile nothing."""
+    monkeypatch.setattr(warmup, "OPTIONS", {"plain": ()})
+    status, found = run_json(capsys, "warmup", "--dtype", "float32")
+    assert status == 0
+    assert found["compiled"] + found["loaded"] > 0
+    assert found["calls"] == len(warmup.jobs(["float32"]))
+    again = run_json(capsys, "warmup", "--dtype", "float32")[1]
+    assert (again["compiled"], again["loaded"]) == (found["compiled"], found["loaded"])
+    assert "kernels compiled" in run(capsys, "warmup", "--dtype", "float32")[1]
