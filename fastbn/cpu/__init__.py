@@ -10,12 +10,14 @@ Two families of kernels: `rows` where the inner axis is contiguous, `columns` wh
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any
 
 import numba
 import numpy as np
 
-from fastbn.cpu import columns, rows
+from fastbn.cpu import columns, jit, rows
 from fastbn.formulas import batch_rstd, input_numbers
 
 __all__ = [
@@ -47,6 +49,12 @@ _AS_INTEGERS: dict[str, np.dtype[Any]] = {
 _NO_STRIDES = (0, 0, 0, 0)
 
 
+@lru_cache(maxsize=64)
+def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype that kernels see (``dtype.name`` alone takes a microsecond)."""
+    return _AS_INTEGERS.get(dtype.name, dtype)
+
+
 class _Span:
     """Flat memory from an array's lowest to its highest element, whatever its strides."""
 
@@ -71,7 +79,7 @@ def _unit_stride(a: Array) -> bool:
 
 def writable_in_place(a: Array) -> bool:
     """Whether kernels can write a folded array as it lies in memory."""
-    return bool(a.dtype.isnative and a.flags.aligned and _unit_stride(a))
+    return bool(a.dtype.isnative and (a.flags.carray or (a.flags.aligned and _unit_stride(a))))
 
 
 def overlap(a: Array, b: Array) -> bool:
@@ -95,9 +103,9 @@ def _memory(a: Array | None) -> tuple[Array | None, tuple[int, ...]]:
         return None, _NO_STRIDES
     if not writable_in_place(a):
         a = np.array(a, dtype=a.dtype.newbyteorder("="), order="C")
-    dtype = _AS_INTEGERS.get(a.dtype.name, a.dtype)
-    _batch, outer, channel, inner = a.shape
-    if a.flags.c_contiguous and a.flags.writeable:
+    dtype = _stored(a.dtype)
+    _, outer, channel, inner = a.shape
+    if a.flags.carray:
         strides = (0, outer * channel * inner, channel * inner, inner)
         return a.reshape(-1).view(dtype), strides
     steps = tuple(s // a.itemsize if n > 1 else 0 for s, n in zip(a.strides, a.shape, strict=True))
@@ -113,8 +121,7 @@ def _weight_memory(weight: Array | None) -> tuple[Array | None, tuple[int, ...]]
         return None, _NO_STRIDES
     batch, outer, channel, inner = weight.shape
     strides = (0, outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1))
-    flat = weight.reshape(-1)
-    return flat.view(_AS_INTEGERS.get(weight.dtype.name, weight.dtype)), strides
+    return weight.reshape(-1).view(_stored(weight.dtype)), strides
 
 
 def _in_rows(shape: tuple[int, ...]) -> bool:
@@ -122,8 +129,8 @@ def _in_rows(shape: tuple[int, ...]) -> bool:
 
 
 def _whole_channels(shape: tuple[int, ...]) -> bool:
-    """Whether there are channels enough to give each thread whole ones."""
-    return bool(shape[0] * shape[2] >= 4 * numba.get_num_threads())
+    """Whether one thread does all, or there are channels enough to give each thread whole ones."""
+    return math.prod(shape) < jit.PARALLEL_FROM or shape[0] * shape[2] >= 4 * numba.get_num_threads()
 
 
 def _streams(out: Array) -> bool:
