@@ -199,17 +199,17 @@ def _print_bench_title(dtype: str, machine: dict[str, Any]) -> None:
         f"""
 Batch norm of {dtype}, {machine["threads"]} threads; medians, contenders in turn, data from memory
   ms, GB/s   with out= given; counted are 2S bytes forward and inference, 3S backward, S those of x
-  of copy    share of the GB/s of a parallel copy with streaming stores, of the same buffers in the same minute
+  of copy    share of the GB/s of a parallel copy with streaming stores, of the same buffers
   plain ms   the call without out=, which allocates its result
   numpy      how many times faster the plain call is than the obvious NumPy formula
-  torch      how many times faster the plain call is than the same call of {peer}
-
-  {"layout":<7}{"shape":<20}{"pass":<10}{"ms":>9}{"GB/s":>7}{"of copy":>9}{"plain ms":>10}{"numpy":>8}{"torch":>8}"""
+  torch      how many times faster the plain call is than the same call of {peer}"""
     )
     if (machine["load"] or 0) > machine["cpus"] / 2:
         print(
             f"  NOTE: {machine['cpus']} processors have a load of {machine['load']:.1f}; other work blurs these figures"
         )
+    columns = f"{'ms':>9}{'GB/s':>7}{'of copy':>9}{'plain ms':>10}{'numpy':>8}{'torch':>8}"
+    print(f"\n  {'layout':<7}{'shape':<20}{'pass':<10}{columns}")
 
 
 def _bench_line(result: bench.Result) -> str:

@@ -82,10 +82,13 @@ def writable_in_place(a: Array) -> bool:
     return bool(a.dtype.isnative and (a.flags.carray or (a.flags.aligned and _unit_stride(a))))
 
 
+_shares_memory: Any = np.shares_memory  # whose stub knows only two of max_work's values
+
+
 def overlap(a: Array, b: Array) -> bool:
     """Whether two arrays share memory; yes where that is too hard to decide."""
     try:
-        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=1000)
+        return bool(np.may_share_memory(a, b) and _shares_memory(a, b, max_work=1000))
     except np.exceptions.TooHardError:
         return True
 
