@@ -60,7 +60,9 @@ class Layout(NamedTuple):
             parameter = xp.broadcast_to(parameter, self.kept_shape)
         if self.kept_order is not None:
             parameter = parameter.transpose(self.kept_order)
-        return parameter.astype(xp.float64, order="C", copy=False).reshape(-1)
+        vector = parameter.astype(xp.float64, order="C", copy=False).reshape(-1)
+        # A read-only array is another type to compiled kernels, which would be compiled again for it.
+        return vector if getattr(vector.flags, "writeable", True) else vector.copy()
 
     def kept_array(self, xp: Any, vector: Any) -> Any:
         """A kernel's result vector in the kept shape, C-contiguous."""

@@ -2,11 +2,7 @@
 
 import numpy as np
 
-# One rounding to the result's dtype: half a unit in the last place, relative to the value.
-ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
-
-# Arithmetic in the compute type before that rounding: float32 for all but float64.
-COMPUTE = {"float16": 2.0**-24, "bfloat16": 2.0**-24, "float32": 2.0**-24, "float64": 2.0**-53}
+from fastbn.check import COMPUTE, ROUNDING
 
 BOUNDS = {
     # dtype-independent bounds of the statistics (the contract, section numerics): relative to |mean| + std, and to var
