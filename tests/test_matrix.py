@@ -237,6 +237,8 @@ def test_forced_strategies(monkeypatch, options, serial_below, whole_channels, s
             monkeypatch.setattr(cpu, "_whole_channels", lambda shape: whole_channels)
             if streaming:
                 monkeypatch.setattr(cpu, "CACHE_SHARE", 0)
+                monkeypatch.setattr(cpu, "STREAMED_ROW", 0)
+                monkeypatch.setattr(cpu, "STREAMED_ROW_OF_CHANNEL", 0)
         for c in (case, last):
             check_backward(c)
             check_frozen(c)

@@ -36,6 +36,9 @@ __all__ = [
 xp = np
 
 CACHE_SHARE = 4 << 20  # bytes of output; below, streaming stores lose to plain ones, whose lines are still in cache
+# Bytes of a row from which streaming pays: its two ends are not streamed and break the write combining.
+STREAMED_ROW = 4096  # in memory order, where a row's end shares its line with the next row
+STREAMED_ROW_OF_CHANNEL = 512  # channel by channel, where it does not
 Array = np.ndarray[Any, Any]
 
 
@@ -136,12 +139,12 @@ def _whole_channels(shape: tuple[int, ...]) -> bool:
     return math.prod(shape) < jit.PARALLEL_FROM or shape[0] * shape[2] >= 4 * numba.get_num_threads()
 
 
-def _streams(out: Array) -> bool:
+def _streams(out: Array, by_channel: bool = False) -> bool:
     """Whether to write past the caches; rows of channels only where each starts on a line of its own."""
     if out.nbytes < CACHE_SHARE:
         return False
     if _in_rows(out.shape):
-        return True
+        return bool(out.shape[3] * out.itemsize >= (STREAMED_ROW_OF_CHANNEL if by_channel else STREAMED_ROW))
     places = (out.__array_interface__["data"][0], out.strides[0], out.strides[1])
     return all(place % 64 == 0 for place in places)
 
@@ -167,14 +170,11 @@ def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array]:
 
 
 def normalize(x: Array, mean: Array, scale: Array, shift: Array, residual: Array | None, relu: bool, y: Array) -> None:
-    """Y = ((x - mean) * scale + shift + residual), through relu."""
+    """``y = (x - mean) * scale + shift + residual``, through relu."""
     (x_, xs), (y_, ys), (r_, rs) = _memory(x), _memory(y), _memory(residual)
     numbers = (mean, scale, shift, _flag(relu), _streams(y))
-    if _in_rows(x.shape):
-        grid = rows.chunk_grid(x.shape[1], x.shape[3])
-        rows.normalize.run(x.size, x_, xs, y_, ys, r_, rs, x.shape, grid, *numbers)
-    else:
-        columns.normalize.run(x.size, x_, xs, y_, ys, r_, rs, x.shape, *numbers)
+    family = rows if _in_rows(x.shape) else columns
+    family.normalize.run(x.size, x_, xs, y_, ys, r_, rs, x.shape, *numbers)
 
 
 def forward(
@@ -197,13 +197,13 @@ def forward(
     grid = rows.chunk_grid(x.shape[1], x.shape[3])
     rows.forward.run(
         x.size, x_, xs, w_, ws, y_, ys, r_, rs, x.shape, grid,
-        gamma, beta, eps, _flag(relu), _streams(y), count, mean, m2,
+        gamma, beta, eps, _flag(relu), _streams(y, by_channel=True), count, mean, m2,
     )  # fmt: skip
     return count, mean, m2
 
 
 def grad_sums(dy: Array, x: Array, y: Array | None, mean: Array, rstd: Array) -> tuple[Array, Array]:
-    """Dgamma = sum(dz * xhat) and dbeta = sum(dz); dz = dy, or 0 where y <= 0."""
+    """``dgamma = sum(dz * xhat)`` and ``dbeta = sum(dz)``; dz = dy, or 0 where y <= 0."""
     if x.size == 0:  # the empty sum, though rstd is NaN
         dgamma, dbeta = np.zeros((2, x.shape[0] * x.shape[2]))
         return dgamma, dbeta
@@ -229,15 +229,13 @@ def grad_input(
     dx: Array,
     dresidual: Array | None,
 ) -> None:
-    """Dx = scale * dz - weight * (offset + slope * (x - mean)), without x scale * dz; dresidual = dz."""
+    """``dx = scale * dz - weight * (offset + slope * (x - mean))``, without x ``scale * dz``; dresidual = dz."""
     (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = _memory(dy), _memory(x), _memory(y), _weight_memory(weight)
     (dx_, dxs), (dr_, drs) = _memory(dx), _memory(dresidual)
     arrays = (dy_, dys, x_, xs, y_, ys, w_, ws, dx_, dxs, dr_, drs, dy.shape)
     numbers = (mean, scale, offset, slope, _streams(dx))
-    if _in_rows(dy.shape):
-        rows.grad_input.run(dy.size, *arrays, rows.chunk_grid(dy.shape[1], dy.shape[3]), *numbers)
-    else:
-        columns.grad_input.run(dy.size, *arrays, *numbers)
+    family = rows if _in_rows(dy.shape) else columns
+    family.grad_input.run(dy.size, *arrays, *numbers)
 
 
 def backward(
@@ -255,7 +253,7 @@ def backward(
     dx: Array,
     dresidual: Array | None,
 ) -> tuple[Array, Array]:
-    """Dgamma and dbeta; dx from them (frozen: without the statistics' share); dresidual = dz."""
+    """The two sums; dx from them (frozen: without the statistics' share); dresidual = dz."""
     if not (_in_rows(x.shape) and _whole_channels(x.shape)) or x.size == 0:
         dgamma, dbeta = grad_sums(dy, x, y, mean, rstd)
         numbers = input_numbers(gamma, rstd, dgamma, dbeta, count, dmean, dvar)
@@ -267,6 +265,6 @@ def backward(
     rows.backward.run(
         x.size, dy_, dys, x_, xs, y_, ys, w_, ws, dx_, dxs, dr_, drs,
         x.shape, rows.chunk_grid(x.shape[1], x.shape[3]),
-        mean, rstd, gamma, count, dmean, dvar, None if frozen else x_, _streams(dx), dgamma, dbeta,
+        mean, rstd, gamma, count, dmean, dvar, None if frozen else x_, _streams(dx, by_channel=True), dgamma, dbeta,
     )  # fmt: skip
     return dgamma, dbeta

@@ -252,7 +252,7 @@ def normalized(x, residual, i, hi, lo, scale, shift, relu):
 
 @kernel
 def normalize(x, xs, y, ys, residual, rs, shape, mean, scale, shift, relu, streaming):
-    """Y = ((x - mean) * scale + shift, + residual, relu)."""
+    """``y = ((x - mean) * scale + shift, + residual, relu)``."""
     n = lanes(x, WIDTH)
     for k in prange(task_count(shape)):
         b, _, row, end, c, columns = task_at(k, shape)
@@ -346,7 +346,7 @@ def grad_sums(dy, dys, x, xs, y, ys, shape, mean, rstd, dgamma, dbeta):
 
 @inner
 def input_gradient(dz, x, weight, i, hi, lo, scale, offset, slope):
-    """Scale * dz - weight * (offset + slope * (x - mean)); without x, scale * dz."""
+    """``scale * dz - weight * (offset + slope * (x - mean))``; without x, ``scale * dz``."""
     if x is None:
         return load(scale, i, WIDTH) * dz
     back = fma((x - load(hi, i, WIDTH)) - load(lo, i, WIDTH), load(slope, i, WIDTH), load(offset, i, WIDTH))
@@ -359,7 +359,7 @@ def input_gradient(dz, x, weight, i, hi, lo, scale, offset, slope):
 def grad_input(
     dy, dys, x, xs, y, ys, weight, ws, dx, dxs, dresidual, drs, shape, mean, scale, offset, slope, streaming
 ):
-    """Dx (and dresidual = dz) with given per-channel numbers."""
+    """``dx`` (and ``dresidual = dz``) with given per-channel numbers."""
     n = lanes(dy, WIDTH)
     for k in prange(task_count(shape)):
         b, _, row, end, c, columns = task_at(k, shape)

@@ -27,10 +27,10 @@ from fastbn.cpu.simd import (
     lanes,
     load,
     load_first,
+    narrowed,
     rounded,
     splat,
     store,
-    store_first,
     stream,
     total,
     zero_where_not_positive,
@@ -39,6 +39,7 @@ from fastbn.cpu.simd import (
 from fastbn.cpu.slab import channel_start, find_pivot, finished, merged, needs_new_guess, positive_or_nan
 
 WIDTH = 128  # bytes of a vector: four AVX2 registers, so that two sums keep eight additions in flight
+NARROW, SINGLE = 32, 4  # bytes at the ends of rows: a masked store costs up to a hundred cycles (AMD Zen 3)
 CHUNK = 1024  # values: 32 float32 additions per lane (rounding below 1e-6), and L1 holds it for a second look
 SEGMENT = 64  # chunks
 
@@ -62,6 +63,58 @@ def chunk_at(k, shape, grid):
     row = k // pieces * grid[0]
     column = k % pieces * grid[1]
     return row, min(grid[0], shape[1] - row), column, min(grid[1], shape[3] - column)
+
+
+PIECE = 16384  # values of a row at most that one turn of a loop in memory order takes
+TASK = 65536  # values, about, that a thread takes at a time
+
+
+@inner
+def piece_count(shape):
+    """Pieces of rows in the whole array."""
+    return shape[0] * shape[1] * shape[2] * -(-shape[3] // PIECE)
+
+
+@inner
+def task_pieces(shape):
+    """Pieces that a thread takes at a time."""
+    return max(1, TASK // max(1, min(shape[3], PIECE)))
+
+
+@inner
+def task_count(shape):
+    return -(-piece_count(shape) // task_pieces(shape))
+
+
+@inner
+def piece_at(p, shape):
+    """Place (batch, outer, channel, column) of a piece; pieces are numbered as they lie in memory."""
+    pieces = -(-shape[3] // PIECE)
+    row = p // pieces
+    return row // (shape[2] * shape[1]), row // shape[2] % shape[1], row % shape[2], p % pieces * PIECE
+
+
+@inner
+def piece_after(place, shape):
+    """The next place; the divisions of `piece_at` take longer than a row of 49 values."""
+    batch, outer, channel, column = place
+    column += PIECE
+    if column >= shape[3]:
+        column = 0
+        channel += 1
+        if channel == shape[2]:
+            channel = 0
+            outer += 1
+            if outer == shape[1]:
+                outer = 0
+                batch += 1
+    return batch, outer, channel, column
+
+
+@inner
+def start_of(strides, place):
+    """Where a piece begins."""
+    return strides[0] + place[0] * strides[1] + place[1] * strides[2] + place[2] * strides[3] + place[3]
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -174,58 +227,68 @@ def normalized(x, residual, hi, lo, scale, shift, relu):
 
 
 @inner
-def normalize_part(x, x_at, y, y_at, residual, r_at, n, hi, lo, scale, shift, relu):
-    """The first n lanes, for the two ends of a row."""
-    r = load_first(residual, r_at, n, WIDTH)
-    store_first(y, y_at, n, normalized(load_first(x, x_at, n, WIDTH), r, hi, lo, scale, shift, relu))
+def normalize_end(x, i, y, j, residual, k, n, affine, relu):
+    """The n values, less than a vector, at either end of a row: by short vectors, then one by one."""
+    hi, lo, scale, shift = affine
+    done = 0
+    while done + lanes(x, NARROW) <= n:
+        z = load(residual, k + done, NARROW)
+        out = normalized(
+            load(x, i + done, NARROW), z, narrowed(x, hi, NARROW), narrowed(x, lo, NARROW),
+            narrowed(x, scale, NARROW), narrowed(x, shift, NARROW), relu,
+        )  # fmt: skip
+        store(y, j + done, out)
+        done += lanes(x, NARROW)
+    while done < n:
+        z = load(residual, k + done, SINGLE)
+        out = normalized(
+            load(x, i + done, SINGLE), z, narrowed(x, hi, SINGLE), narrowed(x, lo, SINGLE),
+            narrowed(x, scale, SINGLE), narrowed(x, shift, SINGLE), relu,
+        )  # fmt: skip
+        store(y, j + done, out)
+        done += 1
 
 
 @inner
-def normalize_rows(x, x_at, x_step, y, y_at, y_step, residual, r_at, r_step, rows, columns, affine, relu, streaming):
-    """Y = ((x - mean) * scale + shift, + residual, relu); affine is (mean, scale, shift)."""
+def normalize_row(x, i, y, j, residual, k, columns, affine, relu, streaming):
+    """``y = ((x - mean) * scale + shift, + residual, relu)``; affine is (mean, scale, shift)."""
     n = lanes(x, WIDTH)
     mean, scale, shift = affine
     hi = splat(x, mean, WIDTH)
     lo = splat(x, mean - rounded(x, mean), WIDTH)
     scale = splat(x, scale, WIDTH)
     shift = splat(x, shift, WIDTH)
-    for r in range(rows):
-        i, j, k = x_at + r * x_step, y_at + r * y_step, r_at + r * r_step
-        end = i + columns
-        if streaming:
-            head = misaligned(y, j, columns)
-            if head > 0:
-                normalize_part(x, i, y, j, residual, k, head, hi, lo, scale, shift, relu)
-                i, j, k = i + head, j + head, k + head
-            while i + n <= end:
-                z = load(residual, k, WIDTH)
-                stream(y, j, normalized(load(x, i, WIDTH), z, hi, lo, scale, shift, relu))
-                i, j, k = i + n, j + n, k + n
-        else:
-            while i + n <= end:
-                z = load(residual, k, WIDTH)
-                store(y, j, normalized(load(x, i, WIDTH), z, hi, lo, scale, shift, relu))
-                i, j, k = i + n, j + n, k + n
-        if i < end:
-            normalize_part(x, i, y, j, residual, k, end - i, hi, lo, scale, shift, relu)
+    end = i + columns
+    if streaming:
+        head = misaligned(y, j, columns)
+        if head > 0:
+            normalize_end(x, i, y, j, residual, k, head, (hi, lo, scale, shift), relu)
+            i, j, k = i + head, j + head, k + head
+        while i + n <= end:
+            z = load(residual, k, WIDTH)
+            stream(y, j, normalized(load(x, i, WIDTH), z, hi, lo, scale, shift, relu))
+            i, j, k = i + n, j + n, k + n
+    else:
+        while i + n <= end:
+            z = load(residual, k, WIDTH)
+            store(y, j, normalized(load(x, i, WIDTH), z, hi, lo, scale, shift, relu))
+            i, j, k = i + n, j + n, k + n
+    if i < end:
+        normalize_end(x, i, y, j, residual, k, end - i, (hi, lo, scale, shift), relu)
 
 
 @kernel
-def normalize(x, xs, y, ys, residual, rs, shape, grid, mean, scale, shift, relu, streaming):
-    """Normalise, scale and shift with given per-channel numbers; segments are shared among threads."""
-    chunks = chunk_count(shape, grid)
-    segments = -(-chunks // SEGMENT)
-    for s in prange(shape[0] * shape[2] * segments):
-        t = s // segments
-        first = s % segments * SEGMENT
-        affine = (mean[t], scale[t], shift[t])
-        x_at, y_at, r_at = channel_start(xs, t, shape), channel_start(ys, t, shape), channel_start(rs, t, shape)
-        for k in range(first, min(first + SEGMENT, chunks)):
-            row, rows, column, columns = chunk_at(k, shape, grid)
-            normalize_rows(
-                x, x_at + row * xs[2] + column, xs[2], y, y_at + row * ys[2] + column, ys[2],
-                residual, r_at + row * rs[2] + column, rs[2], rows, columns, affine, relu, streaming,
-            )  # fmt: skip
+def normalize(x, xs, y, ys, residual, rs, shape, mean, scale, shift, relu, streaming):
+    """Normalise, scale and shift with given per-channel numbers; pieces of rows in the order of memory."""
+    for task in prange(task_count(shape)):
+        first = task * task_pieces(shape)
+        place = piece_at(first, shape)
+        for _ in range(min(task_pieces(shape), piece_count(shape) - first)):
+            t, columns = place[0] * shape[2] + place[2], min(PIECE, shape[3] - place[3])
+            affine = (mean[t], scale[t], shift[t])
+            i, j, k = start_of(xs, place), start_of(ys, place), start_of(rs, place)
+            normalize_row(x, i, y, j, residual, k, columns, affine, relu, streaming)
+            place = piece_after(place, shape)
 
 
 @kernel
@@ -237,9 +300,9 @@ def forward(x, xs, weight, ws, y, ys, residual, rs, shape, grid, gamma, beta, ep
         count[t], mean[t], m2[t] = n, mu, q
         affine = (mu, 1.0 / np.sqrt(q / n + eps) * gamma[t], beta[t])
         y_at, r_at = channel_start(ys, t, shape), channel_start(rs, t, shape)
-        normalize_rows(
-            x, x_at, xs[2], y, y_at, ys[2], residual, r_at, rs[2], shape[1], shape[3], affine, relu, streaming
-        )
+        for r in range(shape[1]):
+            i, j, k = x_at + r * xs[2], y_at + r * ys[2], r_at + r * rs[2]
+            normalize_row(x, i, y, j, residual, k, shape[3], affine, relu, streaming)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -304,7 +367,7 @@ def grad_sums(dy, dys, x, xs, y, ys, shape, grid, mean, rstd, dgamma, dbeta):
 
 @inner
 def input_gradient(dz, x, weight, hi, lo, scale, offset, slope):
-    """Scale * dz - weight * (offset + slope * (x - mean)); without x, scale * dz."""
+    """``scale * dz - weight * (offset + slope * (x - mean))``; without x, ``scale * dz``."""
     if x is None:
         return scale * dz
     back = fma((x - hi) - lo, slope, offset)
@@ -314,21 +377,35 @@ def input_gradient(dz, x, weight, hi, lo, scale, offset, slope):
 
 
 @inner
-def grad_input_part(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, n, hi, lo, scale, offset, slope):
-    dz = load_first(dy, g, n, WIDTH)
-    dz = zero_where_not_positive(load_first(y, o, n, WIDTH), dz)
-    x_ = load_first(x, i, n, WIDTH)
-    w_ = converted(load_first(weight, w, n, dz), dz)
-    store_first(dx, d, n, input_gradient(dz, x_, w_, hi, lo, scale, offset, slope))
-    store_first(dresidual, e, n, dz)
+def grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, n, linear):
+    """The n values, less than a vector, at either end of a row: by short vectors, then one by one."""
+    hi, lo, scale, offset, slope = linear
+    k = 0
+    while k + lanes(dy, NARROW) <= n:
+        dz = zero_where_not_positive(load(y, o + k, NARROW), load(dy, g + k, NARROW))
+        x_, w_ = load(x, i + k, NARROW), converted(load(weight, w + k, dz), dz)
+        out = input_gradient(
+            dz, x_, w_, narrowed(dy, hi, NARROW), narrowed(dy, lo, NARROW),
+            narrowed(dy, scale, NARROW), narrowed(dy, offset, NARROW), narrowed(dy, slope, NARROW),
+        )  # fmt: skip
+        store(dx, d + k, out)
+        store(dresidual, e + k, dz)
+        k += lanes(dy, NARROW)
+    while k < n:
+        dz = zero_where_not_positive(load(y, o + k, SINGLE), load(dy, g + k, SINGLE))
+        x_, w_ = load(x, i + k, SINGLE), converted(load(weight, w + k, dz), dz)
+        out = input_gradient(
+            dz, x_, w_, narrowed(dy, hi, SINGLE), narrowed(dy, lo, SINGLE),
+            narrowed(dy, scale, SINGLE), narrowed(dy, offset, SINGLE), narrowed(dy, slope, SINGLE),
+        )  # fmt: skip
+        store(dx, d + k, out)
+        store(dresidual, e + k, dz)
+        k += 1
 
 
 @inner
-def grad_input_rows(
-    dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, weight, w_at, w_step,
-    dx, dx_at, dx_step, dresidual, dr_at, dr_step, rows, columns, linear, streaming,
-):  # fmt: skip
-    """Linear is (mean, scale, offset, slope) of `input_gradient`."""
+def grad_input_row(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, columns, linear, streaming):
+    """The argument ``linear`` is (mean, scale, offset, slope) of `input_gradient`."""
     n = lanes(dy, WIDTH)
     mean, scale, offset, slope = linear
     hi = splat(dy, mean, WIDTH)
@@ -336,53 +413,44 @@ def grad_input_rows(
     scale = splat(dy, scale, WIDTH)
     offset = splat(dy, offset, WIDTH)
     slope = splat(dy, slope, WIDTH)
-    for r in range(rows):
-        g, i, o, w = dy_at + r * dy_step, x_at + r * x_step, y_at + r * y_step, w_at + r * w_step
-        d, e = dx_at + r * dx_step, dr_at + r * dr_step
-        k = 0
+    k = 0
+    if streaming:
+        k = misaligned(dx, d, columns)
+        if k > 0:
+            grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, k, (hi, lo, scale, offset, slope))
+    while k + n <= columns:
+        dz = zero_where_not_positive(load(y, o + k, WIDTH), load(dy, g + k, WIDTH))
+        x_, w_ = load(x, i + k, WIDTH), converted(load(weight, w + k, dz), dz)
+        out = input_gradient(dz, x_, w_, hi, lo, scale, offset, slope)
         if streaming:
-            k = misaligned(dx, d, columns)
-            if k > 0:
-                grad_input_part(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, k, hi, lo, scale, offset, slope)
-        while k + n <= columns:
-            dz = load(dy, g + k, WIDTH)
-            dz = zero_where_not_positive(load(y, o + k, WIDTH), dz)
-            x_ = load(x, i + k, WIDTH)
-            w_ = converted(load(weight, w + k, dz), dz)
-            out = input_gradient(dz, x_, w_, hi, lo, scale, offset, slope)
-            if streaming:
-                stream(dx, d + k, out)
-            else:
-                store(dx, d + k, out)
-            store(dresidual, e + k, dz)
-            k += n
-        if k < columns:
-            grad_input_part(
-                dy, g + k, x, i + k, y, o + k, weight, w + k, dx, d + k, dresidual, e + k, columns - k,
-                hi, lo, scale, offset, slope,
-            )  # fmt: skip
+            stream(dx, d + k, out)
+        else:
+            store(dx, d + k, out)
+        store(dresidual, e + k, dz)
+        k += n
+    if k < columns:
+        grad_input_end(
+            dy, g + k, x, i + k, y, o + k, weight, w + k, dx, d + k, dresidual, e + k, columns - k,
+            (hi, lo, scale, offset, slope),
+        )  # fmt: skip
 
 
 @kernel
 def grad_input(
-    dy, dys, x, xs, y, ys, weight, ws, dx, dxs, dresidual, drs, shape, grid, mean, scale, offset, slope, streaming
+    dy, dys, x, xs, y, ys, weight, ws, dx, dxs, dresidual, drs, shape, mean, scale, offset, slope, streaming
 ):
-    """Dx (and dresidual = dz) with given per-channel numbers; segments are shared among threads."""
-    chunks = chunk_count(shape, grid)
-    segments = -(-chunks // SEGMENT)
-    for s in prange(shape[0] * shape[2] * segments):
-        t = s // segments
-        first = s % segments * SEGMENT
-        dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
-        w_at, dx_at, dr_at = channel_start(ws, t, shape), channel_start(dxs, t, shape), channel_start(drs, t, shape)
-        for k in range(first, min(first + SEGMENT, chunks)):
-            row, rows, column, columns = chunk_at(k, shape, grid)
-            grad_input_rows(
-                dy, dy_at + row * dys[2] + column, dys[2], x, x_at + row * xs[2] + column, xs[2],
-                y, y_at + row * ys[2] + column, ys[2], weight, w_at + row * ws[2] + column, ws[2],
-                dx, dx_at + row * dxs[2] + column, dxs[2], dresidual, dr_at + row * drs[2] + column, drs[2],
-                rows, columns, (mean[t], scale[t], offset[t], slope[t]), streaming,
+    """``dx`` (and ``dresidual = dz``) with given per-channel numbers; pieces of rows in the order of memory."""
+    for task in prange(task_count(shape)):
+        first = task * task_pieces(shape)
+        place = piece_at(first, shape)
+        for _ in range(min(task_pieces(shape), piece_count(shape) - first)):
+            t, columns = place[0] * shape[2] + place[2], min(PIECE, shape[3] - place[3])
+            linear = (mean[t], scale[t], offset[t], slope[t])
+            grad_input_row(
+                dy, start_of(dys, place), x, start_of(xs, place), y, start_of(ys, place), weight, start_of(ws, place),
+                dx, start_of(dxs, place), dresidual, start_of(drs, place), columns, linear, streaming,
             )  # fmt: skip
+            place = piece_after(place, shape)
 
 
 @kernel
@@ -394,12 +462,11 @@ def backward(
 
     ``live`` is x again, or None where statistics are frozen and dx does not depend on it.
     """
-    segments = -(-chunk_count(shape, grid) // SEGMENT)
     for t in prange(shape[0] * shape[2]):
         dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
         w_at, dx_at, dr_at = channel_start(ws, t, shape), channel_start(dxs, t, shape), channel_start(drs, t, shape)
         a, b = 0.0, 0.0
-        for s in range(segments):
+        for s in range(-(-chunk_count(shape, grid) // SEGMENT)):
             s1, s2 = segment_grad_sums(dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], shape, grid, s, mean[t])
             a, b = a + s1, b + s2
         b *= rstd[t]
@@ -409,8 +476,9 @@ def backward(
         if live is not None:
             offset = (scale * a - dmean[t]) / count[t]
             slope = (scale * rstd[t] * b - 2.0 * dvar[t]) / count[t]
-        grad_input_rows(
-            dy, dy_at, dys[2], live, x_at, xs[2], y, y_at, ys[2], weight, w_at, ws[2],
-            dx, dx_at, dxs[2], dresidual, dr_at, drs[2], shape[1], shape[3],
-            (mean[t], scale, offset, slope), streaming,
-        )  # fmt: skip
+        for r in range(shape[1]):
+            grad_input_row(
+                dy, dy_at + r * dys[2], live, x_at + r * xs[2], y, y_at + r * ys[2], weight, w_at + r * ws[2],
+                dx, dx_at + r * dxs[2], dresidual, dr_at + r * drs[2], shape[3],
+                (mean[t], scale, offset, slope), streaming,
+            )  # fmt: skip

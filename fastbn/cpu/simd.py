@@ -51,9 +51,11 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _vector(array, width):
-    """What a load gives: ``width`` bytes of the array's compute type, or as many lanes as the vector ``width``."""
+    """What a load gives: ``width`` bytes of the compute type but at least one lane, or as many lanes as a vector."""
     scalar = types.float64 if array.dtype == types.float64 else types.float32
-    return Vector(scalar, width.lanes if isinstance(width, Vector) else width.literal_value * 8 // scalar.bitwidth)
+    if isinstance(width, Vector):
+        return Vector(scalar, width.lanes)
+    return Vector(scalar, max(1, width.literal_value * 8 // scalar.bitwidth))
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -85,7 +87,7 @@ _define_operator(operator.mul, "fmul")
 
 @intrinsic
 def fma(typing, a, b, c):
-    """A * b + c, rounded once."""
+    """``a * b + c``, rounded once."""
 
     def codegen(context, builder, sig, args):
         name = f"llvm.fma.v{a.lanes}f{a.scalar.bitwidth}"
@@ -132,7 +134,7 @@ def first_lanes(typing, v, n):
 
 @intrinsic
 def converted(typing, v, like):
-    """V in the compute type of the vector ``like``, which has as many lanes."""
+    """``v`` in the compute type of the vector ``like``, which has as many lanes."""
     if v == types.none:
         return _absent(types.none, v, like)
     to = Vector(like.scalar, v.lanes)
@@ -143,6 +145,17 @@ def converted(typing, v, like):
         return (builder.fpext if to.scalar == types.float64 else builder.fptrunc)(args[0], to.llvm)
 
     return to(v, like), codegen
+
+
+@intrinsic(prefer_literal=True)
+def narrowed(typing, array, v, width):
+    """The first lanes of v: as many as ``width`` bytes of the array's compute type."""
+    short = _vector(array, width)
+
+    def codegen(context, builder, sig, args):
+        return _shuffle(builder, args[1], range(short.lanes))
+
+    return short(array, v, width), codegen
 
 
 @intrinsic
