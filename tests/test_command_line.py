@@ -12,13 +12,23 @@ from fastbn import bench, check, cpu, environment, warmup
 from fastbn.__main__ import COMMANDS, main
 
 SHAPE = "4,64,14,14"
-LONE = pytest.mark.xdist_group("command line")  # measures, or imports torch: in one process
 
 
 @pytest.fixture(autouse=True)
 def few_buffers(monkeypatch):
     """Measurements that nobody reads need not come from memory."""
     monkeypatch.setattr(bench, "BUFFERS", 4)
+
+
+@pytest.fixture(autouse=True)
+def two_dtypes(monkeypatch):
+    """Every dtype's kernels are compiled elsewhere; here that would double the time of a first run."""
+    monkeypatch.setattr(check, "float_dtypes", lambda: {name: np.dtype(name) for name in ("float16", "float32")})
+
+
+@pytest.fixture
+def all_dtypes(monkeypatch, two_dtypes):
+    monkeypatch.setattr(check, "float_dtypes", environment.float_dtypes)
 
 
 def run(capsys, *argv):
@@ -91,7 +101,6 @@ def test_wrong_arguments(capsys, argv):
 # --- check ------------------------------------------------------------------------------------------------------------
 
 
-@LONE
 def test_check(capsys):
     status, found = run_json(capsys, "check", "--quick")
     assert status == 0
@@ -100,13 +109,17 @@ def test_check(capsys):
     assert {row["group"] for row in rows} == set(check.TITLES)
     assert all(row["ok"] for row in rows)
     names = [row["name"] for row in rows if row["group"] == "oracle"]
-    for dtype in environment.float_dtypes():
+    for dtype in check.float_dtypes():
         for layout in check.LAYOUTS:
             for what in bench.PASSES:
                 assert any(n.startswith(f"{dtype} {layout} ") and n.endswith(f": {what}") for n in names)
 
 
-@LONE
+@pytest.mark.slow
+def test_check_of_every_dtype(capsys, all_dtypes):
+    test_check(capsys)
+
+
 def test_options_before_the_command_count(capsys):
     assert main(["--json", "--progress", "check", "--quick"]) == 0
     printed = capsys.readouterr()
@@ -185,7 +198,6 @@ def use(monkeypatch, backend):
     monkeypatch.setattr("fastbn.statistics.backend_of", lambda kind: backend)
 
 
-@LONE
 @pytest.mark.parametrize(
     ("group", "function", "change"), [pytest.param(*fault, id="-".join(fault[:2])) for fault in FAULTS]
 )
@@ -195,7 +207,6 @@ def test_every_group_rejects_a_wrong_backend(monkeypatch, group, function, chang
     assert any(not row.ok for row in rows)
 
 
-@LONE
 def test_failure_gives_status_1(monkeypatch, capsys):
     monkeypatch.setattr(check, "TITLES", {"offset": check.TITLES["offset"]})
     assert run(capsys, "check", "--quick")[0] == 0
@@ -208,7 +219,7 @@ def test_failure_gives_status_1(monkeypatch, capsys):
     assert found["ok"] is False
 
 
-def test_says_what_is_left_out(monkeypatch, capsys):
+def test_says_what_is_left_out(monkeypatch, capsys, all_dtypes):
     monkeypatch.setattr(environment, "optional", lambda name: None)
     monkeypatch.setattr(check, "TITLES", {"constant": check.TITLES["constant"]})
     environment.float_dtypes.cache_clear()
@@ -224,8 +235,7 @@ def test_says_what_is_left_out(monkeypatch, capsys):
 # --- bench, warmup and the main job -----------------------------------------------------------------------------------
 
 
-@LONE
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_bench(capsys, dtype):
     status, found = run_json(capsys, "bench", "--quick", "--shape", SHAPE, "--dtype", dtype)
     assert status == 0
@@ -239,7 +249,6 @@ def test_bench(capsys, dtype):
         assert (result["times_numpy"] is None) == (dtype == "bfloat16")
 
 
-@LONE
 @pytest.mark.parametrize("layout", check.LAYOUTS)
 def test_contenders_compute_the_same(layout):
     """Else a faster one would prove nothing."""
@@ -263,7 +272,6 @@ def first(result):
     return result[0] if isinstance(result, tuple) else result
 
 
-@LONE
 def test_main_job(monkeypatch, capsys):
     monkeypatch.setattr(bench, "RESNET50", ((64, 14, 14),))
     monkeypatch.setattr(bench, "BATCH", 4)
@@ -276,6 +284,7 @@ def test_main_job(monkeypatch, capsys):
     assert {"environment", "ok", "rows", "bench"} == set(found)
 
 
+@pytest.mark.slow
 def test_warmup(monkeypatch, capsys):
     """Afterwards the same calls compile nothing."""
     monkeypatch.setattr(warmup, "OPTIONS", {"plain": ()})

@@ -14,14 +14,15 @@ by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def by_dtype_and_options(*options):
-    """float32 with all the options, the other dtypes with the first one: the rest, mostly compilation, is slow.
+    """float32 with all the options, the other dtypes with one: the rest, mostly compilation, is slow.
 
     A dtype's kernels are compiled by one worker.
     """
     cases = []
     for dtype in DTYPES:
+        one = options[0] if dtype == "float16" else "plain"
         for name in options:
-            slow = [pytest.mark.slow] if dtype != "float32" and name != options[0] else []
+            slow = [pytest.mark.slow] if dtype != "float32" and name != one else []
             cases.append(pytest.param(dtype, name, marks=[pytest.mark.xdist_group(dtype), *slow]))
     return pytest.mark.parametrize(("dtype", "options"), cases)
 
@@ -200,7 +201,7 @@ def test_training(dtype, layout, options):
     check_backward(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
 
 
-@by_dtype_and_options("plain", "affine residual relu")
+@by_dtype_and_options("affine residual relu", "plain")
 @by_layout
 def test_frozen(dtype, layout, options):
     check_frozen(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
@@ -222,7 +223,7 @@ def test_statistics(dtype, layout, options):
 
 
 @pytest.mark.xdist_group("float32 in parallel")
-@pytest.mark.parametrize("options", TRAINING[:3])
+@pytest.mark.parametrize("options", [TRAINING[0], *(pytest.param(o, marks=pytest.mark.slow) for o in TRAINING[1:3])])
 @pytest.mark.parametrize(
     ("serial_below", "whole_channels", "streaming"), [(0, True, True), (0, False, True), (1 << 60, False, True)]
 )
