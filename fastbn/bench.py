@@ -34,7 +34,7 @@ QUICK = ((256, 56, 56), (256, 14, 14), (2048, 7, 7))
 
 SECONDS, QUICK_SECONDS = 0.3, 0.1  # for the rounds of one case
 BURST = 4  # calls of one contender before the next has its turn
-FEWEST, MOST = 2, 4  # rounds of bursts
+FEWEST, MOST = 2, 3  # rounds of bursts
 PAUSE = (
     0.02  # seconds between Numba's and PyTorch's calls: OpenMP's threads spin on for 10 ms, each on the other's cores
 )

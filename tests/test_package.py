@@ -230,6 +230,18 @@ def test_memmap(tmp_path):
     np.testing.assert_array_equal(fastbn.mean(x, 0), fastbn.mean(values, 0))
 
 
+def test_readme_example():
+    """The first code block of the README runs."""
+    readme = PACKAGE.parent / "README.md"
+    if not readme.exists():
+        pytest.skip("installed without the README")
+    (code, *_) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["z"].shape == names["x"].shape
+    assert abs(names["running"][1] - 1).max() < 0.01
+
+
 def test_documented_gradients_of_frozen_statistics():
     """The docs' dmean and dvar, by finite differences on the functions themselves."""
     rng = np.random.default_rng(0)
