@@ -33,8 +33,8 @@ BATCH = 32
 QUICK = ((256, 56, 56), (256, 14, 14), (2048, 7, 7))
 
 SECONDS, QUICK_SECONDS = 0.3, 0.1  # for the rounds of one case
-BURST = 4  # calls of one contender before the next has its turn
-FEWEST, MOST = 2, 3  # rounds of bursts
+BURST = 3  # calls of one contender before the next has its turn
+ROUNDS = 2  # of bursts; three lengthen a first run, with every kernel to compile, past two minutes
 PAUSE = (
     0.02  # seconds between Numba's and PyTorch's calls: OpenMP's threads spin on for 10 ms, each on the other's cores
 )
@@ -121,18 +121,14 @@ def measure(shape: tuple[int, ...], dtype: str, layout: str, *, quick: bool = Fa
 
 def _in_turn(calls: dict[str, Call], seconds: float) -> dict[str, float]:
     """Median seconds of each call, made in turn, each with the number of the buffers to use."""
-    turn, once = 0, 0.0
+    turn = 0
     for name, call in calls.items():
-        if name == "numpy":
-            continue
-        call(turn)  # compiles or loads kernels
-        start = time.perf_counter()
-        call(turn + 1)
-        once += time.perf_counter() - start
-        turn += 2
-    rounds = min(MOST, max(FEWEST, round(seconds / once / BURST)))
+        if name != "numpy":
+            call(turn)  # compiles or loads kernels
+            call(turn + 1)
+            turn += 2
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for name, call in calls.items():
             if "torch" in calls and name in ("torch", "fastbn"):
                 time.sleep(PAUSE)
