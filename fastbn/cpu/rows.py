@@ -39,7 +39,7 @@ from fastbn.cpu.simd import (
 from fastbn.cpu.slab import channel_start, find_pivot, finished, merged, needs_new_guess, positive_or_nan
 
 WIDTH = 128  # bytes of a vector: four AVX2 registers, so that two sums keep eight additions in flight
-NARROW, SINGLE = 32, 4  # bytes at the ends of rows: a masked store costs up to a hundred cycles (AMD Zen 3)
+NARROW, SINGLE = 32, 4  # bytes at the ends of rows, where masked stores would be slow on AMD processors
 CHUNK = 1024  # values: 32 float32 additions per lane (rounding below 1e-6), and L1 holds it for a second look
 SEGMENT = 64  # chunks
 
