@@ -12,23 +12,11 @@ import pytest
 
 import fastbn
 from fastbn import cpu, reference
+from fastbn.check import NIST
 from tests.support import DTYPES
 from tests.tolerances import BOUNDS
 
 # --- NIST Statistical Reference Datasets, univariate summary statistics ----------------------------------------------
-
-
-def alternating(base, low, high):
-    """A first value and 500 pairs around it, as the NumAcc sets are defined."""
-    return np.array([base] + [low, high] * 500)
-
-
-NIST = {
-    "NumAcc1": np.array([10000001.0, 10000003.0, 10000002.0]),
-    "NumAcc2": alternating(1.2, 1.1, 1.3),
-    "NumAcc3": alternating(1000000.2, 1000000.1, 1000000.3),
-    "NumAcc4": alternating(10000000.2, 10000000.1, 10000000.3),
-}
 
 
 def exact(values):
