@@ -118,7 +118,8 @@ def _measured(
 ) -> list[bench.Result]:
     """Measure every layout and shape, printing as they come."""
     machine = environment.describe()
-    work = [bench.Job(shape, dtype, layout, quick) for layout in layouts for shape in shapes]
+    rounds = 1 if quick else bench.ROUNDS
+    work = [bench.Job(shape, dtype, layout, rounds) for layout in layouts for shape in shapes]
     if not options.json:
         _print_bench_title(dtype, machine)
     results: list[bench.Result] = []

@@ -21,8 +21,10 @@ from fastbn.cpu.simd import load, stream
 from fastbn.environment import float_dtypes, last_cache, torch_with_our_threads
 
 EPS = 1e-5
-PASSES = {"forward": 2, "backward": 3, "inference": 2}
-"""Counted bytes, in units of those of x: what must be read and written if nothing is read twice."""
+OPERATIONS = {"forward": 2, "backward": 3, "inference": 2, "moments": 1, "fused": 3}
+"""Counted bytes, in units of those of x: what must be read and written if nothing is read twice. ``fused`` is inference
+with residual and relu."""
+PASSES = ("forward", "backward", "inference")
 
 RESNET50 = (
     (64, 112, 112), (64, 56, 56), (256, 56, 56), (128, 28, 28), (512, 28, 28),
@@ -32,12 +34,11 @@ RESNET50 = (
 BATCH = 32
 QUICK = ((256, 56, 56), (256, 14, 14), (2048, 7, 7))
 
-SECONDS, QUICK_SECONDS = 0.3, 0.1  # for the rounds of one case
-BURST = 3  # calls of one contender before the next has its turn
 ROUNDS = 2  # of bursts; three lengthen a first run, with every kernel to compile, past two minutes
-PAUSE = (
-    0.02  # seconds between Numba's and PyTorch's calls: OpenMP's threads spin on for 10 ms, each on the other's cores
-)
+BURST = 3  # calls of one contender, at least, before the next has its turn
+BURST_SECONDS, MOST_CALLS = 0.001, 100  # small calls are repeated until the burst has taken so long
+NUMPY_SECONDS = 0.15  # after which NumPy's formula, a hundred times slower than a copy and as steady, is not repeated
+PAUSE = 0.02  # seconds between Numba's and PyTorch's calls: OpenMP's threads spin on for 10 ms, on the other's cores
 BUFFERS = 256  # at most; arrays below a quarter of a megabyte are not driven out of every cache
 BLOCK = 1024  # elements of a streaming copy's block
 
@@ -58,8 +59,18 @@ class Result(NamedTuple):
     """fastbn: the plain call; fastbn_out: with ``out=`` given; copy; numpy; torch."""
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of x."""
+        return self.counted_bytes // OPERATIONS[self.what]
+
+    @property
+    def ours(self) -> float:
+        """Seconds of the call with ``out=``, or of the plain one where there is nothing to write."""
+        return _given(self.seconds["fastbn"] if self.what == "moments" else self.seconds["fastbn_out"])
+
+    @property
     def gb_per_s(self) -> float:
-        return self.counted_bytes / _given(self.seconds["fastbn_out"]) / 1e9
+        return self.counted_bytes / self.ours / 1e9
 
     @property
     def copy_gb_per_s(self) -> float:
@@ -87,58 +98,66 @@ class Job(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     layout: str
-    quick: bool
+    rounds: int = ROUNDS
+    passes: tuple[str, ...] = PASSES
 
     @property
     def name(self) -> str:
         return f"{self.layout} {'x'.join(map(str, self.shape))}"
 
     def run(self) -> list[Result]:
-        return measure(self.shape, self.dtype, self.layout, quick=self.quick)
+        return measure(self.shape, self.dtype, self.layout, self.rounds, self.passes)
 
 
 def _given(seconds: float | None) -> float:
     return math.nan if seconds is None else seconds
 
 
-def measure(shape: tuple[int, ...], dtype: str, layout: str, *, quick: bool = False) -> list[Result]:
-    """All passes on arrays of one shape ``(N, C, ...)``, which lie in memory as the layout says."""
+def measure(
+    shape: tuple[int, ...], dtype: str, layout: str, rounds: int = ROUNDS, passes: tuple[str, ...] = PASSES
+) -> list[Result]:
+    """Passes on arrays of one shape ``(N, C, ...)``, which lie in memory as the layout says."""
     data = Data(shape, dtype, layout)
     torch = torch_with_our_threads()
     results = []
-    for what, factor in PASSES.items():
+    for what in passes:
         calls = data.ours(what) | {"copy": data.copy}
-        if dtype != "bfloat16":  # NumPy has no arithmetic of its own for it
+        if dtype in ("float32", "float64"):  # NumPy's float16 takes seconds, and it has no arithmetic for bfloat16
             calls["numpy"] = data.numpys(what)
         if torch is not None:
             calls["torch"] = data.torchs(torch, what)
-        medians = _in_turn(calls, QUICK_SECONDS if quick else SECONDS)
+        medians = _in_turn(calls, rounds)
         seconds = {name: medians.get(name) for name in ("fastbn", "fastbn_out", "copy", "numpy", "torch")}
         nbytes = data.x[0].nbytes
-        results.append(Result(shape, dtype, layout, what, factor * nbytes, 2 * data.raw_x[0].nbytes, seconds))
+        results.append(
+            Result(shape, dtype, layout, what, OPERATIONS[what] * nbytes, 2 * data.raw_x[0].nbytes, seconds)
+        )
     return results
 
 
-def _in_turn(calls: dict[str, Call], seconds: float) -> dict[str, float]:
+def _in_turn(calls: dict[str, Call], rounds: int) -> dict[str, float]:
     """Median seconds of each call, made in turn, each with the number of the buffers to use."""
     turn = 0
-    for name, call in calls.items():
-        if name != "numpy":
-            call(turn)  # compiles or loads kernels
-            call(turn + 1)
-            turn += 2
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, call in calls.items():
+            if name == "numpy" and sum(times[name]) > NUMPY_SECONDS:
+                continue
             if "torch" in calls and name in ("torch", "fastbn"):
                 time.sleep(PAUSE)
-            for _ in range(BURST):
-                if name == "numpy" and sum(times[name]) > seconds / 2:
-                    break  # a hundred times slower than a copy, and as steady
+            if name != "numpy":
+                call(turn)  # compiles or loads kernels, and wakes the threads
+                turn += 1
+            burst = time.perf_counter()
+            for done in range(MOST_CALLS):
                 start = time.perf_counter()
+                if done >= BURST and start - burst > BURST_SECONDS:
+                    break
                 call(turn)
                 times[name].append(time.perf_counter() - start)
                 turn += 1
+                if name == "numpy" and sum(times[name]) > NUMPY_SECONDS:
+                    break
     return {name: float(np.median(measured)) for name, measured in times.items()}
 
 
@@ -188,11 +207,15 @@ class Data:
             def call(i: int, out: Any = None) -> object:
                 return fastbn.batch_norm_backward(dy[i % n], saved[i % n], out=out)
 
+        elif what == "moments":
+            return {"fastbn": lambda i: fastbn.moments(x[i % n], channel_axis=axis)}
         else:
             given = (self.mean, self.var, self.gamma, self.beta)
+            fused = what == "fused"
 
             def call(i: int, out: Any = None) -> object:
-                return fastbn.batch_norm_inference(x[i % n], *given, channel_axis=axis, out=out)
+                options: Any = {"residual": dy[i % n], "activation": "relu"} if fused else {}
+                return fastbn.batch_norm_inference(x[i % n], *given, channel_axis=axis, out=out, **options)
 
         return {"fastbn": call, "fastbn_out": lambda i: call(i, out[i % n])}
 
@@ -226,7 +249,14 @@ class Data:
         def inference(i: int) -> object:
             return (self.x[i % n] - mean) / np.sqrt(var + np.float32(EPS)) * gamma + beta
 
-        return {"forward": forward, "backward": backward, "inference": inference}[what]
+        def moments(i: int) -> object:
+            return self.x[i % n].mean(axes), self.x[i % n].var(axes)
+
+        def fused(i: int) -> object:
+            return np.maximum(inference(i) + self.dy[i % n], 0)
+
+        calls = {"forward": forward, "backward": backward, "inference": inference, "moments": moments, "fused": fused}
+        return calls[what]
 
     def torchs(self, torch: Any, what: str) -> Call:
         """PyTorch's own calls on the same memory; channels-last arrays as its channels-last tensors."""
@@ -243,6 +273,11 @@ class Data:
             return lambda i: batch_norm(x[i % n], None, None, gamma, beta, True, 0.1, EPS)
         if what == "inference":
             return lambda i: batch_norm(x[i % n], mean, var, gamma, beta, False, 0.1, EPS)
+        if what == "fused":
+            return lambda i: torch.relu(batch_norm(x[i % n], mean, var, gamma, beta, False, 0.1, EPS) + dy[i % n])
+        if what == "moments":
+            reduced = [axis for axis in range(x[0].ndim) if axis != 1]
+            return lambda i: torch.var_mean(x[i % n], reduced, correction=0)
         saved = [[torch.from_numpy(a) for a in pair] for pair in self.saved(what)]
         backward = torch.ops.aten.native_batch_norm_backward
         return lambda i: backward(

@@ -18,7 +18,7 @@ import numpy as np
 import fastbn
 from fastbn import dispatch
 
-ASSUMED_CACHE = 32 << 20  # bytes, where the system does not tell
+ASSUMED_CACHE, ASSUMED_CORE_CACHE = 32 << 20, 512 << 10  # bytes, where the system does not tell
 
 
 def describe() -> dict[str, Any]:
@@ -111,14 +111,24 @@ def cpu_model() -> str:
 
 def last_cache() -> int:
     """Bytes of the last level of cache."""
-    for name in ("SC_LEVEL4_CACHE_SIZE", "SC_LEVEL3_CACHE_SIZE"):
+    return _cache("SC_LEVEL4_CACHE_SIZE", "SC_LEVEL3_CACHE_SIZE") or ASSUMED_CACHE
+
+
+def core_cache() -> int:
+    """Bytes of one core's second-level cache."""
+    return _cache("SC_LEVEL2_CACHE_SIZE") or ASSUMED_CORE_CACHE
+
+
+def _cache(*names: str) -> int:
+    """The first of these that the system tells, or 0."""
+    for name in names:
         try:
             size = os.sysconf(name)
         except (ValueError, OSError, AttributeError):
             continue
         if size > 0:
             return size
-    return ASSUMED_CACHE
+    return 0
 
 
 def threading_layer() -> str:
