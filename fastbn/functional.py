@@ -123,7 +123,7 @@ def batch_norm(
     out, gather = arguments.output("out", out, x), arguments.hook(gather)
     weight = arguments.combined_weight(backend.xp, where, weights, x.shape, layout.kept)
 
-    y = backend.xp.empty_like(x) if out is None else out
+    y = backend.empty_like(x) if out is None else out
     target = _Target(backend, layout, y, out is not None, x, residual, gamma, beta)
     x_ = layout.fold(x)
     w_ = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
@@ -243,8 +243,8 @@ def batch_norm_backward(
     mean, rstd = layout.vector(xp, saved.mean), layout.vector(xp, saved.rstd)
     count = mean if frozen else layout.vector(xp, saved.count)
 
-    dx = xp.empty_like(x) if out is None else out
-    dresidual = xp.empty_like(x) if saved.has_residual else None
+    dx = backend.empty_like(x) if out is None else out
+    dresidual = backend.empty_like(x) if saved.has_residual else None
     target = _Target(backend, layout, dx, out is not None, x, dy, saved.y, saved.gamma)
     residual_target = None if dresidual is None else _Target(backend, layout, dresidual, False)
     into = (target.array, None if residual_target is None else residual_target.array)
@@ -469,7 +469,7 @@ def grad_input(
     count = xp.full(mean.shape, float(count)) if isinstance(count, Real) else _vector("count", count, layout, xp)
     weight = arguments.combined_weight(xp, where, weights, x.shape, layout.kept)
 
-    dx = xp.empty_like(x) if out is None else out
+    dx = backend.empty_like(x) if out is None else out
     target = _Target(backend, layout, dx, out is not None, x, dy)
     w_ = None if weight is None else layout.fold_weight(xp, weight, x.shape)
     numbers = input_numbers(gamma, rstd, dgamma, dbeta, count, 0.0, 0.0)
@@ -575,7 +575,7 @@ def _normalize(
     shift = _vector("beta", beta, layout, backend.xp)
     residual = arguments.like("residual", residual, x)
     out = arguments.output("out", out, x)
-    y = backend.xp.empty_like(x) if out is None else out
+    y = backend.empty_like(x) if out is None else out
     target = _Target(backend, layout, y, out is not None, x, residual, beta)
     r_ = None if residual is None else layout.fold(residual)
     backend.normalize(layout.fold(x), mean, scale, shift, r_, relu, target.array)

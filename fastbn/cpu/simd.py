@@ -159,6 +159,18 @@ def narrowed(typing, array, v, width):
 
 
 @intrinsic
+def any_greater(typing, a, b):
+    """Whether some lane of a is greater than that of b."""
+
+    def codegen(context, builder, sig, args):
+        lanes = builder.fcmp_ordered(">", *args)
+        bits = builder.bitcast(lanes, ir.IntType(a.lanes))
+        return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
+
+    return types.boolean(a, b), codegen
+
+
+@intrinsic
 def total(typing, v):
     """The sum of the lanes in float64, halves added to halves."""
 
@@ -276,6 +288,22 @@ def stream(typing, array, at, v):
         return context.get_dummy_value()
 
     return types.none(array, types.intp, v), codegen
+
+
+@intrinsic
+def prefetch(typing, array, at):
+    """Ask for the line of an element ahead of its use; it need not exist."""
+    if array == types.none:
+        return _absent(types.none, array, types.intp)
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.bitcast(_pointer(context, builder, array, args[0], args[1], 1), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), codegen
 
 
 @intrinsic
