@@ -40,9 +40,11 @@ CACHE_SHARE = 4 << 20  # bytes of output; below, streaming stores lose to plain 
 STREAMED_ROW = 512  # bytes of a channel's row from which streaming pays: its two ends are not streamed
 SHORT = 1024  # values of a row, below which rows of many channels are read in one go
 FEW_ROWS = 8  # below so many, spreading each channel's numbers over its columns costs more than it saves
-TILE = 1024  # columns that a task takes: sums and guesses of a tile are 12 kB
+FOLDED = 512  # columns, about, of folded rows
+TILE = 2048  # columns, at most, of which a task makes sums: three arrays of a tile are 24 kB
 ROW = 4096  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
 FOLDED_ROWS = 512  # rows of few channels are folded only while so many remain
+FUSED_WIDTH = 1024 # XXX
 FUSED_BYTES = 192 << 10  # read twice by one thread: with the output beside it, it stays in a second-level cache of 512 kB
 Array = np.ndarray[Any, Any]
 
@@ -154,7 +156,7 @@ def _fold(weight: Array | None, *arrays: Array | None) -> int:
     """How many rows of few channels are taken as one."""
     shape = next(a.shape for a in arrays if a is not None)
     _, outer, channel, inner = shape
-    fold = min(TILE // max(1, channel), outer // FOLDED_ROWS)
+    fold = min(FOLDED // max(1, channel), outer // FOLDED_ROWS)
     if inner > 1 or fold < 2 or weight is not None:
         return 1
     return fold if all(a is None or a.strides[1] == channel * a.itemsize for a in arrays) else 1
@@ -176,8 +178,9 @@ def _fused_tile(shape: tuple[int, ...], row_bytes: int) -> int:
     elements = math.prod(shape)
     if elements < jit.PARALLEL_FROM:
         return _tile(channel, inner, row_bytes)
-    tile = _tile(channel, inner, row_bytes, min(TILE, max(1, FUSED_BYTES // (outer * row_bytes))))
-    if tile * inner * outer * row_bytes > 2 * FUSED_BYTES or batch * -(-channel // tile) < 2 * numba.get_num_threads():
+    tile = _tile(channel, inner, row_bytes, min(ROW, max(1, FUSED_BYTES // (outer * row_bytes))))
+    width = tile * inner * row_bytes
+    if width < FUSED_WIDTH or width * outer > 2 * FUSED_BYTES or batch * -(-channel // tile) < 2 * numba.get_num_threads():
         return 0
     return tile
 
