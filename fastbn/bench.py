@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
 
 import fastbn
-from fastbn.cpu.jit import kernel
+from fastbn.cpu import jit
 from fastbn.cpu.simd import load, stream
 from fastbn.environment import float_dtypes, last_cache, torch_with_our_threads
 
@@ -191,7 +190,7 @@ class Data:
 
     def copy(self, i: int) -> None:
         i %= len(self.x)
-        _copy.run(self.raw_x[i].size, self.raw_x[i], self.raw_out[i])
+        _copy.run(self.raw_x[i].size // BLOCK, jit.shares_of(self.raw_x[i].size), self.raw_x[i], self.raw_out[i])
 
     def ours(self, what: str) -> dict[str, Call]:
         """The plain call, which allocates its result, and the one that writes to ``out``."""
@@ -293,11 +292,10 @@ def _aligned(nbytes: int) -> Array:
     return buffer[start : start + elements]
 
 
-def _stream_blocks(x, out):  # type: ignore[no-untyped-def]  # compiled code
-    """A parallel copy that writes past the caches: the fastest here, a third faster than memcpy on each thread."""
-    for k in prange(x.size // BLOCK):
-        for i in range(k * BLOCK, (k + 1) * BLOCK, 16):
-            stream(out, i, load(x, i, 64))
+def _stream_blocks(share, first, last, x, out):  # type: ignore[no-untyped-def]  # compiled code
+    """A copy that writes past the caches: the fastest here, a third faster than memcpy on each thread."""
+    for i in range(first * BLOCK, last * BLOCK, 16):
+        stream(out, i, load(x, i, 64))
 
 
-_copy: Any = kernel(_stream_blocks)  # type: ignore[no-untyped-call]
+_copy: Any = jit.kernel(_stream_blocks)  # type: ignore[no-untyped-call]

@@ -130,15 +130,15 @@ def batch_norm(
     r_ = None if residual is None else layout.fold(residual)
     if gather is None:
         vectors = backend.forward(x_, w_, scale, shift, eps, r_, relu, target.array)
-        moments = Moments(*(layout.kept_array(backend.xp, v) for v in vectors))
-        rstd = batch_rstd(moments.count, moments.m2, eps)
+        *values, rstd = (layout.kept_array(backend.xp, v) for v in vectors)
+        moments = Moments(*values)
     else:
         vectors = backend.moments(x_, w_)
         local = Moments(*(layout.kept_array(backend.xp, v) for v in vectors))
         moments = _merged_over_ranks(backend.xp, gather, local)
         rstd = batch_rstd(moments.count, moments.m2, eps)
         mean_, rstd_ = layout.vector(backend.xp, moments.mean), layout.vector(backend.xp, rstd)
-        backend.normalize(x_, mean_, rstd_ * scale, shift, r_, relu, target.array)
+        backend.normalize(x_, mean_, rstd_, scale, shift, None, r_, relu, target.array)
     target.deliver()
     x_is_lost = out is not None and backend.overlap(out, x)
     saved = Saved(
@@ -313,8 +313,8 @@ def batch_norm_inference(
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
     eps = arguments.epsilon(eps)
-    rstd = reciprocal_std(_vector("var", var, layout, backend.xp), eps)
-    return _normalize(backend, x, layout, mean, rstd, gamma, beta, residual, activation, out)
+    var = _vector("var", var, layout, backend.xp)
+    return _normalize(backend, x, layout, mean, var, gamma, beta, eps, residual, activation, out)
 
 
 # --- the three kernels by themselves ----------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def normalize(
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
     rstd = _vector("rstd", rstd, layout, backend.xp)
-    return _normalize(backend, x, layout, mean, rstd, gamma, beta, residual, activation, out)
+    return _normalize(backend, x, layout, mean, rstd, gamma, beta, None, residual, activation, out)
 
 
 def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: Axes = 1) -> tuple[Any, Any]:
@@ -565,20 +565,20 @@ class _Target:
 
 
 def _normalize(
-    backend: Any, x: Any, layout: Layout, mean: Any, rstd: Any, gamma: Any, beta: Any,
+    backend: Any, x: Any, layout: Layout, mean: Any, spread: Any, gamma: Any, beta: Any, eps: float | None,
     residual: Any, activation: Activation, out: Any,
 ) -> Any:  # fmt: skip
-    """The common end of `normalize` and `batch_norm_inference`; rstd is a vector already."""
+    """The common end of `normalize` and `batch_norm_inference`; spread, the rstd or the variance, is a vector."""
     relu = arguments.is_relu(activation)
     mean = _vector("mean", mean, layout, backend.xp)
-    scale = _vector("gamma", gamma, layout, backend.xp, 1.0) * rstd
+    scale = _vector("gamma", gamma, layout, backend.xp, 1.0)
     shift = _vector("beta", beta, layout, backend.xp)
     residual = arguments.like("residual", residual, x)
     out = arguments.output("out", out, x)
     y = backend.empty_like(x) if out is None else out
     target = _Target(backend, layout, y, out is not None, x, residual, beta)
     r_ = None if residual is None else layout.fold(residual)
-    backend.normalize(layout.fold(x), mean, scale, shift, r_, relu, target.array)
+    backend.normalize(layout.fold(x), mean, spread, scale, shift, eps, r_, relu, target.array)
     target.deliver()
     return y
 

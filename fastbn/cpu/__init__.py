@@ -17,7 +17,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from fastbn.cpu import columns, jit, rows
+from fastbn.cpu import columns, jit, rows, slab
 from fastbn.formulas import batch_rstd, input_numbers
 
 __all__ = [
@@ -41,10 +41,10 @@ STREAMED_ROW = 512  # bytes of a channel's row from which streaming pays: its tw
 SHORT = 1024  # values of a row, below which rows of many channels are read in one go
 FEW_ROWS = 8  # below so many, spreading each channel's numbers over its columns costs more than it saves
 FOLDED = 512  # columns, about, of folded rows
-TILE = 2048  # columns, at most, of which a task makes sums: three arrays of a tile are 24 kB
+TILE = 512  # columns, at most, of which a task makes sums: with float64 sums of cells, 24 kB at most
 ROW = 4096  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
 FOLDED_ROWS = 512  # rows of few channels are folded only while so many remain
-FUSED_WIDTH = 1024 # XXX
+FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least
 FUSED_BYTES = 192 << 10  # read twice by one thread: with the output beside it, it stays in a second-level cache of 512 kB
 Array = np.ndarray[Any, Any]
 
@@ -163,31 +163,26 @@ def _fold(weight: Array | None, *arrays: Array | None) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _tile(channels: int, size: int, itemsize: int, most: int = TILE) -> int:
+def _tile(channels: int, size: int, itemsize: int, most: int) -> int:
     """Cells of a tile: ``most`` columns about, whole cache lines."""
     lines = 64 // math.gcd(64, size * itemsize)
     return min(max(1, channels), -(-max(1, most // size) // lines) * lines)
 
 
-def _fused_tile(shape: tuple[int, ...], row_bytes: int) -> int:
-    """Cells of a tile whose rows all stay in a core's cache between two passes; 0 where there is none to use.
+def _fused_tile(shape: tuple[int, ...], itemsize: int, twice: int) -> int:
+    """Cells of a tile whose rows all stay in a core's cache between two passes over ``twice`` arrays; 0 if there is none.
 
-    ``row_bytes`` are those of one column's value in all arrays that are read twice.
+    A narrow tile of many rows is no stream to the memory system: two passes over wide ones are faster.
     """
     batch, outer, channel, inner = shape
-    elements = math.prod(shape)
-    if elements < jit.PARALLEL_FROM:
-        return _tile(channel, inner, row_bytes)
-    tile = _tile(channel, inner, row_bytes, min(ROW, max(1, FUSED_BYTES // (outer * row_bytes))))
-    width = tile * inner * row_bytes
-    if width < FUSED_WIDTH or width * outer > 2 * FUSED_BYTES or batch * -(-channel // tile) < 2 * numba.get_num_threads():
+    most = FUSED_BYTES // max(1, outer * itemsize * twice)
+    tile = _tile(channel, inner, itemsize, min(TILE, most))
+    if math.prod(shape) < jit.PARALLEL_FROM:
+        return tile
+    width = tile * inner * itemsize
+    if width < FUSED_WIDTH or width * outer * twice > 2 * FUSED_BYTES:
         return 0
-    return tile
-
-
-def _piece(outer: int) -> int:
-    """Rows of a task: threads share the rows of a tile evenly, since starting a task costs its parameters' spreading."""
-    return max(1, -(-outer // numba.get_num_threads()))
+    return tile if batch * -(-channel // tile) >= 2 * numba.get_num_threads() else 0
 
 
 def _whole_channels(shape: tuple[int, ...]) -> bool:
@@ -220,6 +215,35 @@ def _flag(on: bool) -> bool | None:
     return True if on else None
 
 
+def _geometry(shape: tuple[int, ...], family: tuple[int, ...], *strides: tuple[int, ...]) -> Array:
+    """The integers of a kernel in one vector."""
+    return np.array([*shape, *family, *(s for four in strides for s in four)], np.int64)
+
+
+def _chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The family's integers of `rows`."""
+    return (*rows.chunk_grid(shape[1], shape[3]), 0, 0)
+
+
+def _work(x: Array, tile: int, shares: int, results: int = 0) -> tuple[Array, Array]:
+    """What `columns` kernels want: ``parts`` for so many results and each share's float64 arrays, and ``work``."""
+    pitch = tile * x.shape[3] + columns.PAD
+    compute = np.float64 if x.itemsize == 8 else np.float32
+    return np.empty(results + shares * columns.PARTS * pitch), np.empty(shares * columns.WORK * pitch, compute)
+
+
+def _packed(*vectors: Array) -> Array:
+    """Per-channel numbers as kernels take them."""
+    return np.concatenate(vectors)
+
+
+def _segments(shape: tuple[int, ...], fold: int) -> tuple[int, int]:
+    """Rows of a segment and the number of results, one for each cell and segment."""
+    batch, outer, channel, _ = shape
+    height = columns.segment_rows(outer // fold)
+    return height, batch * -(-(outer // fold) // height) * channel * fold
+
+
 # --- the contract -----------------------------------------------------------------------------------------------------
 
 
@@ -236,29 +260,69 @@ def empty_like(a: Array) -> Array:
 
 def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array]:
     """Count, mean and M2."""
-    count, mean, m2 = np.empty((3, x.shape[0] * x.shape[2]))
+    shape, kept = x.shape, x.shape[0] * x.shape[2]
+    out = np.empty((3, kept))
+    flat_out, pivots, shares = out.reshape(-1), np.empty(kept if weight is not None else 0), jit.shares_of(x.size)
     (x_, xs), (w_, ws) = _memory(x), _weight_memory(weight)
-    if _in_columns(weight, x):
+    in_columns = _in_columns(weight, x)
+    if in_columns:
         fold = _fold(weight, x)
-        tile = _tile(x.shape[2] * fold, x.shape[3], x.itemsize)
-        columns.moments.run(x.size, x_, xs, w_, ws, x.shape, fold, tile, count, mean, m2)
+        height, results = _segments(shape, fold)
+        tile = _tile(shape[2] * fold, shape[3], x.itemsize, TILE)
+        geometry = _geometry(shape, (fold, tile, height, 0), xs, ws)
+        parts, work = _work(x, tile, shares, results * (2 if weight is None else 3))
     else:
-        grid = rows.chunk_grid(x.shape[1], x.shape[3])
-        rows.moments.run(x.size, x_, xs, w_, ws, x.shape, grid, count, mean, m2)
-    return count, mean, m2
+        geometry, parts = _geometry(shape, _chunks(shape), xs, ws), np.empty(0)
+    if weight is not None:
+        slab.find_pivots.run(kept, shares, x_, w_, geometry, pivots)
+    if in_columns:
+        tasks = columns.task_count(shape[0], shape[1] // fold, shape[2] * fold, height, tile)
+        columns.segment_moments.run(tasks, shares, x_, w_, geometry, pivots, parts, work)
+        columns.channel_moments.run(kept, shares, x_, w_, geometry, pivots, parts, flat_out)
+    else:
+        segments = kept * rows.segment_count(shape[1], shape[3])
+        parts = np.empty(3 * segments)
+        rows.moments_of_segments.run(segments, shares, x_, w_, geometry, pivots, parts)
+        rows.channel_moments.run(kept, shares, x_, w_, geometry, pivots, parts, flat_out)
+    return out[0], out[1], out[2]
 
 
-def normalize(x: Array, mean: Array, scale: Array, shift: Array, residual: Array | None, relu: bool, y: Array) -> None:
-    """``y = (x - mean) * scale + shift + residual``, through relu."""
+def normalize(
+    x: Array,
+    mean: Array,
+    spread: Array,
+    gamma: Array,
+    beta: Array,
+    eps: float | None,
+    residual: Array | None,
+    relu: bool,
+    y: Array,
+) -> None:
+    """``y = (x - mean) * rstd * gamma + beta + residual``, through relu.
+
+    ``spread`` is the variance, to which eps is added, or without eps the rstd.
+    """
     (x_, xs), (y_, ys), (r_, rs) = _memory(x), _memory(y), _memory(residual)
-    arrays = (x_, xs, y_, ys, r_, rs, x.shape)
+    numbers = (_packed(mean, spread, gamma, beta), -1.0 if eps is None else eps)
+    shares = jit.shares_of(x.size)
     if _in_columns(None, x, y, residual):
         fold = _fold(None, x, y, residual)
         tile = _tile(x.shape[2] * fold, x.shape[3], x.itemsize, ROW)
-        numbers = (mean, scale, shift, _flag(relu), _streams_columns(fold, tile, y))
-        columns.normalize.run(x.size, *arrays, fold, _piece(-(-x.shape[1] // fold)), tile, *numbers)
+        tasks, height = _row_tasks(x.shape, fold, tile, shares)
+        geometry = _geometry(x.shape, (fold, tile, height, 0), xs, ys, rs)
+        _, work = _work(x, tile, shares)
+        streaming = _streams_columns(fold, tile, y)
+        columns.normalize.run(tasks, shares, x_, y_, r_, geometry, *numbers, work, _flag(relu), streaming)
     else:
-        rows.normalize.run(x.size, *arrays, mean, scale, shift, _flag(relu), _streams(y))
+        geometry, tasks = _geometry(x.shape, _chunks(x.shape), xs, ys, rs), rows.piece_count(x.shape)
+        rows.normalize.run(tasks, shares, x_, y_, r_, geometry, *numbers, _flag(relu), _streams(y))
+
+
+def _row_tasks(shape: tuple[int, ...], fold: int, tile: int, shares: int) -> tuple[int, int]:
+    """Tasks of a pass over rows, and rows of one: few, since starting a task costs its parameters' spreading."""
+    folded = -(-shape[1] // fold)
+    height = max(1, -(-folded // shares))
+    return columns.task_count(shape[0], folded, shape[2] * fold, height, tile), height
 
 
 def forward(
@@ -270,46 +334,62 @@ def forward(
     residual: Array | None,
     relu: bool,
     y: Array,
-) -> tuple[Array, Array, Array]:
-    """Moments of x, and y normalised by them."""
+) -> tuple[Array, Array, Array, Array]:
+    """Count, mean, M2 and rstd of x, and y normalised by them."""
     in_columns, in_rows, tile = _in_columns(weight, x, y, residual), not _in_columns(weight, x), 0
     if in_columns and weight is None and _fold(None, x) == 1:
-        tile = _fused_tile(x.shape, x.itemsize)
+        tile = _fused_tile(x.shape, x.itemsize, 1)
     if not (tile or (in_rows and _whole_channels(x.shape))):
         count, mean, m2 = moments(x, weight)
-        normalize(x, mean, batch_rstd(count, m2, eps) * gamma, beta, residual, relu, y)
-        return count, mean, m2
-    count, mean, m2 = np.empty((3, x.shape[0] * x.shape[2]))
+        rstd = batch_rstd(count, m2, eps)
+        normalize(x, mean, rstd, gamma, beta, None, residual, relu, y)
+        return count, mean, m2, rstd
+    kept, shares = x.shape[0] * x.shape[2], jit.shares_of(x.size)
+    out = np.empty((4, kept))
+    flat_out, numbers = out.reshape(-1), _packed(gamma, beta)
     (x_, xs), (w_, ws), (y_, ys), (r_, rs) = _memory(x), _weight_memory(weight), _memory(y), _memory(residual)
     if tile:
+        geometry = _geometry(x.shape, (1, tile, _segments(x.shape, 1)[0], 0), xs, ys, rs)
+        parts, work = _work(x, tile, shares)
         columns.forward.run(
-            x.size, x_, xs, y_, ys, r_, rs, x.shape, tile,
-            gamma, beta, eps, _flag(relu), _streams_columns(1, tile, y), count, mean, m2,
+            x.shape[0] * -(-x.shape[2] // tile), shares, x_, y_, r_, geometry,
+            numbers, eps, flat_out, parts, work, _flag(relu), _streams_columns(1, tile, y),
         )  # fmt: skip
     else:
-        grid = rows.chunk_grid(x.shape[1], x.shape[3])
+        geometry = _geometry(x.shape, _chunks(x.shape), xs, ws, ys, rs)
+        pivots = np.empty(kept if weight is not None else 0)
+        if weight is not None:
+            slab.find_pivots.run(kept, shares, x_, w_, geometry, pivots)
         rows.forward.run(
-            x.size, x_, xs, w_, ws, y_, ys, r_, rs, x.shape, grid,
-            gamma, beta, eps, _flag(relu), _streams(y), count, mean, m2,
-        )  # fmt: skip
-    return count, mean, m2
+            kept, shares, x_, w_, y_, r_, geometry, pivots, numbers, eps, flat_out, _flag(relu), _streams(y)
+        )
+    return out[0], out[1], out[2], out[3]
 
 
 def grad_sums(dy: Array, x: Array, y: Array | None, mean: Array, rstd: Array) -> tuple[Array, Array]:
     """``dgamma = sum(dz * xhat)`` and ``dbeta = sum(dz)``; dz = dy, or 0 where y <= 0."""
+    kept, shares = x.shape[0] * x.shape[2], jit.shares_of(x.size)
+    out = np.zeros((2, kept))
     if x.size == 0:  # the empty sum, though rstd is NaN
-        dgamma, dbeta = np.zeros((2, x.shape[0] * x.shape[2]))
-        return dgamma, dbeta
-    dgamma, dbeta = np.empty((2, x.shape[0] * x.shape[2]))
+        return out[0], out[1]
     (dy_, dys), (x_, xs), (y_, ys) = _memory(dy), _memory(x), _memory(y)
+    numbers, flat_out = _packed(mean, rstd), out.reshape(-1)
     if _in_columns(None, dy, x, y):
         fold = _fold(None, dy, x, y)
-        tile = _tile(x.shape[2] * fold, x.shape[3], x.itemsize)
-        columns.grad_sums.run(x.size, dy_, dys, x_, xs, y_, ys, x.shape, fold, tile, mean, rstd, dgamma, dbeta)
+        height, results = _segments(x.shape, fold)
+        tile = _tile(x.shape[2] * fold, x.shape[3], x.itemsize, TILE)
+        geometry = _geometry(x.shape, (fold, tile, height, 0), dys, xs, ys)
+        parts, work = _work(x, tile, shares, 2 * results)
+        tasks = columns.task_count(x.shape[0], x.shape[1] // fold, x.shape[2] * fold, height, tile)
+        columns.segment_grad_sums.run(tasks, shares, dy_, x_, y_, geometry, numbers, parts, work)
+        columns.channel_grad_sums.run(kept, shares, dy_, x_, y_, geometry, numbers, parts, flat_out)
     else:
-        grid = rows.chunk_grid(x.shape[1], x.shape[3])
-        rows.grad_sums.run(x.size, dy_, dys, x_, xs, y_, ys, x.shape, grid, mean, rstd, dgamma, dbeta)
-    return dgamma, dbeta
+        geometry = _geometry(x.shape, _chunks(x.shape), dys, xs, ys)
+        segments = kept * rows.segment_count(x.shape[1], x.shape[3])
+        parts = np.empty(2 * segments)
+        rows.grad_sums_of_segments.run(segments, shares, dy_, x_, y_, geometry, numbers, parts)
+        rows.channel_grad_sums.run(kept, shares, x_, geometry, numbers, parts, flat_out)
+    return out[0], out[1]
 
 
 def grad_input(
@@ -327,15 +407,19 @@ def grad_input(
     """``dx = scale * dz - weight * (offset + slope * (x - mean))``, without x ``scale * dz``; dresidual = dz."""
     (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = _memory(dy), _memory(x), _memory(y), _weight_memory(weight)
     (dx_, dxs), (dr_, drs) = _memory(dx), _memory(dresidual)
-    arrays = (dy_, dys, x_, xs, y_, ys, w_, ws, dx_, dxs, dr_, drs, dy.shape)
-    numbers = (mean, scale, offset, slope)
+    arrays, strides = (dy_, x_, y_, w_, dx_, dr_), (dys, xs, ys, ws, dxs, drs)
+    numbers, shares = _packed(mean, scale, offset, slope), jit.shares_of(dy.size)
     if _in_columns(weight, dy, x, y, dx, dresidual):
         fold = _fold(weight, dy, x, y, dx, dresidual)
         tile = _tile(dy.shape[2] * fold, dy.shape[3], dy.itemsize, ROW)
+        tasks, height = _row_tasks(dy.shape, fold, tile, shares)
+        geometry = _geometry(dy.shape, (fold, tile, height, 0), *strides)
+        _, work = _work(dy, tile, shares)
         streaming = _streams_columns(fold, tile, dx, dresidual)
-        columns.grad_input.run(dy.size, *arrays, fold, _piece(-(-dy.shape[1] // fold)), tile, *numbers, streaming)
+        columns.grad_input.run(tasks, shares, *arrays, geometry, numbers, work, streaming)
     else:
-        rows.grad_input.run(dy.size, *arrays, *numbers, _streams(dx, dresidual))
+        geometry, tasks = _geometry(dy.shape, _chunks(dy.shape), *strides), rows.piece_count(dy.shape)
+        rows.grad_input.run(tasks, shares, *arrays, geometry, numbers, _streams(dx))
 
 
 def backward(
@@ -356,24 +440,28 @@ def backward(
     """The two sums; dx from them (frozen: without the statistics' share); dresidual = dz."""
     in_columns, in_rows, tile = _in_columns(weight, dy, x, y, dx, dresidual), not _in_columns(None, dy, x, y), 0
     if in_columns and weight is None and _fold(None, dy, x, y) == 1:
-        tile = _fused_tile(x.shape, 2 * x.itemsize)
+        tile = _fused_tile(x.shape, x.itemsize, 2)
     if not (tile or (in_rows and _whole_channels(x.shape))) or x.size == 0:
         dgamma, dbeta = grad_sums(dy, x, y, mean, rstd)
-        numbers = input_numbers(gamma, rstd, dgamma, dbeta, count, dmean, dvar)
-        grad_input(dy, None if frozen else x, y, weight, mean, *numbers, dx, dresidual)
+        terms = input_numbers(gamma, rstd, dgamma, dbeta, count, dmean, dvar)
+        grad_input(dy, None if frozen else x, y, weight, mean, *terms, dx, dresidual)
         return dgamma, dbeta
-    dgamma, dbeta = np.empty((2, x.shape[0] * x.shape[2]))
+    kept, shares = x.shape[0] * x.shape[2], jit.shares_of(x.size)
+    out = np.empty((2, kept))
+    flat_out, numbers = out.reshape(-1), _packed(mean, rstd, gamma, count, dmean, dvar)
     (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = _memory(dy), _memory(x), _memory(y), _weight_memory(weight)
     (dx_, dxs), (dr_, drs) = _memory(dx), _memory(dresidual)
-    numbers = (mean, rstd, gamma, count, dmean, dvar, None if frozen else x_)
+    strides, live = (dys, xs, ys, ws, dxs, drs), None if frozen else x_
     if tile:
+        geometry = _geometry(x.shape, (1, tile, _segments(x.shape, 1)[0], 0), *strides)
+        parts, work = _work(x, tile, shares)
         columns.backward.run(
-            x.size, dy_, dys, x_, xs, y_, ys, dx_, dxs, dr_, drs, x.shape, tile,
-            *numbers, _streams_columns(1, tile, dx, dresidual), dgamma, dbeta,
+            x.shape[0] * -(-x.shape[2] // tile), shares, dy_, x_, y_, live, dx_, dr_, geometry,
+            numbers, flat_out, parts, work, _streams_columns(1, tile, dx, dresidual),
         )  # fmt: skip
     else:
+        geometry = _geometry(x.shape, _chunks(x.shape), *strides)
         rows.backward.run(
-            x.size, dy_, dys, x_, xs, y_, ys, w_, ws, dx_, dxs, dr_, drs,
-            x.shape, rows.chunk_grid(x.shape[1], x.shape[3]), *numbers, _streams(dx, dresidual), dgamma, dbeta,
-        )  # fmt: skip
-    return dgamma, dbeta
+            kept, shares, dy_, x_, y_, live, w_, dx_, dr_, geometry, numbers, flat_out, _streams(dx)
+        )
+    return out[0], out[1]

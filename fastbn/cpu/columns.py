@@ -11,19 +11,19 @@ channels-last, few channels    outer // fold          fold * channels      one c
 channels-first, short rows     outer                  channels * inner     inner columns
 =============================  =====================  ===================  ============
 
-Folding few channels fills whole vectors; rows beyond the last whole fold (`rest`) are taken value by value. Rows are
-taken in chunks of 64 and in segments, by shape alone; threads share segments and tiles of columns. The sums of a chunk
-live in one small array per tile, so memory is read in its own order. The numerics are those of `rows`: each cell has
-its own guess, and a chunk in which some guess was poor is summed again, with a better guess for those cells alone.
+Folding few channels fills whole vectors; rows beyond the last whole fold are taken value by value. Rows are taken in
+chunks of 64 and in segments, by shape alone; threads share segments and tiles of cells. The sums of a chunk live in one
+small array per tile, so memory is read in its own order. The numerics are those of `rows`: each cell has its own guess,
+and a chunk in which some guess was poor is summed again, with a better guess for those cells alone.
 
 Bytes moved, S = the bytes of x: moments S, normalize 2S, grad_sums 2S, grad_input 3S; forward 2S and backward 3S where
-a tile of all rows stays in cache between the two passes over it. Second passes run backwards, so that they begin with
-what the first one left in the last cache.
+a tile of all rows stays in cache between the two passes over it.
+
+The geometry's four integers of this family are ``(fold, tile, height, _)``: rows taken as one, cells of a tile, rows of
+a task. Each share has arrays of its own in ``work`` (of the compute type) and ``parts`` (float64), `pitch` values apart.
 """
 
 import numpy as np
-from numba import prange, types
-from numba.extending import overload
 
 from fastbn.cpu.jit import inner, kernel
 from fastbn.cpu.simd import (
@@ -31,9 +31,9 @@ from fastbn.cpu.simd import (
     converted,
     fma,
     lanes,
-    prefetch,
     load,
     load_first,
+    prefetch,
     rounded,
     splat,
     store,
@@ -44,33 +44,27 @@ from fastbn.cpu.simd import (
     zero_where_not_positive,
     zero_where_zero,
 )
-from fastbn.cpu.slab import channel_start, find_pivot, finished, merged, needs_new_guess, positive_or_nan
+from fastbn.cpu.slab import (
+    affine_of,
+    channel_start,
+    finished,
+    four,
+    input_numbers,
+    linear_of,
+    merged,
+    needs_new_guess,
+    pivot_of,
+    positive_or_nan,
+)
 
 WIDTH = 64  # bytes of a vector: one cache line of float32
+PAD = 16  # values behind each array of work: whole vectors may be read and written
 CHUNK = 64  # rows: 8 + 3 float32 additions per sum keep its rounding below 1e-6
 SEGMENT = 1024  # rows, at most: two float64 a cell and segment are 0.4 % of float32 data, 0.8 % of halves
 PEEK = 64  # values of a channel from whose mean the first guess comes
+WORK, PARTS = 4, 6  # arrays of a share: guess or parameters and sums; per cell the pivot, moments, sums and centre
 
 
-def scratch(x, n):
-    """An uninitialised array of n values of the compute type of x, padded so that whole vectors may be read."""
-    raise TypeError("compiled code only")
-
-
-@overload(scratch)
-def _scratch(x, n):
-    dtype = np.float64 if x.dtype == types.float64 else np.float32
-    return lambda x, n: np.empty(n + 16, dtype)
-
-
-@inner
-def fill(a, n, number):
-    """Write n values and the padding."""
-    for i in range(0, n, lanes(a, WIDTH)):
-        store(a, i, splat(a, number, WIDTH))
-
-
-@inner
 def segment_rows(rows):
     """Rows of a segment: an even number of equal segments, so that two threads have the same to do."""
     if rows < 2 * CHUNK:
@@ -78,52 +72,54 @@ def segment_rows(rows):
     return -(-rows // (2 * -(-rows // (2 * SEGMENT))))
 
 
-@inner
-def segment_count(rows):
-    return -(-rows // segment_rows(rows))
+def task_count(batch, rows, cells, height, tile):
+    return batch * -(-rows // height) * -(-cells // tile)
 
 
 @inner
-def task_at(k, rows, columns, piece, tile):
-    """Batch, row, end row, first column and columns of task k: ``piece`` rows of a tile, tiles of a row neighbours."""
-    tiles = -(-columns // tile)
-    pieces = -(-rows // piece)
-    column = k % tiles * tile
-    row = k // tiles % pieces * piece
-    return k // tiles // pieces, row, min(row + piece, rows), column, min(tile, columns - column)
+def task_at(k, rows, cells, height, tile):
+    """Batch, row, end row, first cell and cells of task k: ``height`` rows of a tile, tiles of a row neighbours."""
+    tiles = -(-cells // tile)
+    pieces = -(-rows // height)
+    cell = k % tiles * tile
+    row = k // tiles % pieces * height
+    return k // tiles // pieces, row, min(row + height, rows), cell, min(tile, cells - cell)
 
 
 @inner
-def task_count(batch, rows, columns, piece, tile):
-    return batch * -(-rows // piece) * -(-columns // tile)
+def pitch_of(tile, size):
+    return tile * size + PAD
 
 
 @inner
-def spread(x, numbers, cells, size, into):
-    """Each cell's number in all its columns."""
-    if size == 1:
-        for i in range(cells):
-            into[i] = numbers[i]
-    else:
-        for j in range(cells):
-            v = splat(x, numbers[j], WIDTH)
-            for i in range(0, size, lanes(x, WIDTH)):
-                store(into, j * size + i, v)  # what spills over the cell, the next one overwrites
+def fill(a, at, n, number):
+    """Write n values, and padding to whole vectors."""
+    for i in range(0, n, lanes(a, WIDTH)):
+        store(a, at + i, splat(a, number, WIDTH))
 
 
 @inner
-def cell_totals(sums, cells, size, into):
+def spread(work, at, number, size):
+    """A number into the columns of a cell; what spills over, the next cell overwrites."""
+    for i in range(0, size, lanes(work, WIDTH)):
+        store(work, at + i, splat(work, number, WIDTH))
+
+
+@inner
+def cell_totals(work, sums, cells, size, parts, into):
     """The sum of each cell's columns in float64."""
+    n = lanes(parts, WIDTH)
     if size == 1:
-        for j in range(cells):
-            into[j] = sums[j]
+        for j in range(0, cells, n):
+            like = load(parts, into + j, WIDTH)
+            store(parts, into + j, converted(load(work, sums + j, like), like))
     else:
-        n = lanes(sums, WIDTH)
+        n = lanes(work, WIDTH)
         for j in range(cells):
             part = 0.0
             for i in range(0, size, n):
-                part += total(load_first(sums, j * size + i, min(n, size - i), WIDTH))
-            into[j] = part
+                part += total(load_first(work, sums + j * size + i, min(n, size - i), WIDTH))
+            parts[into + j] = part
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -135,13 +131,12 @@ def part_of(a, at, part, n):
 
 
 @inner
-def add_eight_rows(x, at, step, c, n, part, guess, s1, s2):
+def add_eight_rows(x, at, step, n, part, work, guess, s1, s2):
     """Add n <= one vector of columns of eight rows to the sums, and ask for the next eight rows.
 
     Without asking, eight streams at once read a fifth slower than one.
     """
-    q = load(guess, c, WIDTH)
-    at += c
+    q = load(work, guess, WIDTH)
     for k in range(8, 16):
         prefetch(x, at + k * step)
     a, b = part_of(x, at, part, n) - q, part_of(x, at + step, part, n) - q
@@ -149,255 +144,220 @@ def add_eight_rows(x, at, step, c, n, part, guess, s1, s2):
     f, g = part_of(x, at + 4 * step, part, n) - q, part_of(x, at + 5 * step, part, n) - q
     h, i = part_of(x, at + 6 * step, part, n) - q, part_of(x, at + 7 * step, part, n) - q
     squares = (fma(a, a, b * b) + fma(d, d, e * e)) + (fma(f, f, g * g) + fma(h, h, i * i))
-    store(s1, c, load(s1, c, WIDTH) + (((a + b) + (d + e)) + ((f + g) + (h + i))))
-    store(s2, c, load(s2, c, WIDTH) + squares)
+    store(work, s1, load(work, s1, WIDTH) + (((a + b) + (d + e)) + ((f + g) + (h + i))))
+    store(work, s2, load(work, s2, WIDTH) + squares)
 
 
 @inner
-def chunk_sums(x, at, step, rows, columns, guess, s1, s2):
-    """s1 = sum(x - guess), s2 = sum((x - guess)^2) per column."""
+def chunk_sums(x, at, step, rows, columns, work, guess, s1, s2):
+    """s1 = sum(x - guess), s2 = sum((x - guess)^2) per column; guess, s1 and s2 are places in ``work``."""
     n = lanes(x, WIDTH)
-    fill(s1, columns, 0.0)
-    fill(s2, columns, 0.0)
+    fill(work, s1, columns, 0.0)
+    fill(work, s2, columns, 0.0)
     eights = rows - rows % 8
     for r in range(0, eights, 8):
         for c in range(0, columns, n):
-            add_eight_rows(x, at + r * step, step, c, n, min(n, columns - c), guess, s1, s2)
+            add_eight_rows(x, at + r * step + c, step, n, min(n, columns - c), work, guess + c, s1 + c, s2 + c)
     for r in range(eights, rows):
         for c in range(0, columns, n):
-            e = load_first(x, at + r * step + c, min(n, columns - c), WIDTH) - load(guess, c, WIDTH)
-            store(s1, c, load(s1, c, WIDTH) + e)
-            store(s2, c, fma(e, e, load(s2, c, WIDTH)))
+            e = load_first(x, at + r * step + c, min(n, columns - c), WIDTH) - load(work, guess + c, WIDTH)
+            store(work, s1 + c, load(work, s1 + c, WIDTH) + e)
+            store(work, s2 + c, fma(e, e, load(work, s2 + c, WIDTH)))
 
 
 @inner
-def some_guess_is_poor(cells, count, t1, t2):
+def some_guess_is_poor(cells, count, parts, t1, t2):
     """`needs_new_guess` of any cell."""
-    half = splat(t1, 0.5 * count, WIDTH)
-    for j in range(0, cells, lanes(t1, WIDTH)):
-        s1 = load(t1, j, WIDTH)
-        if any_greater(s1 * s1, half * load(t2, j, WIDTH)):
-            return True
-    return False
+    half = splat(parts, 0.5 * count, WIDTH)
+    poor = False
+    for j in range(0, cells, lanes(parts, WIDTH)):
+        s1 = load(parts, t1 + j, WIDTH)
+        if any_greater(s1 * s1, half * load(parts, t2 + j, WIDTH)):
+            poor = True
+    return poor
 
 
 @inner
-def merge_chunk(cells, before, count, t1, t2, centre, pivot, mean, m2):
+def merge_chunk(cells, before, count, parts, own, pitch):
     """Chan's update of each cell's moments, of ``before`` values, by a chunk of ``count`` values around its centre."""
-    each = splat(t1, 1.0 / count, WIDTH)
-    share = splat(t1, count / (before + count), WIDTH)
-    cross = splat(t1, before * (count / (before + count)), WIDTH)
-    for j in range(0, cells, lanes(t1, WIDTH)):
-        s1, s2, origin, mu = load(t1, j, WIDTH), load(t2, j, WIDTH), load(pivot, j, WIDTH), load(mean, j, WIDTH)
+    each = splat(parts, 1.0 / count, WIDTH)
+    share = splat(parts, count / (before + count), WIDTH)
+    cross = splat(parts, before * (count / (before + count)), WIDTH)
+    for j in range(own, own + cells, lanes(parts, WIDTH)):
+        origin, mu = load(parts, j, WIDTH), load(parts, j + pitch, WIDTH)
+        s1, centre = load(parts, j + 3 * pitch, WIDTH), load(parts, j + 5 * pitch, WIDTH)
         shift = s1 * each
-        part = s2 - s1 * shift
+        part = load(parts, j + 4 * pitch, WIDTH) - s1 * shift
         part = zero_where_not_positive(part, part)
-        delta = ((load(centre, j, WIDTH) - origin) + shift) - mu
+        delta = ((centre - origin) + shift) - mu
         mu = fma(delta, share, mu)
-        store(mean, j, mu)
-        store(m2, j, load(m2, j, WIDTH) + fma(delta * delta, cross, part))
-        store(centre, j, origin + mu)
+        store(parts, j + pitch, mu)
+        store(parts, j + 2 * pitch, load(parts, j + 2 * pitch, WIDTH) + fma(delta * delta, cross, part))
+        store(parts, j + 5 * pitch, origin + mu)
 
 
 @inner
-def round_centres(x, centre, cells, size, guess):
-    """Guesses are centres rounded to the compute type; both must be the same number."""
-    for j in range(cells):
-        centre[j] = rounded(x, centre[j])
-    spread(x, centre, cells, size, guess)
+def segment(x, at, step, rows, cells, size, parts, own, pitch, work, loose):
+    """Mean - pivot and M2 of each cell of one segment.
 
-
-@inner
-def segment_moments(x, at, step, rows, cells, size, pivot, mean, m2):
-    """Mean - pivot and M2 of each cell of one segment."""
-    columns = cells * size
-    guess, s1, s2 = scratch(x, columns), scratch(x, columns), scratch(x, columns)
-    t1, t2, centre = np.empty(cells + 16), np.empty(cells + 16), np.empty(cells + 16)
-    for a in (t1, t2, centre, mean, m2):
-        fill(a, cells, 0.0)
+    Arrays of this share in ``parts``, a pitch apart from ``own`` on: pivot (given), mean and M2 (results), two sums,
+    centre; in ``work``, from ``loose`` on: guess, two sums. The guess is the centre in the compute type.
+    """
+    t1, t2, centre = own + 3 * pitch, own + 4 * pitch, own + 5 * pitch
+    s1, s2 = loose + pitch, loose + 2 * pitch
+    fill(parts, own + pitch, cells, 0.0)
+    fill(parts, own + 2 * pitch, cells, 0.0)
     for j in range(cells):
-        centre[j] = pivot[j]
+        parts[centre + j] = parts[own + j]
     peek = min(rows, CHUNK, -(-PEEK // size))
     first = 0
-    looked = 0  # times: at a few rows for the first guess, at the chunk, at the chunk around better guesses
+    looks = 0  # at a few rows for the first guess, at the chunk, at the chunk around better guesses
     while first < rows:
-        high = min(CHUNK, rows - first) if looked > 0 else peek
-        if looked < 2:
-            round_centres(x, centre, cells, size, guess)
-        else:
-            spread(x, centre, cells, size, guess)
-        chunk_sums(x, at + first * step, step, high, columns, guess, s1, s2)
-        cell_totals(s1, cells, size, t1)
-        cell_totals(s2, cells, size, t2)
+        high = min(CHUNK, rows - first) if looks > 0 else peek
+        for j in range(cells):
+            number = rounded(x, parts[centre + j])
+            parts[centre + j] = number
+            spread(work, loose + j * size, number, size)
+        chunk_sums(x, at + first * step, step, high, cells * size, work, loose, s1, s2)
+        cell_totals(work, s1, cells, size, parts, t1)
+        cell_totals(work, s2, cells, size, parts, t2)
         count = np.float64(high * size)
-        if looked == 0:
+        if looks == 0 or (looks == 1 and some_guess_is_poor(cells, count, parts, t1, t2)):
             for j in range(cells):
-                centre[j] += t1[j] / count
-            looked = 1
-        elif looked == 1 and some_guess_is_poor(cells, count, t1, t2):
-            for j in range(cells):
-                if needs_new_guess(count, t1[j], t2[j]):
-                    centre[j] = rounded(x, centre[j] + t1[j] / count)
-            looked = 2
+                if looks == 0 or needs_new_guess(count, parts[t1 + j], parts[t2 + j]):
+                    parts[centre + j] += parts[t1 + j] / count
+            looks += 1
         else:
-            merge_chunk(cells, np.float64(first * size), count, t1, t2, centre, pivot, mean, m2)
+            merge_chunk(cells, np.float64(first * size), count, parts, own, pitch)
             first += high
-            looked = 1
+            looks = 1
 
 
 @inner
-def weighted_chunk_sums(x, at, step, weight, w_at, w_step, w_across, rows, columns, guess, count, s1, s2):
-    """The sums with weights, and count = sum(w); ``w_across`` is 0 where all channels share a weight."""
+def weighted_segment(
+    x, at, step, weight, w_at, w_step, w_across, rows, columns, parts, own, pitch, n_at, work, loose
+):
+    """The same of one column each, with the sum of the weights at ``n_at``; ``w_across`` is 0 where channels share it."""
     n = lanes(x, WIDTH)
-    fill(s1, columns, 0.0)
-    fill(s2, columns, 0.0)
-    fill(count, columns, 0.0)
-    for r in range(rows):
-        w_row = w_at + r * w_step
-        for i in range(columns):
-            count[i] += value(weight, w_row + i * w_across)
-        for i in range(0, columns, n):
-            part = min(n, columns - i)
-            e = load_first(x, at + r * step + i, part, WIDTH) - load(guess, i, WIDTH)
-            if w_across == 0:
-                w = splat(x, value(weight, w_row), WIDTH)
-            else:
-                w = converted(load_first(weight, w_row + i, part, e), e)
-            e = zero_where_zero(w, e)
-            store(s1, i, load(s1, i, WIDTH) + w * e)
-            store(s2, i, fma(w * e, e, load(s2, i, WIDTH)))
-
-
-@inner
-def weighted_segment_moments(x, at, step, weight, w_at, w_step, w_across, rows, columns, pivot, n, mean, m2):
-    """n, mean - pivot and M2 of each column of one segment."""
-    guess, s1, s2 = scratch(x, columns), scratch(x, columns), scratch(x, columns)
-    counts = np.empty(columns + 16)
-    fill(guess, columns, 0.0)
+    guess, s1, s2, count = loose, loose + pitch, loose + 2 * pitch, own + 3 * pitch
+    fill(work, guess, columns, 0.0)
     for i in range(columns):
-        guess[i] = pivot[i]
-        n[i] = mean[i] = m2[i] = 0.0
+        work[guess + i] = parts[own + i]
+        parts[n_at + i] = parts[own + pitch + i] = parts[own + 2 * pitch + i] = 0.0
     first = 0
     again = False
     while first < rows:
         high = min(CHUNK, rows - first)
-        weighted_chunk_sums(
-            x, at + first * step, step, weight, w_at + first * w_step, w_step, w_across, high, columns,
-            guess, counts, s1, s2,
-        )  # fmt: skip
+        fill(work, s1, columns, 0.0)
+        fill(work, s2, columns, 0.0)
+        fill(parts, count, columns, 0.0)
+        for r in range(first, first + high):
+            w_row = w_at + r * w_step
+            for i in range(columns):
+                parts[count + i] += value(weight, w_row + i * w_across)
+            for i in range(0, columns, n):
+                part = min(n, columns - i)
+                e = load_first(x, at + r * step + i, part, WIDTH) - load(work, guess + i, WIDTH)
+                if w_across == 0:
+                    w = splat(x, value(weight, w_row), WIDTH)
+                else:
+                    w = converted(load_first(weight, w_row + i, part, e), e)
+                e = zero_where_zero(w, e)
+                store(work, s1 + i, load(work, s1 + i, WIDTH) + w * e)
+                store(work, s2 + i, fma(w * e, e, load(work, s2 + i, WIDTH)))
         poor = False
         if not again:
             # A chunk has few values per channel: on the first one, half a standard deviation would cost the mean 1e-7.
             for i in range(columns):
-                if counts[i] != 0.0 and (
-                    first == 0 or needs_new_guess(counts[i], np.float64(s1[i]), np.float64(s2[i]))
-                ):
-                    guess[i] += s1[i] / counts[i]
+                m = parts[count + i]
+                a, b = np.float64(work[s1 + i]), np.float64(work[s2 + i])
+                if m != 0.0 and (first == 0 or needs_new_guess(m, a, b)):
+                    work[guess + i] += a / m
                     poor = True
         if poor:
             again = True
             continue
         for i in range(columns):
-            if counts[i] != 0.0:
-                shift = s1[i] / counts[i]
-                part = positive_or_nan(s2[i] - s1[i] * shift)
-                n[i], mean[i], m2[i] = merged(n[i], mean[i], m2[i], counts[i], (guess[i] - pivot[i]) + shift, part)
-                guess[i] = pivot[i] + mean[i]
+            m = parts[count + i]
+            if m != 0.0:
+                shift = work[s1 + i] / m
+                q = positive_or_nan(work[s2 + i] - work[s1 + i] * shift)
+                centre = (work[guess + i] - parts[own + i]) + shift
+                parts[n_at + i], parts[own + pitch + i], parts[own + 2 * pitch + i] = merged(
+                    parts[n_at + i], parts[own + pitch + i], parts[own + 2 * pitch + i], m, centre, q
+                )
+                work[guess + i] = parts[own + i] + parts[own + pitch + i]
         first += high
         again = False
 
 
-@inner
-def pivots_of(x, xs, weight, ws, shape, first, pivot):
-    """The pivots of neighbouring cells, the first of which belongs to kept index ``first``."""
-    batch = first // shape[2] * shape[2]
-    for j in range(pivot.size):
-        t = batch + (first - batch + j) % shape[2]
-        pivot[j] = find_pivot(
-            x, channel_start(xs, t, shape), xs[2], weight, channel_start(ws, t, shape), ws[2], shape
-        )
+@kernel
+def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work):
+    """Mean - pivot and M2 (and count, with weights) of each cell of each segment, at the beginning of ``parts``."""
+    shape, xs, ws = four(geometry, 0), four(geometry, 8), four(geometry, 12)
+    fold, tile, height, _ = four(geometry, 4)
+    channels, size = shape[2], shape[3]
+    rows, cells = shape[1] // fold, channels * fold
+    step, pitch, segments = xs[2] * fold, pitch_of(tile, size), -(-rows // height)
+    results = shape[0] * segments * cells
+    own = results * (2 if weight is None else 3) + share * PARTS * pitch
+    for k in range(first, last):
+        b, row, end, j, width = task_at(k, rows, cells, height, tile)
+        fill(parts, own, width, 0.0)
+        for i in range(width):
+            t = b * channels + (j + i) % channels
+            parts[own + i] = pivot_of(x, channel_start(xs, t, shape), weight, pivots, t)
+        x_at = channel_start(xs, b * channels, shape) + row * step + j * size
+        into = (b * segments + row // height) * cells + j
+        if weight is None:
+            segment(x, x_at, step, end - row, width, size, parts, own, pitch, work, share * WORK * pitch)
+        else:
+            w_at = channel_start(ws, b * channels + j, shape) + row * ws[2]
+            weighted_segment(
+                x, x_at, step, weight, w_at, ws[2], ws[3], end - row, width, parts, own, pitch, 2 * results + into,
+                work, share * WORK * pitch,
+            )  # fmt: skip
+        for i in range(width):
+            parts[into + i] = parts[own + pitch + i]
+            parts[results + into + i] = parts[own + 2 * pitch + i]
 
 
 @kernel
-def moments(x, xs, weight, ws, shape, fold, tile, count, mean, m2):
-    """Count, mean and M2 of every kept index; ``tile`` counts cells."""
-    channels, size = shape[2], shape[3]
+def channel_moments(share, first, last, x, weight, geometry, pivots, parts, out):
+    """Count, mean and M2 of every kept index from those of its cells."""
+    shape, xs, ws = four(geometry, 0), four(geometry, 8), four(geometry, 12)
+    fold, _, height, _ = four(geometry, 4)
+    channels, size, kept = shape[2], shape[3], shape[0] * shape[2]
     rows, cells = shape[1] // fold, channels * fold
-    step = xs[2] * fold
-    height = segment_rows(rows)
-    segments = segment_count(rows)
-    pivots = np.empty(shape[0] * cells)
-    for t in range(shape[0]):
-        pivots_of(x, xs, weight, ws, shape, t * channels, pivots[t * cells : (t + 1) * cells])
-    parts = np.empty((2 if weight is None else 3, shape[0], segments, cells))
-    for k in prange(task_count(shape[0], rows, cells, height, tile)):
-        b, row, end, j, width = task_at(k, rows, cells, height, tile)
-        pivot = np.empty(width + 16)
-        mu, q = np.empty(width + 16), np.empty(width + 16)
-        fill(pivot, width, 0.0)
-        for i in range(width):
-            pivot[i] = pivots[b * cells + j + i]
-        x_at = channel_start(xs, b * channels, shape) + row * step + j * size
-        s = row // height
-        if weight is None:
-            segment_moments(x, x_at, step, end - row, width, size, pivot, mu, q)
-        else:
-            w_at = channel_start(ws, b * channels + j, shape) + row * ws[2]
-            n = parts[2, b, s, j : j + width]
-            weighted_segment_moments(x, x_at, step, weight, w_at, ws[2], ws[3], end - row, width, pivot, n, mu, q)
-        for i in range(width):
-            parts[0, b, s, j + i] = mu[i]
-            parts[1, b, s, j + i] = q[i]
-    for t in prange(shape[0] * channels):
-        b, channel = t // channels, t % channels
-        pivot = pivots[b * cells + channel]
+    segments = -(-rows // height)
+    results = shape[0] * segments * cells
+    for t in range(first, last):
+        x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
+        pivot = pivot_of(x, x_at, weight, pivots, t)
         a, mu, q = 0.0, 0.0, 0.0
         for s in range(segments):
-            height_of_s = min(height, rows - s * height)
-            for j in range(channel, cells, channels):
-                n = np.float64(height_of_s * size) if weight is None else parts[2, b, s, j]
-                a, mu, q = merged(a, mu, q, n, parts[0, b, s, j], parts[1, b, s, j])
-        x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
-        for r in range(rows * fold, shape[1]):
+            at = (t // channels * segments + s) * cells
+            for j in range(at + t % channels, at + cells, channels):
+                n = np.float64(min(height, rows - s * height) * size)
+                if weight is not None:
+                    n = parts[2 * results + j]
+                a, mu, q = merged(a, mu, q, n, parts[j], parts[results + j])
+        for r in range(rows * fold, shape[1]):  # without weights: these are not folded
             a, mu, q = merged(a, mu, q, 1.0, value(x, x_at + r * xs[2]) - pivot, 0.0)
-        count[t], mean[t], m2[t] = finished(x, x_at, xs[2], weight, w_at, ws[2], shape, a, mu, q, pivot)
+        out[t], out[kept + t], out[2 * kept + t] = finished(
+            x, x_at, xs[2], weight, w_at, ws[2], shape, a, mu, q, pivot
+        )
 
 
 # --- normalise, scale, shift ------------------------------------------------------------------------------------------
 
 
 @inner
-def as_compute(x, numbers, first, channels, t, cells, size):
-    """In all columns of the cells, in the compute type: ``numbers[first + t]`` and so on, cyclic after ``channels``."""
-    taken, out = np.empty(cells), scratch(x, cells * size)
-    for j in range(cells):
-        taken[j] = numbers[first + t]
-        t += 1
-        if t == channels:
-            t = 0
-    spread(x, taken, cells, size, out)
-    return out
-
-
-@inner
-def as_affine(x, mean, scale, shift, first, channels, t, cells, size):
-    """As arrays of columns hi, scale, shift with ``(x - hi) * scale + shift == (x - mean) * scale + given shift``.
-
-    What rounding the mean to the compute type leaves goes into the shift.
-    """
-    a, b, c = np.empty(cells), np.empty(cells), np.empty(cells)
-    hi, by, plus = scratch(x, cells * size), scratch(x, cells * size), scratch(x, cells * size)
-    for j in range(cells):
-        a[j] = rounded(x, mean[first + t])
-        b[j] = scale[first + t]
-        c[j] = shift[first + t] - (mean[first + t] - a[j]) * b[j]
-        t += 1
-        if t == channels:
-            t = 0
-    spread(x, a, cells, size, hi)
-    spread(x, b, cells, size, by)
-    spread(x, c, cells, size, plus)
-    return hi, by, plus
+def put(y, at, v, streaming):
+    if streaming:
+        stream(y, at, v)
+    else:
+        store(y, at, v)
 
 
 @inner
@@ -411,36 +371,29 @@ def normalized(x, residual, hi, scale, shift, relu):
 
 
 @inner
-def put(y, at, v, streaming):
-    if streaming:
-        stream(y, at, v)
-    else:
-        store(y, at, v)
-
-
-@inner
 def normalize_rows(
-    x, x_at, x_step, y, y_at, y_step, residual, r_at, r_step, rows, columns, last, affine, relu, streaming
+    x, x_at, x_step, y, y_at, y_step, residual, r_at, r_step, rows, columns, end_columns,
+    work, loose, pitch, relu, streaming,
 ):  # fmt: skip
-    """Affine is (hi, scale, shift) of every column; the last row has ``last`` columns."""
+    """In ``work`` are hi, scale and shift of every column; the last row has ``end_columns``."""
     n = lanes(x, WIDTH)
-    hi, scale, shift = affine
+    hi, scale, shift = loose, loose + pitch, loose + 2 * pitch
     for r in range(rows):
-        width = last if r == rows - 1 else columns
+        width = end_columns if r == rows - 1 else columns
         whole = width - width % n
         i, j, k = x_at + r * x_step, y_at + r * y_step, r_at + r * r_step
         for c in range(0, whole, n):
-            h, a, b = load(hi, c, WIDTH), load(scale, c, WIDTH), load(shift, c, WIDTH)
+            h, a, b = load(work, hi + c, WIDTH), load(work, scale + c, WIDTH), load(work, shift + c, WIDTH)
             put(y, j + c, normalized(load(x, i + c, WIDTH), load(residual, k + c, WIDTH), h, a, b, relu), streaming)
         if whole < width:
             c, part = whole, width - whole
-            h, a, b = load(hi, c, WIDTH), load(scale, c, WIDTH), load(shift, c, WIDTH)
+            h, a, b = load(work, hi + c, WIDTH), load(work, scale + c, WIDTH), load(work, shift + c, WIDTH)
             z = load_first(residual, k + c, part, WIDTH)
             store_first(y, j + c, part, normalized(load_first(x, i + c, part, WIDTH), z, h, a, b, relu))
 
 
 @inner
-def last_width(end, j, width, shape, fold):
+def width_of_last_row(end, j, width, shape, fold):
     """How many of ``width`` cells from j on there are in row ``end - 1``: the rest, in the last row of folded ones."""
     rows = -(-shape[1] // fold)
     if end < rows:
@@ -449,68 +402,89 @@ def last_width(end, j, width, shape, fold):
 
 
 @kernel
-def normalize(x, xs, y, ys, residual, rs, shape, fold, piece, tile, mean, scale, shift, relu, streaming):
-    """``y = ((x - mean) * scale + shift, + residual, relu)``; tasks are ``piece`` rows of ``tile`` cells."""
+def normalize(share, first, last, x, y, residual, geometry, numbers, eps, work, relu, streaming):
+    """``y = ((x - mean) * scale + shift, + residual, relu)``; see `affine_of` for the numbers and eps."""
+    shape, xs, ys, rs = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
+    fold, tile, height, _ = four(geometry, 4)
     channels, size = shape[2], shape[3]
     rows, cells = -(-shape[1] // fold), channels * fold
-    tasks = task_count(shape[0], rows, cells, piece, tile)
-    for k in prange(tasks):
-        b, row, end, j, width = task_at(k, rows, cells, piece, tile)
-        first, t = b * channels, j % channels
-        affine = as_affine(x, mean, scale, shift, first, channels, t, width, size)
-        last = last_width(end, j, width, shape, fold)
-        x_step, y_step, r_step = xs[2] * fold, ys[2] * fold, rs[2] * fold
+    x_step, y_step, r_step = xs[2] * fold, ys[2] * fold, rs[2] * fold
+    pitch = pitch_of(tile, size)
+    loose = share * WORK * pitch
+    for k in range(first, last):
+        b, row, end, j, width = task_at(k, rows, cells, height, tile)
+        t = b * channels
+        for i in range(width):
+            hi, scale, shift = affine_of(x, numbers, t + (j + i) % channels, shape[0] * channels, eps)
+            spread(work, loose + i * size, hi, size)
+            spread(work, loose + pitch + i * size, scale, size)
+            spread(work, loose + 2 * pitch + i * size, shift, size)
         normalize_rows(
-            x, channel_start(xs, first, shape) + row * x_step + j * size, x_step,
-            y, channel_start(ys, first, shape) + row * y_step + j * size, y_step,
-            residual, channel_start(rs, first, shape) + row * r_step + j * size, r_step,
-            end - row, width * size, last * size, affine, relu, streaming,
+            x, channel_start(xs, t, shape) + row * x_step + j * size, x_step,
+            y, channel_start(ys, t, shape) + row * y_step + j * size, y_step,
+            residual, channel_start(rs, t, shape) + row * r_step + j * size, r_step,
+            end - row, width * size, width_of_last_row(end, j, width, shape, fold) * size,
+            work, loose, pitch, relu, streaming,
         )  # fmt: skip
 
 
 @kernel
-def forward(x, xs, y, ys, residual, rs, shape, tile, gamma, beta, eps, relu, streaming, count, mean, m2):
-    """Moments and normalise, a tile of cells at a time: the second pass finds its rows in cache."""
-    channels, size, rows = shape[2], shape[3], shape[1]
-    height = segment_rows(rows)
-    for k in prange(task_count(shape[0], 1, channels, 1, tile)):
+def forward(share, first, last, x, y, residual, geometry, numbers, eps, out, parts, work, relu, streaming):
+    """Moments and normalise, a tile of cells at a time: the second pass finds its rows in cache.
+
+    The numbers are (gamma, beta), the results (count, mean, M2, rstd). Rows are not folded.
+    """
+    shape, xs, ys, rs = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
+    _, tile, height, _ = four(geometry, 4)
+    channels, size, rows, kept = shape[2], shape[3], shape[1], shape[0] * shape[2]
+    pitch = pitch_of(tile, size)
+    own, loose = share * PARTS * pitch, share * WORK * pitch
+    for k in range(first, last):
         b, _, _, j, width = task_at(k, 1, channels, 1, tile)
         t = b * channels + j
         x_at, y_at, r_at = channel_start(xs, t, shape), channel_start(ys, t, shape), channel_start(rs, t, shape)
-        pivot, mu, q = np.empty(width + 16), np.empty(width + 16), np.empty(width + 16)
-        fill(pivot, width, 0.0)
+        fill(parts, own, width, 0.0)
         for i in range(width):
-            pivot[i] = find_pivot(x, x_at + i * xs[3], xs[2], None, 0, 0, shape)
-            count[t + i] = mean[t + i] = m2[t + i] = 0.0
+            parts[own + i] = pivot_of(x, x_at + i * xs[3], None, parts, 0)
+            out[t + i] = out[kept + t + i] = out[2 * kept + t + i] = 0.0
         for row in range(0, rows, height):
             high = min(height, rows - row)
-            segment_moments(x, x_at + row * xs[2], xs[2], high, width, size, pivot, mu, q)
-            for i in range(width):
-                count[t + i], mean[t + i], m2[t + i] = merged(
-                    count[t + i], mean[t + i], m2[t + i], np.float64(high * size), mu[i], q[i]
+            segment(x, x_at + row * xs[2], xs[2], high, width, size, parts, own, pitch, work, loose)
+            for i in range(t, t + width):
+                at = own + pitch + i - t
+                out[i], out[kept + i], out[2 * kept + i] = merged(
+                    out[i], out[kept + i], out[2 * kept + i], np.float64(high * size), parts[at], parts[at + pitch]
                 )
-        scale = np.empty(width)
         for i in range(width):
-            n, c, d = finished(
-                x, x_at + i * xs[3], xs[2], None, 0, 0, shape, count[t + i], mean[t + i], m2[t + i], pivot[i]
-            )
-            count[t + i], mean[t + i], m2[t + i] = n, c, d
-            scale[i] = 1.0 / np.sqrt(d / n + eps) * gamma[t + i]
-        affine = as_affine(x, mean[t : t + width], scale, beta[t : t + width], 0, width, 0, width, size)
+            n, mean, m2 = finished(
+                x, x_at + i * xs[3], xs[2], None, 0, 0, shape,
+                out[t + i], out[kept + t + i], out[2 * kept + t + i], parts[own + i],
+            )  # fmt: skip
+            rstd = 1.0 / np.sqrt(m2 / n + eps)
+            out[t + i], out[kept + t + i], out[2 * kept + t + i], out[3 * kept + t + i] = n, mean, m2, rstd
+            hi = rounded(x, mean)
+            scale = rstd * numbers[t + i]
+            spread(work, loose + i * size, hi, size)
+            spread(work, loose + pitch + i * size, scale, size)
+            spread(work, loose + 2 * pitch + i * size, numbers[kept + t + i] - (mean - hi) * scale, size)
         columns = width * size
         normalize_rows(
-            x, x_at, xs[2], y, y_at, ys[2], residual, r_at, rs[2], rows, columns, columns, affine, relu, streaming
-        )
+            x, x_at, xs[2], y, y_at, ys[2], residual, r_at, rs[2], rows, columns, columns,
+            work, loose, pitch, relu, streaming,
+        )  # fmt: skip
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
 @inner
-def add_four_grad_rows(dy, g, g_step, x, i, i_step, y, o, o_step, c, n, part, hi, s1, s2):
-    """Add four rows' dz and dz * (x - mean) of n <= one vector of columns to the sums."""
-    h = load(hi, c, WIDTH)
-    g, i, o = g + c, i + c, o + c
+def add_four_grad_rows(dy, g, g_step, x, i, i_step, y, o, o_step, n, part, work, hi, s1, s2):
+    """Add four rows' dz and dz * (x - hi) of n <= one vector of columns to the sums."""
+    h = load(work, hi, WIDTH)
+    for k in range(4, 8):
+        prefetch(dy, g + k * g_step)
+        prefetch(x, i + k * i_step)
+        prefetch(y, o + k * o_step)
     p, u = part_of(dy, g, part, n), part_of(x, i, part, n) - h
     q, v = part_of(dy, g + g_step, part, n), part_of(x, i + i_step, part, n) - h
     p = zero_where_not_positive(part_of(y, o, part, n), p)
@@ -520,81 +494,96 @@ def add_four_grad_rows(dy, g, g_step, x, i, i_step, y, o, o_step, c, n, part, hi
     s, z = part_of(dy, g + g_step, part, n), part_of(x, i + i_step, part, n) - h
     r = zero_where_not_positive(part_of(y, o, part, n), r)
     s = zero_where_not_positive(part_of(y, o + o_step, part, n), s)
-    store(s1, c, load(s1, c, WIDTH) + ((p + q) + (r + s)))
-    store(s2, c, load(s2, c, WIDTH) + (fma(p, u, q * v) + fma(r, w, s * z)))
+    store(work, s1, load(work, s1, WIDTH) + ((p + q) + (r + s)))
+    store(work, s2, load(work, s2, WIDTH) + (fma(p, u, q * v) + fma(r, w, s * z)))
 
 
 @inner
-def add_grad_row(dy, g, x, i, y, o, c, part, hi, s1, s2):
-    """The same for one row."""
-    dz = zero_where_not_positive(load_first(y, o + c, part, WIDTH), load_first(dy, g + c, part, WIDTH))
-    centred = load_first(x, i + c, part, WIDTH) - load(hi, c, WIDTH)
-    store(s1, c, load(s1, c, WIDTH) + dz)
-    store(s2, c, fma(dz, centred, load(s2, c, WIDTH)))
-
-
-@inner
-def segment_grad_sums(dy, g, g_step, x, i, i_step, y, o, o_step, rows, cells, size, hi, sums, products):
-    """sum(dz) and sum(dz * (x - hi)) of each cell of one segment."""
+def grad_segment(
+    dy, g, g_step, x, i, i_step, y, o, o_step, rows, cells, size, parts, own, pitch, work, loose
+):
+    """sum(dz) and sum(dz * (x - hi)) of each cell of one segment, a pitch apart from ``own`` on; hi is at ``loose``."""
     n, columns = lanes(x, WIDTH), cells * size
-    s1, s2, t1, t2 = scratch(x, columns), scratch(x, columns), np.empty(cells), np.empty(cells)
-    for j in range(cells):
-        sums[j] = products[j] = 0.0
+    s1, s2, t1, t2 = loose + pitch, loose + 2 * pitch, own + 2 * pitch, own + 3 * pitch
+    fill(parts, own, cells, 0.0)
+    fill(parts, own + pitch, cells, 0.0)
     for first in range(0, rows, CHUNK):
-        fill(s1, columns, 0.0)
-        fill(s2, columns, 0.0)
+        fill(work, s1, columns, 0.0)
+        fill(work, s2, columns, 0.0)
         end = min(first + CHUNK, rows)
         fours = end - (end - first) % 4
         for r in range(first, fours, 4):
             for c in range(0, columns, n):
                 add_four_grad_rows(
-                    dy, g + r * g_step, g_step, x, i + r * i_step, i_step, y, o + r * o_step, o_step,
-                    c, n, min(n, columns - c), hi, s1, s2,
+                    dy, g + r * g_step + c, g_step, x, i + r * i_step + c, i_step, y, o + r * o_step + c, o_step,
+                    n, min(n, columns - c), work, loose + c, s1 + c, s2 + c,
                 )  # fmt: skip
         for r in range(fours, end):
             for c in range(0, columns, n):
                 part = min(n, columns - c)
-                add_grad_row(dy, g + r * g_step, x, i + r * i_step, y, o + r * o_step, c, part, hi, s1, s2)
-        cell_totals(s1, cells, size, t1)
-        cell_totals(s2, cells, size, t2)
+                dz = load_first(dy, g + r * g_step + c, part, WIDTH)
+                dz = zero_where_not_positive(load_first(y, o + r * o_step + c, part, WIDTH), dz)
+                e = load_first(x, i + r * i_step + c, part, WIDTH) - load(work, loose + c, WIDTH)
+                store(work, s1 + c, load(work, s1 + c, WIDTH) + dz)
+                store(work, s2 + c, fma(dz, e, load(work, s2 + c, WIDTH)))
+        cell_totals(work, s1, cells, size, parts, t1)
+        cell_totals(work, s2, cells, size, parts, t2)
         for j in range(cells):
-            sums[j] += t1[j]
-            products[j] += t2[j]
+            parts[own + j] += parts[t1 + j]
+            parts[own + pitch + j] += parts[t2 + j]
 
 
 @kernel
-def grad_sums(dy, dys, x, xs, y, ys, shape, fold, tile, mean, rstd, dgamma, dbeta):
-    """sum(dz * xhat) and sum(dz) of every kept index; ``tile`` counts cells."""
+def segment_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, work):
+    """sum(dz) and sum(dz * (x - hi)) of each cell of each segment, at the beginning of ``parts``; numbers: the means."""
+    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
+    fold, tile, height, _ = four(geometry, 4)
     channels, size = shape[2], shape[3]
     rows, cells = shape[1] // fold, channels * fold
-    height = segment_rows(rows)
-    segments = segment_count(rows)
-    parts = np.empty((2, shape[0], segments, cells))
-    for k in prange(task_count(shape[0], rows, cells, height, tile)):
+    g_step, i_step, o_step = dys[2] * fold, xs[2] * fold, ys[2] * fold
+    pitch, segments = pitch_of(tile, size), -(-rows // height)
+    results = shape[0] * segments * cells
+    own, loose = 2 * results + share * PARTS * pitch, share * WORK * pitch
+    for k in range(first, last):
         b, row, end, j, width = task_at(k, rows, cells, height, tile)
-        first, t, s = b * channels, j % channels, row // height
-        hi = as_compute(x, mean, first, channels, t, width, size)
-        g_step, i_step, o_step = dys[2] * fold, xs[2] * fold, ys[2] * fold
-        segment_grad_sums(
-            dy, channel_start(dys, first, shape) + row * g_step + j * size, g_step,
-            x, channel_start(xs, first, shape) + row * i_step + j * size, i_step,
-            y, channel_start(ys, first, shape) + row * o_step + j * size, o_step,
-            end - row, width, size, hi, parts[0, b, s, j : j + width], parts[1, b, s, j : j + width],
+        t = b * channels
+        for i in range(width):
+            spread(work, loose + i * size, rounded(x, numbers[t + (j + i) % channels]), size)
+        grad_segment(
+            dy, channel_start(dys, t, shape) + row * g_step + j * size, g_step,
+            x, channel_start(xs, t, shape) + row * i_step + j * size, i_step,
+            y, channel_start(ys, t, shape) + row * o_step + j * size, o_step,
+            end - row, width, size, parts, own, pitch, work, loose,
         )  # fmt: skip
-    for t in prange(shape[0] * channels):
-        b, channel = t // channels, t % channels
+        into = (b * segments + row // height) * cells + j
+        for i in range(width):
+            parts[into + i] = parts[own + i]
+            parts[results + into + i] = parts[own + pitch + i]
+
+
+@kernel
+def channel_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, out):
+    """The results (dgamma, dbeta) of every kept index from its cells' sums; the numbers are (mean, rstd)."""
+    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
+    fold, _, height, _ = four(geometry, 4)
+    channels, kept = shape[2], shape[0] * shape[2]
+    rows, cells = shape[1] // fold, channels * fold
+    segments = -(-rows // height)
+    results = shape[0] * segments * cells
+    for t in range(first, last):
         p, q = 0.0, 0.0
         for s in range(segments):
-            for j in range(channel, cells, channels):
-                p, q = p + parts[0, b, s, j], q + parts[1, b, s, j]
-        hi = rounded(x, mean[t])
+            at = (t // channels * segments + s) * cells
+            for j in range(at + t % channels, at + cells, channels):
+                p, q = p + parts[j], q + parts[results + j]
+        hi = rounded(x, numbers[t])
         g, i, o = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
         for r in range(rows * fold, shape[1]):
             dz = value(dy, g + r * dys[2])
             if y is not None and value(y, o + r * ys[2]) <= 0.0:
                 dz = 0.0
             p, q = p + dz, q + dz * (value(x, i + r * xs[2]) - hi)
-        dbeta[t], dgamma[t] = p, (q - (mean[t] - hi) * p) * rstd[t]
+        out[t], out[kept + t] = (q - (numbers[t] - hi) * p) * numbers[kept + t], p
 
 
 @inner
@@ -617,24 +606,26 @@ def put_if_there(y, at, v, streaming):
 @inner
 def grad_input_rows(
     dy, g, g_step, x, i, i_step, y, o, o_step, weight, w, w_step, dx, d, d_step, dresidual, e, e_step,
-    rows, columns, last, linear, streaming,
+    rows, columns, end_columns, work, loose, pitch, streaming,
 ):  # fmt: skip
-    """As `normalize_rows`; linear is (scale, hi, slope, offset) of every column."""
+    """As `normalize_rows`; in ``work`` are scale, hi, slope and offset of every column."""
     n = lanes(dy, WIDTH)
-    scale, hi, slope, offset = linear
+    scale, hi, slope, offset = loose, loose + pitch, loose + 2 * pitch, loose + 3 * pitch
     for r in range(rows):
-        width = last if r == rows - 1 else columns
+        width = end_columns if r == rows - 1 else columns
         whole = width - width % n
         w_ = splat(dy, value(weight, w + r * w_step), WIDTH)
         for c in range(0, whole, n):
-            a, h, p, q = load(scale, c, WIDTH), load(hi, c, WIDTH), load(slope, c, WIDTH), load(offset, c, WIDTH)
+            a, h = load(work, scale + c, WIDTH), load(work, hi + c, WIDTH)
+            p, q = load(work, slope + c, WIDTH), load(work, offset + c, WIDTH)
             dz = zero_where_not_positive(load(y, o + r * o_step + c, WIDTH), load(dy, g + r * g_step + c, WIDTH))
             x_ = load(x, i + r * i_step + c, WIDTH)
             put(dx, d + r * d_step + c, input_gradient(dz, x_, w_, a, h, p, q), streaming)
             put_if_there(dresidual, e + r * e_step + c, dz, streaming)
         if whole < width:
             c, part = whole, width - whole
-            a, h, p, q = load(scale, c, WIDTH), load(hi, c, WIDTH), load(slope, c, WIDTH), load(offset, c, WIDTH)
+            a, h = load(work, scale + c, WIDTH), load(work, hi + c, WIDTH)
+            p, q = load(work, slope + c, WIDTH), load(work, offset + c, WIDTH)
             dz = load_first(dy, g + r * g_step + c, part, WIDTH)
             dz = zero_where_not_positive(load_first(y, o + r * o_step + c, part, WIDTH), dz)
             x_ = load_first(x, i + r * i_step + c, part, WIDTH)
@@ -642,74 +633,85 @@ def grad_input_rows(
             store_first(dresidual, e + r * e_step + c, part, dz)
 
 
+@inner
+def spread_linear(x, work, at, pitch, size, mean, scale, offset, slope):
+    """What `grad_input_rows` wants of one cell."""
+    a, h, p, q = linear_of(x, mean, scale, offset, slope)
+    spread(work, at, a, size)
+    spread(work, at + pitch, h, size)
+    spread(work, at + 2 * pitch, p, size)
+    spread(work, at + 3 * pitch, q, size)
+
+
 @kernel
-def grad_input(
-    dy, dys, x, xs, y, ys, weight, ws, dx, dxs, dresidual, drs, shape, fold, piece, tile,
-    mean, scale, offset, slope, streaming,
-):  # fmt: skip
-    """``dx`` (and ``dresidual = dz``) with given per-channel numbers; tasks are ``piece`` rows of ``tile`` cells."""
-    channels, size = shape[2], shape[3]
+def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, numbers, work, streaming):
+    """``dx`` (and ``dresidual = dz``); the numbers are (mean, scale, offset, slope)."""
+    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
+    ws, dxs, drs = four(geometry, 20), four(geometry, 24), four(geometry, 28)
+    fold, tile, height, _ = four(geometry, 4)
+    channels, size, kept = shape[2], shape[3], shape[0] * shape[2]
     rows, cells = -(-shape[1] // fold), channels * fold
-    tasks = task_count(shape[0], rows, cells, piece, tile)
-    for k in prange(tasks):
-        b, row, end, j, width = task_at(k, rows, cells, piece, tile)
-        first, t = b * channels, j % channels
-        by = as_compute(dy, scale, first, channels, t, width, size)
-        hi, by_x, plus = as_affine(dy, mean, slope, offset, first, channels, t, width, size)
-        last = last_width(end, j, width, shape, fold)
-        g_step, i_step, o_step = dys[2] * fold, xs[2] * fold, ys[2] * fold
-        d_step, e_step = dxs[2] * fold, drs[2] * fold
+    g_step, i_step, o_step, d_step, e_step = dys[2] * fold, xs[2] * fold, ys[2] * fold, dxs[2] * fold, drs[2] * fold
+    pitch = pitch_of(tile, size)
+    loose = share * WORK * pitch
+    for k in range(first, last):
+        b, row, end, j, width = task_at(k, rows, cells, height, tile)
+        t = b * channels
+        for i in range(width):
+            c = t + (j + i) % channels
+            spread_linear(
+                dy, work, loose + i * size, pitch, size,
+                numbers[c], numbers[kept + c], numbers[2 * kept + c], numbers[3 * kept + c],
+            )  # fmt: skip
         grad_input_rows(
-            dy, channel_start(dys, first, shape) + row * g_step + j * size, g_step,
-            x, channel_start(xs, first, shape) + row * i_step + j * size, i_step,
-            y, channel_start(ys, first, shape) + row * o_step + j * size, o_step,
-            weight, channel_start(ws, first, shape) + row * ws[2], ws[2],
-            dx, channel_start(dxs, first, shape) + row * d_step + j * size, d_step,
-            dresidual, channel_start(drs, first, shape) + row * e_step + j * size, e_step,
-            end - row, width * size, last * size, (by, hi, by_x, plus), streaming,
+            dy, channel_start(dys, t, shape) + row * g_step + j * size, g_step,
+            x, channel_start(xs, t, shape) + row * i_step + j * size, i_step,
+            y, channel_start(ys, t, shape) + row * o_step + j * size, o_step,
+            weight, channel_start(ws, t, shape) + row * ws[2], ws[2],
+            dx, channel_start(dxs, t, shape) + row * d_step + j * size, d_step,
+            dresidual, channel_start(drs, t, shape) + row * e_step + j * size, e_step,
+            end - row, width * size, width_of_last_row(end, j, width, shape, fold) * size,
+            work, loose, pitch, streaming,
         )  # fmt: skip
 
 
 @kernel
-def backward(
-    dy, dys, x, xs, y, ys, dx, dxs, dresidual, drs, shape, tile,
-    mean, rstd, gamma, count, dmean, dvar, live, streaming, dgamma, dbeta,
-):  # fmt: skip
+def backward(share, first, last, dy, x, y, live, dx, dresidual, geometry, numbers, out, parts, work, streaming):
     """Gradient sums and dx, a tile of cells at a time: the second pass finds its rows of dy and x in cache.
 
-    ``live`` is x again, or None where statistics are frozen and dx does not depend on it.
+    ``live`` is x again, or None where statistics are frozen and dx does not depend on it. The numbers are those of
+    `input_numbers`, the results (dgamma, dbeta). Rows are not folded.
     """
-    channels, size, rows = shape[2], shape[3], shape[1]
-    height = segment_rows(rows)
-    for k in prange(task_count(shape[0], 1, channels, 1, tile)):
+    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
+    dxs, drs = four(geometry, 24), four(geometry, 28)
+    _, tile, height, _ = four(geometry, 4)
+    channels, size, rows, kept = shape[2], shape[3], shape[1], shape[0] * shape[2]
+    pitch = pitch_of(tile, size)
+    own, loose = share * PARTS * pitch, share * WORK * pitch
+    for k in range(first, last):
         b, _, _, j, width = task_at(k, 1, channels, 1, tile)
         t = b * channels + j
         g, i, o = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
         d, e = channel_start(dxs, t, shape), channel_start(drs, t, shape)
-        hi = as_compute(x, mean, t, channels, 0, width, size)
-        s1, s2 = np.empty(width), np.empty(width)
         for c in range(width):
-            dgamma[t + c] = dbeta[t + c] = 0.0
+            spread(work, loose + c * size, rounded(x, numbers[t + c]), size)
+            out[t + c] = out[kept + t + c] = 0.0
         for row in range(0, rows, height):
-            segment_grad_sums(
+            grad_segment(
                 dy, g + row * dys[2], dys[2], x, i + row * xs[2], xs[2], y, o + row * ys[2], ys[2],
-                min(height, rows - row), width, size, hi, s1, s2,
+                min(height, rows - row), width, size, parts, own, pitch, work, loose,
             )  # fmt: skip
             for c in range(width):
-                dbeta[t + c] += s1[c]
-                dgamma[t + c] += s2[c]
-        scale, offset, slope = np.empty(width), np.empty(width), np.empty(width)
+                out[kept + t + c] += parts[own + c]
+                out[t + c] += parts[own + pitch + c]
         for c in range(width):
-            dgamma[t + c] = (dgamma[t + c] - (mean[t + c] - rounded(x, mean[t + c])) * dbeta[t + c]) * rstd[t + c]
-            scale[c] = gamma[t + c] * rstd[t + c]
-            offset[c] = slope[c] = 0.0
-            if live is not None:
-                offset[c] = (scale[c] * dbeta[t + c] - dmean[t + c]) / count[t + c]
-                slope[c] = (scale[c] * rstd[t + c] * dgamma[t + c] - 2.0 * dvar[t + c]) / count[t + c]
-        by = as_compute(x, scale, 0, width, 0, width, size)
-        hi, by_x, plus = as_affine(x, mean[t : t + width], slope, offset, 0, width, 0, width, size)
+            mean, a = numbers[t + c], out[kept + t + c]
+            b_ = (out[t + c] - (mean - rounded(x, mean)) * a) * numbers[kept + t + c]
+            out[t + c] = b_
+            scale, offset, slope = input_numbers(numbers, t + c, kept, live, a, b_)
+            spread_linear(x, work, loose + c * size, pitch, size, mean, scale, offset, slope)
         columns = width * size
         grad_input_rows(
             dy, g, dys[2], live, i, xs[2], y, o, ys[2], None, 0, 0, dx, d, dxs[2], dresidual, e, drs[2],
-            rows, columns, columns, (by, hi, by_x, plus), streaming,
+            rows, columns, columns, work, loose, pitch, streaming,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """How kernels are compiled, cached and run: `inner`, `kernel`, `run`.
 
-A kernel is compiled twice from one source, on first use: with ``prange`` over Numba's threads, and serially for work
-too small to share (a parallel call costs 2.2 us, a serial one 0.6 us). Both give the same bits.
+A kernel is a function of a range of tasks, compiled once, on first use. A serial call gives it all of them; a parallel
+one shares them among Numba's threads, each of which calls the same machine code. So both give the same bits, and a
+parallel call costs no second compilation (which would take two to three times as long as the first).
 """
 
 import hashlib
@@ -12,9 +13,12 @@ import warnings
 from pathlib import Path
 
 import numba
-from numba import njit
+import numpy as np
+from numba import njit, prange, types
+from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
+from numba.extending import intrinsic
 
 PARALLEL_FROM = 1 << 15  # elements; below, two threads lose to one (measured: 8k 1.7x slower, 64k 1.5x faster)
 
@@ -62,11 +66,11 @@ class _CompiledFiles:
             path.unlink(missing_ok=True)
 
 
-def _disk_cache(function, name):
-    """Numba's disk cache for one compiled form of ``function``, or None where nothing is writable."""
+def _disk_cache(function):
+    """Numba's disk cache for ``function``, or None where nothing is writable."""
     try:
         cache = FunctionCache(function)
-        cache._cache_file = _CompiledFiles(cache.cache_path, f"{cache._impl.filename_base}-{name}")
+        cache._cache_file = _CompiledFiles(cache.cache_path, cache._impl.filename_base)
     except (RuntimeError, OSError):  # a read-only installation, and no home to fall back to
         return None
     return cache
@@ -115,27 +119,72 @@ def inner(function):
     return njit(nogil=True, error_model="numpy", **options)(function)
 
 
+@intrinsic
+def _call(typing, address, share, first, last, arguments):
+    """Call compiled code at an address: ``kernel(share, first, last, *arguments)``."""
+    kinds = [types.int64, types.int64, types.int64, *arguments.types]
+
+    def codegen(context, builder, signature, values):
+        function = context.call_conv.get_function_type(types.none, kinds)
+        pointer = builder.inttoptr(values[0], function.as_pointer())
+        unpacked = [*values[1:4], *cgutils.unpack_tuple(builder, values[4])]
+        context.call_conv.call_function(builder, pointer, types.none, kinds, unpacked)  # kernels raise nothing
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, types.int64, types.int64, arguments), codegen
+
+
+def _share_out(address, tasks, shares, arguments):
+    """Equal shares of tasks, a thread each."""
+    for k in prange(shares):
+        _call(address, k, k * tasks // shares, (k + 1) * tasks // shares, arguments)
+
+
+def _compiled(function, **options):
+    compiled = njit(nogil=True, error_model="numpy", **options)(function)
+    cache = _disk_cache(function)
+    if cache is not None:
+        compiled._cache = cache
+    return compiled
+
+
+_shared_out = _compiled(_share_out, parallel=True)
+
+
 class kernel:
-    """A compiled entry point: ``kernel(function).run(elements, *arguments)``."""
+    """A compiled entry point ``function(share, first, last, *arguments)``; run it by ``run``."""
 
     def __init__(self, function):
         self.__doc__ = function.__doc__
-        self._function = function
-        self.parallel = self._compiled("parallel")
-        self.serial = self._compiled("serial")
+        self.compiled = _compiled(function)
+        self._addresses = {}
 
-    def _compiled(self, name):
-        compiled = njit(nogil=True, error_model="numpy", parallel=name == "parallel")(self._function)
-        cache = _disk_cache(self._function, name)
-        if cache is not None:
-            compiled._cache = cache
-        return compiled
+    def run(self, tasks, shares, *arguments):
+        """Run all tasks: in so many shares where that is safe, else on the calling thread.
 
-    def run(self, elements, *arguments):
-        """Run on all of Numba's threads where that pays and is safe, else on the calling thread."""
-        if elements < PARALLEL_FROM or _lost_team or numba.get_num_threads() == 1 or not _team.acquire(blocking=False):
-            return self.serial(*arguments)
+        The shares are at most those that `shares_of` gives; each is known to the kernel by its number.
+        """
+        if shares < 2 or _lost_team or not _team.acquire(blocking=False):
+            self.compiled(0, 0, tasks, *arguments)
+            return
         try:
-            return self.parallel(*arguments)
+            _shared_out(self._address(arguments), tasks, shares, arguments)
         finally:
             _team.release()
+
+    def _address(self, arguments):
+        """Where the machine code for arguments of these types is."""
+        key = tuple(a.dtype if type(a) is np.ndarray else type(a) for a in arguments)
+        address = self._addresses.get(key)
+        if address is None:
+            kinds = (types.int64, types.int64, types.int64, *map(numba.typeof, arguments))
+            self.compiled.compile(kinds)
+            compiled = self.compiled.overloads[kinds]
+            address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+            self._addresses[key] = address
+        return address
+
+
+def shares_of(elements):
+    """How many threads share so much work."""
+    return 1 if elements < PARALLEL_FROM else numba.get_num_threads()

@@ -13,10 +13,11 @@ around its mean. Chunks are merged by Chan's update in float64, relative to the 
 
 Bytes moved, S = the bytes of x: moments S, normalize 2S, grad_sums 2S, grad_input 3S; forward 2S and backward 3S where
 a slab stays in cache between the two passes over it.
+
+The geometry's four integers of this family are ``(rows, columns, _, _)`` of a chunk.
 """
 
 import numpy as np
-from numba import prange
 
 from fastbn.cpu.jit import inner, kernel
 from fastbn.cpu.simd import (
@@ -36,7 +37,18 @@ from fastbn.cpu.simd import (
     zero_where_not_positive,
     zero_where_zero,
 )
-from fastbn.cpu.slab import channel_start, find_pivot, finished, merged, needs_new_guess, positive_or_nan
+from fastbn.cpu.slab import (
+    affine_of,
+    channel_start,
+    finished,
+    four,
+    input_numbers,
+    linear_of,
+    merged,
+    needs_new_guess,
+    pivot_of,
+    positive_or_nan,
+)
 
 WIDTH = 128  # bytes of a vector: four AVX2 registers, so that two sums keep eight additions in flight
 NARROW, SINGLE = 32, 4  # bytes at the ends of rows, where masked stores would be slow on AMD processors
@@ -49,6 +61,12 @@ def chunk_grid(outer, inner):
     if inner <= CHUNK:
         return max(1, CHUNK // max(inner, 1)), max(inner, 1)
     return 1, CHUNK
+
+
+def segment_count(outer, inner):
+    """Segments of a slab."""
+    rows, columns = chunk_grid(outer, inner)
+    return -(-(-(-outer // rows) * -(-inner // columns)) // SEGMENT)
 
 
 @inner
@@ -66,24 +84,11 @@ def chunk_at(k, shape, grid):
 
 
 PIECE = 16384  # values of a row at most that one turn of a loop in memory order takes
-TASK = 65536  # values, about, that a thread takes at a time
 
 
-@inner
 def piece_count(shape):
-    """Pieces of rows in the whole array."""
+    """Pieces of rows in the whole array: tasks in the order of memory."""
     return shape[0] * shape[1] * shape[2] * -(-shape[3] // PIECE)
-
-
-@inner
-def task_pieces(shape):
-    """Pieces that a thread takes at a time."""
-    return max(1, TASK // max(1, min(shape[3], PIECE)))
-
-
-@inner
-def task_count(shape):
-    return -(-piece_count(shape) // task_pieces(shape))
 
 
 @inner
@@ -175,8 +180,7 @@ def segment_moments(x, x_at, x_step, weight, w_at, w_step, shape, grid, segment,
 
 
 @inner
-def channel_moments(x, x_at, x_step, weight, w_at, w_step, shape, grid):
-    pivot = find_pivot(x, x_at, x_step, weight, w_at, w_step, shape)
+def slab_moments(x, x_at, x_step, weight, w_at, w_step, shape, grid, pivot):
     n, mean, m2 = 0.0, 0.0, 0.0
     for s in range(-(-chunk_count(shape, grid) // SEGMENT)):
         part = segment_moments(x, x_at, x_step, weight, w_at, w_step, shape, grid, s, pivot)
@@ -185,25 +189,33 @@ def channel_moments(x, x_at, x_step, weight, w_at, w_step, shape, grid):
 
 
 @kernel
-def moments(x, xs, weight, ws, shape, grid, count, mean, m2):
-    """Count, mean and M2 of every kept index; segments are shared among threads."""
-    channels = shape[0] * shape[2]
+def moments_of_segments(share, first, last, x, weight, geometry, pivots, parts):
+    """n, mean - pivot and M2 of every segment of every kept index."""
+    shape, grid, xs, ws = four(geometry, 0), four(geometry, 4), four(geometry, 8), four(geometry, 12)
     segments = -(-chunk_count(shape, grid) // SEGMENT)
-    pivots = np.empty(channels)
-    parts = np.empty((channels * segments, 3))
-    for t in prange(channels):
-        pivots[t] = find_pivot(x, channel_start(xs, t, shape), xs[2], weight, channel_start(ws, t, shape), ws[2], shape)
-    for k in prange(channels * segments):
+    for k in range(first, last):
         t = k // segments
         x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
-        part = segment_moments(x, x_at, xs[2], weight, w_at, ws[2], shape, grid, k % segments, pivots[t])
-        parts[k, 0], parts[k, 1], parts[k, 2] = part
-    for t in prange(channels):
-        a, b, c = 0.0, 0.0, 0.0
-        for k in range(t * segments, (t + 1) * segments):
-            a, b, c = merged(a, b, c, parts[k, 0], parts[k, 1], parts[k, 2])
+        pivot = pivot_of(x, x_at, weight, pivots, t)
+        part = segment_moments(x, x_at, xs[2], weight, w_at, ws[2], shape, grid, k % segments, pivot)
+        parts[3 * k], parts[3 * k + 1], parts[3 * k + 2] = part
+
+
+@kernel
+def channel_moments(share, first, last, x, weight, geometry, pivots, parts, out):
+    """Count, mean and M2 of every kept index from those of its segments."""
+    shape, grid, xs, ws = four(geometry, 0), four(geometry, 4), four(geometry, 8), four(geometry, 12)
+    segments = -(-chunk_count(shape, grid) // SEGMENT)
+    kept = shape[0] * shape[2]
+    for t in range(first, last):
         x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
-        count[t], mean[t], m2[t] = finished(x, x_at, xs[2], weight, w_at, ws[2], shape, a, b, c, pivots[t])
+        n, mean, m2 = 0.0, 0.0, 0.0
+        for k in range(t * segments, (t + 1) * segments):
+            n, mean, m2 = merged(n, mean, m2, parts[3 * k], parts[3 * k + 1], parts[3 * k + 2])
+        pivot = pivot_of(x, x_at, weight, pivots, t)
+        out[t], out[kept + t], out[2 * kept + t] = finished(
+            x, x_at, xs[2], weight, w_at, ws[2], shape, n, mean, m2, pivot
+        )
 
 
 # --- normalise, scale, shift ------------------------------------------------------------------------------------------
@@ -217,8 +229,8 @@ def misaligned(y, at, limit):
 
 
 @inner
-def normalized(x, residual, hi, lo, scale, shift, relu):
-    z = fma((x - hi) - lo, scale, shift)
+def normalized(x, residual, hi, scale, shift, relu):
+    z = fma(x - hi, scale, shift)
     if residual is not None:
         z = z + residual
     if relu is not None:
@@ -229,12 +241,12 @@ def normalized(x, residual, hi, lo, scale, shift, relu):
 @inner
 def normalize_end(x, i, y, j, residual, k, n, affine, relu):
     """The n values, less than a vector, at either end of a row: by short vectors, then one by one."""
-    hi, lo, scale, shift = affine
+    hi, scale, shift = affine
     done = 0
     while done + lanes(x, NARROW) <= n:
         z = load(residual, k + done, NARROW)
         out = normalized(
-            load(x, i + done, NARROW), z, narrowed(x, hi, NARROW), narrowed(x, lo, NARROW),
+            load(x, i + done, NARROW), z, narrowed(x, hi, NARROW),
             narrowed(x, scale, NARROW), narrowed(x, shift, NARROW), relu,
         )  # fmt: skip
         store(y, j + done, out)
@@ -242,7 +254,7 @@ def normalize_end(x, i, y, j, residual, k, n, affine, relu):
     while done < n:
         z = load(residual, k + done, SINGLE)
         out = normalized(
-            load(x, i + done, SINGLE), z, narrowed(x, hi, SINGLE), narrowed(x, lo, SINGLE),
+            load(x, i + done, SINGLE), z, narrowed(x, hi, SINGLE),
             narrowed(x, scale, SINGLE), narrowed(x, shift, SINGLE), relu,
         )  # fmt: skip
         store(y, j + done, out)
@@ -251,54 +263,62 @@ def normalize_end(x, i, y, j, residual, k, n, affine, relu):
 
 @inner
 def normalize_row(x, i, y, j, residual, k, columns, affine, relu, streaming):
-    """``y = ((x - mean) * scale + shift, + residual, relu)``; affine is (mean, scale, shift)."""
+    """``y = ((x - hi) * scale + shift, + residual, relu)``; affine is (hi, scale, shift) of `affine_of`."""
     n = lanes(x, WIDTH)
-    mean, scale, shift = affine
-    hi = splat(x, mean, WIDTH)
-    lo = splat(x, mean - rounded(x, mean), WIDTH)
+    hi, scale, shift = affine
+    hi = splat(x, hi, WIDTH)
     scale = splat(x, scale, WIDTH)
     shift = splat(x, shift, WIDTH)
     end = i + columns
     if streaming:
         head = misaligned(y, j, columns)
         if head > 0:
-            normalize_end(x, i, y, j, residual, k, head, (hi, lo, scale, shift), relu)
+            normalize_end(x, i, y, j, residual, k, head, (hi, scale, shift), relu)
             i, j, k = i + head, j + head, k + head
         while i + n <= end:
             z = load(residual, k, WIDTH)
-            stream(y, j, normalized(load(x, i, WIDTH), z, hi, lo, scale, shift, relu))
+            stream(y, j, normalized(load(x, i, WIDTH), z, hi, scale, shift, relu))
             i, j, k = i + n, j + n, k + n
     else:
         while i + n <= end:
             z = load(residual, k, WIDTH)
-            store(y, j, normalized(load(x, i, WIDTH), z, hi, lo, scale, shift, relu))
+            store(y, j, normalized(load(x, i, WIDTH), z, hi, scale, shift, relu))
             i, j, k = i + n, j + n, k + n
     if i < end:
-        normalize_end(x, i, y, j, residual, k, end - i, (hi, lo, scale, shift), relu)
+        normalize_end(x, i, y, j, residual, k, end - i, (hi, scale, shift), relu)
 
 
 @kernel
-def normalize(x, xs, y, ys, residual, rs, shape, mean, scale, shift, relu, streaming):
-    """Normalise, scale and shift with given per-channel numbers; pieces of rows in the order of memory."""
-    for task in prange(task_count(shape)):
-        first = task * task_pieces(shape)
-        place = piece_at(first, shape)
-        for _ in range(min(task_pieces(shape), piece_count(shape) - first)):
-            t, columns = place[0] * shape[2] + place[2], min(PIECE, shape[3] - place[3])
-            affine = (mean[t], scale[t], shift[t])
-            i, j, k = start_of(xs, place), start_of(ys, place), start_of(rs, place)
-            normalize_row(x, i, y, j, residual, k, columns, affine, relu, streaming)
-            place = piece_after(place, shape)
+def normalize(share, first, last, x, y, residual, geometry, numbers, eps, relu, streaming):
+    """Pieces of rows in the order of memory; see `affine_of` for the numbers and eps."""
+    shape, xs, ys, rs = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
+    place = piece_at(first, shape)
+    for _ in range(first, last):
+        t, columns = place[0] * shape[2] + place[2], min(PIECE, shape[3] - place[3])
+        affine = affine_of(x, numbers, t, shape[0] * shape[2], eps)
+        i, j, k = start_of(xs, place), start_of(ys, place), start_of(rs, place)
+        normalize_row(x, i, y, j, residual, k, columns, affine, relu, streaming)
+        place = piece_after(place, shape)
 
 
 @kernel
-def forward(x, xs, weight, ws, y, ys, residual, rs, shape, grid, gamma, beta, eps, relu, streaming, count, mean, m2):
-    """Moments and normalise, a channel at a time: the second pass finds the slab in cache."""
-    for t in prange(shape[0] * shape[2]):
+def forward(share, first, last, x, weight, y, residual, geometry, pivots, numbers, eps, out, relu, streaming):
+    """Moments and normalise, a channel at a time: the second pass finds the slab in cache.
+
+    The numbers are (gamma, beta), the results (count, mean, M2, rstd).
+    """
+    shape, grid, xs, ws = four(geometry, 0), four(geometry, 4), four(geometry, 8), four(geometry, 12)
+    ys, rs = four(geometry, 16), four(geometry, 20)
+    kept = shape[0] * shape[2]
+    for t in range(first, last):
         x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
-        n, mu, q = channel_moments(x, x_at, xs[2], weight, w_at, ws[2], shape, grid)
-        count[t], mean[t], m2[t] = n, mu, q
-        affine = (mu, 1.0 / np.sqrt(q / n + eps) * gamma[t], beta[t])
+        pivot = pivot_of(x, x_at, weight, pivots, t)
+        n, mean, m2 = slab_moments(x, x_at, xs[2], weight, w_at, ws[2], shape, grid, pivot)
+        rstd = 1.0 / np.sqrt(m2 / n + eps)
+        out[t], out[kept + t], out[2 * kept + t], out[3 * kept + t] = n, mean, m2, rstd
+        hi = rounded(x, mean)
+        scale = rstd * numbers[t]
+        affine = (hi, scale, numbers[kept + t] - (mean - hi) * scale)
         y_at, r_at = channel_start(ys, t, shape), channel_start(rs, t, shape)
         for r in range(shape[1]):
             i, j, k = x_at + r * xs[2], y_at + r * ys[2], r_at + r * rs[2]
@@ -310,11 +330,10 @@ def forward(x, xs, weight, ws, y, ys, residual, rs, shape, grid, gamma, beta, ep
 
 @inner
 def chunk_grad_sums(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, rows, columns, mean):
-    """sum(dz), sum(dz * (x - mean)), with dz = dy, or 0 where y <= 0."""
+    """sum(dz), sum(dz * (x - hi)), with dz = dy, or 0 where y <= 0, and hi the mean in the compute type."""
     n = lanes(x, WIDTH)
     whole = columns - columns % n
     hi = splat(x, mean, WIDTH)
-    lo = splat(x, mean - rounded(x, mean), WIDTH)
     s1 = splat(x, 0.0, WIDTH)
     s2 = splat(x, 0.0, WIDTH)
     for r in range(rows):
@@ -323,18 +342,18 @@ def chunk_grad_sums(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, rows, 
             dz = load(dy, g + k, WIDTH)
             dz = zero_where_not_positive(load(y, o + k, WIDTH), dz)
             s1 = s1 + dz
-            s2 = fma(dz, (load(x, i + k, WIDTH) - hi) - lo, s2)
+            s2 = fma(dz, load(x, i + k, WIDTH) - hi, s2)
         if whole < columns:
             rest = columns - whole
             dz = load_first(dy, g + whole, rest, WIDTH)
             dz = zero_where_not_positive(load_first(y, o + whole, rest, WIDTH), dz)
             s1 = s1 + dz
-            s2 = fma(dz, (load_first(x, i + whole, rest, WIDTH) - hi) - lo, s2)
+            s2 = fma(dz, load_first(x, i + whole, rest, WIDTH) - hi, s2)
     return total(s1), total(s2)
 
 
 @inner
-def segment_grad_sums(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, shape, grid, segment, mean):
+def grad_segment(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, shape, grid, segment, mean):
     a, b = 0.0, 0.0
     for k in range(segment * SEGMENT, min((segment + 1) * SEGMENT, chunk_count(shape, grid))):
         row, rows, column, columns = chunk_at(k, shape, grid)
@@ -346,31 +365,45 @@ def segment_grad_sums(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, shap
     return a, b
 
 
+@inner
+def around_mean(x, mean, rstd, a, b):
+    """dgamma from a = sum(dz) and b = sum(dz * (x - hi))."""
+    return (b - (mean - rounded(x, mean)) * a) * rstd
+
+
 @kernel
-def grad_sums(dy, dys, x, xs, y, ys, shape, grid, mean, rstd, dgamma, dbeta):
-    """sum(dz * xhat) and sum(dz) of every kept index; segments are shared among threads."""
-    channels = shape[0] * shape[2]
+def grad_sums_of_segments(share, first, last, dy, x, y, geometry, numbers, parts):
+    """sum(dz) and sum(dz * (x - hi)) of every segment of every kept index; the numbers begin with the means."""
+    shape, grid, dys = four(geometry, 0), four(geometry, 4), four(geometry, 8)
+    xs, ys = four(geometry, 12), four(geometry, 16)
     segments = -(-chunk_count(shape, grid) // SEGMENT)
-    parts = np.empty((channels * segments, 2))
-    for k in prange(channels * segments):
+    for k in range(first, last):
         t = k // segments
         dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
-        parts[k, 0], parts[k, 1] = segment_grad_sums(
-            dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], shape, grid, k % segments, mean[t]
+        parts[2 * k], parts[2 * k + 1] = grad_segment(
+            dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], shape, grid, k % segments, numbers[t]
         )
-    for t in prange(channels):
+
+
+@kernel
+def channel_grad_sums(share, first, last, x, geometry, numbers, parts, out):
+    """The results (dgamma, dbeta) from the segments' sums; the numbers are (mean, rstd)."""
+    shape, grid = four(geometry, 0), four(geometry, 4)
+    segments = -(-chunk_count(shape, grid) // SEGMENT)
+    kept = shape[0] * shape[2]
+    for t in range(first, last):
         a, b = 0.0, 0.0
         for k in range(t * segments, (t + 1) * segments):
-            a, b = a + parts[k, 0], b + parts[k, 1]
-        dbeta[t], dgamma[t] = a, b * rstd[t]
+            a, b = a + parts[2 * k], b + parts[2 * k + 1]
+        out[t], out[kept + t] = around_mean(x, numbers[t], numbers[kept + t], a, b), a
 
 
 @inner
-def input_gradient(dz, x, weight, hi, lo, scale, offset, slope):
-    """``scale * dz - weight * (offset + slope * (x - mean))``; without x, ``scale * dz``."""
+def input_gradient(dz, x, weight, scale, hi, slope, offset):
+    """``scale * dz - weight * (offset + slope * (x - hi))``; without x, ``scale * dz``."""
     if x is None:
         return scale * dz
-    back = fma((x - hi) - lo, slope, offset)
+    back = fma(x - hi, slope, offset)
     if weight is not None:
         back = zero_where_zero(weight, weight * back)
     return scale * dz - back
@@ -379,14 +412,14 @@ def input_gradient(dz, x, weight, hi, lo, scale, offset, slope):
 @inner
 def grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, n, linear):
     """The n values, less than a vector, at either end of a row: by short vectors, then one by one."""
-    hi, lo, scale, offset, slope = linear
+    scale, hi, slope, offset = linear
     k = 0
     while k + lanes(dy, NARROW) <= n:
         dz = zero_where_not_positive(load(y, o + k, NARROW), load(dy, g + k, NARROW))
         x_, w_ = load(x, i + k, NARROW), converted(load(weight, w + k, dz), dz)
         out = input_gradient(
-            dz, x_, w_, narrowed(dy, hi, NARROW), narrowed(dy, lo, NARROW),
-            narrowed(dy, scale, NARROW), narrowed(dy, offset, NARROW), narrowed(dy, slope, NARROW),
+            dz, x_, w_, narrowed(dy, scale, NARROW), narrowed(dy, hi, NARROW),
+            narrowed(dy, slope, NARROW), narrowed(dy, offset, NARROW),
         )  # fmt: skip
         store(dx, d + k, out)
         store(dresidual, e + k, dz)
@@ -395,8 +428,8 @@ def grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, n, linear)
         dz = zero_where_not_positive(load(y, o + k, SINGLE), load(dy, g + k, SINGLE))
         x_, w_ = load(x, i + k, SINGLE), converted(load(weight, w + k, dz), dz)
         out = input_gradient(
-            dz, x_, w_, narrowed(dy, hi, SINGLE), narrowed(dy, lo, SINGLE),
-            narrowed(dy, scale, SINGLE), narrowed(dy, offset, SINGLE), narrowed(dy, slope, SINGLE),
+            dz, x_, w_, narrowed(dy, scale, SINGLE), narrowed(dy, hi, SINGLE),
+            narrowed(dy, slope, SINGLE), narrowed(dy, offset, SINGLE),
         )  # fmt: skip
         store(dx, d + k, out)
         store(dresidual, e + k, dz)
@@ -405,11 +438,10 @@ def grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, n, linear)
 
 @inner
 def grad_input_row(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, columns, linear, streaming):
-    """The argument ``linear`` is (mean, scale, offset, slope) of `input_gradient`."""
+    """The argument ``linear`` is (scale, hi, slope, offset) of `linear_of`."""
     n = lanes(dy, WIDTH)
-    mean, scale, offset, slope = linear
-    hi = splat(dy, mean, WIDTH)
-    lo = splat(dy, mean - rounded(dy, mean), WIDTH)
+    scale, hi, slope, offset = linear
+    hi = splat(dy, hi, WIDTH)
     scale = splat(dy, scale, WIDTH)
     offset = splat(dy, offset, WIDTH)
     slope = splat(dy, slope, WIDTH)
@@ -417,11 +449,11 @@ def grad_input_row(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, columns, l
     if streaming:
         k = misaligned(dx, d, columns)
         if k > 0:
-            grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, k, (hi, lo, scale, offset, slope))
+            grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, k, (scale, hi, slope, offset))
     while k + n <= columns:
         dz = zero_where_not_positive(load(y, o + k, WIDTH), load(dy, g + k, WIDTH))
         x_, w_ = load(x, i + k, WIDTH), converted(load(weight, w + k, dz), dz)
-        out = input_gradient(dz, x_, w_, hi, lo, scale, offset, slope)
+        out = input_gradient(dz, x_, w_, scale, hi, slope, offset)
         if streaming:
             stream(dx, d + k, out)
         else:
@@ -431,54 +463,52 @@ def grad_input_row(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, columns, l
     if k < columns:
         grad_input_end(
             dy, g + k, x, i + k, y, o + k, weight, w + k, dx, d + k, dresidual, e + k, columns - k,
-            (hi, lo, scale, offset, slope),
+            (scale, hi, slope, offset),
         )  # fmt: skip
 
 
 @kernel
-def grad_input(
-    dy, dys, x, xs, y, ys, weight, ws, dx, dxs, dresidual, drs, shape, mean, scale, offset, slope, streaming
-):
-    """``dx`` (and ``dresidual = dz``) with given per-channel numbers; pieces of rows in the order of memory."""
-    for task in prange(task_count(shape)):
-        first = task * task_pieces(shape)
-        place = piece_at(first, shape)
-        for _ in range(min(task_pieces(shape), piece_count(shape) - first)):
-            t, columns = place[0] * shape[2] + place[2], min(PIECE, shape[3] - place[3])
-            linear = (mean[t], scale[t], offset[t], slope[t])
-            grad_input_row(
-                dy, start_of(dys, place), x, start_of(xs, place), y, start_of(ys, place), weight, start_of(ws, place),
-                dx, start_of(dxs, place), dresidual, start_of(drs, place), columns, linear, streaming,
-            )  # fmt: skip
-            place = piece_after(place, shape)
+def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, numbers, streaming):
+    """``dx`` (and ``dresidual = dz``), pieces of rows in the order of memory; numbers: (mean, scale, offset, slope)."""
+    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
+    ws, dxs, drs = four(geometry, 20), four(geometry, 24), four(geometry, 28)
+    kept = shape[0] * shape[2]
+    place = piece_at(first, shape)
+    for _ in range(first, last):
+        t, columns = place[0] * shape[2] + place[2], min(PIECE, shape[3] - place[3])
+        linear = linear_of(dy, numbers[t], numbers[kept + t], numbers[2 * kept + t], numbers[3 * kept + t])
+        grad_input_row(
+            dy, start_of(dys, place), x, start_of(xs, place), y, start_of(ys, place), weight, start_of(ws, place),
+            dx, start_of(dxs, place), dresidual, start_of(drs, place), columns, linear, streaming,
+        )  # fmt: skip
+        place = piece_after(place, shape)
 
 
 @kernel
-def backward(
-    dy, dys, x, xs, y, ys, weight, ws, dx, dxs, dresidual, drs, shape, grid,
-    mean, rstd, gamma, count, dmean, dvar, live, streaming, dgamma, dbeta,
-):  # fmt: skip
+def backward(share, first, last, dy, x, y, live, weight, dx, dresidual, geometry, numbers, out, streaming):
     """Gradient sums and dx, a channel at a time: the second pass finds the slabs of dy and x in cache.
 
-    ``live`` is x again, or None where statistics are frozen and dx does not depend on it.
+    ``live`` is x again, or None where statistics are frozen and dx does not depend on it. The numbers are those of
+    `input_numbers`, the results (dgamma, dbeta).
     """
-    for t in prange(shape[0] * shape[2]):
+    shape, grid, dys = four(geometry, 0), four(geometry, 4), four(geometry, 8)
+    xs, ys, ws = four(geometry, 12), four(geometry, 16), four(geometry, 20)
+    dxs, drs = four(geometry, 24), four(geometry, 28)
+    kept = shape[0] * shape[2]
+    for t in range(first, last):
         dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
         w_at, dx_at, dr_at = channel_start(ws, t, shape), channel_start(dxs, t, shape), channel_start(drs, t, shape)
+        mean = numbers[t]
         a, b = 0.0, 0.0
         for s in range(-(-chunk_count(shape, grid) // SEGMENT)):
-            s1, s2 = segment_grad_sums(dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], shape, grid, s, mean[t])
+            s1, s2 = grad_segment(dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], shape, grid, s, mean)
             a, b = a + s1, b + s2
-        b *= rstd[t]
-        dbeta[t], dgamma[t] = a, b
-        scale = gamma[t] * rstd[t]
-        offset, slope = 0.0, 0.0
-        if live is not None:
-            offset = (scale * a - dmean[t]) / count[t]
-            slope = (scale * rstd[t] * b - 2.0 * dvar[t]) / count[t]
+        b = around_mean(x, mean, numbers[kept + t], a, b)
+        out[t], out[kept + t] = b, a
+        scale, offset, slope = input_numbers(numbers, t, kept, live, a, b)
+        linear = linear_of(x, mean, scale, offset, slope)
         for r in range(shape[1]):
             grad_input_row(
                 dy, dy_at + r * dys[2], live, x_at + r * xs[2], y, y_at + r * ys[2], weight, w_at + r * ws[2],
-                dx, dx_at + r * dxs[2], dresidual, dr_at + r * drs[2], shape[3],
-                (mean[t], scale, offset, slope), streaming,
+                dx, dx_at + r * dxs[2], dresidual, dr_at + r * drs[2], shape[3], linear, streaming,
             )  # fmt: skip

@@ -1,9 +1,18 @@
-"""Steps on one channel's slab that both kernel families (`rows`, `columns`) share."""
+"""Steps that both kernel families (`rows`, `columns`) share.
+
+Kernels take their integers as one vector, the geometry, which a caller may keep: ``(batch, outer, channel, inner)``,
+four integers of the family, then ``(start, batch, outer, channel)`` strides of each array in the order of arguments.
+"""
 
 import numpy as np
 
-from fastbn.cpu.jit import inner
-from fastbn.cpu.simd import value
+from fastbn.cpu.jit import inner, kernel
+from fastbn.cpu.simd import rounded, value
+
+
+@inner
+def four(geometry, k):
+    return geometry[k], geometry[k + 1], geometry[k + 2], geometry[k + 3]
 
 
 @inner
@@ -38,14 +47,27 @@ def positive_or_nan(m2):
 
 
 @inner
-def find_pivot(x, x_at, x_step, weight, w_at, w_step, shape):
-    """The channel's first finite value of non-zero weight, or 0."""
-    for r in range(shape[1]):
-        for i in range(shape[3]):
-            number = value(x, x_at + r * x_step + i)
-            if np.isfinite(number) and (weight is None or value(weight, w_at + r * w_step + i) != 0.0):
-                return number
-    return 0.0
+def pivot_of(x, at, weight, pivots, t):
+    """What the mean of kept index t is taken relative to: its first selected value, or 0 if that is not finite."""
+    if weight is None:
+        number = value(x, at)
+        return number if np.isfinite(number) else 0.0
+    return pivots[t]
+
+
+@kernel
+def find_pivots(share, first, last, x, weight, geometry, pivots):
+    """The first finite value of non-zero weight of each kept index, or 0."""
+    shape, xs, ws = four(geometry, 0), four(geometry, 8), four(geometry, 12)
+    for t in range(first, last):
+        x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
+        pivots[t] = 0.0
+        for k in range(shape[1] * shape[3]):
+            r, i = k // shape[3], k % shape[3]
+            number = value(x, x_at + r * xs[2] + i)
+            if value(weight, w_at + r * ws[2] + i) != 0.0 and np.isfinite(number):
+                pivots[t] = number
+                break
 
 
 @inner
@@ -59,20 +81,54 @@ def finished(x, x_at, x_step, weight, w_at, w_step, shape, n, mean, m2, pivot):
         return 0.0, np.nan, np.nan
     if np.isfinite(mean) and np.isfinite(m2):
         return n, pivot + mean, m2
-    mean = 0.0
-    for r in range(shape[1]):
-        for i in range(shape[3]):
+    centre, total = 0.0, 0.0
+    for look in range(2):
+        total = 0.0
+        for k in range(shape[1] * shape[3]):
+            r, i = k // shape[3], k % shape[3]
             w = 1.0 if weight is None else value(weight, w_at + r * w_step + i)
             if w != 0.0:
-                mean += w * value(x, x_at + r * x_step + i)
-    mean /= n
-    m2 = np.nan
-    if np.isfinite(mean):
-        m2 = 0.0
-        for r in range(shape[1]):
-            for i in range(shape[3]):
-                w = 1.0 if weight is None else value(weight, w_at + r * w_step + i)
-                if w != 0.0:
-                    d = value(x, x_at + r * x_step + i) - mean
-                    m2 += w * d * d
-    return n, mean, m2
+                d = value(x, x_at + r * x_step + i) - centre
+                total += w * d if look == 0 else w * d * d
+        if look == 0:
+            centre = total / n
+            if not np.isfinite(centre):
+                return n, centre, np.nan
+    return n, centre, total
+
+
+@inner
+def affine_of(x, numbers, t, kept, eps):
+    """Three numbers hi, scale, shift with ``(x - hi) * scale + shift = (x - mean) * scale + beta`` of kept index t.
+
+    The numbers are (mean, variance, gamma, beta), or with eps < 0 (mean, rstd, gamma, beta). ``hi`` is the mean in
+    the compute type; what that rounding leaves goes into the shift.
+    """
+    mean, rstd = numbers[t], numbers[kept + t]
+    if eps >= 0.0:
+        rstd = 1.0 / np.sqrt(rstd + eps)
+    hi = rounded(x, mean)
+    scale = rstd * numbers[2 * kept + t]
+    return hi, scale, numbers[3 * kept + t] - (mean - hi) * scale
+
+
+@inner
+def linear_of(x, mean, scale, offset, slope):
+    """Four numbers of ``scale * dz - w * (offset + slope * (x - hi))``; hi as in `affine_of`."""
+    hi = rounded(x, mean)
+    return scale, hi, slope, offset + slope * (hi - mean)
+
+
+@inner
+def input_numbers(numbers, t, kept, live, a, b):
+    """scale, offset and slope of dx from the sums a = dbeta, b = dgamma; `fastbn.formulas.input_numbers` in a kernel.
+
+    The numbers are (mean, rstd, gamma, count, dmean, dvar).
+    """
+    rstd = numbers[kept + t]
+    scale = numbers[2 * kept + t] * rstd
+    if live is None:
+        return scale, 0.0, 0.0
+    count = numbers[3 * kept + t]
+    offset = (scale * a - numbers[4 * kept + t]) / count
+    return scale, offset, (scale * rstd * b - 2.0 * numbers[5 * kept + t]) / count
