@@ -146,5 +146,5 @@ def kernel_cache() -> str | None:
     """The folder that keeps compiled kernels between processes; None where no folder can be written."""
     from fastbn.cpu import rows
 
-    path = rows.normalize.serial._cache.cache_path
+    path = rows.normalize.compiled._cache.cache_path
     return None if path is None else str(path)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal
 
-from fastbn import arguments
+from fastbn import arguments, repeated
 from fastbn.dispatch import backend_of, one_kind
 from fastbn.formulas import batch_rstd, input_numbers, reciprocal_std
 from fastbn.layout import Layout
@@ -112,6 +112,12 @@ def batch_norm(
     >>> saved.mean, saved.rstd
     (array([2., 4.]), array([1. , 0.5]))
     """
+    key = None
+    if where is None and weights is None and gather is None:
+        key = repeated.forward_key(x, gamma, beta, channel_axis, eps, residual, activation, out)
+        call = repeated.find(key)
+        if call is not None and (done := call(x, gamma, beta, residual, out)) is not None:
+            return done  # type: ignore[no-any-return]
     kind = one_kind({"x": x}, gamma=gamma, beta=beta, where=where, weights=weights, residual=residual, out=out)
     backend = backend_of(kind)
     x = arguments.data("x", x)
@@ -155,6 +161,8 @@ def batch_norm(
         has_residual=residual is not None,
         gathered=gather is not None,
     )
+    if key is not None:
+        repeated.remember(key, repeated.forward(backend, layout, saved, x, eps, residual, out))
     return y, saved
 
 
@@ -218,6 +226,12 @@ def batch_norm_backward(
     >>> grads.beta, abs(grads.x.sum()) < 1e-15
     (array([1.]), np.True_)
     """
+    key = None
+    if dmean is None and dvar is None and gather is None:
+        key = repeated.backward_key(dy, saved, out)
+        call = repeated.find(key)
+        if call is not None and (done := call(dy, saved, out)) is not None:
+            return done  # type: ignore[no-any-return]
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected a fastbn.Saved, got {type(saved).__name__}")
     gather = arguments.hook(gather)
@@ -263,6 +277,8 @@ def batch_norm_backward(
     target.deliver()
     if residual_target is not None:
         residual_target.deliver()
+    if key is not None:
+        repeated.remember(key, repeated.backward(backend, layout, saved, dy, out))
     return Gradients(dx, layout.kept_array(xp, dgamma), layout.kept_array(xp, dbeta), dresidual)
 
 
@@ -308,13 +324,22 @@ def batch_norm_inference(
     >>> fastbn.batch_norm_inference(np.array([[3.0, 9.0]]), np.array([1.0, 1.0]), np.array([4.0, 16.0]), eps=0)
     array([[1., 2.]])
     """
+    key = repeated.inference_key(x, mean, var, gamma, beta, channel_axis, eps, residual, activation, out)
+    call = repeated.find(key)
+    if call is not None and (done := call(x, mean, var, gamma, beta, residual, out)) is not None:
+        return done
     kind = one_kind({"x": x, "mean": mean, "var": var}, gamma=gamma, beta=beta, residual=residual, out=out)
     backend = backend_of(kind)
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
     eps = arguments.epsilon(eps)
-    var = _vector("var", var, layout, backend.xp)
-    return _normalize(backend, x, layout, mean, var, gamma, beta, eps, residual, activation, out)
+    spread = _vector("var", var, layout, backend.xp)
+    y = _normalize(backend, x, layout, mean, spread, gamma, beta, eps, residual, activation, out)
+    if key is not None:
+        repeated.remember(
+            key, repeated.inference(backend, layout, x, eps, residual, activation is not None, out)
+        )
+    return y
 
 
 # --- the three kernels by themselves ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 
 import fastbn
-from fastbn.cpu import columns, jit, rows
+from fastbn.cpu import columns, jit, rows, slab
 from fastbn.environment import float_dtypes
 
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -80,8 +80,9 @@ def _call_all(dtype: str, layout: str, shape: tuple[int, ...], options: tuple[st
 
 def counts() -> Counts:
     """How many compiled forms this process has loaded and compiled so far."""
-    kernels = [value for module in (rows, columns) for value in vars(module).values() if isinstance(value, jit.kernel)]
-    statistics = [form.stats for kernel in kernels for form in (kernel.serial, kernel.parallel)]
+    modules = (rows, columns, slab)
+    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, jit.kernel)]
+    statistics = [compiled.stats for compiled in (jit.shared_out, *(kernel.compiled for kernel in kernels))]
     loaded = sum(sum(s.cache_hits.values()) for s in statistics)
     compiled = sum(sum(s.cache_misses.values()) for s in statistics)
     return Counts(loaded, compiled)

@@ -148,7 +148,7 @@ def _compiled(function, **options):
     return compiled
 
 
-_shared_out = _compiled(_share_out, parallel=True)
+shared_out = _compiled(_share_out, parallel=True)
 
 
 class kernel:
@@ -168,7 +168,7 @@ class kernel:
             self.compiled(0, 0, tasks, *arguments)
             return
         try:
-            _shared_out(self._address(arguments), tasks, shares, arguments)
+            shared_out(self._address(arguments), tasks, shares, arguments)
         finally:
             _team.release()
 

@@ -1,0 +1,156 @@
+"""Arrays as kernels take them: flat memory and strides; what may be written where; and the short way of `repeated`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from fastbn.cpu.jit import shares_of
+from fastbn.layout import Layout
+
+Array = np.ndarray[Any, Any]
+Strides = tuple[int, ...]  # in elements: where the first one is, then of batch, outer and channel
+
+CACHE_SHARE = 4 << 20  # bytes of output; below, streaming stores lose to plain ones, whose lines are still in cache
+
+_AS_INTEGERS: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype(np.uint16),
+    "bfloat16": np.dtype(np.int16),
+    "bool": np.dtype(np.uint8),
+}
+
+
+@lru_cache(maxsize=64)
+def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype that kernels see (``dtype.name`` alone takes a microsecond)."""
+    return _AS_INTEGERS.get(dtype.name, dtype)
+
+
+class _Span:
+    """Flat memory from an array's lowest to its highest element, whatever its strides."""
+
+    def __init__(self, a: Array, start: int, count: int, dtype: np.dtype[Any]) -> None:
+        self.owner = a
+        address = a.__array_interface__["data"][0] - start * a.itemsize
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (count,),
+            "typestr": dtype.str,
+            "data": (address, False),  # not read-only: one compiled kernel serves both; inputs are never written
+        }
+
+
+def _unit_stride(a: Array) -> bool:
+    """Whether kernels can walk the array: contiguous inner or channel axis, other strides whole elements."""
+    _, _, channel, inner = a.shape
+    axis = 3 if inner > 1 or channel == 1 else 2
+    unit = a.shape[axis] == 1 or a.strides[axis] == a.itemsize
+    return unit and all(s % a.itemsize == 0 for s in a.strides)
+
+
+def writable_in_place(a: Array) -> bool:
+    """Whether kernels can write a folded array as it lies in memory."""
+    return bool(a.dtype.isnative and (a.flags.carray or (a.flags.aligned and _unit_stride(a))))
+
+
+_shares_memory: Any = np.shares_memory  # whose stub knows only two of max_work's values
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays share memory; yes where that is too hard to decide."""
+    try:
+        return bool(np.may_share_memory(a, b) and _shares_memory(a, b, max_work=1000))
+    except np.exceptions.TooHardError:
+        return True
+
+
+def same_or_apart(a: Array, b: Array) -> bool:
+    """Whether each element of `a` lies where the same element of `b` does, or the arrays share no memory."""
+    return (
+        a.__array_interface__["data"][0] == b.__array_interface__["data"][0] and a.strides == b.strides
+    ) or not overlap(a, b)
+
+
+def memory(a: Any) -> tuple[Any, Any]:
+    """Flat memory and the element strides (start, batch, outer, channel); copies what kernels cannot walk."""
+    if a is None:
+        return None, None
+    if not writable_in_place(a):
+        a = np.array(a, dtype=a.dtype.newbyteorder("="), order="C")
+    dtype = _stored(a.dtype)
+    _, outer, channel, inner = a.shape
+    if a.flags.carray:
+        strides = (0, outer * channel * inner, channel * inner, inner)
+        return a.reshape(-1).view(dtype), strides
+    steps = tuple(s // a.itemsize if n > 1 else 0 for s, n in zip(a.strides, a.shape, strict=True))
+    reach = [(n - 1) * s for n, s in zip(a.shape, steps, strict=True)]
+    start = -sum(r for r in reach if r < 0)
+    count = 1 + start + sum(r for r in reach if r > 0) if a.size else 0
+    return np.asarray(_Span(a, start, count, dtype)), (start, *steps[:3])
+
+
+def weight_memory(weight: Any) -> tuple[Any, Any]:
+    """The same for weights: contiguous, and stride 0 along batch and channel where they do not vary."""
+    if weight is None:
+        return None, None
+    batch, outer, channel, inner = weight.shape
+    strides = (0, outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1))
+    return weight.reshape(-1).view(_stored(weight.dtype)), strides
+
+
+def empty_like(a: Array) -> Array:
+    """An uninitialised array like `a`; a large one starts on a cache line, so that it can be written past the caches."""
+    if a.nbytes < CACHE_SHARE:
+        return np.empty_like(a)
+    buffer = np.empty(a.nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    order = sorted(range(a.ndim), key=lambda axis: -abs(a.strides[axis]))
+    flat = buffer[start : start + a.nbytes].view(a.dtype).reshape([a.shape[axis] for axis in order])
+    return flat.transpose(np.argsort(order))
+
+
+def on_lines(*arrays: Array | None) -> bool:
+    """Whether arrays are large and start on cache lines, so that they may be written past the caches."""
+    return all(
+        a is None or (a.nbytes >= CACHE_SHARE and a.__array_interface__["data"][0] % 64 == 0) for a in arrays
+    )
+
+
+def dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Callable[..., Any], ...] | None:
+    """For plain arrays of one layout without gaps: what a repeated call does with them; else None.
+
+    Functions that give an array's flat memory, tell whether arrays of a later call may go the short way, allocate a
+    result, and tell whether results start on cache lines.
+    """
+    arrays = [a for a in (x, *others) if a is not None]
+    if not all(type(a) is np.ndarray and a.strides == x.strides and a.dtype == x.dtype for a in arrays):
+        return None
+    if not (x.dtype.isnative and x.size and x.transpose(layout.order).flags.c_contiguous):
+        return None
+    stored, shares, size = _stored(x.dtype), shares_of(x.size), x.size
+    in_order = layout.order == tuple(range(x.ndim))
+
+    def flat(a: Array | None) -> Array | None:
+        return None if a is None else a.transpose(layout.order).ravel().view(stored)
+
+    def flat_in_order(a: Array | None) -> Array | None:
+        return None if a is None else a.ravel()
+
+    def usable(out: Array | None, x: Array, other: Array | None, *rest: Array | None) -> bool:
+        if not x.flags.behaved or not (other is None or other.flags.behaved) or shares_of(size) != shares:
+            return False
+        if out is None:
+            return True
+        inputs = (a for a in (x, other, *rest) if a is not None and a is not out)
+        return out.flags.behaved and not any(np.may_share_memory(out, a) for a in inputs)
+
+    small = x.nbytes < CACHE_SHARE
+    return (
+        flat_in_order if in_order and stored == x.dtype else flat,
+        usable,
+        np.empty_like if small else empty_like,
+        (lambda *_: False) if small else on_lines,
+    )

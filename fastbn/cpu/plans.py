@@ -1,0 +1,349 @@
+"""Which kernels run, and how their work is divided: from shapes and strides to a function of flat arrays.
+
+A plan is made once for each shape, strides, size of element and number of threads. It chooses between
+
+- `rows`, a channel's rows one after the other, and `columns`, rows through all channels;
+- one trip over memory, where what is read twice stays in a core's cache, and two;
+- plain stores and stores past the caches.
+
+What changes the bits of sums (chunks, segments, folding, the family of kernels) follows from shape and strides alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from fastbn.cpu import columns, jit, rows, slab
+from fastbn.cpu.memory import Array, Strides
+from fastbn.formulas import batch_rstd, input_numbers
+
+Shape = tuple[int, ...]
+Run = Callable[..., None]
+
+STREAMED_ROW = 512  # bytes of a channel's row from which streaming pays: its two ends are not streamed
+SHORT = 1024  # values of a row, below which rows of many channels are read in one go
+FEW_ROWS = 8  # below so many, spreading each channel's numbers over its columns costs more than it saves
+FOLDED = 512  # columns, about, of folded rows
+FOLDED_ROWS = 512  # rows of few channels are folded only while so many remain
+TILE = 512  # columns, at most, of which a task makes sums: a thread's arrays for them take 32 kB
+ROW = 4096  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
+FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least; two passes over whole rows beat one over narrow ones
+FUSED_BYTES = 192 << 10  # read twice by one thread: with the output beside it, it stays in a second-level cache of 512 kB
+
+NOWHERE = (0, 0, 0, 0)
+
+
+def in_columns(shape: Shape, *strides: Strides | None, weighted: bool = False) -> bool:
+    """Whether the kernels of `columns` take these arrays: channels-last, or many short rows side by side."""
+    _, outer, channel, inner = shape
+    if inner == 1 or channel == 1:
+        return channel > 1
+    adjacent = all(s is None or s[3] == inner for s in strides)
+    return inner <= SHORT and outer >= FEW_ROWS and not weighted and adjacent
+
+
+def folding(shape: Shape, *strides: Strides | None, weighted: bool = False) -> int:
+    """How many rows of few channels are taken as one."""
+    _, outer, channel, inner = shape
+    fold = min(FOLDED // max(1, channel), outer // FOLDED_ROWS)
+    if inner > 1 or fold < 2 or weighted:
+        return 1
+    return fold if all(s is None or s[2] == channel for s in strides) else 1
+
+
+def _tile(channels: int, size: int, itemsize: int, most: int) -> int:
+    """Cells of a tile: ``most`` columns about, whole cache lines."""
+    lines = 64 // math.gcd(64, size * itemsize)
+    return min(max(1, channels), -(-max(1, most // size) // lines) * lines)
+
+
+def _fused_tile(shape: Shape, itemsize: int, twice: int, shares: int) -> int:
+    """Cells of a tile whose rows all stay in a core's cache between two passes over ``twice`` arrays, or 0."""
+    batch, outer, channel, inner = shape
+    tile = _tile(channel, inner, itemsize, min(TILE, FUSED_BYTES // max(1, outer * itemsize * twice)))
+    if shares == 1 and math.prod(shape) < jit.PARALLEL_FROM:
+        return tile
+    width = tile * inner * itemsize
+    if width < FUSED_WIDTH or width * outer * twice > 2 * FUSED_BYTES or batch * -(-channel // tile) < 2 * shares:
+        return 0
+    return tile
+
+
+def _whole_channels(shape: Shape, shares: int) -> bool:
+    """Whether one thread does all, or there are channels enough to give each thread whole ones."""
+    return shares == 1 or shape[0] * shape[2] >= 4 * shares
+
+
+def _geometry(shape: Shape, family: tuple[int, ...], *strides: Strides | None) -> Array:
+    """The integers of a kernel in one vector; see `fastbn.cpu.slab`."""
+    return np.array([*shape, *family, *(step for s in strides for step in s or NOWHERE)], np.int64)
+
+
+def _chunks(shape: Shape) -> tuple[int, ...]:
+    """The geometry's integers of the family `rows`."""
+    return (*rows.chunk_grid(shape[1], shape[3]), 0, 0)
+
+
+class _Columns:
+    """A division of ``columns``: segments of rows for sums, or equal shares of the rows."""
+
+    def __init__(self, shape: Shape, fold: int, tile: int, itemsize: int, shares: int, arrays: int = 0) -> None:
+        batch, outer, channel, inner = shape
+        # Sums take whole folds and leave the rest to their last step; elementwise passes take the rest as a row.
+        folded = outer // fold if arrays else -(-outer // fold)
+        self.fold, self.tile, self.itemsize, self.inner, self.cells = fold, tile, itemsize, inner, channel * fold
+        self.height = columns.segment_rows(folded) if arrays else max(1, -(-folded // shares))
+        self.tasks = columns.task_count(batch, folded, self.cells, self.height, tile)
+        results = arrays * batch * -(-folded // self.height) * self.cells
+        pitch = tile * inner + columns.PAD
+        self.parts, self.work = results + shares * columns.PARTS * pitch, shares * columns.WORK * pitch
+        self.compute = np.float64 if itemsize == 8 else np.float32
+        self.family = (fold, tile, self.height, 0)
+
+    def streams(self, *strides: Strides | None) -> bool:
+        """Whether every row of a tile is whole cache lines, if the array starts on one."""
+        width = 0 if self.tile >= self.cells else self.tile * self.inner
+        steps = [width, *(step for s in strides if s is not None for step in (s[0], s[1], s[2] * self.fold))]
+        return all(step * self.itemsize % 64 == 0 for step in steps)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def moments(shape: Shape, xs: Strides, ws: Strides | None, itemsize: int, shares: int) -> Run:
+    """``run(x, weight, out)``: count, mean and M2 of every kept index, one after the other in ``out``."""
+    weighted, kept = ws is not None, shape[0] * shape[2]
+    if in_columns(shape, xs, weighted=weighted):
+        fold = folding(shape, xs, weighted=weighted)
+        tile = _tile(shape[2] * fold, shape[3], itemsize, TILE)
+        c = _Columns(shape, fold, tile, itemsize, shares, 3 if weighted else 2)
+        geometry = _geometry(shape, c.family, xs, ws)
+
+        def sums(x: Array, weight: Array | None, pivots: Array, out: Array) -> None:
+            parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
+            columns.segment_moments.run(c.tasks, shares, x, weight, geometry, pivots, parts, work)
+            columns.channel_moments.run(kept, shares, x, weight, geometry, pivots, parts, out)
+
+    else:
+        segments = kept * rows.segment_count(shape[1], shape[3])
+        geometry = _geometry(shape, _chunks(shape), xs, ws)
+
+        def sums(x: Array, weight: Array | None, pivots: Array, out: Array) -> None:
+            parts = np.empty(3 * segments)
+            rows.moments_of_segments.run(segments, shares, x, weight, geometry, pivots, parts)
+            rows.channel_moments.run(kept, shares, x, weight, geometry, pivots, parts, out)
+
+    def run(x: Array, weight: Array | None, out: Array) -> None:
+        pivots = np.empty(kept if weighted else 0)
+        if weighted:
+            slab.find_pivots.run(kept, shares, x, weight, geometry, pivots)
+        sums(x, weight, pivots, out)
+
+    return run
+
+
+@lru_cache(maxsize=1024)
+def normalize(
+    shape: Shape, xs: Strides, ys: Strides, rs: Strides | None, itemsize: int, shares: int
+) -> Run:
+    """``run(x, y, residual, numbers, eps, relu, lines)``: see `slab.affine_of`; lines: whether y starts on one."""
+    if in_columns(shape, xs, ys, rs):
+        fold = folding(shape, xs, ys, rs)
+        tile = _tile(shape[2] * fold, shape[3], itemsize, ROW)
+        c = _Columns(shape, fold, tile, itemsize, shares)
+        geometry, can_stream = _geometry(shape, c.family, xs, ys, rs), c.streams(ys)
+
+        def run(x: Array, y: Array, residual: Array | None, numbers: Array, eps: float, relu: Any, lines: bool) -> None:
+            work = np.empty(c.work, c.compute)
+            columns.normalize.run(
+                c.tasks, shares, x, y, residual, geometry, numbers, eps, work, relu, lines and can_stream
+            )
+
+        return run
+    geometry, pieces = _geometry(shape, _chunks(shape), xs, ys, rs), rows.piece_count(shape)
+    can_stream = shape[3] * itemsize >= STREAMED_ROW
+
+    def run(x: Array, y: Array, residual: Array | None, numbers: Array, eps: float, relu: Any, lines: bool) -> None:
+        rows.normalize.run(pieces, shares, x, y, residual, geometry, numbers, eps, relu, lines and can_stream)
+
+    return run
+
+
+@lru_cache(maxsize=1024)
+def forward(
+    shape: Shape, xs: Strides, ws: Strides | None, ys: Strides, rs: Strides | None, itemsize: int, shares: int
+) -> Run:
+    """``run(x, weight, y, residual, numbers, eps, relu, lines, out)``: from (gamma, beta) to (count, mean, M2, rstd)."""
+    weighted, kept = ws is not None, shape[0] * shape[2]
+    tile = 0
+    if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, xs) == 1:
+        tile = _fused_tile(shape, itemsize, 1, shares)
+    if tile:
+        c = _Columns(shape, 1, tile, itemsize, shares)
+        c.family = (1, tile, columns.segment_rows(shape[1]), 0)
+        geometry, can_stream = _geometry(shape, c.family, xs, ys, rs), c.streams(ys)
+        tiles = shape[0] * -(-shape[2] // tile)
+
+        def run(
+            x: Array, weight: None, y: Array, residual: Array | None,
+            numbers: Array, eps: float, relu: Any, lines: bool, out: Array,
+        ) -> None:  # fmt: skip
+            parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
+            columns.forward.run(
+                tiles, shares, x, y, residual, geometry, numbers, eps, out, parts, work, relu, lines and can_stream
+            )
+
+        return run
+    if _whole_channels(shape, shares) and not in_columns(shape, xs, weighted=weighted):
+        geometry = _geometry(shape, _chunks(shape), xs, ws, ys, rs)
+        can_stream = shape[3] * itemsize >= STREAMED_ROW
+
+        def run(
+            x: Array, weight: Array | None, y: Array, residual: Array | None,
+            numbers: Array, eps: float, relu: Any, lines: bool, out: Array,
+        ) -> None:  # fmt: skip
+            pivots = np.empty(kept if weighted else 0)
+            if weighted:
+                slab.find_pivots.run(kept, shares, x, weight, geometry, pivots)
+            streaming = lines and can_stream
+            rows.forward.run(
+                kept, shares, x, weight, y, residual, geometry, pivots, numbers, eps, out, relu, streaming
+            )
+
+        return run
+    first, second = moments(shape, xs, ws, itemsize, shares), normalize(shape, xs, ys, rs, itemsize, shares)
+
+    def run(
+        x: Array, weight: Array | None, y: Array, residual: Array | None,
+        numbers: Array, eps: float, relu: Any, lines: bool, out: Array,
+    ) -> None:  # fmt: skip
+        first(x, weight, out)
+        count, mean, m2, rstd = out.reshape(4, kept)
+        rstd[...] = batch_rstd(count, m2, eps)
+        second(x, y, residual, np.concatenate((mean, rstd, numbers)), -1.0, relu, lines)
+
+    return run
+
+
+@lru_cache(maxsize=1024)
+def grad_sums(
+    shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, itemsize: int, shares: int
+) -> Run:
+    """``run(dy, x, y, numbers, out)``: from (mean, rstd) to (dgamma, dbeta)."""
+    kept = shape[0] * shape[2]
+    if in_columns(shape, dys, xs, ys):
+        fold = folding(shape, dys, xs, ys)
+        tile = _tile(shape[2] * fold, shape[3], itemsize, TILE)
+        c = _Columns(shape, fold, tile, itemsize, shares, 2)
+        geometry = _geometry(shape, c.family, dys, xs, ys)
+
+        def run(dy: Array, x: Array, y: Array | None, numbers: Array, out: Array) -> None:
+            parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
+            columns.segment_grad_sums.run(c.tasks, shares, dy, x, y, geometry, numbers, parts, work)
+            columns.channel_grad_sums.run(kept, shares, dy, x, y, geometry, numbers, parts, out)
+
+        return run
+    geometry, segments = _geometry(shape, _chunks(shape), dys, xs, ys), kept * rows.segment_count(shape[1], shape[3])
+
+    def run(dy: Array, x: Array, y: Array | None, numbers: Array, out: Array) -> None:
+        parts = np.empty(2 * segments)
+        rows.grad_sums_of_segments.run(segments, shares, dy, x, y, geometry, numbers, parts)
+        rows.channel_grad_sums.run(kept, shares, x, geometry, numbers, parts, out)
+
+    return run
+
+
+@lru_cache(maxsize=1024)
+def grad_input(
+    shape: Shape, dys: Strides, xs: Strides | None, ys: Strides | None, ws: Strides | None, dxs: Strides,
+    drs: Strides | None, itemsize: int, shares: int,
+) -> Run:  # fmt: skip
+    """``run(dy, x, y, weight, dx, dresidual, numbers, lines)``: numbers are (mean, scale, offset, slope)."""
+    strides = (dys, xs, ys, ws, dxs, drs)
+    if in_columns(shape, dys, xs, ys, dxs, drs, weighted=ws is not None):
+        fold = folding(shape, dys, xs, ys, dxs, drs, weighted=ws is not None)
+        tile = _tile(shape[2] * fold, shape[3], itemsize, ROW)
+        c = _Columns(shape, fold, tile, itemsize, shares)
+        geometry, can_stream = _geometry(shape, c.family, *strides), c.streams(dxs, drs)
+
+        def run(
+            dy: Array, x: Array | None, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
+            numbers: Array, lines: bool,
+        ) -> None:  # fmt: skip
+            work = np.empty(c.work, c.compute)
+            streaming = lines and can_stream
+            columns.grad_input.run(
+                c.tasks, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, work, streaming
+            )
+
+        return run
+    geometry, pieces = _geometry(shape, _chunks(shape), *strides), rows.piece_count(shape)
+    can_stream = shape[3] * itemsize >= STREAMED_ROW
+
+    def run(
+        dy: Array, x: Array | None, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
+        numbers: Array, lines: bool,
+    ) -> None:  # fmt: skip
+        rows.grad_input.run(pieces, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, lines and can_stream)
+
+    return run
+
+
+@lru_cache(maxsize=1024)
+def backward(
+    shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, dxs: Strides,
+    drs: Strides | None, itemsize: int, shares: int, frozen: bool,
+) -> Run:  # fmt: skip
+    """``run(dy, x, y, weight, dx, dresidual, numbers, lines, out)``: see `slab.input_numbers`; to (dgamma, dbeta)."""
+    strides, kept = (dys, xs, ys, ws, dxs, drs), shape[0] * shape[2]
+    tile = 0
+    if ws is None and in_columns(shape, dys, xs, ys, dxs, drs) and folding(shape, dys, xs, ys) == 1:
+        tile = _fused_tile(shape, itemsize, 2, shares)
+    if tile:
+        c = _Columns(shape, 1, tile, itemsize, shares)
+        c.family = (1, tile, columns.segment_rows(shape[1]), 0)
+        geometry, can_stream = _geometry(shape, c.family, *strides), c.streams(dxs, drs)
+        tiles = shape[0] * -(-shape[2] // tile)
+
+        def run(
+            dy: Array, x: Array, y: Array | None, weight: None, dx: Array, dresidual: Array | None,
+            numbers: Array, lines: bool, out: Array,
+        ) -> None:  # fmt: skip
+            parts, work, live = np.empty(c.parts), np.empty(c.work, c.compute), None if frozen else x
+            columns.backward.run(
+                tiles, shares, dy, x, y, live, dx, dresidual, geometry, numbers, out, parts, work, lines and can_stream
+            )
+
+        return run
+    if _whole_channels(shape, shares) and not in_columns(shape, dys, xs, ys):
+        geometry, can_stream = _geometry(shape, _chunks(shape), *strides), shape[3] * itemsize >= STREAMED_ROW
+
+        def run(
+            dy: Array, x: Array, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
+            numbers: Array, lines: bool, out: Array,
+        ) -> None:  # fmt: skip
+            live = None if frozen else x
+            rows.backward.run(
+                kept, shares, dy, x, y, live, weight, dx, dresidual, geometry, numbers, out, lines and can_stream
+            )
+
+        return run
+    first = grad_sums(shape, dys, xs, ys, itemsize, shares)
+    second = grad_input(shape, dys, None if frozen else xs, ys, ws, dxs, drs, itemsize, shares)
+
+    def run(
+        dy: Array, x: Array, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
+        numbers: Array, lines: bool, out: Array,
+    ) -> None:  # fmt: skip
+        first(dy, x, y, numbers[: 2 * kept], out)
+        (dgamma, dbeta), (mean, rstd, gamma, count, dmean, dvar) = out.reshape(2, kept), numbers.reshape(6, kept)
+        terms = input_numbers(gamma, rstd, dgamma, dbeta, count, dmean, dvar)
+        second(dy, None if frozen else x, y, weight, dx, dresidual, np.concatenate((mean, *terms)), lines)
+
+    return run
