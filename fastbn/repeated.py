@@ -105,19 +105,21 @@ def forward(backend: Any, layout: Layout, saved: Saved, x: Any, eps: float, resi
     dense = backend.dense(layout, x, residual, out)
     if dense is None or len(layout.kept_shape) != 1:
         return None
-    flat, usable, empty_like, on_lines, xp = *dense, backend.xp
+    flat, usable, empty_like, on_lines, small, xp = *dense, backend.xp
     channels, run = layout.kept_shape[0], backend.dense_forward(layout.folded, x, residual)
+    simple = small and residual is None and out is None
     relu, channel_axis, activation = (saved.activation is not None) or None, saved.channel_axis, saved.activation
 
     def call(x: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> tuple[Any, Saved] | None:
-        if out is x or not usable(out, x, residual, gamma, beta):
+        if not x.flags.behaved or out is x or not (simple or usable(out, x, residual, gamma, beta)):
             return None
         numbers = xp.empty((2, channels))
         numbers[0] = 1.0 if gamma is None else gamma
         numbers[1] = 0.0 if beta is None else beta
         y = empty_like(x) if out is None else out
         results = xp.empty((4, channels))
-        run(flat(x), None, flat(y), flat(residual), numbers.ravel(), eps, relu, on_lines(y), results.ravel())
+        rest = None if residual is None else flat(residual)
+        run(flat(x), None, flat(y), rest, numbers.ravel(), eps, relu, on_lines(y), results.ravel())
         count, mean, m2, rstd = results
         return y, Saved(
             x, None if relu is None else y, gamma, None, Moments(count, mean, m2), mean, rstd, count,
@@ -133,13 +135,14 @@ def backward(backend: Any, layout: Layout, saved: Saved, dy: Any, out: Any) -> C
     dense = backend.dense(layout, x, dy, y, out)
     if dense is None or len(layout.kept_shape) != 1 or saved.weight is not None:
         return None
-    flat, usable, empty_like, on_lines, xp = *dense, backend.xp
+    flat, usable, empty_like, on_lines, small, xp = *dense, backend.xp
     frozen, has_residual, channels = saved.moments is None, saved.has_residual, layout.kept_shape[0]
     run = backend.dense_backward(layout.folded, x, y, has_residual, frozen)
+    simple = small and y is None and out is None
 
     def call(dy: Any, saved: Saved, out: Any) -> Gradients | None:
         x, y, gamma = saved.x, saved.y, saved.gamma
-        if not usable(out, dy, x, y, gamma):
+        if not x.flags.behaved or not dy.flags.behaved or not (simple or usable(out, dy, x, y, gamma)):
             return None
         numbers = xp.zeros((6, channels))
         numbers[0] = saved.mean
@@ -151,7 +154,8 @@ def backward(backend: Any, layout: Layout, saved: Saved, dy: Any, out: Any) -> C
         dresidual = empty_like(x) if has_residual else None
         results = xp.empty((2, channels))
         lines = on_lines(dx, dresidual)
-        run(flat(dy), flat(x), flat(y), None, flat(dx), flat(dresidual), numbers.ravel(), lines, results.ravel())
+        y, extra = None if y is None else flat(y), None if dresidual is None else flat(dresidual)
+        run(flat(dy), flat(x), y, None, flat(dx), extra, numbers.ravel(), lines, results.ravel())
         return Gradients(dx, results[0], results[1], dresidual)
 
     return call
@@ -164,11 +168,12 @@ def inference(
     dense = backend.dense(layout, x, residual, out)
     if dense is None or len(layout.kept_shape) != 1:
         return None
-    flat, usable, empty_like, on_lines, xp = *dense, backend.xp
+    flat, usable, empty_like, on_lines, small, xp = *dense, backend.xp
     channels, run, flag = layout.kept_shape[0], backend.dense_normalize(layout.folded, x, residual), relu or None
+    simple = small and residual is None and out is None
 
     def call(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> Any:
-        if not usable(out, x, residual, mean, var, gamma, beta):
+        if not x.flags.behaved or not (simple or usable(out, x, residual, mean, var, gamma, beta)):
             return None
         numbers = xp.empty((4, channels))
         numbers[0] = mean
@@ -176,7 +181,8 @@ def inference(
         numbers[2] = 1.0 if gamma is None else gamma
         numbers[3] = 0.0 if beta is None else beta
         y = empty_like(x) if out is None else out
-        run(flat(x), flat(y), flat(residual), numbers.ravel(), eps, flag, on_lines(y))
+        rest = None if residual is None else flat(residual)
+        run(flat(x), flat(y), rest, numbers.ravel(), eps, flag, on_lines(y))
         return y
 
     return call

@@ -304,9 +304,10 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
     for k in range(first, last):
         b, row, end, j, width = task_at(k, rows, cells, height, tile)
         fill(parts, own, width, 0.0)
+        c, x_start = j % channels, channel_start(xs, b * channels, shape)
         for i in range(width):
-            t = b * channels + (j + i) % channels
-            parts[own + i] = pivot_of(x, channel_start(xs, t, shape), weight, pivots, t)
+            parts[own + i] = pivot_of(x, x_start + c * xs[3], weight, pivots, b * channels + c)
+            c = c + 1 if c + 1 < channels else 0
         x_at = channel_start(xs, b * channels, shape) + row * step + j * size
         into = (b * segments + row // height) * cells + j
         if weight is None:
@@ -414,8 +415,10 @@ def normalize(share, first, last, x, y, residual, geometry, numbers, eps, work, 
     for k in range(first, last):
         b, row, end, j, width = task_at(k, rows, cells, height, tile)
         t = b * channels
+        c = j % channels
         for i in range(width):
-            hi, scale, shift = affine_of(x, numbers, t + (j + i) % channels, shape[0] * channels, eps)
+            hi, scale, shift = affine_of(x, numbers, t + c, shape[0] * channels, eps)
+            c = c + 1 if c + 1 < channels else 0  # a division would take as long as the rest
             spread(work, loose + i * size, hi, size)
             spread(work, loose + pitch + i * size, scale, size)
             spread(work, loose + 2 * pitch + i * size, shift, size)
@@ -547,8 +550,10 @@ def segment_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, wo
     for k in range(first, last):
         b, row, end, j, width = task_at(k, rows, cells, height, tile)
         t = b * channels
+        c = j % channels
         for i in range(width):
-            spread(work, loose + i * size, rounded(x, numbers[t + (j + i) % channels]), size)
+            spread(work, loose + i * size, rounded(x, numbers[t + c]), size)
+            c = c + 1 if c + 1 < channels else 0
         grad_segment(
             dy, channel_start(dys, t, shape) + row * g_step + j * size, g_step,
             x, channel_start(xs, t, shape) + row * i_step + j * size, i_step,
@@ -657,12 +662,13 @@ def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, nu
     for k in range(first, last):
         b, row, end, j, width = task_at(k, rows, cells, height, tile)
         t = b * channels
+        c = t + j % channels
         for i in range(width):
-            c = t + (j + i) % channels
             spread_linear(
                 dy, work, loose + i * size, pitch, size,
                 numbers[c], numbers[kept + c], numbers[2 * kept + c], numbers[3 * kept + c],
             )  # fmt: skip
+            c = c + 1 if c + 1 < t + channels else t
         grad_input_rows(
             dy, channel_start(dys, t, shape) + row * g_step + j * size, g_step,
             x, channel_start(xs, t, shape) + row * i_step + j * size, i_step,

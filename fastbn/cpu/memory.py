@@ -119,11 +119,11 @@ def on_lines(*arrays: Array | None) -> bool:
     )
 
 
-def dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Callable[..., Any], ...] | None:
+def dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Any, ...] | None:
     """For plain arrays of one layout without gaps: what a repeated call does with them; else None.
 
     Functions that give an array's flat memory, tell whether arrays of a later call may go the short way, allocate a
-    result, and tell whether results start on cache lines.
+    result, and tell whether results start on cache lines; and whether they are so small that one thread does all.
     """
     arrays = [a for a in (x, *others) if a is not None]
     if not all(type(a) is np.ndarray and a.strides == x.strides and a.dtype == x.dtype for a in arrays):
@@ -133,11 +133,8 @@ def dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Callable[...
     stored, shares, size = _stored(x.dtype), shares_of(x.size), x.size
     in_order = layout.order == tuple(range(x.ndim))
 
-    def flat(a: Array | None) -> Array | None:
-        return None if a is None else a.transpose(layout.order).ravel().view(stored)
-
-    def flat_in_order(a: Array | None) -> Array | None:
-        return None if a is None else a.ravel()
+    def flat(a: Array) -> Array:
+        return a.transpose(layout.order).ravel().view(stored)
 
     def usable(out: Array | None, x: Array, other: Array | None, *rest: Array | None) -> bool:
         if not x.flags.behaved or not (other is None or other.flags.behaved) or shares_of(size) != shares:
@@ -149,8 +146,9 @@ def dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Callable[...
 
     small = x.nbytes < CACHE_SHARE
     return (
-        flat_in_order if in_order and stored == x.dtype else flat,
+        np.ndarray.ravel if in_order and stored == x.dtype else flat,
         usable,
         np.empty_like if small else empty_like,
         (lambda *_: False) if small else on_lines,
+        shares == 1 and small,
     )
