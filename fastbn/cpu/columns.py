@@ -34,6 +34,7 @@ from fastbn.cpu.simd import (
     load,
     load_first,
     prefetch,
+    root,
     rounded,
     splat,
     store,
@@ -103,6 +104,70 @@ def spread(work, at, number, size):
     """A number into the columns of a cell; what spills over, the next cell overwrites."""
     for i in range(0, size, lanes(work, WIDTH)):
         store(work, at + i, splat(work, number, WIDTH))
+
+
+@inner
+def repeat(work, at, channels, cells):
+    """Copy the first ``channels`` values to all that follow."""
+    n = lanes(work, WIDTH)
+    if channels >= n:
+        for i in range(channels, cells, n):
+            store(work, at + i, load(work, at + i - channels, WIDTH))
+    else:
+        for i in range(channels, cells):
+            work[at + i] = work[at + i - channels]
+
+
+@inner
+def spread_rounded(x, parts, at, cells, size, work, into):
+    """Round each cell's number to the compute type, in its place and in all columns of the cell."""
+    if size == 1:
+        for j in range(0, cells, lanes(parts, WIDTH)):
+            number = load(parts, at + j, WIDTH)
+            short = converted(number, load(work, into + j, number))
+            store(work, into + j, short)
+            store(parts, at + j, converted(short, number))
+    else:
+        for j in range(cells):
+            number = rounded(x, parts[at + j])
+            parts[at + j] = number
+            spread(work, into + j * size, number, size)
+
+
+@inner
+def spread_affine(x, numbers, first, j, channels, kept, eps, cells, size, work, at, pitch):
+    """Hi, scale and shift (see `affine_of`) of the cells from j on, in all their columns, a pitch apart."""
+    if size == 1 and (j == 0 or j + cells <= channels):
+        spread_affine_vectors(numbers, first + j % channels, min(cells, channels), kept, eps, work, at, pitch)
+        for k in range(3):
+            repeat(work, at + k * pitch, channels, cells)
+    else:
+        c = j % channels
+        for i in range(cells):
+            hi, scale, shift = affine_of(x, numbers, first + c, kept, eps)
+            spread(work, at + i * size, hi, size)
+            spread(work, at + pitch + i * size, scale, size)
+            spread(work, at + 2 * pitch + i * size, shift, size)
+            c = c + 1 if c + 1 < channels else 0  # a division would take as long as the rest
+
+
+@inner
+def spread_affine_vectors(numbers, t, cells, kept, eps, work, at, pitch):
+    """The same of cells of one column each, from kept index t on."""
+    n = lanes(numbers, WIDTH)
+    one, plus = splat(numbers, 1.0, WIDTH), splat(numbers, eps, WIDTH)
+    for i in range(0, cells, n):
+        part = min(n, cells - i)
+        mean = load_first(numbers, t + i, part, WIDTH)
+        rstd = load_first(numbers, kept + t + i, part, WIDTH)
+        if eps >= 0.0:
+            rstd = one / root(rstd + plus)
+        scale = rstd * load_first(numbers, 2 * kept + t + i, part, WIDTH)
+        short = converted(mean, load(work, at + i, mean))
+        shift = load_first(numbers, 3 * kept + t + i, part, WIDTH) - (mean - converted(short, mean)) * scale
+        store(work, at + i, short)
+        store(work, at + pitch + i, converted(scale, short))
+        store(work, at + 2 * pitch + i, converted(shift, short))
 
 
 @inner
@@ -214,10 +279,7 @@ def segment(x, at, step, rows, cells, size, parts, own, pitch, work, loose):
     looks = 0  # at a few rows for the first guess, at the chunk, at the chunk around better guesses
     while first < rows:
         high = min(CHUNK, rows - first) if looks > 0 else peek
-        for j in range(cells):
-            number = rounded(x, parts[centre + j])
-            parts[centre + j] = number
-            spread(work, loose + j * size, number, size)
+        spread_rounded(x, parts, centre, cells, size, work, loose)
         chunk_sums(x, at + first * step, step, high, cells * size, work, loose, s1, s2)
         cell_totals(work, s1, cells, size, parts, t1)
         cell_totals(work, s2, cells, size, parts, t2)
@@ -374,9 +436,12 @@ def normalized(x, residual, hi, scale, shift, relu):
 @inner
 def normalize_rows(
     x, x_at, x_step, y, y_at, y_step, residual, r_at, r_step, rows, columns, end_columns,
-    work, loose, pitch, relu, streaming,
+    work, loose, pitch, relu, streaming, ahead,
 ):  # fmt: skip
-    """In ``work`` are hi, scale and shift of every column; the last row has ``end_columns``."""
+    """In ``work`` are hi, scale and shift of every column; the last row has ``end_columns``.
+
+    Fused kernels ask for the columns ``ahead``, the next tile's, whose statistics then find them in cache.
+    """
     n = lanes(x, WIDTH)
     hi, scale, shift = loose, loose + pitch, loose + 2 * pitch
     for r in range(rows):
@@ -384,6 +449,8 @@ def normalize_rows(
         whole = width - width % n
         i, j, k = x_at + r * x_step, y_at + r * y_step, r_at + r * r_step
         for c in range(0, whole, n):
+            if ahead is not None:
+                prefetch(x, i + c + ahead)
             h, a, b = load(work, hi + c, WIDTH), load(work, scale + c, WIDTH), load(work, shift + c, WIDTH)
             put(y, j + c, normalized(load(x, i + c, WIDTH), load(residual, k + c, WIDTH), h, a, b, relu), streaming)
         if whole < width:
@@ -415,19 +482,13 @@ def normalize(share, first, last, x, y, residual, geometry, numbers, eps, work, 
     for k in range(first, last):
         b, row, end, j, width = task_at(k, rows, cells, height, tile)
         t = b * channels
-        c = j % channels
-        for i in range(width):
-            hi, scale, shift = affine_of(x, numbers, t + c, shape[0] * channels, eps)
-            c = c + 1 if c + 1 < channels else 0  # a division would take as long as the rest
-            spread(work, loose + i * size, hi, size)
-            spread(work, loose + pitch + i * size, scale, size)
-            spread(work, loose + 2 * pitch + i * size, shift, size)
+        spread_affine(x, numbers, t, j, channels, shape[0] * channels, eps, width, size, work, loose, pitch)
         normalize_rows(
             x, channel_start(xs, t, shape) + row * x_step + j * size, x_step,
             y, channel_start(ys, t, shape) + row * y_step + j * size, y_step,
             residual, channel_start(rs, t, shape) + row * r_step + j * size, r_step,
             end - row, width * size, width_of_last_row(end, j, width, shape, fold) * size,
-            work, loose, pitch, relu, streaming,
+            work, loose, pitch, relu, streaming, None,
         )  # fmt: skip
 
 
@@ -473,7 +534,7 @@ def forward(share, first, last, x, y, residual, geometry, numbers, eps, out, par
         columns = width * size
         normalize_rows(
             x, x_at, xs[2], y, y_at, ys[2], residual, r_at, rs[2], rows, columns, columns,
-            work, loose, pitch, relu, streaming,
+            work, loose, pitch, relu, streaming, columns,
         )  # fmt: skip
 
 
@@ -611,7 +672,7 @@ def put_if_there(y, at, v, streaming):
 @inner
 def grad_input_rows(
     dy, g, g_step, x, i, i_step, y, o, o_step, weight, w, w_step, dx, d, d_step, dresidual, e, e_step,
-    rows, columns, end_columns, work, loose, pitch, streaming,
+    rows, columns, end_columns, work, loose, pitch, streaming, ahead,
 ):  # fmt: skip
     """As `normalize_rows`; in ``work`` are scale, hi, slope and offset of every column."""
     n = lanes(dy, WIDTH)
@@ -621,6 +682,9 @@ def grad_input_rows(
         whole = width - width % n
         w_ = splat(dy, value(weight, w + r * w_step), WIDTH)
         for c in range(0, whole, n):
+            if ahead is not None:
+                prefetch(dy, g + r * g_step + c + ahead)
+                prefetch(x, i + r * i_step + c + ahead)
             a, h = load(work, scale + c, WIDTH), load(work, hi + c, WIDTH)
             p, q = load(work, slope + c, WIDTH), load(work, offset + c, WIDTH)
             dz = zero_where_not_positive(load(y, o + r * o_step + c, WIDTH), load(dy, g + r * g_step + c, WIDTH))
@@ -677,7 +741,7 @@ def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, nu
             dx, channel_start(dxs, t, shape) + row * d_step + j * size, d_step,
             dresidual, channel_start(drs, t, shape) + row * e_step + j * size, e_step,
             end - row, width * size, width_of_last_row(end, j, width, shape, fold) * size,
-            work, loose, pitch, streaming,
+            work, loose, pitch, streaming, None,
         )  # fmt: skip
 
 
@@ -719,5 +783,5 @@ def backward(share, first, last, dy, x, y, live, dx, dresidual, geometry, number
         columns = width * size
         grad_input_rows(
             dy, g, dys[2], live, i, xs[2], y, o, ys[2], None, 0, 0, dx, d, dxs[2], dresidual, e, drs[2],
-            rows, columns, columns, work, loose, pitch, streaming,
+            rows, columns, columns, work, loose, pitch, streaming, columns,
         )  # fmt: skip

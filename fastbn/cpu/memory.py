@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -101,12 +100,41 @@ def weight_memory(weight: Any) -> tuple[Any, Any]:
     return weight.reshape(-1).view(_stored(weight.dtype)), strides
 
 
+# New pages cost more than a kernel (25 ms for 100 MB, the kernel 8), and malloc asks the system for new ones whenever
+# an array is larger than 32 MB. So a few large buffers of results that nobody uses any more are kept for the next ones.
+MAPPED, KEPT = 32 << 20, 256 << 20  # bytes from which buffers are kept, and kept at most
+_kept: dict[int, Array] = {}
+
+
+class _Lease:
+    """The owner of a result's memory: when the last array that refers to it is gone, the buffer is kept."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.buffer = _kept_buffer(nbytes)
+        self.__array_interface__ = self.buffer.__array_interface__
+
+    def __del__(self) -> None:
+        if _kept is not None:  # at the interpreter's end modules lose their names
+            _kept[id(self.buffer)] = self.buffer
+            while sum(buffer.nbytes for buffer in tuple(_kept.values())) > KEPT:
+                _kept.pop(tuple(_kept)[0], None)
+
+
+def _kept_buffer(nbytes: int) -> Array:
+    """A kept buffer of about this size, or a new one. Threads may take and return buffers meanwhile."""
+    for key, buffer in tuple(_kept.items()):
+        if nbytes <= buffer.nbytes <= 1.25 * nbytes and _kept.pop(key, None) is not None:
+            return buffer
+    return np.empty(nbytes, np.uint8)
+
+
 def empty_like(a: Array) -> Array:
-    """An uninitialised array like `a`; a large one starts on a cache line, so that it can be written past the caches."""
+    """An uninitialised array like `a`; a large one starts on a cache line, so it can be written past the caches."""
     if a.nbytes < CACHE_SHARE:
         return np.empty_like(a)
-    buffer = np.empty(a.nbytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
+    nbytes = a.nbytes + 64
+    buffer = np.empty(nbytes, np.uint8) if nbytes < MAPPED else np.asarray(_Lease(nbytes))
+    start = -buffer.__array_interface__["data"][0] % 64
     order = sorted(range(a.ndim), key=lambda axis: -abs(a.strides[axis]))
     flat = buffer[start : start + a.nbytes].view(a.dtype).reshape([a.shape[axis] for axis in order])
     return flat.transpose(np.argsort(order))

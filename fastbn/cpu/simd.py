@@ -83,6 +83,7 @@ def _define_operator(function, instruction):
 _define_operator(operator.add, "fadd")
 _define_operator(operator.sub, "fsub")
 _define_operator(operator.mul, "fmul")
+_define_operator(operator.truediv, "fdiv")
 
 
 @intrinsic
@@ -95,6 +96,18 @@ def fma(typing, a, b, c):
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
     return a(a, b, c), codegen
+
+
+@intrinsic
+def root(typing, v):
+    """The square root of each lane, correctly rounded."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(v.llvm, [v.llvm])
+        name = f"llvm.sqrt.v{v.lanes}f{v.scalar.bitwidth}"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+    return v(v), codegen
 
 
 @intrinsic
