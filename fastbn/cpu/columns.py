@@ -12,7 +12,7 @@ channels-first, short rows     outer                  channels * inner     inner
 =============================  =====================  ===================  ============
 
 Folding few channels fills whole vectors; rows beyond the last whole fold are taken value by value. Rows are taken in
-chunks of 64 and in segments, by shape alone; threads share segments and tiles of cells. The sums of a chunk live in one
+chunks of 128 and in segments, by shape alone; threads share segments and tiles of cells. The sums of a chunk live in one
 small array per tile, so memory is read in its own order. The numerics are those of `rows`: each cell has its own guess,
 and a chunk in which some guess was poor is summed again, with a better guess for those cells alone.
 
@@ -60,17 +60,23 @@ from fastbn.cpu.slab import (
 
 WIDTH = 64  # bytes of a vector: one cache line of float32
 PAD = 16  # values behind each array of work: whole vectors may be read and written
-CHUNK = 64  # rows: 8 + 3 float32 additions per sum keep its rounding below 1e-6
-SEGMENT = 1024  # rows, at most: two float64 a cell and segment are 0.4 % of float32 data, 0.8 % of halves
-PEEK = 64  # values of a channel from whose mean the first guess comes
-WORK, PARTS = 4, 6  # arrays of a share: guess or parameters and sums; per cell the pivot, moments, sums and centre
+CHUNK = 128  # rows: 16 + 3 float32 additions per sum keep its rounding below 1e-6
+SEGMENT = 2048  # rows, at most: two float64 a cell and segment are 0.2 % of float32 data, 0.4 % of halves
+MANY = 2048  # cells, of which two threads have tiles enough for themselves
+PEEK = 16  # values of a channel from whose mean the first guess comes: it is off by a quarter of the deviation
+WORK, PARTS = 4, 4  # arrays of a share: parameters, or a guess and sums; in float64 the pivot, two sums, the centre
 
 
-def segment_rows(rows):
+def segment_rows(rows, cells):
     """Rows of a segment: an even number of equal segments, so that two threads have the same to do."""
-    if rows < 2 * CHUNK:
+    if rows < 2 * CHUNK or (rows <= SEGMENT and cells >= MANY):
         return max(rows, 1)
     return -(-rows // (2 * -(-rows // (2 * SEGMENT))))
+
+
+def padded(cells):
+    """Results of one segment: vectors written across the last cell stay in it."""
+    return -(-cells // PAD) * PAD
 
 
 def task_count(batch, rows, cells, height, tile):
@@ -243,35 +249,36 @@ def some_guess_is_poor(cells, count, parts, t1, t2):
 
 
 @inner
-def merge_chunk(cells, before, count, parts, own, pitch):
+def merge_chunk(cells, before, count, parts, own, pitch, mean, m2):
     """Chan's update of each cell's moments, of ``before`` values, by a chunk of ``count`` values around its centre."""
     each = splat(parts, 1.0 / count, WIDTH)
     share = splat(parts, count / (before + count), WIDTH)
     cross = splat(parts, before * (count / (before + count)), WIDTH)
-    for j in range(own, own + cells, lanes(parts, WIDTH)):
-        origin, mu = load(parts, j, WIDTH), load(parts, j + pitch, WIDTH)
-        s1, centre = load(parts, j + 3 * pitch, WIDTH), load(parts, j + 5 * pitch, WIDTH)
+    for j in range(0, cells, lanes(parts, WIDTH)):
+        k = own + j
+        origin, mu = load(parts, k, WIDTH), load(parts, mean + j, WIDTH)
+        s1, centre = load(parts, k + pitch, WIDTH), load(parts, k + 3 * pitch, WIDTH)
         shift = s1 * each
-        part = load(parts, j + 4 * pitch, WIDTH) - s1 * shift
+        part = load(parts, k + 2 * pitch, WIDTH) - s1 * shift
         part = zero_where_not_positive(part, part)
         delta = ((centre - origin) + shift) - mu
         mu = fma(delta, share, mu)
-        store(parts, j + pitch, mu)
-        store(parts, j + 2 * pitch, load(parts, j + 2 * pitch, WIDTH) + fma(delta * delta, cross, part))
-        store(parts, j + 5 * pitch, origin + mu)
+        store(parts, mean + j, mu)
+        store(parts, m2 + j, load(parts, m2 + j, WIDTH) + fma(delta * delta, cross, part))
+        store(parts, k + 3 * pitch, origin + mu)
 
 
 @inner
-def segment(x, at, step, rows, cells, size, parts, own, pitch, work, loose):
-    """Mean - pivot and M2 of each cell of one segment.
+def segment(x, at, step, rows, cells, size, parts, own, pitch, mean, m2, work, loose):
+    """Mean - pivot and M2 of each cell of one segment, written to ``parts`` at ``mean`` and ``m2``.
 
-    Arrays of this share in ``parts``, a pitch apart from ``own`` on: pivot (given), mean and M2 (results), two sums,
-    centre; in ``work``, from ``loose`` on: guess, two sums. The guess is the centre in the compute type.
+    Arrays of this share in ``parts``, a pitch apart from ``own`` on: pivot (given), two sums, centre; in ``work``, from
+    ``loose`` on: guess, two sums. The guess is the centre in the compute type.
     """
-    t1, t2, centre = own + 3 * pitch, own + 4 * pitch, own + 5 * pitch
+    t1, t2, centre = own + pitch, own + 2 * pitch, own + 3 * pitch
     s1, s2 = loose + pitch, loose + 2 * pitch
-    fill(parts, own + pitch, cells, 0.0)
-    fill(parts, own + 2 * pitch, cells, 0.0)
+    fill(parts, mean, cells, 0.0)
+    fill(parts, m2, cells, 0.0)
     for j in range(cells):
         parts[centre + j] = parts[own + j]
     peek = min(rows, CHUNK, -(-PEEK // size))
@@ -290,22 +297,22 @@ def segment(x, at, step, rows, cells, size, parts, own, pitch, work, loose):
                     parts[centre + j] += parts[t1 + j] / count
             looks += 1
         else:
-            merge_chunk(cells, np.float64(first * size), count, parts, own, pitch)
+            merge_chunk(cells, np.float64(first * size), count, parts, own, pitch, mean, m2)
             first += high
             looks = 1
 
 
 @inner
 def weighted_segment(
-    x, at, step, weight, w_at, w_step, w_across, rows, columns, parts, own, pitch, n_at, work, loose
+    x, at, step, weight, w_at, w_step, w_across, rows, columns, parts, own, pitch, n_at, mean, m2, work, loose
 ):
     """The same of one column each, with the sum of the weights at ``n_at``; ``w_across`` is 0 where channels share it."""
     n = lanes(x, WIDTH)
-    guess, s1, s2, count = loose, loose + pitch, loose + 2 * pitch, own + 3 * pitch
+    guess, s1, s2, count = loose, loose + pitch, loose + 2 * pitch, own + pitch
     fill(work, guess, columns, 0.0)
     for i in range(columns):
         work[guess + i] = parts[own + i]
-        parts[n_at + i] = parts[own + pitch + i] = parts[own + 2 * pitch + i] = 0.0
+        parts[n_at + i] = parts[mean + i] = parts[m2 + i] = 0.0
     first = 0
     again = False
     while first < rows:
@@ -345,10 +352,10 @@ def weighted_segment(
                 shift = work[s1 + i] / m
                 q = positive_or_nan(work[s2 + i] - work[s1 + i] * shift)
                 centre = (work[guess + i] - parts[own + i]) + shift
-                parts[n_at + i], parts[own + pitch + i], parts[own + 2 * pitch + i] = merged(
-                    parts[n_at + i], parts[own + pitch + i], parts[own + 2 * pitch + i], m, centre, q
+                parts[n_at + i], parts[mean + i], parts[m2 + i] = merged(
+                    parts[n_at + i], parts[mean + i], parts[m2 + i], m, centre, q
                 )
-                work[guess + i] = parts[own + i] + parts[own + pitch + i]
+                work[guess + i] = parts[own + i] + parts[mean + i]
         first += high
         again = False
 
@@ -361,7 +368,8 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
     channels, size = shape[2], shape[3]
     rows, cells = shape[1] // fold, channels * fold
     step, pitch, segments = xs[2] * fold, pitch_of(tile, size), -(-rows // height)
-    results = shape[0] * segments * cells
+    row_of_results = -(-cells // PAD) * PAD
+    results = shape[0] * segments * row_of_results
     own = results * (2 if weight is None else 3) + share * PARTS * pitch
     for k in range(first, last):
         b, row, end, j, width = task_at(k, rows, cells, height, tile)
@@ -371,18 +379,16 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
             parts[own + i] = pivot_of(x, x_start + c * xs[3], weight, pivots, b * channels + c)
             c = c + 1 if c + 1 < channels else 0
         x_at = channel_start(xs, b * channels, shape) + row * step + j * size
-        into = (b * segments + row // height) * cells + j
+        mean = (b * segments + row // height) * row_of_results + j
+        m2, loose = results + mean, share * WORK * pitch
         if weight is None:
-            segment(x, x_at, step, end - row, width, size, parts, own, pitch, work, share * WORK * pitch)
+            segment(x, x_at, step, end - row, width, size, parts, own, pitch, mean, m2, work, loose)
         else:
             w_at = channel_start(ws, b * channels + j, shape) + row * ws[2]
             weighted_segment(
-                x, x_at, step, weight, w_at, ws[2], ws[3], end - row, width, parts, own, pitch, 2 * results + into,
-                work, share * WORK * pitch,
+                x, x_at, step, weight, w_at, ws[2], ws[3], end - row, width, parts, own, pitch,
+                results + m2, mean, m2, work, loose,
             )  # fmt: skip
-        for i in range(width):
-            parts[into + i] = parts[own + pitch + i]
-            parts[results + into + i] = parts[own + 2 * pitch + i]
 
 
 @kernel
@@ -392,14 +398,14 @@ def channel_moments(share, first, last, x, weight, geometry, pivots, parts, out)
     fold, _, height, _ = four(geometry, 4)
     channels, size, kept = shape[2], shape[3], shape[0] * shape[2]
     rows, cells = shape[1] // fold, channels * fold
-    segments = -(-rows // height)
-    results = shape[0] * segments * cells
+    segments, row_of_results = -(-rows // height), -(-cells // PAD) * PAD
+    results = shape[0] * segments * row_of_results
     for t in range(first, last):
         x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
         pivot = pivot_of(x, x_at, weight, pivots, t)
         a, mu, q = 0.0, 0.0, 0.0
         for s in range(segments):
-            at = (t // channels * segments + s) * cells
+            at = (t // channels * segments + s) * row_of_results
             for j in range(at + t % channels, at + cells, channels):
                 n = np.float64(min(height, rows - s * height) * size)
                 if weight is not None:
@@ -502,7 +508,8 @@ def forward(share, first, last, x, y, residual, geometry, numbers, eps, out, par
     _, tile, height, _ = four(geometry, 4)
     channels, size, rows, kept = shape[2], shape[3], shape[1], shape[0] * shape[2]
     pitch = pitch_of(tile, size)
-    own, loose = share * PARTS * pitch, share * WORK * pitch
+    own, loose = share * (PARTS + 2) * pitch, share * WORK * pitch
+    moments = own + PARTS * pitch
     for k in range(first, last):
         b, _, _, j, width = task_at(k, 1, channels, 1, tile)
         t = b * channels + j
@@ -513,9 +520,11 @@ def forward(share, first, last, x, y, residual, geometry, numbers, eps, out, par
             out[t + i] = out[kept + t + i] = out[2 * kept + t + i] = 0.0
         for row in range(0, rows, height):
             high = min(height, rows - row)
-            segment(x, x_at + row * xs[2], xs[2], high, width, size, parts, own, pitch, work, loose)
+            segment(
+                x, x_at + row * xs[2], xs[2], high, width, size, parts, own, pitch, moments, moments + pitch, work, loose
+            )
             for i in range(t, t + width):
-                at = own + pitch + i - t
+                at = moments + i - t
                 out[i], out[kept + i], out[2 * kept + i] = merged(
                     out[i], out[kept + i], out[2 * kept + i], np.float64(high * size), parts[at], parts[at + pitch]
                 )

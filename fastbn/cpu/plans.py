@@ -28,9 +28,9 @@ Run = Callable[..., None]
 STREAMED_ROW = 512  # bytes of a channel's row from which streaming pays: its two ends are not streamed
 SHORT = 1024  # values of a row, below which rows of many channels are read in one go
 FEW_ROWS = 8  # below so many, spreading each channel's numbers over its columns costs more than it saves
-FOLDED = 512  # columns, about, of folded rows
-FOLDED_ROWS = 512  # rows of few channels are folded only while so many remain
-TILE = 512  # columns, at most, of which a task makes sums: a thread's arrays for them take 32 kB
+FOLDED = 1024  # columns, about, of folded rows
+FOLDED_ROWS = 256  # rows of few channels are folded only while so many remain
+TILE = 1024  # columns, at most, of which a task makes sums: a page of float32, which suits the prefetcher
 ROW = 4096  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
 FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least; two passes over whole rows beat one over narrow ones
 FUSED_BYTES = 192 << 10  # read twice by one thread: with the output beside it, it stays in a second-level cache of 512 kB
@@ -97,11 +97,11 @@ class _Columns:
         # Sums take whole folds and leave the rest to their last step; elementwise passes take the rest as a row.
         folded = outer // fold if arrays else -(-outer // fold)
         self.fold, self.tile, self.itemsize, self.inner, self.cells = fold, tile, itemsize, inner, channel * fold
-        self.height = columns.segment_rows(folded) if arrays else max(1, -(-folded // shares))
+        self.height = columns.segment_rows(folded, self.cells) if arrays else max(1, -(-folded // shares))
         self.tasks = columns.task_count(batch, folded, self.cells, self.height, tile)
-        results = arrays * batch * -(-folded // self.height) * self.cells
+        results = arrays * batch * -(-folded // self.height) * columns.padded(self.cells)
         pitch = tile * inner + columns.PAD
-        self.parts, self.work = results + shares * columns.PARTS * pitch, shares * columns.WORK * pitch
+        self.parts, self.work = results + shares * (columns.PARTS + 2 * (not arrays)) * pitch, shares * columns.WORK * pitch
         self.compute = np.float64 if itemsize == 8 else np.float32
         self.family = (fold, tile, self.height, 0)
 
@@ -186,7 +186,7 @@ def forward(
         tile = _fused_tile(shape, itemsize, 1, shares)
     if tile:
         c = _Columns(shape, 1, tile, itemsize, shares)
-        c.family = (1, tile, columns.segment_rows(shape[1]), 0)
+        c.family = (1, tile, columns.segment_rows(shape[1], shape[2]), 0)
         geometry, can_stream = _geometry(shape, c.family, xs, ys, rs), c.streams(ys)
         tiles = shape[0] * -(-shape[2] // tile)
 
@@ -307,7 +307,7 @@ def backward(
         tile = _fused_tile(shape, itemsize, 2, shares)
     if tile:
         c = _Columns(shape, 1, tile, itemsize, shares)
-        c.family = (1, tile, columns.segment_rows(shape[1]), 0)
+        c.family = (1, tile, columns.segment_rows(shape[1], shape[2]), 0)
         geometry, can_stream = _geometry(shape, c.family, *strides), c.streams(dxs, drs)
         tiles = shape[0] * -(-shape[2] // tile)
 
