@@ -113,14 +113,13 @@ def forward(backend: Any, layout: Layout, saved: Saved, x: Any, eps: float, resi
     def call(x: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> tuple[Any, Saved] | None:
         if not x.flags.behaved or out is x or not (simple or usable(out, x, residual, gamma, beta)):
             return None
-        numbers = xp.empty((2, channels))
-        numbers[0] = 1.0 if gamma is None else gamma
-        numbers[1] = 0.0 if beta is None else beta
+        table = xp.empty((6, channels))
+        count, m2, mean, rstd, scale, shift = table
+        scale[...] = 1.0 if gamma is None else gamma
+        shift[...] = 0.0 if beta is None else beta
         y = empty_like(x) if out is None else out
-        results = xp.empty((4, channels))
         rest = None if residual is None else flat(residual)
-        run(flat(x), None, flat(y), rest, numbers.ravel(), eps, relu, on_lines(y), results.ravel())
-        count, mean, m2, rstd = results
+        run(flat(x), None, flat(y), rest, table.ravel(), eps, relu, on_lines(y))
         return y, Saved(
             x, None if relu is None else y, gamma, None, Moments(count, mean, m2), mean, rstd, count,
             channel_axis, activation, residual is not None, False,

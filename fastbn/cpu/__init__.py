@@ -49,10 +49,10 @@ xp = np
 
 def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array]:
     """Count, mean and M2."""
-    out = np.empty((3, x.shape[0] * x.shape[2]))
+    table = np.empty((4, x.shape[0] * x.shape[2]))
     (x_, xs), (w_, ws) = memory(x), weight_memory(weight)
-    plans.moments(x.shape, xs, ws, x.itemsize, jit.shares_of(x.size))(x_, w_, out.reshape(-1))
-    return out[0], out[1], out[2]
+    plans.moments(x.shape, xs, ws, x.itemsize, jit.shares_of(x.size))(x_, w_, table.reshape(-1), 0.0)
+    return table[0], table[2], table[1]
 
 
 def normalize(
@@ -87,11 +87,12 @@ def forward(
     y: Array,
 ) -> tuple[Array, Array, Array, Array]:
     """Count, mean, M2 and rstd of x, and y normalised by them."""
-    out = np.empty((4, x.shape[0] * x.shape[2]))
+    table = np.empty((6, x.shape[0] * x.shape[2]))
+    table[4], table[5] = gamma, beta
     (x_, xs), (w_, ws), (y_, ys), (r_, rs) = memory(x), weight_memory(weight), memory(y), memory(residual)
     run = plans.forward(x.shape, xs, ws, ys, rs, x.itemsize, jit.shares_of(x.size))
-    run(x_, w_, y_, r_, np.concatenate((gamma, beta)), eps, relu or None, on_lines(y), out.reshape(-1))
-    return out[0], out[1], out[2], out[3]
+    run(x_, w_, y_, r_, table.reshape(-1), eps, relu or None, on_lines(y))
+    return table[0], table[2], table[1], table[3]
 
 
 def grad_sums(dy: Array, x: Array, y: Array | None, mean: Array, rstd: Array) -> tuple[Array, Array]:

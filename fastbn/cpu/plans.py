@@ -20,7 +20,7 @@ import numpy as np
 
 from fastbn.cpu import columns, jit, rows, slab
 from fastbn.cpu.memory import Array, Strides
-from fastbn.formulas import batch_rstd, input_numbers
+from fastbn.formulas import input_numbers
 
 Shape = tuple[int, ...]
 Run = Callable[..., None]
@@ -117,7 +117,7 @@ class _Columns:
 
 @lru_cache(maxsize=1024)
 def moments(shape: Shape, xs: Strides, ws: Strides | None, itemsize: int, shares: int) -> Run:
-    """``run(x, weight, out)``: count, mean and M2 of every kept index, one after the other in ``out``."""
+    """``run(x, weight, table, eps)``: see `slab.enter_moments`."""
     weighted, kept = ws is not None, shape[0] * shape[2]
     if in_columns(shape, xs, weighted=weighted):
         fold = folding(shape, xs, weighted=weighted)
@@ -125,25 +125,25 @@ def moments(shape: Shape, xs: Strides, ws: Strides | None, itemsize: int, shares
         c = _Columns(shape, fold, tile, itemsize, shares, 3 if weighted else 2)
         geometry = _geometry(shape, c.family, xs, ws)
 
-        def sums(x: Array, weight: Array | None, pivots: Array, out: Array) -> None:
+        def sums(x: Array, weight: Array | None, pivots: Array, table: Array, eps: float) -> None:
             parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
             columns.segment_moments.run(c.tasks, shares, x, weight, geometry, pivots, parts, work)
-            columns.channel_moments.run(kept, shares, x, weight, geometry, pivots, parts, out)
+            columns.channel_moments.run(kept, shares, x, weight, geometry, pivots, parts, table, eps)
 
     else:
         segments = kept * rows.segment_count(shape[1], shape[3])
         geometry = _geometry(shape, _chunks(shape), xs, ws)
 
-        def sums(x: Array, weight: Array | None, pivots: Array, out: Array) -> None:
+        def sums(x: Array, weight: Array | None, pivots: Array, table: Array, eps: float) -> None:
             parts = np.empty(3 * segments)
             rows.moments_of_segments.run(segments, shares, x, weight, geometry, pivots, parts)
-            rows.channel_moments.run(kept, shares, x, weight, geometry, pivots, parts, out)
+            rows.channel_moments.run(kept, shares, x, weight, geometry, pivots, parts, table, eps)
 
-    def run(x: Array, weight: Array | None, out: Array) -> None:
+    def run(x: Array, weight: Array | None, table: Array, eps: float) -> None:
         pivots = np.empty(kept if weighted else 0)
         if weighted:
             slab.find_pivots.run(kept, shares, x, weight, geometry, pivots)
-        sums(x, weight, pivots, out)
+        sums(x, weight, pivots, table, eps)
 
     return run
 
@@ -179,7 +179,7 @@ def normalize(
 def forward(
     shape: Shape, xs: Strides, ws: Strides | None, ys: Strides, rs: Strides | None, itemsize: int, shares: int
 ) -> Run:
-    """``run(x, weight, y, residual, numbers, eps, relu, lines, out)``: from (gamma, beta) to (count, mean, M2, rstd)."""
+    """``run(x, weight, y, residual, table, eps, relu, lines)``: see `slab.enter_moments`; gamma and beta stand in it."""
     weighted, kept = ws is not None, shape[0] * shape[2]
     tile = 0
     if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, xs) == 1:
@@ -192,11 +192,11 @@ def forward(
 
         def run(
             x: Array, weight: None, y: Array, residual: Array | None,
-            numbers: Array, eps: float, relu: Any, lines: bool, out: Array,
+            table: Array, eps: float, relu: Any, lines: bool,
         ) -> None:  # fmt: skip
             parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
             columns.forward.run(
-                tiles, shares, x, y, residual, geometry, numbers, eps, out, parts, work, relu, lines and can_stream
+                tiles, shares, x, y, residual, geometry, table, eps, parts, work, relu, lines and can_stream
             )
 
         return run
@@ -206,14 +206,14 @@ def forward(
 
         def run(
             x: Array, weight: Array | None, y: Array, residual: Array | None,
-            numbers: Array, eps: float, relu: Any, lines: bool, out: Array,
+            table: Array, eps: float, relu: Any, lines: bool,
         ) -> None:  # fmt: skip
             pivots = np.empty(kept if weighted else 0)
             if weighted:
                 slab.find_pivots.run(kept, shares, x, weight, geometry, pivots)
             streaming = lines and can_stream
             rows.forward.run(
-                kept, shares, x, weight, y, residual, geometry, pivots, numbers, eps, out, relu, streaming
+                kept, shares, x, weight, y, residual, geometry, pivots, table, eps, relu, streaming
             )
 
         return run
@@ -221,12 +221,10 @@ def forward(
 
     def run(
         x: Array, weight: Array | None, y: Array, residual: Array | None,
-        numbers: Array, eps: float, relu: Any, lines: bool, out: Array,
+        table: Array, eps: float, relu: Any, lines: bool,
     ) -> None:  # fmt: skip
-        first(x, weight, out)
-        count, mean, m2, rstd = out.reshape(4, kept)
-        rstd[...] = batch_rstd(count, m2, eps)
-        second(x, y, residual, np.concatenate((mean, rstd, numbers)), -1.0, relu, lines)
+        first(x, weight, table, eps)
+        second(x, y, residual, table[2 * kept :], -1.0, relu, lines)
 
     return run
 

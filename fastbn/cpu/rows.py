@@ -40,6 +40,7 @@ from fastbn.cpu.simd import (
 from fastbn.cpu.slab import (
     affine_of,
     channel_start,
+    enter_moments,
     finished,
     four,
     input_numbers,
@@ -202,8 +203,8 @@ def moments_of_segments(share, first, last, x, weight, geometry, pivots, parts):
 
 
 @kernel
-def channel_moments(share, first, last, x, weight, geometry, pivots, parts, out):
-    """Count, mean and M2 of every kept index from those of its segments."""
+def channel_moments(share, first, last, x, weight, geometry, pivots, parts, table, eps):
+    """Moments of every kept index from those of its segments, into the table of `enter_moments`."""
     shape, grid, xs, ws = four(geometry, 0), four(geometry, 4), four(geometry, 8), four(geometry, 12)
     segments = -(-chunk_count(shape, grid) // SEGMENT)
     kept = shape[0] * shape[2]
@@ -213,9 +214,8 @@ def channel_moments(share, first, last, x, weight, geometry, pivots, parts, out)
         for k in range(t * segments, (t + 1) * segments):
             n, mean, m2 = merged(n, mean, m2, parts[3 * k], parts[3 * k + 1], parts[3 * k + 2])
         pivot = pivot_of(x, x_at, weight, pivots, t)
-        out[t], out[kept + t], out[2 * kept + t] = finished(
-            x, x_at, xs[2], weight, w_at, ws[2], shape, n, mean, m2, pivot
-        )
+        n, mean, m2 = finished(x, x_at, xs[2], weight, w_at, ws[2], shape, n, mean, m2, pivot)
+        enter_moments(table, t, kept, n, mean, m2, eps)
 
 
 # --- normalise, scale, shift ------------------------------------------------------------------------------------------
@@ -302,10 +302,10 @@ def normalize(share, first, last, x, y, residual, geometry, numbers, eps, relu, 
 
 
 @kernel
-def forward(share, first, last, x, weight, y, residual, geometry, pivots, numbers, eps, out, relu, streaming):
+def forward(share, first, last, x, weight, y, residual, geometry, pivots, table, eps, relu, streaming):
     """Moments and normalise, a channel at a time: the second pass finds the slab in cache.
 
-    The numbers are (gamma, beta), the results (count, mean, M2, rstd).
+    The table is that of `enter_moments`.
     """
     shape, grid, xs, ws = four(geometry, 0), four(geometry, 4), four(geometry, 8), four(geometry, 12)
     ys, rs = four(geometry, 16), four(geometry, 20)
@@ -314,11 +314,8 @@ def forward(share, first, last, x, weight, y, residual, geometry, pivots, number
         x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
         pivot = pivot_of(x, x_at, weight, pivots, t)
         n, mean, m2 = slab_moments(x, x_at, xs[2], weight, w_at, ws[2], shape, grid, pivot)
-        rstd = 1.0 / np.sqrt(m2 / n + eps)
-        out[t], out[kept + t], out[2 * kept + t], out[3 * kept + t] = n, mean, m2, rstd
-        hi = rounded(x, mean)
-        scale = rstd * numbers[t]
-        affine = (hi, scale, numbers[kept + t] - (mean - hi) * scale)
+        enter_moments(table, t, kept, n, mean, m2, eps)
+        affine = affine_of(x, table, 2 * kept + t, kept, -1.0)
         y_at, r_at = channel_start(ys, t, shape), channel_start(rs, t, shape)
         for r in range(shape[1]):
             i, j, k = x_at + r * xs[2], y_at + r * ys[2], r_at + r * rs[2]

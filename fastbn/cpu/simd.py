@@ -305,7 +305,7 @@ def stream(typing, array, at, v):
 
 @intrinsic
 def prefetch(typing, array, at):
-    """Ask for the line of an element ahead of its use; it need not exist."""
+    """Ask for the line of an element, to the second-level cache, ahead of its use; it need not exist."""
     if array == types.none:
         return _absent(types.none, array, types.intp)
 
@@ -313,7 +313,7 @@ def prefetch(typing, array, at):
         pointer = builder.bitcast(_pointer(context, builder, array, args[0], args[1], 1), ir.IntType(8).as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
+        builder.call(function, [pointer, _I32(0), _I32(2), _I32(1)])
         return context.get_dummy_value()
 
     return types.none(array, types.intp), codegen

@@ -98,6 +98,16 @@ def finished(x, x_at, x_step, weight, w_at, w_step, shape, n, mean, m2, pivot):
 
 
 @inner
+def enter_moments(table, t, kept, n, mean, m2, eps):
+    """Into the rows count, M2, mean, rstd of a table, which go on with gamma and beta.
+
+    So its last four rows are the numbers of `affine_of`.
+    """
+    table[t], table[kept + t], table[2 * kept + t] = n, m2, mean
+    table[3 * kept + t] = 1.0 / np.sqrt(m2 / n + eps)
+
+
+@inner
 def affine_of(x, numbers, t, kept, eps):
     """Three numbers hi, scale, shift with ``(x - hi) * scale + shift = (x - mean) * scale + beta`` of kept index t.
 
