@@ -155,16 +155,18 @@ def ask_dtypes(cases: Sequence[Case], ask: Callable[..., None]) -> None:
     by_key = {(c.result.shape, c.result.layout, c.result.what, c.result.dtype): c for c in cases}
     for dtype, bound in (("float16", 1.6), ("bfloat16", 1.6), ("float64", 2.2)):
         pairs = [
-            (case, by_key[key[:3] + ("float32",)])
+            (case, by_key[(*key[:3], "float32")])
             for key, case in by_key.items()
-            if key[3] == dtype and key[2] != "moments" and key[:3] + ("float32",) in by_key
+            if key[3] == dtype and key[2] != "moments" and (*key[:3], "float32") in by_key
         ]
         pairs = [(a, b) for a, b in pairs if a.is_large() and b.is_large() and a.passes == b.passes]
         if dtype == "float64":
             ask("float64, times float32's time", (a.result.ours / b.result.ours for a, b in pairs), bound, False)
         else:
             ask(f"{dtype}, times float32's speed", (b.result.ours / a.result.ours for a, b in pairs), bound, True)
-            theirs = [a.result.seconds["torch"] / a.result.ours if a.result.seconds["torch"] else None for a, _ in pairs]
+            theirs = [
+                a.result.seconds["torch"] / a.result.ours if a.result.seconds["torch"] else None for a, _ in pairs
+            ]
             ask(f"{dtype} with out=, times PyTorch", theirs, 1.5, True)
 
 

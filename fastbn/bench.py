@@ -128,9 +128,7 @@ def measure(
         medians = _in_turn(calls, rounds)
         seconds = {name: medians.get(name) for name in ("fastbn", "fastbn_out", "copy", "numpy", "torch")}
         nbytes = data.x[0].nbytes
-        results.append(
-            Result(shape, dtype, layout, what, OPERATIONS[what] * nbytes, 2 * data.raw_x[0].nbytes, seconds)
-        )
+        results.append(Result(shape, dtype, layout, what, OPERATIONS[what] * nbytes, 2 * data.raw_x[0].nbytes, seconds))
     return results
 
 
@@ -298,4 +296,4 @@ def _stream_blocks(share, first, last, x, out):  # type: ignore[no-untyped-def] 
         stream(out, i, load(x, i, 64))
 
 
-_copy: Any = jit.kernel(_stream_blocks)  # type: ignore[no-untyped-call]
+_copy: Any = jit.kernel(_stream_blocks)

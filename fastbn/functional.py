@@ -336,9 +336,7 @@ def batch_norm_inference(
     spread = _vector("var", var, layout, backend.xp)
     y = _normalize(backend, x, layout, mean, spread, gamma, beta, eps, residual, activation, out)
     if key is not None:
-        repeated.remember(
-            key, repeated.inference(backend, layout, x, eps, residual, activation is not None, out)
-        )
+        repeated.remember(key, repeated.inference(backend, layout, x, eps, residual, activation is not None, out))
     return y
 
 

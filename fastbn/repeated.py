@@ -2,7 +2,7 @@
 
 A training loop makes the same calls again and again. The first goes the documented way, through every check; from what
 that found, a function of the arrays alone is kept, which takes a fifth of the time. These functions make it, or return
-None where the arrays are out of the ordinary: masks, weights, synchronised statistics, channels on several axes, slices.
+None where arrays are out of the ordinary: masks, weights, synchronised statistics, channels on several axes, slices.
 What it returns is None where the arrays at hand cannot take the short way, as when `out` overlaps an input.
 """
 
@@ -102,10 +102,11 @@ def inference_key(
 
 def forward(backend: Any, layout: Layout, saved: Saved, x: Any, eps: float, residual: Any, out: Any) -> Call | None:
     """``call(x, gamma, beta, residual, out)`` does what `batch_norm` does."""
-    dense = backend.dense(layout, x, residual, out)
+    dense: Any = backend.dense(layout, x, residual, out)
     if dense is None or len(layout.kept_shape) != 1:
         return None
-    flat, usable, empty_like, on_lines, small, xp = *dense, backend.xp
+    flat, usable, empty_like, on_lines, small = dense
+    xp = backend.xp
     channels, run = layout.kept_shape[0], backend.dense_forward(layout.folded, x, residual)
     simple = small and residual is None and out is None
     relu, channel_axis, activation = (saved.activation is not None) or None, saved.channel_axis, saved.activation
@@ -131,10 +132,11 @@ def forward(backend: Any, layout: Layout, saved: Saved, x: Any, eps: float, resi
 def backward(backend: Any, layout: Layout, saved: Saved, dy: Any, out: Any) -> Call | None:
     """``call(dy, saved, out)`` does what `batch_norm_backward` does, without dmean and dvar."""
     x, y = saved.x, saved.y
-    dense = backend.dense(layout, x, dy, y, out)
+    dense: Any = backend.dense(layout, x, dy, y, out)
     if dense is None or len(layout.kept_shape) != 1 or saved.weight is not None:
         return None
-    flat, usable, empty_like, on_lines, small, xp = *dense, backend.xp
+    flat, usable, empty_like, on_lines, small = dense
+    xp = backend.xp
     frozen, has_residual, channels = saved.moments is None, saved.has_residual, layout.kept_shape[0]
     run = backend.dense_backward(layout.folded, x, y, has_residual, frozen)
     simple = small and y is None and out is None
@@ -160,14 +162,13 @@ def backward(backend: Any, layout: Layout, saved: Saved, dy: Any, out: Any) -> C
     return call
 
 
-def inference(
-    backend: Any, layout: Layout, x: Any, eps: float, residual: Any, relu: bool, out: Any
-) -> Call | None:
+def inference(backend: Any, layout: Layout, x: Any, eps: float, residual: Any, relu: bool, out: Any) -> Call | None:
     """``call(x, mean, var, gamma, beta, residual, out)`` does what `batch_norm_inference` does."""
-    dense = backend.dense(layout, x, residual, out)
+    dense: Any = backend.dense(layout, x, residual, out)
     if dense is None or len(layout.kept_shape) != 1:
         return None
-    flat, usable, empty_like, on_lines, small, xp = *dense, backend.xp
+    flat, usable, empty_like, on_lines, small = dense
+    xp = backend.xp
     channels, run, flag = layout.kept_shape[0], backend.dense_normalize(layout.folded, x, residual), relu or None
     simple = small and residual is None and out is None
 

@@ -2,6 +2,9 @@
 
 import pytest
 
+from fastbn import repeated
+from fastbn.cpu import plans
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
@@ -9,3 +12,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture
+def fresh_plans():
+    """For tests that change how work is divided: nothing planned before counts, nor after."""
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    repeated.forget()
+    for plan in (plans.moments, plans.normalize, plans.forward, plans.grad_sums, plans.grad_input, plans.backward):
+        plan.cache_clear()

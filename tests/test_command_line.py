@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from fastbn import bench, check, cpu, environment, warmup
+from fastbn import bench, check, cpu, environment, repeated, warmup
 from fastbn.__main__ import COMMANDS, main
 
 SHAPE = "4,64,14,14"
@@ -159,6 +159,8 @@ def broken(name, change):
     wrong = types.SimpleNamespace(**{key: getattr(cpu, key) for key in cpu.__all__})
     right = getattr(cpu, name)
     setattr(wrong, name, lambda *args: change(args, right(*args)))
+    wrong.dense = lambda *args: None  # the short way of repeated calls goes past the functions of the contract
+    repeated.forget()
     return wrong
 
 
@@ -186,7 +188,7 @@ FAULTS = [
     ("large mean", "moments", scaled(2, 1 + 5e-6)),
     ("constant", "forward", nudged(7)),
     ("oracle", "forward", nudged(7)),
-    ("oracle", "normalize", nudged(6)),
+    ("oracle", "normalize", nudged(8)),
     ("oracle", "backward", nudged(11)),
     ("oracle", "backward", scaled(0, 1 + 1e-3)),
     ("oracle", "backward", scaled(1, 1 + 1e-3)),

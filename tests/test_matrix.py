@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import cpu, reference
+from fastbn import cpu, reference, repeated
+from fastbn.cpu import memory, plans
 from tests import tolerances
+from tests.conftest import forget
 from tests.support import DTYPES, LAYOUTS, OPTIONS, make_case
 
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -227,20 +229,23 @@ def test_statistics(dtype, layout, options):
 @pytest.mark.parametrize(
     ("serial_below", "whole_channels", "streaming"), [(0, True, True), (0, False, True), (1 << 60, False, True)]
 )
-def test_forced_strategies(monkeypatch, options, serial_below, whole_channels, streaming):
+def test_forced_strategies(monkeypatch, fresh_plans, options, serial_below, whole_channels, streaming):
     """Parallel and serial, fused and split, plain and streaming stores: right, and bit for bit the same."""
     case = make_case(LAYOUTS["NCHW long rows"], "float32", OPTIONS[options])
     last = make_case(LAYOUTS["NHWC wide"], "float32", OPTIONS[options])
+    short = make_case(LAYOUTS["NCHW short rows"], "float32", OPTIONS[options])
     results = []
     for forced in (False, True):
         if forced:
             monkeypatch.setattr(cpu.jit, "PARALLEL_FROM", serial_below)
-            monkeypatch.setattr(cpu, "_whole_channels", lambda shape: whole_channels)
+            monkeypatch.setattr(plans, "_whole_channels", lambda shape, shares: whole_channels)
+            if not whole_channels:
+                monkeypatch.setattr(plans, "_fused_tile", lambda *_: 0)
             if streaming:
-                monkeypatch.setattr(cpu, "CACHE_SHARE", 0)
-                monkeypatch.setattr(cpu, "STREAMED_ROW", 0)
-                monkeypatch.setattr(cpu, "STREAMED_ROW_OF_CHANNEL", 0)
-        for c in (case, last):
+                monkeypatch.setattr(memory, "CACHE_SHARE", 0)
+                monkeypatch.setattr(plans, "STREAMED_ROW", 0)
+            forget()
+        for c in (case, last, short):
             check_backward(c)
             check_frozen(c)
             y, saved = fastbn.batch_norm(c.x, c.gamma, c.beta, **c.keywords, **c.epilogue)
@@ -399,6 +404,8 @@ def broken(name, change):
         return change(args, result)
 
     setattr(wrong, name, function)
+    wrong.dense = lambda *args: None  # the short way of repeated calls goes past the functions of the contract
+    repeated.forget()
     return wrong
 
 
@@ -436,7 +443,7 @@ FAULTS = {
         ("backward", nudged(11, 1e-4)),
         ("backward", nudged(12, 1e-3)),
     ],
-    "frozen": [("normalize", nudged(6, 1e-4)), ("backward", nudged(11, 1e-4)), ("backward", scaled(0, 1.001))],
+    "frozen": [("normalize", nudged(8, 1e-4)), ("backward", nudged(11, 1e-4)), ("backward", scaled(0, 1.001))],
     "parts": [
         ("grad_sums", scaled(0, 1 + 1e-4)),
         ("grad_sums", scaled(1, 1 + 1e-4)),

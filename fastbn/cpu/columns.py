@@ -12,15 +12,15 @@ channels-first, short rows     outer                  channels * inner     inner
 =============================  =====================  ===================  ============
 
 Folding few channels fills whole vectors; rows beyond the last whole fold are taken value by value. Rows are taken in
-chunks of 128 and in segments, by shape alone; threads share segments and tiles of cells. The sums of a chunk live in one
-small array per tile, so memory is read in its own order. The numerics are those of `rows`: each cell has its own guess,
-and a chunk in which some guess was poor is summed again, with a better guess for those cells alone.
+chunks of 128 and in segments, by shape alone; threads share segments and tiles of cells. The sums of a chunk live in
+one small array per tile, so memory is read in its own order. The numerics are those of `rows`: each cell has its own
+guess, and a chunk in which some guess was poor is summed again, with a better guess for those cells alone.
 
 Bytes moved, S = the bytes of x: moments S, normalize 2S, grad_sums 2S, grad_input 3S; forward 2S and backward 3S where
 a tile of all rows stays in cache between the two passes over it.
 
 The geometry's four integers of this family are ``(fold, tile, height, _)``: rows taken as one, cells of a tile, rows of
-a task. Each share has arrays of its own in ``work`` (of the compute type) and ``parts`` (float64), `pitch` values apart.
+a task. Each share has arrays of its own in ``work`` (of the compute type) and ``parts`` (float64), a pitch apart.
 """
 
 import numpy as np
@@ -310,7 +310,7 @@ def segment(x, at, step, rows, cells, size, parts, own, pitch, mean, m2, work, l
 def weighted_segment(
     x, at, step, weight, w_at, w_step, w_across, rows, columns, parts, own, pitch, n_at, mean, m2, work, loose
 ):
-    """The same of one column each, with the sum of the weights at ``n_at``; ``w_across`` is 0 where channels share it."""
+    """The same of one column each, with the sum of weights at ``n_at``; ``w_across`` is 0 where channels share them."""
     n = lanes(x, WIDTH)
     guess, s1, s2, count = loose, loose + pitch, loose + 2 * pitch, own + pitch
     fill(work, guess, columns, 0.0)
@@ -572,9 +572,7 @@ def add_four_grad_rows(dy, g, g_step, x, i, i_step, y, o, o_step, n, part, work,
 
 
 @inner
-def grad_segment(
-    dy, g, g_step, x, i, i_step, y, o, o_step, rows, cells, size, parts, own, pitch, work, loose
-):
+def grad_segment(dy, g, g_step, x, i, i_step, y, o, o_step, rows, cells, size, parts, own, pitch, work, loose):
     """sum(dz) and sum(dz * (x - hi)) of each cell of one segment, a pitch apart from ``own`` on; hi is at ``loose``."""
     n, columns = lanes(x, WIDTH), cells * size
     s1, s2, t1, t2 = loose + pitch, loose + 2 * pitch, own + 2 * pitch, own + 3 * pitch
@@ -608,7 +606,7 @@ def grad_segment(
 
 @kernel
 def segment_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, work):
-    """sum(dz) and sum(dz * (x - hi)) of each cell of each segment, at the beginning of ``parts``; numbers: the means."""
+    """sum(dz) and sum(dz * (x - hi)) of each segment of each cell, first in ``parts``; numbers begin with the means."""
     shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
     fold, tile, height, _ = four(geometry, 4)
     channels, size = shape[2], shape[3]

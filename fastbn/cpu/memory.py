@@ -117,7 +117,7 @@ class _Lease:
         if _kept is not None:  # at the interpreter's end modules lose their names
             _kept[id(self.buffer)] = self.buffer
             while sum(buffer.nbytes for buffer in tuple(_kept.values())) > KEPT:
-                _kept.pop(tuple(_kept)[0], None)
+                _kept.pop(next(iter(tuple(_kept))), None)
 
 
 def _kept_buffer(nbytes: int) -> Array:
@@ -142,9 +142,7 @@ def empty_like(a: Array) -> Array:
 
 def on_lines(*arrays: Array | None) -> bool:
     """Whether arrays are large and start on cache lines, so that they may be written past the caches."""
-    return all(
-        a is None or (a.nbytes >= CACHE_SHARE and a.__array_interface__["data"][0] % 64 == 0) for a in arrays
-    )
+    return all(a is None or (a.nbytes >= CACHE_SHARE and a.__array_interface__["data"][0] % 64 == 0) for a in arrays)
 
 
 def dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Any, ...] | None:

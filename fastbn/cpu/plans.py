@@ -33,7 +33,9 @@ FOLDED_ROWS = 256  # rows of few channels are folded only while so many remain
 TILE = 1024  # columns, at most, of which a task makes sums: a page of float32, which suits the prefetcher
 ROW = 4096  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
 FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least; two passes over whole rows beat one over narrow ones
-FUSED_BYTES = 192 << 10  # read twice by one thread: with the output beside it, it stays in a second-level cache of 512 kB
+FUSED_BYTES = (
+    192 << 10
+)  # read twice by one thread: with the output beside it, it stays in a second-level cache of 512 kB
 
 NOWHERE = (0, 0, 0, 0)
 
@@ -101,7 +103,10 @@ class _Columns:
         self.tasks = columns.task_count(batch, folded, self.cells, self.height, tile)
         results = arrays * batch * -(-folded // self.height) * columns.padded(self.cells)
         pitch = tile * inner + columns.PAD
-        self.parts, self.work = results + shares * (columns.PARTS + 2 * (not arrays)) * pitch, shares * columns.WORK * pitch
+        self.parts, self.work = (
+            results + shares * (columns.PARTS + 2 * (not arrays)) * pitch,
+            shares * columns.WORK * pitch,
+        )
         self.compute = np.float64 if itemsize == 8 else np.float32
         self.family = (fold, tile, self.height, 0)
 
@@ -149,9 +154,7 @@ def moments(shape: Shape, xs: Strides, ws: Strides | None, itemsize: int, shares
 
 
 @lru_cache(maxsize=1024)
-def normalize(
-    shape: Shape, xs: Strides, ys: Strides, rs: Strides | None, itemsize: int, shares: int
-) -> Run:
+def normalize(shape: Shape, xs: Strides, ys: Strides, rs: Strides | None, itemsize: int, shares: int) -> Run:
     """``run(x, y, residual, numbers, eps, relu, lines)``: see `slab.affine_of`; lines: whether y starts on one."""
     if in_columns(shape, xs, ys, rs):
         fold = folding(shape, xs, ys, rs)
@@ -159,27 +162,29 @@ def normalize(
         c = _Columns(shape, fold, tile, itemsize, shares)
         geometry, can_stream = _geometry(shape, c.family, xs, ys, rs), c.streams(ys)
 
-        def run(x: Array, y: Array, residual: Array | None, numbers: Array, eps: float, relu: Any, lines: bool) -> None:
+        def of_columns(
+            x: Array, y: Array, residual: Array | None, numbers: Array, eps: float, relu: Any, lines: bool
+        ) -> None:
             work = np.empty(c.work, c.compute)
             columns.normalize.run(
                 c.tasks, shares, x, y, residual, geometry, numbers, eps, work, relu, lines and can_stream
             )
 
-        return run
+        return of_columns
     geometry, pieces = _geometry(shape, _chunks(shape), xs, ys, rs), rows.piece_count(shape)
     can_stream = shape[3] * itemsize >= STREAMED_ROW
 
-    def run(x: Array, y: Array, residual: Array | None, numbers: Array, eps: float, relu: Any, lines: bool) -> None:
+    def of_rows(x: Array, y: Array, residual: Array | None, numbers: Array, eps: float, relu: Any, lines: bool) -> None:
         rows.normalize.run(pieces, shares, x, y, residual, geometry, numbers, eps, relu, lines and can_stream)
 
-    return run
+    return of_rows
 
 
 @lru_cache(maxsize=1024)
 def forward(
     shape: Shape, xs: Strides, ws: Strides | None, ys: Strides, rs: Strides | None, itemsize: int, shares: int
 ) -> Run:
-    """``run(x, weight, y, residual, table, eps, relu, lines)``: see `slab.enter_moments`; gamma and beta stand in it."""
+    """``run(x, weight, y, residual, table, eps, relu, lines)``: gamma and beta stand in `slab.enter_moments`' table."""
     weighted, kept = ws is not None, shape[0] * shape[2]
     tile = 0
     if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, xs) == 1:
@@ -190,7 +195,7 @@ def forward(
         geometry, can_stream = _geometry(shape, c.family, xs, ys, rs), c.streams(ys)
         tiles = shape[0] * -(-shape[2] // tile)
 
-        def run(
+        def of_columns(
             x: Array, weight: None, y: Array, residual: Array | None,
             table: Array, eps: float, relu: Any, lines: bool,
         ) -> None:  # fmt: skip
@@ -199,12 +204,12 @@ def forward(
                 tiles, shares, x, y, residual, geometry, table, eps, parts, work, relu, lines and can_stream
             )
 
-        return run
+        return of_columns
     if _whole_channels(shape, shares) and not in_columns(shape, xs, weighted=weighted):
         geometry = _geometry(shape, _chunks(shape), xs, ws, ys, rs)
         can_stream = shape[3] * itemsize >= STREAMED_ROW
 
-        def run(
+        def of_rows(
             x: Array, weight: Array | None, y: Array, residual: Array | None,
             table: Array, eps: float, relu: Any, lines: bool,
         ) -> None:  # fmt: skip
@@ -212,27 +217,23 @@ def forward(
             if weighted:
                 slab.find_pivots.run(kept, shares, x, weight, geometry, pivots)
             streaming = lines and can_stream
-            rows.forward.run(
-                kept, shares, x, weight, y, residual, geometry, pivots, table, eps, relu, streaming
-            )
+            rows.forward.run(kept, shares, x, weight, y, residual, geometry, pivots, table, eps, relu, streaming)
 
-        return run
+        return of_rows
     first, second = moments(shape, xs, ws, itemsize, shares), normalize(shape, xs, ys, rs, itemsize, shares)
 
-    def run(
+    def of_parts(
         x: Array, weight: Array | None, y: Array, residual: Array | None,
         table: Array, eps: float, relu: Any, lines: bool,
     ) -> None:  # fmt: skip
         first(x, weight, table, eps)
         second(x, y, residual, table[2 * kept :], -1.0, relu, lines)
 
-    return run
+    return of_parts
 
 
 @lru_cache(maxsize=1024)
-def grad_sums(
-    shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, itemsize: int, shares: int
-) -> Run:
+def grad_sums(shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, itemsize: int, shares: int) -> Run:
     """``run(dy, x, y, numbers, out)``: from (mean, rstd) to (dgamma, dbeta)."""
     kept = shape[0] * shape[2]
     if in_columns(shape, dys, xs, ys):
@@ -241,20 +242,20 @@ def grad_sums(
         c = _Columns(shape, fold, tile, itemsize, shares, 2)
         geometry = _geometry(shape, c.family, dys, xs, ys)
 
-        def run(dy: Array, x: Array, y: Array | None, numbers: Array, out: Array) -> None:
+        def of_columns(dy: Array, x: Array, y: Array | None, numbers: Array, out: Array) -> None:
             parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
             columns.segment_grad_sums.run(c.tasks, shares, dy, x, y, geometry, numbers, parts, work)
             columns.channel_grad_sums.run(kept, shares, dy, x, y, geometry, numbers, parts, out)
 
-        return run
+        return of_columns
     geometry, segments = _geometry(shape, _chunks(shape), dys, xs, ys), kept * rows.segment_count(shape[1], shape[3])
 
-    def run(dy: Array, x: Array, y: Array | None, numbers: Array, out: Array) -> None:
+    def of_rows(dy: Array, x: Array, y: Array | None, numbers: Array, out: Array) -> None:
         parts = np.empty(2 * segments)
         rows.grad_sums_of_segments.run(segments, shares, dy, x, y, geometry, numbers, parts)
         rows.channel_grad_sums.run(kept, shares, x, geometry, numbers, parts, out)
 
-    return run
+    return of_rows
 
 
 @lru_cache(maxsize=1024)
@@ -270,27 +271,25 @@ def grad_input(
         c = _Columns(shape, fold, tile, itemsize, shares)
         geometry, can_stream = _geometry(shape, c.family, *strides), c.streams(dxs, drs)
 
-        def run(
+        def of_columns(
             dy: Array, x: Array | None, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
             numbers: Array, lines: bool,
         ) -> None:  # fmt: skip
             work = np.empty(c.work, c.compute)
             streaming = lines and can_stream
-            columns.grad_input.run(
-                c.tasks, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, work, streaming
-            )
+            columns.grad_input.run(c.tasks, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, work, streaming)
 
-        return run
+        return of_columns
     geometry, pieces = _geometry(shape, _chunks(shape), *strides), rows.piece_count(shape)
     can_stream = shape[3] * itemsize >= STREAMED_ROW
 
-    def run(
+    def of_rows(
         dy: Array, x: Array | None, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
         numbers: Array, lines: bool,
     ) -> None:  # fmt: skip
         rows.grad_input.run(pieces, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, lines and can_stream)
 
-    return run
+    return of_rows
 
 
 @lru_cache(maxsize=1024)
@@ -309,7 +308,7 @@ def backward(
         geometry, can_stream = _geometry(shape, c.family, *strides), c.streams(dxs, drs)
         tiles = shape[0] * -(-shape[2] // tile)
 
-        def run(
+        def of_columns(
             dy: Array, x: Array, y: Array | None, weight: None, dx: Array, dresidual: Array | None,
             numbers: Array, lines: bool, out: Array,
         ) -> None:  # fmt: skip
@@ -318,11 +317,11 @@ def backward(
                 tiles, shares, dy, x, y, live, dx, dresidual, geometry, numbers, out, parts, work, lines and can_stream
             )
 
-        return run
+        return of_columns
     if _whole_channels(shape, shares) and not in_columns(shape, dys, xs, ys):
         geometry, can_stream = _geometry(shape, _chunks(shape), *strides), shape[3] * itemsize >= STREAMED_ROW
 
-        def run(
+        def of_rows(
             dy: Array, x: Array, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
             numbers: Array, lines: bool, out: Array,
         ) -> None:  # fmt: skip
@@ -331,11 +330,11 @@ def backward(
                 kept, shares, dy, x, y, live, weight, dx, dresidual, geometry, numbers, out, lines and can_stream
             )
 
-        return run
+        return of_rows
     first = grad_sums(shape, dys, xs, ys, itemsize, shares)
     second = grad_input(shape, dys, None if frozen else xs, ys, ws, dxs, drs, itemsize, shares)
 
-    def run(
+    def of_parts(
         dy: Array, x: Array, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
         numbers: Array, lines: bool, out: Array,
     ) -> None:  # fmt: skip
@@ -344,4 +343,4 @@ def backward(
         terms = input_numbers(gamma, rstd, dgamma, dbeta, count, dmean, dvar)
         second(dy, None if frozen else x, y, weight, dx, dresidual, np.concatenate((mean, *terms)), lines)
 
-    return run
+    return of_parts

@@ -364,7 +364,7 @@ def grad_segment(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, shape, gr
 
 @inner
 def around_mean(x, mean, rstd, a, b):
-    """dgamma from a = sum(dz) and b = sum(dz * (x - hi))."""
+    """Dgamma from a = sum(dz) and b = sum(dz * (x - hi))."""
     return (b - (mean - rounded(x, mean)) * a) * rstd
 
 

@@ -1,0 +1,200 @@
+"""Calls like an earlier one take a short way (`fastbn.repeated`): the same bits, the same errors."""
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import repeated
+from fastbn.cpu import jit
+from tests.conftest import forget
+from tests.support import LAYOUTS, OPTIONS, make_case
+
+
+@pytest.fixture
+def short_ways(monkeypatch):
+    """Results of calls that took the short way."""
+    taken = []
+    find = repeated.find
+
+    def watched(key):
+        call = find(key)
+
+        def noted(*args):
+            result = call(*args)
+            taken.append(result)
+            return result
+
+        return None if call is None else noted
+
+    forget()
+    monkeypatch.setattr(repeated, "find", watched)
+    yield taken
+    forget()
+
+
+def calls(case, out=False):
+    """Each function that has a short way, and the arrays it returns."""
+    keywords = case.keywords | case.epilogue
+    new = (lambda: np.zeros_like(case.x)) if out else (lambda: None)
+    y, saved = fastbn.batch_norm(case.x, case.gamma, case.beta, out=new(), **keywords)
+    grads = fastbn.batch_norm_backward(case.dy, saved, out=new())
+    given = (saved.mean, saved.moments.var(), case.gamma, case.beta)
+    axis = case.keywords["channel_axis"]
+    z = fastbn.batch_norm_inference(case.x, *given, channel_axis=axis, out=new(), **case.epilogue)
+    frozen = fastbn.Saved.frozen(case.x, *given[:3], channel_axis=axis, y=z, activation=case.epilogue.get("activation"))
+    frozen_grads = fastbn.batch_norm_backward(case.dy, frozen)
+    arrays = [y, *saved.moments, saved.mean, saved.rstd, saved.count, *grads, z, *frozen_grads]
+    return [a for a in arrays if a is not None], (saved.channel_axis, saved.activation, saved.has_residual)
+
+
+@pytest.mark.xdist_group("float32")
+@pytest.mark.parametrize("out", [False, True])
+@pytest.mark.parametrize("options", ["plain", "affine residual relu"])
+@pytest.mark.parametrize("layout", ["NC", "NCHW", "NHWC", "NHWC as NCHW", "NCHW short rows", "NCHW long rows"])
+def test_same_bits(short_ways, layout, options, out):
+    case = make_case(LAYOUTS[layout], "float32", OPTIONS[options])
+    first, static = calls(case, out)
+    assert not short_ways
+    second, again = calls(case, out)
+    assert len(short_ways) == 4
+    assert all(result is not None for result in short_ways)
+    assert static == again
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_other_dtypes(short_ways, dtype):
+    case = make_case(LAYOUTS["NCHW"], dtype, OPTIONS["plain"])
+    first, _ = calls(case)
+    second, _ = calls(case)
+    assert len(short_ways) == 4
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["instance NCHW", "channel slice", "spatial slice", "swapped bytes", "unaligned"])
+def test_unusual_arrays_go_the_documented_way(short_ways, layout):
+    case = make_case(LAYOUTS[layout], "float32", OPTIONS["plain"])
+    first, _ = calls(case)
+    second, _ = calls(case)
+    assert all(result is None for result in short_ways)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_arrays_of_a_later_call_are_looked_at(short_ways):
+    """Same key, but read-only, misaligned or overlapping arrays."""
+    x = np.random.default_rng(0).standard_normal((4, 6, 7, 11)).astype(np.float32)
+    mean, var = np.zeros(6), np.ones(6)
+    expected = fastbn.batch_norm_inference(x, mean, var)
+    locked = x.copy()
+    locked.flags.writeable = False
+    raw = np.zeros(x.nbytes + 1, np.uint8)
+    askew = raw[1:].view(np.float32).reshape(x.shape)
+    askew[...] = x
+    for a in (locked, askew):
+        np.testing.assert_array_equal(fastbn.batch_norm_inference(a, mean, var), expected)
+        assert short_ways.pop() is None
+    out = np.empty_like(x)
+    fastbn.batch_norm_inference(x, mean, var, out=out)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out: expected a writable array"):
+        fastbn.batch_norm_inference(x, mean, var, out=out)
+    both = np.zeros((5, *x.shape[1:]), np.float32)
+    both[:4] = x
+    np.testing.assert_array_equal(fastbn.batch_norm_inference(both[:4], mean, var, out=both[1:]), expected)
+    mine = x.copy()
+    assert fastbn.batch_norm_inference(mine, mean, var, out=mine) is mine
+    np.testing.assert_array_equal(mine, expected)
+
+
+def test_in_place_forward_has_no_backward_however_often(short_ways):
+    for _ in range(3):
+        x = np.ones((4, 6), np.float32)
+        _, saved = fastbn.batch_norm(x, out=x)
+        assert saved.x is None
+
+
+def test_errors_stay_errors(short_ways):
+    """A call that differs in what is checked is another call."""
+    x, one = np.ones((4, 6), np.float32), np.ones(6)
+    for _ in range(2):
+        fastbn.batch_norm(x, one)
+        fastbn.batch_norm_inference(x, one, one)
+    for wrong, error in (
+        ({"eps": -1.0}, ValueError),
+        ({"eps": True + 0j}, TypeError),
+        ({"channel_axis": 1.0}, TypeError),
+        ({"channel_axis": [1]}, None),
+        ({"channel_axis": 2}, np.exceptions.AxisError),
+        ({"activation": "gelu"}, ValueError),
+        ({"activation": ["relu"]}, ValueError),
+        ({"gamma": np.ones(5)}, ValueError),
+        ({"gamma": np.ones(6, int)}, TypeError),
+        ({"gamma": [1.0] * 6}, TypeError),
+        ({"gamma": np.ma.masked_array(one)}, TypeError),
+        ({"out": np.ones((4, 5), np.float32)}, ValueError),
+    ):
+        if error is None:
+            fastbn.batch_norm(x, **wrong)
+            continue
+        with pytest.raises(error):
+            fastbn.batch_norm(x, **wrong)
+        with pytest.raises(error):
+            fastbn.batch_norm_inference(x, one, one, **wrong)
+
+
+def test_other_threads_are_another_division(short_ways, monkeypatch):
+    """A plan for so many threads serves only these."""
+    x = np.random.default_rng(0).standard_normal((8, 16, 40, 40)).astype(np.float32)
+    expected = fastbn.batch_norm(x)[0]
+    monkeypatch.setattr(jit, "PARALLEL_FROM", 1 << 60)
+    np.testing.assert_array_equal(fastbn.batch_norm(x)[0], expected)
+    assert short_ways == [None] or jit.shares_of(1 << 61) == 1
+
+
+def test_programs_without_repetition_keep_memory_flat(monkeypatch):
+    monkeypatch.setattr(repeated, "MOST", 8)
+    forget()
+    for n in range(1, 40):
+        fastbn.batch_norm_inference(np.ones((n, 3), np.float32), np.zeros(3), np.ones(3))
+    assert len(repeated._calls) <= 8
+
+
+# --- large results: their memory is used again ------------------------------------------------------------------------
+
+
+def test_freed_buffers_serve_again_and_used_ones_never():
+    from fastbn.cpu import memory
+
+    memory._kept.clear()
+    like = np.empty((9, 1 << 20), np.float32)
+    first = memory.empty_like(like)
+    assert first.ctypes.data % 64 == 0
+    view = first[2:, ::2]
+    place = first.ctypes.data
+    del first
+    second = memory.empty_like(like)
+    assert not np.shares_memory(second, view)
+    del view
+    third = memory.empty_like(like)
+    assert third.ctypes.data == place
+    assert third.shape == like.shape
+    smaller = memory.empty_like(like[:8])
+    del second, third
+    assert sum(b.nbytes for b in memory._kept.values()) <= memory.KEPT
+    del smaller
+
+
+def test_kept_buffers_are_bounded(monkeypatch):
+    from fastbn.cpu import memory
+
+    monkeypatch.setattr(memory, "MAPPED", 1 << 20)
+    monkeypatch.setattr(memory, "KEPT", 20 << 20)
+    memory._kept.clear()
+    arrays = [memory.empty_like(np.empty((k, 1 << 20), np.float32)) for k in (1, 2, 3, 1, 2)]
+    del arrays
+    assert 0 < sum(b.nbytes for b in memory._kept.values()) <= memory.KEPT
+    memory._kept.clear()
