@@ -18,11 +18,11 @@ from fastbn.cpu.memory import (
     Strides,
     dense,
     empty_like,
-    memory,
+    flat,
+    flat_weight,
     on_lines,
     overlap,
     same_or_apart,
-    weight_memory,
     writable_in_place,
 )
 
@@ -50,7 +50,7 @@ xp = np
 def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array]:
     """Count, mean and M2."""
     table = np.empty((4, x.shape[0] * x.shape[2]))
-    (x_, xs), (w_, ws) = memory(x), weight_memory(weight)
+    (x_, xs), (w_, ws) = flat(x), flat_weight(weight)
     plans.moments(x.shape, xs, ws, x.itemsize, jit.shares_of(x.size))(x_, w_, table.reshape(-1), 0.0)
     return table[0], table[2], table[1]
 
@@ -70,7 +70,7 @@ def normalize(
 
     ``spread`` is the variance, to which eps is added, or without eps the rstd.
     """
-    (x_, xs), (y_, ys), (r_, rs) = memory(x), memory(y), memory(residual)
+    (x_, xs), (y_, ys), (r_, rs) = flat(x), flat(y), flat(residual)
     run = plans.normalize(x.shape, xs, ys, rs, x.itemsize, jit.shares_of(x.size))
     numbers = np.concatenate((mean, spread, gamma, beta))
     run(x_, y_, r_, numbers, -1.0 if eps is None else eps, relu or None, on_lines(y))
@@ -89,7 +89,12 @@ def forward(
     """Count, mean, M2 and rstd of x, and y normalised by them."""
     table = np.empty((6, x.shape[0] * x.shape[2]))
     table[4], table[5] = gamma, beta
-    (x_, xs), (w_, ws), (y_, ys), (r_, rs) = memory(x), weight_memory(weight), memory(y), memory(residual)
+    (x_, xs), (w_, ws), (y_, ys), (r_, rs) = (
+        flat(x),
+        flat_weight(weight),
+        flat(y),
+        flat(residual),
+    )
     run = plans.forward(x.shape, xs, ws, ys, rs, x.itemsize, jit.shares_of(x.size))
     run(x_, w_, y_, r_, table.reshape(-1), eps, relu or None, on_lines(y))
     return table[0], table[2], table[1], table[3]
@@ -99,7 +104,7 @@ def grad_sums(dy: Array, x: Array, y: Array | None, mean: Array, rstd: Array) ->
     """``dgamma = sum(dz * xhat)`` and ``dbeta = sum(dz)``; dz = dy, or 0 where y <= 0."""
     out = np.zeros((2, x.shape[0] * x.shape[2]))
     if x.size > 0:  # the empty sum is 0, though rstd is NaN
-        (dy_, dys), (x_, xs), (y_, ys) = memory(dy), memory(x), memory(y)
+        (dy_, dys), (x_, xs), (y_, ys) = flat(dy), flat(x), flat(y)
         run = plans.grad_sums(x.shape, dys, xs, ys, x.itemsize, jit.shares_of(x.size))
         run(dy_, x_, y_, np.concatenate((mean, rstd)), out.reshape(-1))
     return out[0], out[1]
@@ -118,8 +123,8 @@ def grad_input(
     dresidual: Array | None,
 ) -> None:
     """``dx = scale * dz - weight * (offset + slope * (x - mean))``, without x ``scale * dz``; dresidual = dz."""
-    (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = memory(dy), memory(x), memory(y), weight_memory(weight)
-    (dx_, dxs), (dr_, drs) = memory(dx), memory(dresidual)
+    (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = flat(dy), flat(x), flat(y), flat_weight(weight)
+    (dx_, dxs), (dr_, drs) = flat(dx), flat(dresidual)
     run = plans.grad_input(dy.shape, dys, xs, ys, ws, dxs, drs, dy.itemsize, jit.shares_of(dy.size))
     run(dy_, x_, y_, w_, dx_, dr_, np.concatenate((mean, scale, offset, slope)), on_lines(dx, dresidual))
 
@@ -142,8 +147,13 @@ def backward(
     """The two sums; dx from them (frozen: without the statistics' share); dresidual = dz."""
     out = np.zeros((2, x.shape[0] * x.shape[2]))
     if x.size > 0:
-        (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = memory(dy), memory(x), memory(y), weight_memory(weight)
-        (dx_, dxs), (dr_, drs) = memory(dx), memory(dresidual)
+        (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = (
+            flat(dy),
+            flat(x),
+            flat(y),
+            flat_weight(weight),
+        )
+        (dx_, dxs), (dr_, drs) = flat(dx), flat(dresidual)
         run = plans.backward(x.shape, dys, xs, ys, ws, dxs, drs, x.itemsize, jit.shares_of(x.size), frozen)
         numbers = np.concatenate((mean, rstd, gamma, count, dmean, dvar))
         run(dy_, x_, y_, w_, dx_, dr_, numbers, on_lines(dx, dresidual), out.reshape(-1))

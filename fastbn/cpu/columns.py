@@ -64,7 +64,7 @@ PAD = 16  # values behind each array of work: whole vectors may be read and writ
 CHUNK = 128  # rows: 16 + 3 float32 additions per sum keep its rounding below 1e-6
 SEGMENT = 2048  # rows, at most: two float64 a cell and segment are 0.2 % of float32 data, 0.4 % of halves
 MANY = 2048  # cells, of which two threads have tiles enough for themselves
-PEEK = 16  # values of a channel from whose mean the first guess comes: it is off by a quarter of the deviation
+PEEK = 64  # values of a channel from whose mean the first guess comes: off by an eighth of the deviation
 WORK, PARTS = 4, 4  # arrays of a share: parameters, or a guess and sums; in float64 the pivot, two sums, the centre
 
 

@@ -73,7 +73,7 @@ def same_or_apart(a: Array, b: Array) -> bool:
     ) or not overlap(a, b)
 
 
-def memory(a: Any) -> tuple[Any, Any]:
+def flat(a: Any) -> tuple[Any, Any]:
     """Flat memory and the element strides (start, batch, outer, channel); copies what kernels cannot walk."""
     if a is None:
         return None, None
@@ -91,7 +91,7 @@ def memory(a: Any) -> tuple[Any, Any]:
     return np.asarray(_Span(a, start, count, dtype)), (start, *steps[:3])
 
 
-def weight_memory(weight: Any) -> tuple[Any, Any]:
+def flat_weight(weight: Any) -> tuple[Any, Any]:
     """The same for weights: contiguous, and stride 0 along batch and channel where they do not vary."""
     if weight is None:
         return None, None
@@ -159,7 +159,7 @@ def dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Any, ...] | 
     stored, shares, size = _stored(x.dtype), shares_of(x.size), x.size
     in_order = layout.order == tuple(range(x.ndim))
 
-    def flat(a: Array) -> Array:
+    def in_other_order(a: Array) -> Array:
         return a.transpose(layout.order).ravel().view(stored)
 
     def usable(out: Array | None, x: Array, other: Array | None, *rest: Array | None) -> bool:
@@ -172,7 +172,7 @@ def dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Any, ...] | 
 
     small = x.nbytes < CACHE_SHARE
     return (
-        np.ndarray.ravel if in_order and stored == x.dtype else flat,
+        np.ndarray.ravel if in_order and stored == x.dtype else in_other_order,
         usable,
         np.empty_like if small else empty_like,
         (lambda *_: False) if small else on_lines,
