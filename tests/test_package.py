@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -129,58 +128,6 @@ def test_compiled_files(tmp_path):
     assert files.load(("key", 1)) is None
     files.flush()
     assert not list(tmp_path.iterdir())
-
-
-# --- threads and processes --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.xdist_group("float32")
-def test_python_threads(monkeypatch):
-    """Several Python threads at once: one has Numba's threads, the others run alone; all are right."""
-    monkeypatch.setattr(jit, "PARALLEL_FROM", 0)
-    rng = np.random.default_rng(0)
-    arrays = [
-        rng.standard_normal(shape).astype(np.float32) for shape in ((4, 6, 30, 30), (8, 40), (3, 9, 5, 5), (500, 33))
-    ]
-    expected = [(*fastbn.moments(x), fastbn.batch_norm(x)[0]) for x in arrays]
-    failures = []
-
-    def work(start):
-        try:
-            for i in range(start, start + 50):
-                x, wanted = arrays[i % 4], expected[i % 4]
-                for ours, theirs in zip((*fastbn.moments(x), fastbn.batch_norm(x)[0]), wanted, strict=True):
-                    np.testing.assert_array_equal(ours, theirs)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_forked_child_after_a_parallel_call():
-    """The child computes the same, serially where Numba's threads are lost, and is told so."""
-    program = """
-        import os, warnings
-        import numpy as np
-        import fastbn
-        x = np.random.default_rng(0).standard_normal((8, 16, 40, 40)).astype(np.float32)
-        y, _ = fastbn.batch_norm(x)
-        import numba
-        layer = numba.threading_layer()
-        warnings.simplefilter("ignore")
-        child = os.fork()
-        if child == 0:
-            os._exit(not np.array_equal(fastbn.batch_norm(x)[0], y))
-        print(layer, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    """
-    layer, status = run(program).split()
-    assert status == "0", layer
 
 
 def test_oracle_and_package_have_the_same_functions():
