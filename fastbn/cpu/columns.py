@@ -208,8 +208,9 @@ def part_of(a, at, part, n):
 def add_eight_rows(x, at, step, n, part, work, guess, s1, s2, ahead):
     """Add n <= one vector of columns of eight rows to the sums, and ask for what lies ``ahead``."""
     q = load(work, guess, WIDTH)
-    for k in range(8):
-        prefetch(x, at + k * step + ahead)
+    if ahead is not None:
+        for k in range(8):
+            prefetch(x, at + k * step + ahead)
     a, b = part_of(x, at, part, n) - q, part_of(x, at + step, part, n) - q
     d, e = part_of(x, at + 2 * step, part, n) - q, part_of(x, at + 3 * step, part, n) - q
     f, g = part_of(x, at + 4 * step, part, n) - q, part_of(x, at + 5 * step, part, n) - q
@@ -525,7 +526,7 @@ def forward(share, first, last, x, y, residual, geometry, table, eps, parts, wor
             high = min(height, rows - row)
             segment(
                 x, x_at + row * xs[2], xs[2], high, width, size, parts, own, pitch, moments, moments + pitch,
-                work, loose, 0,
+                work, loose, None,
             )  # fmt: skip
             for i in range(t, t + width):
                 at = moments + i - t
@@ -551,13 +552,14 @@ def forward(share, first, last, x, y, residual, geometry, table, eps, parts, wor
 
 
 @inner
-def add_four_grad_rows(dy, g, g_step, x, i, i_step, y, o, o_step, n, part, work, hi, s1, s2):
-    """Add four rows' dz and dz * (x - hi) of n <= one vector of columns to the sums."""
+def add_four_grad_rows(dy, g, g_step, x, i, i_step, y, o, o_step, n, part, work, hi, s1, s2, ask):
+    """Add four rows' dz and dz * (x - hi) of n <= one vector of columns to the sums; ask for the next four rows."""
     h = load(work, hi, WIDTH)
-    for k in range(4, 8):
-        prefetch(dy, g + k * g_step)
-        prefetch(x, i + k * i_step)
-        prefetch(y, o + k * o_step)
+    if ask is not None:
+        for k in range(4, 8):
+            prefetch(dy, g + k * g_step)
+            prefetch(x, i + k * i_step)
+            prefetch(y, o + k * o_step)
     p, u = part_of(dy, g, part, n), part_of(x, i, part, n) - h
     q, v = part_of(dy, g + g_step, part, n), part_of(x, i + i_step, part, n) - h
     p = zero_where_not_positive(part_of(y, o, part, n), p)
@@ -572,7 +574,9 @@ def add_four_grad_rows(dy, g, g_step, x, i, i_step, y, o, o_step, n, part, work,
 
 
 @inner
-def grad_segment(dy, g, g_step, x, i, i_step, y, o, o_step, rows, cells, size, parts, own, pitch, work, loose):
+def grad_segment(
+    dy, g, g_step, x, i, i_step, y, o, o_step, rows, cells, size, parts, own, pitch, work, loose, ask
+):  # fmt: skip
     """sum(dz) and sum(dz * (x - hi)) of each cell of one segment, a pitch apart from ``own`` on; hi is at ``loose``."""
     n, columns = lanes(x, WIDTH), cells * size
     s1, s2, t1, t2 = loose + pitch, loose + 2 * pitch, own + 2 * pitch, own + 3 * pitch
@@ -587,7 +591,7 @@ def grad_segment(dy, g, g_step, x, i, i_step, y, o, o_step, rows, cells, size, p
             for c in range(0, columns, n):
                 add_four_grad_rows(
                     dy, g + r * g_step + c, g_step, x, i + r * i_step + c, i_step, y, o + r * o_step + c, o_step,
-                    n, min(n, columns - c), work, loose + c, s1 + c, s2 + c,
+                    n, min(n, columns - c), work, loose + c, s1 + c, s2 + c, ask,
                 )  # fmt: skip
         for r in range(fours, end):
             for c in range(0, columns, n):
@@ -626,7 +630,7 @@ def segment_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, wo
             dy, channel_start(dys, t, shape) + row * g_step + j * size, g_step,
             x, channel_start(xs, t, shape) + row * i_step + j * size, i_step,
             y, channel_start(ys, t, shape) + row * o_step + j * size, o_step,
-            end - row, width, size, parts, own, pitch, work, loose,
+            end - row, width, size, parts, own, pitch, work, loose, True,
         )  # fmt: skip
         into = (b * segments + row // height) * cells + j
         for i in range(width):
@@ -776,7 +780,7 @@ def backward(share, first, last, dy, x, y, live, dx, dresidual, geometry, number
         for row in range(0, rows, height):
             grad_segment(
                 dy, g + row * dys[2], dys[2], x, i + row * xs[2], xs[2], y, o + row * ys[2], ys[2],
-                min(height, rows - row), width, size, parts, own, pitch, work, loose,
+                min(height, rows - row), width, size, parts, own, pitch, work, loose, None,
             )  # fmt: skip
             for c in range(width):
                 out[kept + t + c] += parts[own + c]

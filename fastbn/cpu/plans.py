@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastbn.cpu import columns, jit, rows, slab
-from fastbn.cpu.memory import Array, Strides
+from fastbn.cpu.memory import CACHE_SHARE, Array, Strides
 from fastbn.formulas import input_numbers
 
 Shape = tuple[int, ...]
@@ -32,7 +32,7 @@ FOLDED = 1024  # columns, about, of folded rows
 FOLDED_ROWS = 256  # rows of few channels are folded only while so many remain
 TILE = 1024  # columns, at most, of which a task makes sums: a page of float32, which suits the prefetcher
 ROW = 4096  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
-FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least; two passes over whole rows beat one over narrow ones
+FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least: from memory, narrow tiles are slower than two passes
 FUSED_BYTES = (
     192 << 10
 )  # read twice by one thread: with the output beside it, it stays in a second-level cache of 512 kB
@@ -49,10 +49,12 @@ def in_columns(shape: Shape, *strides: Strides | None, weighted: bool = False) -
     return inner <= SHORT and outer >= FEW_ROWS and not weighted and adjacent
 
 
-def folding(shape: Shape, *strides: Strides | None, weighted: bool = False) -> int:
-    """How many rows of few channels are taken as one."""
+def folding(shape: Shape, itemsize: int, *strides: Strides | None, weighted: bool = False) -> int:
+    """How many rows of few channels are taken as one; whole cache lines of them where that is possible."""
     _, outer, channel, inner = shape
     fold = min(FOLDED // max(1, channel), outer // FOLDED_ROWS)
+    lines = 64 // math.gcd(64, channel * itemsize)
+    fold -= fold % lines if fold > lines else 0
     if inner > 1 or fold < 2 or weighted:
         return 1
     return fold if all(s is None or s[2] == channel for s in strides) else 1
@@ -71,7 +73,8 @@ def _fused_tile(shape: Shape, itemsize: int, twice: int, shares: int) -> int:
     if shares == 1 and math.prod(shape) < jit.PARALLEL_FROM:
         return tile
     width = tile * inner * itemsize
-    if width < FUSED_WIDTH or width * outer * twice > 2 * FUSED_BYTES or batch * -(-channel // tile) < 2 * shares:
+    narrowest = FUSED_WIDTH if math.prod(shape) * itemsize >= CACHE_SHARE else FUSED_WIDTH // 8
+    if width < narrowest or width * outer * twice > 2 * FUSED_BYTES or batch * -(-channel // tile) < 2 * shares:
         return 0
     return tile
 
@@ -125,7 +128,7 @@ def moments(shape: Shape, xs: Strides, ws: Strides | None, itemsize: int, shares
     """``run(x, weight, table, eps)``: see `slab.enter_moments`."""
     weighted, kept = ws is not None, shape[0] * shape[2]
     if in_columns(shape, xs, weighted=weighted):
-        fold = folding(shape, xs, weighted=weighted)
+        fold = folding(shape, itemsize, xs, weighted=weighted)
         tile = _tile(shape[2] * fold, shape[3], itemsize, TILE)
         c = _Columns(shape, fold, tile, itemsize, shares, 3 if weighted else 2)
         geometry = _geometry(shape, c.family, xs, ws)
@@ -157,7 +160,7 @@ def moments(shape: Shape, xs: Strides, ws: Strides | None, itemsize: int, shares
 def normalize(shape: Shape, xs: Strides, ys: Strides, rs: Strides | None, itemsize: int, shares: int) -> Run:
     """``run(x, y, residual, numbers, eps, relu, lines)``: see `slab.affine_of`; lines: whether y starts on one."""
     if in_columns(shape, xs, ys, rs):
-        fold = folding(shape, xs, ys, rs)
+        fold = folding(shape, itemsize, xs, ys, rs)
         tile = _tile(shape[2] * fold, shape[3], itemsize, ROW)
         c = _Columns(shape, fold, tile, itemsize, shares)
         geometry, can_stream = _geometry(shape, c.family, xs, ys, rs), c.streams(ys)
@@ -187,7 +190,7 @@ def forward(
     """``run(x, weight, y, residual, table, eps, relu, lines)``: gamma and beta stand in `slab.enter_moments`' table."""
     weighted, kept = ws is not None, shape[0] * shape[2]
     tile = 0
-    if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, xs) == 1:
+    if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, itemsize, xs) == 1:
         tile = _fused_tile(shape, itemsize, 1, shares)
     if tile:
         c = _Columns(shape, 1, tile, itemsize, shares)
@@ -237,7 +240,7 @@ def grad_sums(shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, items
     """``run(dy, x, y, numbers, out)``: from (mean, rstd) to (dgamma, dbeta)."""
     kept = shape[0] * shape[2]
     if in_columns(shape, dys, xs, ys):
-        fold = folding(shape, dys, xs, ys)
+        fold = folding(shape, itemsize, dys, xs, ys)
         tile = _tile(shape[2] * fold, shape[3], itemsize, TILE)
         c = _Columns(shape, fold, tile, itemsize, shares, 2)
         geometry = _geometry(shape, c.family, dys, xs, ys)
@@ -266,7 +269,7 @@ def grad_input(
     """``run(dy, x, y, weight, dx, dresidual, numbers, lines)``: numbers are (mean, scale, offset, slope)."""
     strides = (dys, xs, ys, ws, dxs, drs)
     if in_columns(shape, dys, xs, ys, dxs, drs, weighted=ws is not None):
-        fold = folding(shape, dys, xs, ys, dxs, drs, weighted=ws is not None)
+        fold = folding(shape, itemsize, dys, xs, ys, dxs, drs, weighted=ws is not None)
         tile = _tile(shape[2] * fold, shape[3], itemsize, ROW)
         c = _Columns(shape, fold, tile, itemsize, shares)
         geometry, can_stream = _geometry(shape, c.family, *strides), c.streams(dxs, drs)
@@ -300,7 +303,7 @@ def backward(
     """``run(dy, x, y, weight, dx, dresidual, numbers, lines, out)``: see `slab.input_numbers`; to (dgamma, dbeta)."""
     strides, kept = (dys, xs, ys, ws, dxs, drs), shape[0] * shape[2]
     tile = 0
-    if ws is None and in_columns(shape, dys, xs, ys, dxs, drs) and folding(shape, dys, xs, ys) == 1:
+    if ws is None and in_columns(shape, dys, xs, ys, dxs, drs) and folding(shape, itemsize, dys, xs, ys) == 1:
         tile = _fused_tile(shape, itemsize, 2, shares)
     if tile:
         c = _Columns(shape, 1, tile, itemsize, shares)
