@@ -8,15 +8,20 @@ with streaming stores of the same buffers in the same run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
+import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
+import numpy as np
 
+import fastbn
 from fastbn import bench, environment
 from fastbn.__main__ import _in_turn as in_turn
 
@@ -92,6 +97,60 @@ def run(options: argparse.Namespace) -> list[Case]:
     return cases
 
 
+# --- beside NumPy's statistics, and memory ----------------------------------------------------------------------------
+
+
+def statistics_beside_numpy(rounds: int) -> dict[str, float]:
+    """How many times faster mean and var are than NumPy's, on 100 MB of float32."""
+    found = {}
+    for layout, axes in (("NCHW", (0, 2, 3)), ("NHWC", (0, 1, 2))):
+        arrays = bench.Data((32, 64, 112, 112), "float32", layout).x
+        for name in ("mean", "var"):
+            ours, theirs = getattr(fastbn, name), getattr(np, name)
+            times: dict[Any, list[float]] = {ours: [], theirs: []}
+            ours(arrays[0], axes)
+            for turn in range(2 * rounds):
+                for function in (ours, theirs):
+                    start = time.perf_counter()
+                    function(arrays[turn % len(arrays)], axes)
+                    times[function].append(time.perf_counter() - start)
+            found[f"{name} {layout}"] = float(np.median(times[theirs]) / np.median(times[ours]))
+    return found
+
+
+def memory_beside_results(shapes: Sequence[tuple[int, ...]]) -> dict[str, float]:
+    """The most memory a call takes beyond x, `out` and the statistics it returns, as a share of x; tensors >= 12 MB."""
+    found = {}
+    for layout, shape, dtype in itertools.product(LAYOUTS, shapes, ("float32", "float16")):
+        if math.prod(shape) * np.dtype(dtype).itemsize >= LARGE:
+            x = np.ones(shape if layout == "NCHW" else (shape[0], *shape[2:], shape[1]), dtype)
+            for what, peak in _peaks(x, 1 if layout == "NCHW" else -1).items():
+                found[f"{what} {layout} {dtype} {'x'.join(map(str, shape))}"] = peak / x.nbytes
+    return found
+
+
+def _peaks(x: np.ndarray[Any, Any], axis: int) -> dict[str, int]:
+    """Bytes that each operation allocates beside its results."""
+    channels = x.shape[axis]
+    out, given = np.empty_like(x), np.ones(channels)
+    _, saved = fastbn.batch_norm(x, given, given, channel_axis=axis)
+    calls: dict[str, tuple[int, Callable[[], object]]] = {
+        "forward": (6, lambda: fastbn.batch_norm(x, given, given, channel_axis=axis, out=out)),
+        "backward": (2, lambda: fastbn.batch_norm_backward(x, saved, out=out)),
+        "inference": (0, lambda: fastbn.batch_norm_inference(x, given, given, channel_axis=axis, out=out)),
+        "moments": (4, lambda: fastbn.moments(x, channel_axis=axis)),
+    }
+    peaks = {}
+    for what, (results, call) in calls.items():
+        call()
+        tracemalloc.start()
+        result = call()
+        peaks[what] = tracemalloc.get_traced_memory()[1] - results * 8 * channels
+        tracemalloc.stop()
+        del result
+    return peaks
+
+
 # --- what is asked of the kernels -------------------------------------------------------------------------------------
 
 
@@ -108,7 +167,7 @@ class Target(NamedTuple):
         return self.figure >= self.bound if self.at_least else self.figure <= self.bound
 
 
-def targets(cases: Sequence[Case]) -> list[Target]:
+def targets(cases: Sequence[Case], beside_numpy: dict[str, float], memory: dict[str, float]) -> list[Target]:
     """Every figure that the cases measured allow."""
     found: list[Target] = []
 
@@ -147,6 +206,13 @@ def targets(cases: Sequence[Case]) -> list[Target]:
     slow = [c.times_torch for c in single if c.result.what in limits and c.of_limit > limits[c.result.what]]
     ask("any case not within its limit, times PyTorch, worst", slow, 0.95, True, min)
     ask_dtypes(cases, ask)
+    for what, bound in (("inference", 5.0), ("forward", 8.0)):
+        small_calls = [c.result for c in chosen(what) if c.result.shape == (1, 8, 16)]
+        ask(f"(1, 8, 16) {what}, us", [1e6 * (r.seconds["fastbn"] or math.nan) for r in small_calls], bound, False, min)
+        ask(f"(1, 8, 16) {what}, times PyTorch", [r.speedup("torch") for r in small_calls], 1.0, True, min)
+    for name, bound in (("mean NCHW", 2.5), ("mean NHWC", 6.0), ("var NCHW", 12.0), ("var NHWC", 20.0)):
+        ask(f"{name} of 100 MB, times NumPy", [beside_numpy.get(name)], bound, True)
+    ask("memory beside results, share of x, worst", memory.values(), 0.01, False, max)
     return found
 
 
@@ -203,7 +269,7 @@ def print_targets(found: Sequence[Target]) -> None:
     print(f"\n{'geometric means, float32 unless said':<56}{'measured':>9}{'bound':>9}")
     for target in found:
         sign, verdict = ">=" if target.at_least else "<=", "ok" if target.ok else "MISSED"
-        print(f"{target.name:<56}{target.figure:9.2f}{sign:>5}{target.bound:5.2f}  {verdict}")
+        print(f"{target.name:<56}{target.figure:9.3g}{sign:>5}{target.bound:5.3g}  {verdict}")
 
 
 def draw(cases: Sequence[Case], path: Path) -> None:
@@ -261,11 +327,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.layout = options.layout or list(LAYOUTS)
     options.operation = options.operation or list(bench.OPERATIONS)
     options.shape = options.shape or list(WORKLOADS)
+    whole = options.shape == list(WORKLOADS) and "float32" in options.dtype
+    beside_numpy = statistics_beside_numpy(options.rounds) if whole else {}
+    memory = memory_beside_results(options.shape) if whole else {}
     cases = run(options)
-    found = targets(cases)
+    found = targets(cases, beside_numpy, memory)
     print_targets(found)
     if options.json:
         described = {"environment": environment.describe(), "cases": [case.as_dict() for case in cases]}
+        described |= {"times_numpy": beside_numpy, "memory_share": memory}
         described["targets"] = [target._asdict() | {"ok": target.ok} for target in found]
         options.json.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     if options.picture:
