@@ -272,6 +272,27 @@ def print_targets(found: Sequence[Target]) -> None:
         print(f"{target.name:<56}{target.figure:9.3g}{sign:>5}{target.bound:5.3g}  {verdict}")
 
 
+def markdown(recorded: dict[str, Any]) -> str:
+    """The README's tables of a recorded run: float32 speeds, and every figure beside its bound."""
+    shown = [(what, layout) for layout in LAYOUTS for what in ("forward", "backward", "inference")]
+    cells: dict[tuple[int, ...], dict[tuple[str, str], str]] = {}
+    for case in recorded["cases"]:
+        if case["dtype"] == "float32":
+            key = (case["what"], case["layout"])
+            text = f"{case['gb_per_s']:.0f}, {case['of_limit']:.2f}, {case['times_torch']:.1f}x"
+            cells.setdefault(tuple(case["shape"]), {})[key] = text
+    titles = [what if layout == "NCHW" else f"{what}, NHWC" for what, layout in shown]
+    lines = ["| N x C x H x W | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for shape, row in cells.items():
+        if math.prod(shape) * 4 >= 1_000_000:
+            lines.append(f"| {'x'.join(map(str, shape))} | " + " | ".join(row[key] for key in shown) + " |")
+    lines += ["", "| figure (geometric means, float32 unless said) | measured | asked | |", "|---|---|---|---|"]
+    for t in recorded["targets"]:
+        verdict = "" if t["ok"] else "missed"
+        lines.append(f"| {t['name']} | {t['figure']:.3g} | {'>=' if t['at_least'] else '<='} {t['bound']:g} | {verdict} |")
+    return "\n".join(lines)
+
+
 def draw(cases: Sequence[Case], path: Path) -> None:
     """Time per byte against size: a panel an operation and layout, a line a contender."""
     from matplotlib.figure import Figure
@@ -322,7 +343,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--picture", type=Path, help="draw time per byte against size into this file")
     parser.add_argument("--progress", action="store_true", default=sys.stderr.isatty(), help="a bar on stderr")
+    parser.add_argument("--readme", type=Path, help="print the README's tables of a recorded run, and measure nothing")
     options = parser.parse_args(argv)
+    if options.readme:
+        print(markdown(json.loads(options.readme.read_text(encoding="utf-8"))))
+        return 0
     options.dtype = options.dtype or [d for d in DTYPES if d in environment.float_dtypes()]
     options.layout = options.layout or list(LAYOUTS)
     options.operation = options.operation or list(bench.OPERATIONS)

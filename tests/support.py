@@ -115,6 +115,7 @@ LAYOUTS = {
     "NHWC wide": Layout((3, 2, 3, 1045), -1),
     "NHWC folded": Layout((7, 9, 11, 3), -1),
     "NCHW short rows": Layout((18, 40, 7, 5)),
+    "NCHW rows of whole lines": Layout((9, 50, 6, 8)),
     "NHWC as NCHW": Layout((4, 21, 5, 7), 1, channels_last),
     "Fortran NCHW": Layout((6, 5, 7, 4), 1, fortran),
     "Fortran NHWC": Layout((6, 5, 7, 4), -1, fortran),

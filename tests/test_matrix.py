@@ -203,7 +203,7 @@ def test_training(dtype, layout, options):
     check_backward(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
 
 
-@by_dtype_and_options("affine residual relu", "plain")
+@by_dtype_and_options("plain", "affine residual relu")
 @by_layout
 def test_frozen(dtype, layout, options):
     check_frozen(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))

@@ -75,9 +75,9 @@ def segment_rows(rows, cells):
     return -(-rows // (2 * -(-rows // (2 * SEGMENT))))
 
 
-def padded(cells):
-    """Results of one segment: vectors written across the last cell stay in it."""
-    return -(-cells // PAD) * PAD
+def padded(cells, tile):
+    """Results of one segment, each tile's padded: vectors written across its last cell meet no other tile's."""
+    return -(-cells // tile) * -(-tile // PAD) * PAD
 
 
 def task_count(batch, rows, cells, height, tile):
@@ -373,7 +373,8 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
     channels, size = shape[2], shape[3]
     rows, cells = shape[1] // fold, channels * fold
     step, pitch, segments = xs[2] * fold, pitch_of(tile, size), -(-rows // height)
-    row_of_results = -(-cells // PAD) * PAD
+    tile_of_results = -(-tile // PAD) * PAD
+    row_of_results = -(-cells // tile) * tile_of_results
     results = shape[0] * segments * row_of_results
     own = results * (2 if weight is None else 3) + share * PARTS * pitch
     for k in range(first, last):
@@ -384,7 +385,7 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
             parts[own + i] = pivot_of(x, x_start + c * xs[3], weight, pivots, b * channels + c)
             c = c + 1 if c + 1 < channels else 0
         x_at = channel_start(xs, b * channels, shape) + row * step + j * size
-        mean = (b * segments + row // height) * row_of_results + j
+        mean = (b * segments + row // height) * row_of_results + j // tile * tile_of_results
         m2, loose = results + mean, share * WORK * pitch
         if weight is None:
             segment(x, x_at, step, end - row, width, size, parts, own, pitch, mean, m2, work, loose, 8 * step)
@@ -400,10 +401,11 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
 def channel_moments(share, first, last, x, weight, geometry, pivots, parts, table, eps):
     """Moments of every kept index from those of its cells, into the table of `enter_moments`."""
     shape, xs, ws = four(geometry, 0), four(geometry, 8), four(geometry, 12)
-    fold, _, height, _ = four(geometry, 4)
+    fold, tile, height, _ = four(geometry, 4)
     channels, size, kept = shape[2], shape[3], shape[0] * shape[2]
     rows, cells = shape[1] // fold, channels * fold
-    segments, row_of_results = -(-rows // height), -(-cells // PAD) * PAD
+    segments, tile_of_results = -(-rows // height), -(-tile // PAD) * PAD
+    row_of_results = -(-cells // tile) * tile_of_results
     results = shape[0] * segments * row_of_results
     for t in range(first, last):
         x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
@@ -411,11 +413,12 @@ def channel_moments(share, first, last, x, weight, geometry, pivots, parts, tabl
         a, mu, q = 0.0, 0.0, 0.0
         for s in range(segments):
             at = (t // channels * segments + s) * row_of_results
-            for j in range(at + t % channels, at + cells, channels):
+            for j in range(t % channels, cells, channels):
+                k = at + j // tile * tile_of_results + j % tile
                 n = np.float64(min(height, rows - s * height) * size)
                 if weight is not None:
-                    n = parts[2 * results + j]
-                a, mu, q = merged(a, mu, q, n, parts[j], parts[results + j])
+                    n = parts[2 * results + k]
+                a, mu, q = merged(a, mu, q, n, parts[k], parts[results + k])
         for r in range(rows * fold, shape[1]):  # without weights: these are not folded
             a, mu, q = merged(a, mu, q, 1.0, value(x, x_at + r * xs[2]) - pivot, 0.0)
         n, mean, m2 = finished(x, x_at, xs[2], weight, w_at, ws[2], shape, a, mu, q, pivot)

@@ -31,7 +31,7 @@ FEW_ROWS = 8  # below so many, spreading each channel's numbers over its columns
 FOLDED = 1024  # columns, about, of folded rows
 FOLDED_ROWS = 256  # rows of few channels are folded only while so many remain
 TILE = 1024  # columns, at most, of which a task makes sums: a page of float32, which suits the prefetcher
-ROW = 4096  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
+ROW = 2048  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
 FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least: from memory, narrow tiles are slower than two passes
 FUSED_BYTES = (
     192 << 10
@@ -104,7 +104,7 @@ class _Columns:
         self.fold, self.tile, self.itemsize, self.inner, self.cells = fold, tile, itemsize, inner, channel * fold
         self.height = columns.segment_rows(folded, self.cells) if arrays else max(1, -(-folded // shares))
         self.tasks = columns.task_count(batch, folded, self.cells, self.height, tile)
-        results = arrays * batch * -(-folded // self.height) * columns.padded(self.cells)
+        results = arrays * batch * -(-folded // self.height) * columns.padded(self.cells, tile)
         pitch = tile * inner + columns.PAD
         self.parts, self.work = (
             results + shares * (columns.PARTS + 2 * (not arrays)) * pitch,
