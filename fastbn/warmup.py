@@ -49,6 +49,12 @@ def jobs(dtypes: Sequence[str]) -> list[Job]:
             shape = (2, channels, max(4, elements // channels))
             name = f"{dtype} {layout} {size} {options}"
             work.append(Job(name, partial(_call_all, dtype, layout, shape, OPTIONS[options])))
+    if threads > 1:
+        short = (16, 128 * threads, 16)  # rows of many channels side by side, in one trip on all threads
+        for dtype, options in itertools.product(dtypes, OPTIONS):
+            work.append(
+                Job(f"{dtype} short rows {options}", partial(_call_all, dtype, "NCHW", short, OPTIONS[options]))
+            )
     return work
 
 
