@@ -359,7 +359,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = targets(cases, beside_numpy, memory)
     print_targets(found)
     if options.json:
-        described = {"environment": environment.describe(), "cases": [case.as_dict() for case in cases]}
+        torch = environment.optional("torch")
+        machine = environment.describe()
+        del machine["kernel_cache"]  # a place on this machine alone
+        machine["versions"]["torch"] = torch.__version__ if torch else None
+        machine["date"] = time.strftime("%Y-%m-%d")
+        described = {"environment": machine, "cases": [case.as_dict() for case in cases]}
         described |= {"times_numpy": beside_numpy, "memory_share": memory}
         described["targets"] = [target._asdict() | {"ok": target.ok} for target in found]
         options.json.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")

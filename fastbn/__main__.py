@@ -14,7 +14,8 @@ from fastbn import bench, check, environment, warmup
 
 DESCRIPTION = """\
 Without a command: say what is installed, check every backend, dtype and layout against float64 formulas, and measure
-the speed of ResNet-50's batch norms on this machine. Under a minute on two cores, two when kernels are compiled first.
+the speed of ResNet-50's batch norms on this machine. Under a minute on two cores, two or three when kernels are
+compiled first.
 """
 COMMANDS = {
     "info": "versions, backends, processor, threads, and where compiled kernels are kept",
