@@ -279,7 +279,8 @@ def markdown(recorded: dict[str, Any]) -> str:
     for case in recorded["cases"]:
         if case["dtype"] == "float32":
             key = (case["what"], case["layout"])
-            text = f"{case['gb_per_s']:.0f}, {case['of_limit']:.2f}, {case['times_torch']:.1f}x"
+            times = "-" if case["times_torch"] is None else f"{case['times_torch']:.1f}x"
+            text = f"{case['gb_per_s']:.0f}, {case['of_limit']:.2f}, {times}"
             cells.setdefault(tuple(case["shape"]), {})[key] = text
     titles = [what if layout == "NCHW" else f"{what}, NHWC" for what, layout in shown]
     lines = ["| N x C x H x W | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
