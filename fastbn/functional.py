@@ -116,8 +116,9 @@ def batch_norm(
     if where is None and weights is None and gather is None:
         key = repeated.forward_key(x, gamma, beta, channel_axis, eps, residual, activation, out)
         call = repeated.find(key)
-        if call is not None and (done := call(x, gamma, beta, residual, out)) is not None:
-            return done  # type: ignore[no-any-return]
+        done: tuple[Any, Saved] | None = None if call is None else call(x, gamma, beta, residual, out)
+        if done is not None:
+            return done
     kind = one_kind({"x": x}, gamma=gamma, beta=beta, where=where, weights=weights, residual=residual, out=out)
     backend = backend_of(kind)
     x = arguments.data("x", x)
@@ -230,8 +231,9 @@ def batch_norm_backward(
     if dmean is None and dvar is None and gather is None:
         key = repeated.backward_key(dy, saved, out)
         call = repeated.find(key)
-        if call is not None and (done := call(dy, saved, out)) is not None:
-            return done  # type: ignore[no-any-return]
+        done: Gradients | None = None if call is None else call(dy, saved, out)
+        if done is not None:
+            return done
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected a fastbn.Saved, got {type(saved).__name__}")
     gather = arguments.hook(gather)
