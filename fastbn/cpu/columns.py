@@ -224,8 +224,8 @@ def add_eight_rows(x, at, step, n, part, work, guess, s1, s2, ahead):
 def chunk_sums(x, at, step, rows, columns, work, guess, s1, s2, ahead):
     """s1 = sum(x - guess), s2 = sum((x - guess)^2) per column; guess, s1 and s2 are places in ``work``.
 
-    Meanwhile they ask for what lies ``ahead``, the next eight rows: without, eight streams at once read a fifth slower
-    than one. Fused kernels have asked for everything already.
+    Meanwhile they ask for what lies ``ahead``, the next eight rows: without, eight streams at once read up to a fifth
+    slower. Fused kernels have asked for everything already.
     """
     n = lanes(x, WIDTH)
     fill(work, s1, columns, 0.0)

@@ -2,7 +2,7 @@
 
 A kernel is a function of a range of tasks, compiled once, on first use. A serial call gives it all of them; a parallel
 one shares them among Numba's threads, each of which calls the same machine code. So both give the same bits, and a
-parallel call costs no second compilation (which would take two to three times as long as the first).
+parallel call costs no second compilation, which would take at least as long as the first.
 """
 
 import hashlib
