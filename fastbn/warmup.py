@@ -11,7 +11,7 @@ import numba
 import numpy as np
 
 import fastbn
-from fastbn.cpu import columns, jit, rows, slab
+from fastbn.cpu import columns, columns_gradients, jit, rows, rows_gradients, slab
 from fastbn.environment import float_dtypes
 
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -86,7 +86,7 @@ def _call_all(dtype: str, layout: str, shape: tuple[int, ...], options: tuple[st
 
 def counts() -> Counts:
     """How many compiled forms this process has loaded and compiled so far."""
-    modules = (rows, columns, slab)
+    modules = (rows, rows_gradients, columns, columns_gradients, slab)
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, jit.kernel)]
     statistics = [compiled.stats for compiled in (jit.shared_out, *(kernel.compiled for kernel in kernels))]
     loaded = sum(sum(s.cache_hits.values()) for s in statistics)

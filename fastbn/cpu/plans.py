@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.cpu import columns, jit, rows, slab
+from fastbn.cpu import columns, columns_gradients, jit, rows, rows_gradients, slab
 from fastbn.cpu.memory import CACHE_SHARE, Array, Strides
 from fastbn.formulas import input_numbers
 
@@ -247,16 +247,16 @@ def grad_sums(shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, items
 
         def of_columns(dy: Array, x: Array, y: Array | None, numbers: Array, out: Array) -> None:
             parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
-            columns.segment_grad_sums.run(c.tasks, shares, dy, x, y, geometry, numbers, parts, work)
-            columns.channel_grad_sums.run(kept, shares, dy, x, y, geometry, numbers, parts, out)
+            columns_gradients.segment_grad_sums.run(c.tasks, shares, dy, x, y, geometry, numbers, parts, work)
+            columns_gradients.channel_grad_sums.run(kept, shares, dy, x, y, geometry, numbers, parts, out)
 
         return of_columns
     geometry, segments = _geometry(shape, _chunks(shape), dys, xs, ys), kept * rows.segment_count(shape[1], shape[3])
 
     def of_rows(dy: Array, x: Array, y: Array | None, numbers: Array, out: Array) -> None:
         parts = np.empty(2 * segments)
-        rows.grad_sums_of_segments.run(segments, shares, dy, x, y, geometry, numbers, parts)
-        rows.channel_grad_sums.run(kept, shares, x, geometry, numbers, parts, out)
+        rows_gradients.grad_sums_of_segments.run(segments, shares, dy, x, y, geometry, numbers, parts)
+        rows_gradients.channel_grad_sums.run(kept, shares, x, geometry, numbers, parts, out)
 
     return of_rows
 
@@ -280,7 +280,9 @@ def grad_input(
         ) -> None:  # fmt: skip
             work = np.empty(c.work, c.compute)
             streaming = lines and can_stream
-            columns.grad_input.run(c.tasks, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, work, streaming)
+            columns_gradients.grad_input.run(
+                c.tasks, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, work, streaming
+            )
 
         return of_columns
     geometry, pieces = _geometry(shape, _chunks(shape), *strides), rows.piece_count(shape)
@@ -290,7 +292,9 @@ def grad_input(
         dy: Array, x: Array | None, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
         numbers: Array, lines: bool,
     ) -> None:  # fmt: skip
-        rows.grad_input.run(pieces, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, lines and can_stream)
+        rows_gradients.grad_input.run(
+            pieces, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, lines and can_stream
+        )
 
     return of_rows
 
@@ -316,7 +320,7 @@ def backward(
             numbers: Array, lines: bool, out: Array,
         ) -> None:  # fmt: skip
             parts, work, live = np.empty(c.parts), np.empty(c.work, c.compute), None if frozen else x
-            columns.backward.run(
+            columns_gradients.backward.run(
                 tiles, shares, dy, x, y, live, dx, dresidual, geometry, numbers, out, parts, work, lines and can_stream
             )
 
@@ -329,7 +333,7 @@ def backward(
             numbers: Array, lines: bool, out: Array,
         ) -> None:  # fmt: skip
             live = None if frozen else x
-            rows.backward.run(
+            rows_gradients.backward.run(
                 kept, shares, dy, x, y, live, weight, dx, dresidual, geometry, numbers, out, lines and can_stream
             )
 

@@ -1,0 +1,287 @@
+"""Gradient kernels of the family `columns`, which go through all channels: sums of dz, and dx.
+
+Memory, chunks, geometry and bytes moved are described there.
+"""
+
+from fastbn.cpu.columns import (
+    CHUNK,
+    PARTS,
+    WIDTH,
+    WORK,
+    cell_totals,
+    fill,
+    part_of,
+    pitch_of,
+    put,
+    spread,
+    task_at,
+    width_of_last_row,
+)
+from fastbn.cpu.jit import inner, kernel
+from fastbn.cpu.simd import (
+    fma,
+    lanes,
+    load,
+    load_first,
+    prefetch,
+    rounded,
+    splat,
+    store,
+    store_first,
+    value,
+    zero_where_not_positive,
+    zero_where_zero,
+)
+from fastbn.cpu.slab import (
+    channel_start,
+    four,
+    input_numbers,
+    linear_of,
+)
+
+
+@inner
+def add_four_grad_rows(dy, g, g_step, x, i, i_step, y, o, o_step, n, part, work, hi, s1, s2, ask):
+    """Add four rows' dz and dz * (x - hi) of n <= one vector of columns to the sums; ask for the next four rows."""
+    h = load(work, hi, WIDTH)
+    if ask is not None:
+        for k in range(4, 8):
+            prefetch(dy, g + k * g_step)
+            prefetch(x, i + k * i_step)
+            prefetch(y, o + k * o_step)
+    p, u = part_of(dy, g, part, n), part_of(x, i, part, n) - h
+    q, v = part_of(dy, g + g_step, part, n), part_of(x, i + i_step, part, n) - h
+    p = zero_where_not_positive(part_of(y, o, part, n), p)
+    q = zero_where_not_positive(part_of(y, o + o_step, part, n), q)
+    g, i, o = g + 2 * g_step, i + 2 * i_step, o + 2 * o_step
+    r, w = part_of(dy, g, part, n), part_of(x, i, part, n) - h
+    s, z = part_of(dy, g + g_step, part, n), part_of(x, i + i_step, part, n) - h
+    r = zero_where_not_positive(part_of(y, o, part, n), r)
+    s = zero_where_not_positive(part_of(y, o + o_step, part, n), s)
+    store(work, s1, load(work, s1, WIDTH) + ((p + q) + (r + s)))
+    store(work, s2, load(work, s2, WIDTH) + (fma(p, u, q * v) + fma(r, w, s * z)))
+
+
+@inner
+def grad_segment(
+    dy, g, g_step, x, i, i_step, y, o, o_step, rows, cells, size, parts, own, pitch, work, loose, ask
+):  # fmt: skip
+    """sum(dz) and sum(dz * (x - hi)) of each cell of one segment, a pitch apart from ``own`` on; hi is at ``loose``."""
+    n, columns = lanes(x, WIDTH), cells * size
+    s1, s2, t1, t2 = loose + pitch, loose + 2 * pitch, own + 2 * pitch, own + 3 * pitch
+    fill(parts, own, cells, 0.0)
+    fill(parts, own + pitch, cells, 0.0)
+    for first in range(0, rows, CHUNK):
+        fill(work, s1, columns, 0.0)
+        fill(work, s2, columns, 0.0)
+        end = min(first + CHUNK, rows)
+        fours = end - (end - first) % 4
+        for r in range(first, fours, 4):
+            for c in range(0, columns, n):
+                add_four_grad_rows(
+                    dy, g + r * g_step + c, g_step, x, i + r * i_step + c, i_step, y, o + r * o_step + c, o_step,
+                    n, min(n, columns - c), work, loose + c, s1 + c, s2 + c, ask,
+                )  # fmt: skip
+        for r in range(fours, end):
+            for c in range(0, columns, n):
+                part = min(n, columns - c)
+                dz = load_first(dy, g + r * g_step + c, part, WIDTH)
+                dz = zero_where_not_positive(load_first(y, o + r * o_step + c, part, WIDTH), dz)
+                e = load_first(x, i + r * i_step + c, part, WIDTH) - load(work, loose + c, WIDTH)
+                store(work, s1 + c, load(work, s1 + c, WIDTH) + dz)
+                store(work, s2 + c, fma(dz, e, load(work, s2 + c, WIDTH)))
+        cell_totals(work, s1, cells, size, parts, t1)
+        cell_totals(work, s2, cells, size, parts, t2)
+        for j in range(cells):
+            parts[own + j] += parts[t1 + j]
+            parts[own + pitch + j] += parts[t2 + j]
+
+
+@kernel
+def segment_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, work):
+    """sum(dz) and sum(dz * (x - hi)) of each segment of each cell, first in ``parts``; numbers begin with the means."""
+    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
+    fold, tile, height, _ = four(geometry, 4)
+    channels, size = shape[2], shape[3]
+    rows, cells = shape[1] // fold, channels * fold
+    g_step, i_step, o_step = dys[2] * fold, xs[2] * fold, ys[2] * fold
+    pitch, segments = pitch_of(tile, size), -(-rows // height)
+    results = shape[0] * segments * cells
+    own, loose = 2 * results + share * PARTS * pitch, share * WORK * pitch
+    for k in range(first, last):
+        b, row, end, j, width = task_at(k, rows, cells, height, tile)
+        t = b * channels
+        c = j % channels
+        for i in range(width):
+            spread(work, loose + i * size, rounded(x, numbers[t + c]), size)
+            c = c + 1 if c + 1 < channels else 0
+        grad_segment(
+            dy, channel_start(dys, t, shape) + row * g_step + j * size, g_step,
+            x, channel_start(xs, t, shape) + row * i_step + j * size, i_step,
+            y, channel_start(ys, t, shape) + row * o_step + j * size, o_step,
+            end - row, width, size, parts, own, pitch, work, loose, True,
+        )  # fmt: skip
+        into = (b * segments + row // height) * cells + j
+        for i in range(width):
+            parts[into + i] = parts[own + i]
+            parts[results + into + i] = parts[own + pitch + i]
+
+
+@kernel
+def channel_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, out):
+    """The results (dgamma, dbeta) of every kept index from its cells' sums; the numbers are (mean, rstd)."""
+    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
+    fold, _, height, _ = four(geometry, 4)
+    channels, kept = shape[2], shape[0] * shape[2]
+    rows, cells = shape[1] // fold, channels * fold
+    segments = -(-rows // height)
+    results = shape[0] * segments * cells
+    for t in range(first, last):
+        p, q = 0.0, 0.0
+        for s in range(segments):
+            at = (t // channels * segments + s) * cells
+            for j in range(at + t % channels, at + cells, channels):
+                p, q = p + parts[j], q + parts[results + j]
+        hi = rounded(x, numbers[t])
+        g, i, o = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
+        for r in range(rows * fold, shape[1]):
+            dz = value(dy, g + r * dys[2])
+            if y is not None and value(y, o + r * ys[2]) <= 0.0:
+                dz = 0.0
+            p, q = p + dz, q + dz * (value(x, i + r * xs[2]) - hi)
+        out[t], out[kept + t] = (q - (numbers[t] - hi) * p) * numbers[kept + t], p
+
+
+@inner
+def input_gradient(dz, x, weight, scale, hi, slope, offset):
+    """``scale * dz - weight * (offset + slope * (x - hi))``; without x, ``scale * dz``."""
+    if x is None:
+        return scale * dz
+    back = fma(x - hi, slope, offset)
+    if weight is not None:
+        back = zero_where_zero(weight, weight * back)
+    return scale * dz - back
+
+
+@inner
+def put_if_there(y, at, v, streaming):
+    if y is not None:
+        put(y, at, v, streaming)
+
+
+@inner
+def grad_input_rows(
+    dy, g, g_step, x, i, i_step, y, o, o_step, weight, w, w_step, dx, d, d_step, dresidual, e, e_step,
+    rows, columns, end_columns, work, loose, pitch, streaming, ahead,
+):  # fmt: skip
+    """As `normalize_rows`; in ``work`` are scale, hi, slope and offset of every column."""
+    n = lanes(dy, WIDTH)
+    scale, hi, slope, offset = loose, loose + pitch, loose + 2 * pitch, loose + 3 * pitch
+    for r in range(rows):
+        width = end_columns if r == rows - 1 else columns
+        whole = width - width % n
+        w_ = splat(dy, value(weight, w + r * w_step), WIDTH)
+        for c in range(0, whole, n):
+            if ahead is not None:
+                prefetch(dy, g + r * g_step + c + ahead)
+                prefetch(x, i + r * i_step + c + ahead)
+            a, h = load(work, scale + c, WIDTH), load(work, hi + c, WIDTH)
+            p, q = load(work, slope + c, WIDTH), load(work, offset + c, WIDTH)
+            dz = zero_where_not_positive(load(y, o + r * o_step + c, WIDTH), load(dy, g + r * g_step + c, WIDTH))
+            x_ = load(x, i + r * i_step + c, WIDTH)
+            put(dx, d + r * d_step + c, input_gradient(dz, x_, w_, a, h, p, q), streaming)
+            put_if_there(dresidual, e + r * e_step + c, dz, streaming)
+        if whole < width:
+            c, part = whole, width - whole
+            a, h = load(work, scale + c, WIDTH), load(work, hi + c, WIDTH)
+            p, q = load(work, slope + c, WIDTH), load(work, offset + c, WIDTH)
+            dz = load_first(dy, g + r * g_step + c, part, WIDTH)
+            dz = zero_where_not_positive(load_first(y, o + r * o_step + c, part, WIDTH), dz)
+            x_ = load_first(x, i + r * i_step + c, part, WIDTH)
+            store_first(dx, d + r * d_step + c, part, input_gradient(dz, x_, w_, a, h, p, q))
+            store_first(dresidual, e + r * e_step + c, part, dz)
+
+
+@inner
+def spread_linear(x, work, at, pitch, size, mean, scale, offset, slope):
+    """What `grad_input_rows` wants of one cell."""
+    a, h, p, q = linear_of(x, mean, scale, offset, slope)
+    spread(work, at, a, size)
+    spread(work, at + pitch, h, size)
+    spread(work, at + 2 * pitch, p, size)
+    spread(work, at + 3 * pitch, q, size)
+
+
+@kernel
+def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, numbers, work, streaming):
+    """``dx`` (and ``dresidual = dz``); the numbers are (mean, scale, offset, slope)."""
+    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
+    ws, dxs, drs = four(geometry, 20), four(geometry, 24), four(geometry, 28)
+    fold, tile, height, _ = four(geometry, 4)
+    channels, size, kept = shape[2], shape[3], shape[0] * shape[2]
+    rows, cells = -(-shape[1] // fold), channels * fold
+    g_step, i_step, o_step, d_step, e_step = dys[2] * fold, xs[2] * fold, ys[2] * fold, dxs[2] * fold, drs[2] * fold
+    pitch = pitch_of(tile, size)
+    loose = share * WORK * pitch
+    for k in range(first, last):
+        b, row, end, j, width = task_at(k, rows, cells, height, tile)
+        t = b * channels
+        c = t + j % channels
+        for i in range(width):
+            spread_linear(
+                dy, work, loose + i * size, pitch, size,
+                numbers[c], numbers[kept + c], numbers[2 * kept + c], numbers[3 * kept + c],
+            )  # fmt: skip
+            c = c + 1 if c + 1 < t + channels else t
+        grad_input_rows(
+            dy, channel_start(dys, t, shape) + row * g_step + j * size, g_step,
+            x, channel_start(xs, t, shape) + row * i_step + j * size, i_step,
+            y, channel_start(ys, t, shape) + row * o_step + j * size, o_step,
+            weight, channel_start(ws, t, shape) + row * ws[2], ws[2],
+            dx, channel_start(dxs, t, shape) + row * d_step + j * size, d_step,
+            dresidual, channel_start(drs, t, shape) + row * e_step + j * size, e_step,
+            end - row, width * size, width_of_last_row(end, j, width, shape, fold) * size,
+            work, loose, pitch, streaming, None,
+        )  # fmt: skip
+
+
+@kernel
+def backward(share, first, last, dy, x, y, live, dx, dresidual, geometry, numbers, out, parts, work, streaming):
+    """Gradient sums and dx, a tile of cells at a time: the second pass finds its rows of dy and x in cache.
+
+    ``live`` is x again, or None where statistics are frozen and dx does not depend on it. The numbers are those of
+    `input_numbers`, the results (dgamma, dbeta). Rows are not folded.
+    """
+    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
+    dxs, drs = four(geometry, 24), four(geometry, 28)
+    _, tile, height, _ = four(geometry, 4)
+    channels, size, rows, kept = shape[2], shape[3], shape[1], shape[0] * shape[2]
+    pitch = pitch_of(tile, size)
+    own, loose = share * PARTS * pitch, share * WORK * pitch
+    for k in range(first, last):
+        b, _, _, j, width = task_at(k, 1, channels, 1, tile)
+        t = b * channels + j
+        g, i, o = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
+        d, e = channel_start(dxs, t, shape), channel_start(drs, t, shape)
+        for c in range(width):
+            spread(work, loose + c * size, rounded(x, numbers[t + c]), size)
+            out[t + c] = out[kept + t + c] = 0.0
+        for row in range(0, rows, height):
+            grad_segment(
+                dy, g + row * dys[2], dys[2], x, i + row * xs[2], xs[2], y, o + row * ys[2], ys[2],
+                min(height, rows - row), width, size, parts, own, pitch, work, loose, None,
+            )  # fmt: skip
+            for c in range(width):
+                out[kept + t + c] += parts[own + c]
+                out[t + c] += parts[own + pitch + c]
+        for c in range(width):
+            mean, a = numbers[t + c], out[kept + t + c]
+            b_ = (out[t + c] - (mean - rounded(x, mean)) * a) * numbers[kept + t + c]
+            out[t + c] = b_
+            scale, offset, slope = input_numbers(numbers, t + c, kept, live, a, b_)
+            spread_linear(x, work, loose + c * size, pitch, size, mean, scale, offset, slope)
+        columns = width * size
+        grad_input_rows(
+            dy, g, dys[2], live, i, xs[2], y, o, ys[2], None, 0, 0, dx, d, dxs[2], dresidual, e, drs[2],
+            rows, columns, columns, work, loose, pitch, streaming, columns,
+        )  # fmt: skip

@@ -1,0 +1,226 @@
+"""Gradient kernels of the family `rows`, which go along a channel's rows: sums of dz, and dx.
+
+Memory, chunks, geometry and bytes moved are described there.
+"""
+
+from fastbn.cpu.jit import inner, kernel
+from fastbn.cpu.rows import (
+    NARROW,
+    PIECE,
+    SEGMENT,
+    SINGLE,
+    WIDTH,
+    chunk_at,
+    chunk_count,
+    misaligned,
+    piece_after,
+    piece_at,
+    start_of,
+)
+from fastbn.cpu.simd import (
+    converted,
+    fma,
+    lanes,
+    load,
+    load_first,
+    narrowed,
+    rounded,
+    splat,
+    store,
+    stream,
+    total,
+    zero_where_not_positive,
+    zero_where_zero,
+)
+from fastbn.cpu.slab import (
+    channel_start,
+    four,
+    input_numbers,
+    linear_of,
+)
+
+
+@inner
+def chunk_grad_sums(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, rows, columns, mean):
+    """sum(dz), sum(dz * (x - hi)), with dz = dy, or 0 where y <= 0, and hi the mean in the compute type."""
+    n = lanes(x, WIDTH)
+    whole = columns - columns % n
+    hi = splat(x, mean, WIDTH)
+    s1 = splat(x, 0.0, WIDTH)
+    s2 = splat(x, 0.0, WIDTH)
+    for r in range(rows):
+        g, i, o = dy_at + r * dy_step, x_at + r * x_step, y_at + r * y_step
+        for k in range(0, whole, n):
+            dz = load(dy, g + k, WIDTH)
+            dz = zero_where_not_positive(load(y, o + k, WIDTH), dz)
+            s1 = s1 + dz
+            s2 = fma(dz, load(x, i + k, WIDTH) - hi, s2)
+        if whole < columns:
+            rest = columns - whole
+            dz = load_first(dy, g + whole, rest, WIDTH)
+            dz = zero_where_not_positive(load_first(y, o + whole, rest, WIDTH), dz)
+            s1 = s1 + dz
+            s2 = fma(dz, load_first(x, i + whole, rest, WIDTH) - hi, s2)
+    return total(s1), total(s2)
+
+
+@inner
+def grad_segment(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, shape, grid, segment, mean):
+    a, b = 0.0, 0.0
+    for k in range(segment * SEGMENT, min((segment + 1) * SEGMENT, chunk_count(shape, grid))):
+        row, rows, column, columns = chunk_at(k, shape, grid)
+        s1, s2 = chunk_grad_sums(
+            dy, dy_at + row * dy_step + column, dy_step, x, x_at + row * x_step + column, x_step,
+            y, y_at + row * y_step + column, y_step, rows, columns, mean,
+        )  # fmt: skip
+        a, b = a + s1, b + s2
+    return a, b
+
+
+@inner
+def around_mean(x, mean, rstd, a, b):
+    """Dgamma from a = sum(dz) and b = sum(dz * (x - hi))."""
+    return (b - (mean - rounded(x, mean)) * a) * rstd
+
+
+@kernel
+def grad_sums_of_segments(share, first, last, dy, x, y, geometry, numbers, parts):
+    """sum(dz) and sum(dz * (x - hi)) of every segment of every kept index; the numbers begin with the means."""
+    shape, grid, dys = four(geometry, 0), four(geometry, 4), four(geometry, 8)
+    xs, ys = four(geometry, 12), four(geometry, 16)
+    segments = -(-chunk_count(shape, grid) // SEGMENT)
+    for k in range(first, last):
+        t = k // segments
+        dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
+        parts[2 * k], parts[2 * k + 1] = grad_segment(
+            dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], shape, grid, k % segments, numbers[t]
+        )
+
+
+@kernel
+def channel_grad_sums(share, first, last, x, geometry, numbers, parts, out):
+    """The results (dgamma, dbeta) from the segments' sums; the numbers are (mean, rstd)."""
+    shape, grid = four(geometry, 0), four(geometry, 4)
+    segments = -(-chunk_count(shape, grid) // SEGMENT)
+    kept = shape[0] * shape[2]
+    for t in range(first, last):
+        a, b = 0.0, 0.0
+        for k in range(t * segments, (t + 1) * segments):
+            a, b = a + parts[2 * k], b + parts[2 * k + 1]
+        out[t], out[kept + t] = around_mean(x, numbers[t], numbers[kept + t], a, b), a
+
+
+@inner
+def input_gradient(dz, x, weight, scale, hi, slope, offset):
+    """``scale * dz - weight * (offset + slope * (x - hi))``; without x, ``scale * dz``."""
+    if x is None:
+        return scale * dz
+    back = fma(x - hi, slope, offset)
+    if weight is not None:
+        back = zero_where_zero(weight, weight * back)
+    return scale * dz - back
+
+
+@inner
+def grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, n, linear):
+    """The n values, less than a vector, at either end of a row: by short vectors, then one by one."""
+    scale, hi, slope, offset = linear
+    k = 0
+    while k + lanes(dy, NARROW) <= n:
+        dz = zero_where_not_positive(load(y, o + k, NARROW), load(dy, g + k, NARROW))
+        x_, w_ = load(x, i + k, NARROW), converted(load(weight, w + k, dz), dz)
+        out = input_gradient(
+            dz, x_, w_, narrowed(dy, scale, NARROW), narrowed(dy, hi, NARROW),
+            narrowed(dy, slope, NARROW), narrowed(dy, offset, NARROW),
+        )  # fmt: skip
+        store(dx, d + k, out)
+        store(dresidual, e + k, dz)
+        k += lanes(dy, NARROW)
+    while k < n:
+        dz = zero_where_not_positive(load(y, o + k, SINGLE), load(dy, g + k, SINGLE))
+        x_, w_ = load(x, i + k, SINGLE), converted(load(weight, w + k, dz), dz)
+        out = input_gradient(
+            dz, x_, w_, narrowed(dy, scale, SINGLE), narrowed(dy, hi, SINGLE),
+            narrowed(dy, slope, SINGLE), narrowed(dy, offset, SINGLE),
+        )  # fmt: skip
+        store(dx, d + k, out)
+        store(dresidual, e + k, dz)
+        k += 1
+
+
+@inner
+def grad_input_row(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, columns, linear, streaming):
+    """The argument ``linear`` is (scale, hi, slope, offset) of `linear_of`."""
+    n = lanes(dy, WIDTH)
+    scale, hi, slope, offset = linear
+    hi = splat(dy, hi, WIDTH)
+    scale = splat(dy, scale, WIDTH)
+    offset = splat(dy, offset, WIDTH)
+    slope = splat(dy, slope, WIDTH)
+    k = 0
+    if streaming:
+        k = misaligned(dx, d, columns)
+        if k > 0:
+            grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, k, (scale, hi, slope, offset))
+    while k + n <= columns:
+        dz = zero_where_not_positive(load(y, o + k, WIDTH), load(dy, g + k, WIDTH))
+        x_, w_ = load(x, i + k, WIDTH), converted(load(weight, w + k, dz), dz)
+        out = input_gradient(dz, x_, w_, scale, hi, slope, offset)
+        if streaming:
+            stream(dx, d + k, out)
+        else:
+            store(dx, d + k, out)
+        store(dresidual, e + k, dz)
+        k += n
+    if k < columns:
+        grad_input_end(
+            dy, g + k, x, i + k, y, o + k, weight, w + k, dx, d + k, dresidual, e + k, columns - k,
+            (scale, hi, slope, offset),
+        )  # fmt: skip
+
+
+@kernel
+def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, numbers, streaming):
+    """``dx`` (and ``dresidual = dz``), pieces of rows in the order of memory; numbers: (mean, scale, offset, slope)."""
+    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
+    ws, dxs, drs = four(geometry, 20), four(geometry, 24), four(geometry, 28)
+    kept = shape[0] * shape[2]
+    place = piece_at(first, shape)
+    for _ in range(first, last):
+        t, columns = place[0] * shape[2] + place[2], min(PIECE, shape[3] - place[3])
+        linear = linear_of(dy, numbers[t], numbers[kept + t], numbers[2 * kept + t], numbers[3 * kept + t])
+        grad_input_row(
+            dy, start_of(dys, place), x, start_of(xs, place), y, start_of(ys, place), weight, start_of(ws, place),
+            dx, start_of(dxs, place), dresidual, start_of(drs, place), columns, linear, streaming,
+        )  # fmt: skip
+        place = piece_after(place, shape)
+
+
+@kernel
+def backward(share, first, last, dy, x, y, live, weight, dx, dresidual, geometry, numbers, out, streaming):
+    """Gradient sums and dx, a channel at a time: the second pass finds the slabs of dy and x in cache.
+
+    ``live`` is x again, or None where statistics are frozen and dx does not depend on it. The numbers are those of
+    `input_numbers`, the results (dgamma, dbeta).
+    """
+    shape, grid, dys = four(geometry, 0), four(geometry, 4), four(geometry, 8)
+    xs, ys, ws = four(geometry, 12), four(geometry, 16), four(geometry, 20)
+    dxs, drs = four(geometry, 24), four(geometry, 28)
+    kept = shape[0] * shape[2]
+    for t in range(first, last):
+        dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
+        w_at, dx_at, dr_at = channel_start(ws, t, shape), channel_start(dxs, t, shape), channel_start(drs, t, shape)
+        mean = numbers[t]
+        a, b = 0.0, 0.0
+        for s in range(-(-chunk_count(shape, grid) // SEGMENT)):
+            s1, s2 = grad_segment(dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], shape, grid, s, mean)
+            a, b = a + s1, b + s2
+        b = around_mean(x, mean, numbers[kept + t], a, b)
+        out[t], out[kept + t] = b, a
+        scale, offset, slope = input_numbers(numbers, t, kept, live, a, b)
+        linear = linear_of(x, mean, scale, offset, slope)
+        for r in range(shape[1]):
+            grad_input_row(
+                dy, dy_at + r * dys[2], live, x_at + r * xs[2], y, y_at + r * ys[2], weight, w_at + r * ws[2],
+                dx, dx_at + r * dxs[2], dresidual, dr_at + r * drs[2], shape[3], linear, streaming,
+            )  # fmt: skip
