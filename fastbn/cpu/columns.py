@@ -61,7 +61,7 @@ WIDTH = 64  # bytes of a vector: one cache line of float32
 PAD = 16  # values behind each array of work: whole vectors may be read and written
 CHUNK = 128  # rows: 16 + 3 float32 additions per sum keep its rounding below 1e-6
 SEGMENT = 2048  # rows, at most: two float64 a cell and segment are 0.2 % of float32 data, 0.4 % of halves
-MANY = 2048  # cells, of which two threads have tiles enough for themselves
+MANY = 4096  # cells, of which two threads have tiles enough for themselves
 PEEK = 64  # values of a channel from whose mean the first guess comes: off by an eighth of the deviation
 WORK, PARTS = 4, 4  # arrays of a share: parameters, or a guess and sums; in float64 the pivot, two sums, the centre
 
@@ -198,43 +198,36 @@ def cell_totals(work, sums, cells, size, parts, into):
 
 
 @inner
-def part_of(a, at, part, n):
-    return load(a, at, WIDTH) if part == n else load_first(a, at, part, WIDTH)
+def add_four_rows(x, at, far, work, guess, s1, s2):
+    """Add one vector of columns of four rows, each ``far`` from the one before, to the sums.
 
-
-@inner
-def add_eight_rows(x, at, step, n, part, work, guess, s1, s2, ahead):
-    """Add n <= one vector of columns of eight rows to the sums, and ask for what lies ``ahead``."""
+    Two rows at a time: with all at once, or with more, sixteen registers overflow.
+    """
     q = load(work, guess, WIDTH)
-    if ahead is not None:
-        for k in range(8):
-            prefetch(x, at + k * step + ahead)
-    a, b = part_of(x, at, part, n) - q, part_of(x, at + step, part, n) - q
-    d, e = part_of(x, at + 2 * step, part, n) - q, part_of(x, at + 3 * step, part, n) - q
-    f, g = part_of(x, at + 4 * step, part, n) - q, part_of(x, at + 5 * step, part, n) - q
-    h, i = part_of(x, at + 6 * step, part, n) - q, part_of(x, at + 7 * step, part, n) - q
-    squares = (fma(a, a, b * b) + fma(d, d, e * e)) + (fma(f, f, g * g) + fma(h, h, i * i))
-    store(work, s1, load(work, s1, WIDTH) + (((a + b) + (d + e)) + ((f + g) + (h + i))))
-    store(work, s2, load(work, s2, WIDTH) + squares)
+    a, b = load(x, at, WIDTH) - q, load(x, at + far, WIDTH) - q
+    sums, squares = a + b, fma(a, a, b * b)
+    a, b = load(x, at + 2 * far, WIDTH) - q, load(x, at + 3 * far, WIDTH) - q
+    store(work, s1, load(work, s1, WIDTH) + (sums + (a + b)))
+    store(work, s2, load(work, s2, WIDTH) + (squares + fma(a, a, b * b)))
 
 
 @inner
-def chunk_sums(x, at, step, rows, columns, work, guess, s1, s2, ahead):
+def chunk_sums(x, at, step, far, fours, rest, columns, work, guess, s1, s2):
     """s1 = sum(x - guess), s2 = sum((x - guess)^2) per column; guess, s1 and s2 are places in ``work``.
 
-    Meanwhile they ask for what lies ``ahead``, the next eight rows: without, eight streams at once read up to a fifth
-    slower. Fused kernels have asked for everything already.
+    The rows are ``fours`` of each quarter of a segment, the quarters ``far`` apart, and the ``rest`` behind the last.
     """
     n = lanes(x, WIDTH)
     fill(work, s1, columns, 0.0)
     fill(work, s2, columns, 0.0)
-    eights = rows - rows % 8
-    for r in range(0, eights, 8):
-        for c in range(0, columns, n):
-            add_eight_rows(x, at + r * step + c, step, n, min(n, columns - c), work, guess + c, s1 + c, s2 + c, ahead)
-    for r in range(eights, rows):
-        for c in range(0, columns, n):
-            e = load_first(x, at + r * step + c, min(n, columns - c), WIDTH) - load(work, guess + c, WIDTH)
+    whole = columns - columns % n
+    for r in range(fours):
+        for c in range(0, whole, n):
+            add_four_rows(x, at + r * step + c, far, work, guess + c, s1 + c, s2 + c)
+    for r in range(4 * fours if whole == columns else 0, 4 * fours + rest):
+        row = at + r // 4 * step + r % 4 * far if r < 4 * fours else at + 3 * far + (r - 3 * fours) * step
+        for c in range(whole if r < 4 * fours else 0, columns, n):
+            e = load_first(x, row + c, min(n, columns - c), WIDTH) - load(work, guess + c, WIDTH)
             store(work, s1 + c, load(work, s1 + c, WIDTH) + e)
             store(work, s2 + c, fma(e, e, load(work, s2 + c, WIDTH)))
 
@@ -272,11 +265,14 @@ def merge_chunk(cells, before, count, parts, own, pitch, mean, m2):
 
 
 @inner
-def segment(x, at, step, rows, cells, size, parts, own, pitch, mean, m2, work, loose, ahead):
+def segment(x, at, step, rows, cells, size, parts, own, pitch, mean, m2, work, loose):
     """Mean - pivot and M2 of each cell of one segment, written to ``parts`` at ``mean`` and ``m2``.
 
     Arrays of this share in ``parts``, a pitch apart from ``own`` on: pivot (given), two sums, centre; in ``work``, from
     ``loose`` on: guess, two sums. The guess is the centre in the compute type.
+
+    A chunk has as many rows of each quarter of the segment: four streams from memory, far apart, are read up to twice
+    as fast as one or as neighbouring rows.
     """
     t1, t2, centre = own + pitch, own + 2 * pitch, own + 3 * pitch
     s1, s2 = loose + pitch, loose + 2 * pitch
@@ -284,24 +280,28 @@ def segment(x, at, step, rows, cells, size, parts, own, pitch, mean, m2, work, l
     fill(parts, m2, cells, 0.0)
     for j in range(cells):
         parts[centre + j] = parts[own + j]
-    peek = min(rows, CHUNK, -(-PEEK // size))
+    quarter, beyond = rows // 4, rows % 4
+    peek = min(quarter, CHUNK // 4, -(-PEEK // (4 * size)))
     first = 0
+    before = 0.0
     looks = 0  # at a few rows for the first guess, at the chunk, at the chunk around better guesses
-    while first < rows:
-        high = min(CHUNK, rows - first) if looks > 0 else peek
+    while before < rows * size:
+        fours = min(CHUNK // 4, quarter - first) if looks > 0 else peek
+        rest = beyond if first + fours == quarter else 0
         spread_rounded(x, parts, centre, cells, size, work, loose)
-        chunk_sums(x, at + first * step, step, high, cells * size, work, loose, s1, s2, ahead)
+        chunk_sums(x, at + first * step, step, quarter * step, fours, rest, cells * size, work, loose, s1, s2)
         cell_totals(work, s1, cells, size, parts, t1)
         cell_totals(work, s2, cells, size, parts, t2)
-        count = np.float64(high * size)
+        count = np.float64((4 * fours + rest) * size)
         if looks == 0 or (looks == 1 and some_guess_is_poor(cells, count, parts, t1, t2)):
             for j in range(cells):
                 if looks == 0 or needs_new_guess(count, parts[t1 + j], parts[t2 + j]):
                     parts[centre + j] += parts[t1 + j] / count
             looks += 1
         else:
-            merge_chunk(cells, np.float64(first * size), count, parts, own, pitch, mean, m2)
-            first += high
+            merge_chunk(cells, before, count, parts, own, pitch, mean, m2)
+            first += fours
+            before += count
             looks = 1
 
 
@@ -386,7 +386,7 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
         mean = (b * segments + row // height) * row_of_results + j // tile * tile_of_results
         m2, loose = results + mean, share * WORK * pitch
         if weight is None:
-            segment(x, x_at, step, end - row, width, size, parts, own, pitch, mean, m2, work, loose, 8 * step)
+            segment(x, x_at, step, end - row, width, size, parts, own, pitch, mean, m2, work, loose)
         else:
             w_at = channel_start(ws, b * channels + j, shape) + row * ws[2]
             weighted_segment(
@@ -527,7 +527,7 @@ def forward(share, first, last, x, y, residual, geometry, table, eps, parts, wor
             high = min(height, rows - row)
             segment(
                 x, x_at + row * xs[2], xs[2], high, width, size, parts, own, pitch, moments, moments + pitch,
-                work, loose, None,
+                work, loose,
             )  # fmt: skip
             for i in range(t, t + width):
                 at = moments + i - t

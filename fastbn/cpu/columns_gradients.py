@@ -10,7 +10,6 @@ from fastbn.cpu.columns import (
     WORK,
     cell_totals,
     fill,
-    part_of,
     pitch_of,
     put,
     spread,
@@ -41,49 +40,45 @@ from fastbn.cpu.slab import (
 
 
 @inner
-def add_four_grad_rows(dy, g, g_step, x, i, i_step, y, o, o_step, n, part, work, hi, s1, s2, ask):
-    """Add four rows' dz and dz * (x - hi) of n <= one vector of columns to the sums; ask for the next four rows."""
+def add_two_grad_rows(dy, g, g_far, x, i, i_far, y, o, o_far, work, hi, s1, s2):
+    """Add two rows' dz and dz * (x - hi) of one vector of columns to the sums."""
     h = load(work, hi, WIDTH)
-    if ask is not None:
-        for k in range(4, 8):
-            prefetch(dy, g + k * g_step)
-            prefetch(x, i + k * i_step)
-            prefetch(y, o + k * o_step)
-    p, u = part_of(dy, g, part, n), part_of(x, i, part, n) - h
-    q, v = part_of(dy, g + g_step, part, n), part_of(x, i + i_step, part, n) - h
-    p = zero_where_not_positive(part_of(y, o, part, n), p)
-    q = zero_where_not_positive(part_of(y, o + o_step, part, n), q)
-    g, i, o = g + 2 * g_step, i + 2 * i_step, o + 2 * o_step
-    r, w = part_of(dy, g, part, n), part_of(x, i, part, n) - h
-    s, z = part_of(dy, g + g_step, part, n), part_of(x, i + i_step, part, n) - h
-    r = zero_where_not_positive(part_of(y, o, part, n), r)
-    s = zero_where_not_positive(part_of(y, o + o_step, part, n), s)
-    store(work, s1, load(work, s1, WIDTH) + ((p + q) + (r + s)))
-    store(work, s2, load(work, s2, WIDTH) + (fma(p, u, q * v) + fma(r, w, s * z)))
+    p = zero_where_not_positive(load(y, o, WIDTH), load(dy, g, WIDTH))
+    q = zero_where_not_positive(load(y, o + o_far, WIDTH), load(dy, g + g_far, WIDTH))
+    store(work, s1, load(work, s1, WIDTH) + (p + q))
+    products = fma(p, load(x, i, WIDTH) - h, q * (load(x, i + i_far, WIDTH) - h))
+    store(work, s2, load(work, s2, WIDTH) + products)
 
 
 @inner
 def grad_segment(
-    dy, g, g_step, x, i, i_step, y, o, o_step, rows, cells, size, parts, own, pitch, work, loose, ask
+    dy, g, g_step, x, i, i_step, y, o, o_step, rows, cells, size, parts, own, pitch, work, loose
 ):  # fmt: skip
-    """sum(dz) and sum(dz * (x - hi)) of each cell of one segment, a pitch apart from ``own`` on; hi is at ``loose``."""
+    """sum(dz) and sum(dz * (x - hi)) of each cell of one segment, a pitch apart from ``own`` on; hi is at ``loose``.
+
+    A chunk has as many rows of both halves of the segment: four streams from memory, as in `columns.segment`.
+    """
     n, columns = lanes(x, WIDTH), cells * size
     s1, s2, t1, t2 = loose + pitch, loose + 2 * pitch, own + 2 * pitch, own + 3 * pitch
     fill(parts, own, cells, 0.0)
     fill(parts, own + pitch, cells, 0.0)
-    for first in range(0, rows, CHUNK):
+    half, whole = rows // 2, columns - columns % n
+    g_far, i_far, o_far = half * g_step, half * i_step, half * o_step
+    for first in range(0, max(1, half), CHUNK // 2):
         fill(work, s1, columns, 0.0)
         fill(work, s2, columns, 0.0)
-        end = min(first + CHUNK, rows)
-        fours = end - (end - first) % 4
-        for r in range(first, fours, 4):
-            for c in range(0, columns, n):
-                add_four_grad_rows(
-                    dy, g + r * g_step + c, g_step, x, i + r * i_step + c, i_step, y, o + r * o_step + c, o_step,
-                    n, min(n, columns - c), work, loose + c, s1 + c, s2 + c, ask,
+        end = min(first + CHUNK // 2, half)
+        for r in range(first, end):
+            for c in range(0, whole, n):
+                add_two_grad_rows(
+                    dy, g + r * g_step + c, g_far, x, i + r * i_step + c, i_far, y, o + r * o_step + c, o_far,
+                    work, loose + c, s1 + c, s2 + c,
                 )  # fmt: skip
-        for r in range(fours, end):
-            for c in range(0, columns, n):
+        pairs = 2 * (end - first)
+        rest = rows % 2 if end == half else 0
+        for k in range(pairs if whole == columns else 0, pairs + rest):
+            r = first + k // 2 + k % 2 * half if k < pairs else rows - 1
+            for c in range(whole if k < pairs else 0, columns, n):
                 part = min(n, columns - c)
                 dz = load_first(dy, g + r * g_step + c, part, WIDTH)
                 dz = zero_where_not_positive(load_first(y, o + r * o_step + c, part, WIDTH), dz)
@@ -119,7 +114,7 @@ def segment_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, wo
             dy, channel_start(dys, t, shape) + row * g_step + j * size, g_step,
             x, channel_start(xs, t, shape) + row * i_step + j * size, i_step,
             y, channel_start(ys, t, shape) + row * o_step + j * size, o_step,
-            end - row, width, size, parts, own, pitch, work, loose, True,
+            end - row, width, size, parts, own, pitch, work, loose,
         )  # fmt: skip
         into = (b * segments + row // height) * cells + j
         for i in range(width):
@@ -269,7 +264,7 @@ def backward(share, first, last, dy, x, y, live, dx, dresidual, geometry, number
         for row in range(0, rows, height):
             grad_segment(
                 dy, g + row * dys[2], dys[2], x, i + row * xs[2], xs[2], y, o + row * ys[2], ys[2],
-                min(height, rows - row), width, size, parts, own, pitch, work, loose, None,
+                min(height, rows - row), width, size, parts, own, pitch, work, loose,
             )  # fmt: skip
             for c in range(width):
                 out[kept + t + c] += parts[own + c]

@@ -30,7 +30,8 @@ SHORT = 1024  # values of a row, below which rows of many channels are read in o
 FEW_ROWS = 8  # below so many, spreading each channel's numbers over its columns costs more than it saves
 FOLDED = 1024  # columns, about, of folded rows
 FOLDED_ROWS = 256  # rows of few channels are folded only while so many remain
-TILE = 1024  # columns, at most, of which a task makes sums: a page of float32; 512 and 2048 read slower
+TILE = 2048  # columns, at most, of which a task makes sums: with their guess, 24 kB of a first-level cache
+TILE_OF_CELLS = 1024  # the same of short rows; 2048 read a third slower
 ROW = 2048  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
 FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least: from memory, narrow tiles are slower than two passes
 FUSED_BYTES = (
@@ -69,7 +70,7 @@ def _tile(channels: int, size: int, itemsize: int, most: int) -> int:
 def _fused_tile(shape: Shape, itemsize: int, twice: int, shares: int) -> int:
     """Cells of a tile whose rows all stay in a core's cache between two passes over ``twice`` arrays, or 0."""
     batch, outer, channel, inner = shape
-    tile = _tile(channel, inner, itemsize, min(TILE, FUSED_BYTES // max(1, outer * itemsize * twice)))
+    tile = _tile(channel, inner, itemsize, min(TILE_OF_CELLS, FUSED_BYTES // max(1, outer * itemsize * twice)))
     if shares == 1 and math.prod(shape) < jit.PARALLEL_FROM:
         return tile
     width = tile * inner * itemsize
@@ -129,7 +130,7 @@ def moments(shape: Shape, xs: Strides, ws: Strides | None, itemsize: int, shares
     weighted, kept = ws is not None, shape[0] * shape[2]
     if in_columns(shape, xs, weighted=weighted):
         fold = folding(shape, itemsize, xs, weighted=weighted)
-        tile = _tile(shape[2] * fold, shape[3], itemsize, TILE)
+        tile = _tile(shape[2] * fold, shape[3], itemsize, TILE if shape[3] == 1 else TILE_OF_CELLS)
         c = _Columns(shape, fold, tile, itemsize, shares, 3 if weighted else 2)
         geometry = _geometry(shape, c.family, xs, ws)
 
@@ -241,7 +242,7 @@ def grad_sums(shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, items
     kept = shape[0] * shape[2]
     if in_columns(shape, dys, xs, ys):
         fold = folding(shape, itemsize, dys, xs, ys)
-        tile = _tile(shape[2] * fold, shape[3], itemsize, TILE)
+        tile = _tile(shape[2] * fold, shape[3], itemsize, TILE if shape[3] == 1 else TILE_OF_CELLS)
         c = _Columns(shape, fold, tile, itemsize, shares, 2)
         geometry = _geometry(shape, c.family, dys, xs, ys)
 

@@ -49,17 +49,20 @@ from fastbn.cpu.slab import (
     positive_or_nan,
 )
 
-WIDTH = 128  # bytes of a vector: four AVX2 registers, so that two sums keep eight additions in flight
+WIDTH = 128  # bytes of a vector: four AVX2 registers
+PAIRED = 64  # where two rows are taken at once: two sums of each keep eight additions in flight
 NARROW, SINGLE = 32, 4  # bytes at the ends of rows, where masked stores would be slow on AMD processors
 CHUNK = 1024  # values: 32 float32 additions per lane (rounding below 1e-6), and L1 holds it for a second look
 SEGMENT = 64  # chunks
 
 
 def chunk_grid(outer, inner):
-    """Rows and columns of a chunk: whole rows while they fit, else pieces of one row."""
-    if inner <= CHUNK:
-        return max(1, CHUNK // max(inner, 1)), max(inner, 1)
-    return 1, CHUNK
+    """Rows and columns of a chunk: whole rows while two fit, else pieces of two rows, or of the only one."""
+    if 2 * inner <= CHUNK:
+        return CHUNK // max(inner, 1), max(inner, 1)
+    rows = min(2, outer)
+    pieces = max(1, round(rows * inner / CHUNK))
+    return rows, -(-inner // (16 * pieces)) * 16
 
 
 def segment_count(outer, inner):
@@ -126,24 +129,32 @@ def start_of(strides, place):
 
 @inner
 def chunk_sums(x, x_at, x_step, weight, w_at, w_step, rows, columns, guess):
-    """n, sum(w * (x - guess)), sum(w * (x - guess)^2)."""
-    n = lanes(x, WIDTH)
-    whole = columns - columns % n
-    q = splat(x, guess, WIDTH)
-    s1 = splat(x, 0.0, WIDTH)
-    s2 = splat(x, 0.0, WIDTH)
+    """n, sum(w * (x - guess)), sum(w * (x - guess)^2).
+
+    Two rows at a time: two streams from memory are read half as fast again as one (30 GB/s against 20).
+    """
+    n = lanes(x, PAIRED)
+    q = splat(x, guess, PAIRED)
+    s1 = splat(x, 0.0, PAIRED)
+    s2 = splat(x, 0.0, PAIRED)
     if weight is None:
-        for r in range(rows):
+        t1, t2 = s1, s2
+        pairs, whole = rows - rows % 2, columns - columns % n
+        for r in range(0, pairs, 2):
             row = x_at + r * x_step
             for i in range(row, row + whole, n):
-                e = load(x, i, WIDTH) - q
+                e = load(x, i, PAIRED) - q
                 s1 = s1 + e
                 s2 = fma(e, e, s2)
-            if whole < columns:
-                e = first_lanes(load_first(x, row + whole, columns - whole, WIDTH) - q, columns - whole)
+                e = load(x, i + x_step, PAIRED) - q
+                t1 = t1 + e
+                t2 = fma(e, e, t2)
+        for r in range(pairs if whole == columns else 0, rows):
+            for c in range(whole if r < pairs else 0, columns, n):
+                e = first_lanes(load_first(x, x_at + r * x_step + c, columns - c, PAIRED) - q, columns - c)
                 s1 = s1 + e
                 s2 = fma(e, e, s2)
-        return np.float64(rows * columns), total(s1), total(s2)
+        return np.float64(rows * columns), total(s1 + t1), total(s2 + t2)
     else:
         count = load_first(weight, w_at, 0, s1)
         for r in range(rows):
@@ -151,7 +162,7 @@ def chunk_sums(x, x_at, x_step, weight, w_at, w_step, rows, columns, guess):
                 stored = load_first(weight, w_at + r * w_step + i, min(n, columns - i), s1)
                 count = count + stored
                 w = converted(stored, s1)
-                e = load_first(x, x_at + r * x_step + i, min(n, columns - i), WIDTH) - q
+                e = load_first(x, x_at + r * x_step + i, min(n, columns - i), PAIRED) - q
                 e = zero_where_zero(w, e)
                 s1 = s1 + w * e
                 s2 = fma(w * e, e, s2)
