@@ -29,6 +29,7 @@ from fastbn.cpu.jit import inner, kernel
 from fastbn.cpu.simd import (
     any_greater,
     converted,
+    first_lanes,
     fma,
     lanes,
     load,
@@ -198,21 +199,28 @@ def cell_totals(work, sums, cells, size, parts, into):
 
 
 @inner
-def add_four_rows(x, at, far, work, guess, s1, s2):
-    """Add one vector of columns of four rows, each ``far`` from the one before, to the sums.
+def add_rows(x, at, step, far, eight, work, guess, s1, s2):
+    """Add one vector of columns of four rows, each ``far`` from the one before, or of eight to the sums.
 
-    Two rows at a time: with all at once, or with more, sixteen registers overflow.
+    Two rows at a time: with all at once sixteen registers overflow.
     """
     q = load(work, guess, WIDTH)
     a, b = load(x, at, WIDTH) - q, load(x, at + far, WIDTH) - q
     sums, squares = a + b, fma(a, a, b * b)
     a, b = load(x, at + 2 * far, WIDTH) - q, load(x, at + 3 * far, WIDTH) - q
-    store(work, s1, load(work, s1, WIDTH) + (sums + (a + b)))
-    store(work, s2, load(work, s2, WIDTH) + (squares + fma(a, a, b * b)))
+    sums, squares = sums + (a + b), squares + fma(a, a, b * b)
+    if eight is not None:
+        at = at + step
+        a, b = load(x, at, WIDTH) - q, load(x, at + far, WIDTH) - q
+        sums, squares = sums + (a + b), squares + fma(a, a, b * b)
+        a, b = load(x, at + 2 * far, WIDTH) - q, load(x, at + 3 * far, WIDTH) - q
+        sums, squares = sums + (a + b), squares + fma(a, a, b * b)
+    store(work, s1, load(work, s1, WIDTH) + sums)
+    store(work, s2, load(work, s2, WIDTH) + squares)
 
 
 @inner
-def chunk_sums(x, at, step, far, fours, rest, columns, work, guess, s1, s2):
+def chunk_sums(x, at, step, far, fours, rest, columns, work, guess, s1, s2, eight):
     """s1 = sum(x - guess), s2 = sum((x - guess)^2) per column; guess, s1 and s2 are places in ``work``.
 
     The rows are ``fours`` of each quarter of a segment, the quarters ``far`` apart, and the ``rest`` behind the last.
@@ -221,15 +229,30 @@ def chunk_sums(x, at, step, far, fours, rest, columns, work, guess, s1, s2):
     fill(work, s1, columns, 0.0)
     fill(work, s2, columns, 0.0)
     whole = columns - columns % n
-    for r in range(fours):
+    fast = fours if eight is None else fours - fours % 2
+    for r in range(0, fast, 1 if eight is None else 2):
         for c in range(0, whole, n):
-            add_four_rows(x, at + r * step + c, far, work, guess + c, s1 + c, s2 + c)
-    for r in range(4 * fours if whole == columns else 0, 4 * fours + rest):
+            add_rows(x, at + r * step + c, step, far, eight, work, guess + c, s1 + c, s2 + c)
+    for r in range(4 * fast if whole == columns else 0, 4 * fours + rest):
         row = at + r // 4 * step + r % 4 * far if r < 4 * fours else at + 3 * far + (r - 3 * fours) * step
-        for c in range(whole if r < 4 * fours else 0, columns, n):
+        for c in range(whole if r < 4 * fast else 0, columns, n):
             e = load_first(x, row + c, min(n, columns - c), WIDTH) - load(work, guess + c, WIDTH)
             store(work, s1 + c, load(work, s1 + c, WIDTH) + e)
             store(work, s2 + c, fma(e, e, load(work, s2 + c, WIDTH)))
+
+
+@inner
+def peek_at_cells(x, at, step, rows, cells, size, parts, own, centre):
+    """Into ``centre`` the mean of some values of each cell, from rows all over the segment."""
+    part = min(size, lanes(x, WIDTH))
+    count = min(rows, -(-PEEK // part))
+    apart = rows // count * step
+    for j in range(cells):
+        origin = splat(x, parts[own + j], WIDTH)
+        s = splat(x, 0.0, WIDTH)
+        for k in range(count):
+            s = s + (load_first(x, at + k * apart + j * size, part, WIDTH) - origin)
+        parts[centre + j] = parts[own + j] + total(first_lanes(s, part)) / (count * part)
 
 
 @inner
@@ -265,31 +288,34 @@ def merge_chunk(cells, before, count, parts, own, pitch, mean, m2):
 
 
 @inner
-def segment(x, at, step, rows, cells, size, parts, own, pitch, mean, m2, work, loose):
+def segment(x, at, step, rows, cells, size, parts, own, pitch, mean, m2, work, loose, eight):
     """Mean - pivot and M2 of each cell of one segment, written to ``parts`` at ``mean`` and ``m2``.
 
     Arrays of this share in ``parts``, a pitch apart from ``own`` on: pivot (given), two sums, centre; in ``work``, from
     ``loose`` on: guess, two sums. The guess is the centre in the compute type.
 
     A chunk has as many rows of each quarter of the segment: four streams from memory, far apart, are read up to twice
-    as fast as one or as neighbouring rows.
+    as fast as one or as neighbouring rows. From cache, eight rows at a time are faster.
     """
     t1, t2, centre = own + pitch, own + 2 * pitch, own + 3 * pitch
     s1, s2 = loose + pitch, loose + 2 * pitch
     fill(parts, mean, cells, 0.0)
     fill(parts, m2, cells, 0.0)
-    for j in range(cells):
-        parts[centre + j] = parts[own + j]
+    if size == 1:
+        for j in range(cells):
+            parts[centre + j] = parts[own + j]
+    else:
+        peek_at_cells(x, at, step, rows, cells, size, parts, own, centre)
     quarter, beyond = rows // 4, rows % 4
-    peek = min(quarter, CHUNK // 4, -(-PEEK // (4 * size)))
+    peek = min(quarter, PEEK // 4)
     first = 0
     before = 0.0
-    looks = 0  # at a few rows for the first guess, at the chunk, at the chunk around better guesses
+    looks = 0 if size == 1 else 1  # at a few rows for the first guess, the chunk, the chunk around better guesses
     while before < rows * size:
         fours = min(CHUNK // 4, quarter - first) if looks > 0 else peek
         rest = beyond if first + fours == quarter else 0
         spread_rounded(x, parts, centre, cells, size, work, loose)
-        chunk_sums(x, at + first * step, step, quarter * step, fours, rest, cells * size, work, loose, s1, s2)
+        chunk_sums(x, at + first * step, step, quarter * step, fours, rest, cells * size, work, loose, s1, s2, eight)
         cell_totals(work, s1, cells, size, parts, t1)
         cell_totals(work, s2, cells, size, parts, t2)
         count = np.float64((4 * fours + rest) * size)
@@ -386,7 +412,7 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
         mean = (b * segments + row // height) * row_of_results + j // tile * tile_of_results
         m2, loose = results + mean, share * WORK * pitch
         if weight is None:
-            segment(x, x_at, step, end - row, width, size, parts, own, pitch, mean, m2, work, loose)
+            segment(x, x_at, step, end - row, width, size, parts, own, pitch, mean, m2, work, loose, None)
         else:
             w_at = channel_start(ws, b * channels + j, shape) + row * ws[2]
             weighted_segment(
@@ -499,7 +525,7 @@ def normalize(share, first, last, x, y, residual, geometry, numbers, eps, work, 
             y, channel_start(ys, t, shape) + row * y_step + j * size, y_step,
             residual, channel_start(rs, t, shape) + row * r_step + j * size, r_step,
             end - row, width * size, width_of_last_row(end, j, width, shape, fold) * size,
-            work, loose, pitch, relu, streaming, None,
+            work, loose, pitch, relu, streaming, 256,
         )  # fmt: skip
 
 
@@ -527,7 +553,7 @@ def forward(share, first, last, x, y, residual, geometry, table, eps, parts, wor
             high = min(height, rows - row)
             segment(
                 x, x_at + row * xs[2], xs[2], high, width, size, parts, own, pitch, moments, moments + pitch,
-                work, loose,
+                work, loose, True,
             )  # fmt: skip
             for i in range(t, t + width):
                 at = moments + i - t

@@ -34,9 +34,8 @@ TILE = 2048  # columns, at most, of which a task makes sums: with their guess, 2
 TILE_OF_CELLS = 1024  # the same of short rows; 2048 read a third slower
 ROW = 2048  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
 FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least: from memory, narrow tiles are slower than two passes
-FUSED_BYTES = (
-    192 << 10
-)  # read twice by one thread: with the output beside it, it stays in a second-level cache of 512 kB
+FUSED_BYTES = 192 << 10  # about so many are read twice by a thread; the next tile's are asked for meanwhile
+FUSED_MOST = 384 << 10  # what stays in a second-level cache of 512 kB beside the output
 
 NOWHERE = (0, 0, 0, 0)
 
@@ -75,7 +74,7 @@ def _fused_tile(shape: Shape, itemsize: int, twice: int, shares: int) -> int:
         return tile
     width = tile * inner * itemsize
     narrowest = FUSED_WIDTH if math.prod(shape) * itemsize >= CACHE_SHARE else FUSED_WIDTH // 8
-    if width < narrowest or width * outer * twice > 2 * FUSED_BYTES or batch * -(-channel // tile) < 2 * shares:
+    if width < narrowest or width * outer * twice > FUSED_MOST or batch * -(-channel // tile) < 2 * shares:
         return 0
     return tile
 
