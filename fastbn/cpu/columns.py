@@ -35,7 +35,6 @@ from fastbn.cpu.simd import (
     load,
     load_first,
     prefetch,
-    root,
     rounded,
     splat,
     store,
@@ -47,7 +46,9 @@ from fastbn.cpu.simd import (
     zero_where_zero,
 )
 from fastbn.cpu.slab import (
+    WIDTH,
     affine_of,
+    affine_vectors,
     channel_start,
     enter_moments,
     finished,
@@ -58,7 +59,6 @@ from fastbn.cpu.slab import (
     positive_or_nan,
 )
 
-WIDTH = 64  # bytes of a vector: one cache line of float32
 PAD = 16  # values behind each array of work: whole vectors may be read and written
 CHUNK = 128  # rows: 16 + 3 float32 additions per sum keep its rounding below 1e-6
 SEGMENT = 2048  # rows, at most: two float64 a cell and segment are 0.2 % of float32 data, 0.4 % of halves
@@ -144,7 +144,7 @@ def spread_rounded(x, parts, at, cells, size, work, into):
 def spread_affine(x, numbers, first, j, channels, kept, eps, cells, size, work, at, pitch):
     """Hi, scale and shift (see `affine_of`) of the cells from j on, in all their columns, a pitch apart."""
     if size == 1 and (j == 0 or j + cells <= channels):
-        spread_affine_vectors(numbers, first + j % channels, min(cells, channels), kept, eps, work, at, pitch)
+        affine_vectors(numbers, first + j % channels, min(cells, channels), kept, eps, work, at, pitch)
         for k in range(3):
             repeat(work, at + k * pitch, channels, cells)
     else:
@@ -155,25 +155,6 @@ def spread_affine(x, numbers, first, j, channels, kept, eps, cells, size, work, 
             spread(work, at + pitch + i * size, scale, size)
             spread(work, at + 2 * pitch + i * size, shift, size)
             c = c + 1 if c + 1 < channels else 0  # a division would take as long as the rest
-
-
-@inner
-def spread_affine_vectors(numbers, t, cells, kept, eps, work, at, pitch):
-    """The same of cells of one column each, from kept index t on."""
-    n = lanes(numbers, WIDTH)
-    one, plus = splat(numbers, 1.0, WIDTH), splat(numbers, eps, WIDTH)
-    for i in range(0, cells, n):
-        part = min(n, cells - i)
-        mean = load_first(numbers, t + i, part, WIDTH)
-        rstd = load_first(numbers, kept + t + i, part, WIDTH)
-        if eps >= 0.0:
-            rstd = one / root(rstd + plus)
-        scale = rstd * load_first(numbers, 2 * kept + t + i, part, WIDTH)
-        short = converted(mean, load(work, at + i, mean))
-        shift = load_first(numbers, 3 * kept + t + i, part, WIDTH) - (mean - converted(short, mean)) * scale
-        store(work, at + i, short)
-        store(work, at + pitch + i, converted(scale, short))
-        store(work, at + 2 * pitch + i, converted(shift, short))
 
 
 @inner

@@ -6,7 +6,6 @@ Memory, chunks, geometry and bytes moved are described there.
 from fastbn.cpu.columns import (
     CHUNK,
     PARTS,
-    WIDTH,
     WORK,
     cell_totals,
     fill,
@@ -32,6 +31,7 @@ from fastbn.cpu.simd import (
     zero_where_zero,
 )
 from fastbn.cpu.slab import (
+    WIDTH,
     channel_start,
     four,
     input_numbers,

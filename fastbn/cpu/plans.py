@@ -25,9 +25,10 @@ from fastbn.formulas import input_numbers
 Shape = tuple[int, ...]
 Run = Callable[..., None]
 
-STREAMED_ROW = 512  # bytes of a channel's row from which streaming pays: its two ends are not streamed
+STREAMED_ROW = 512  # bytes side by side from which streaming pays: their two ends are not streamed
 SHORT = 1024  # values of a row, below which rows of many channels are read in one go
 FEW_ROWS = 8  # below so many, spreading each channel's numbers over its columns costs more than it saves
+LINE = 16  # values of a channel's row from which elementwise passes go in the order of memory, whatever the channels
 FOLDED = 1024  # columns, about, of folded rows
 FOLDED_ROWS = 256  # rows of few channels are folded only while so many remain
 TILE = 2048  # columns, at most, of which a task makes sums: with their guess, 24 kB of a first-level cache
@@ -90,8 +91,27 @@ def _geometry(shape: Shape, family: tuple[int, ...], *strides: Strides | None) -
 
 
 def _chunks(shape: Shape) -> tuple[int, ...]:
-    """The geometry's integers of the family `rows`."""
-    return (*rows.chunk_grid(shape[1], shape[3]), 0, 0)
+    """The geometry's integers of the family `rows`, for one channel at a time."""
+    return (*rows.chunk_grid(shape[1], shape[3]), max(1, shape[3]), rows.PAD)
+
+
+class _Rows:
+    """A division of ``rows``' elementwise passes: equal shares of the values in the order of memory."""
+
+    def __init__(self, shape: Shape, itemsize: int, shares: int, *strides: Strides | None) -> None:
+        batch, outer, channel, inner = shape
+        run = max(1, inner)  # values side by side in all arrays
+        for axis, n in ((3, channel), (2, outer), (1, batch)):
+            if any(s is not None and n > 1 and s[axis] != run for s in strides):
+                break
+            run *= n
+        self.tasks = rows.piece_count(shape)
+        most = -(-self.tasks // shares) // -(-inner // rows.PIECE) + 2  # rows of a share
+        batches = most if outer == 1 else (most // (outer * channel) + 2) * channel
+        self.pitch = min(batch * channel, batches) + rows.PAD
+        self.family = (*rows.chunk_grid(outer, inner), run, self.pitch)
+        self.streams = run * itemsize >= STREAMED_ROW
+        self.compute = np.float64 if itemsize == 8 else np.float32
 
 
 class _Columns:
@@ -159,7 +179,7 @@ def moments(shape: Shape, xs: Strides, ws: Strides | None, itemsize: int, shares
 @lru_cache(maxsize=1024)
 def normalize(shape: Shape, xs: Strides, ys: Strides, rs: Strides | None, itemsize: int, shares: int) -> Run:
     """``run(x, y, residual, numbers, eps, relu, lines)``: see `slab.affine_of`; lines: whether y starts on one."""
-    if in_columns(shape, xs, ys, rs):
+    if shape[3] < LINE and in_columns(shape, xs, ys, rs):
         fold = folding(shape, itemsize, xs, ys, rs)
         tile = _tile(shape[2] * fold, shape[3], itemsize, ROW)
         c = _Columns(shape, fold, tile, itemsize, shares)
@@ -174,11 +194,12 @@ def normalize(shape: Shape, xs: Strides, ys: Strides, rs: Strides | None, itemsi
             )
 
         return of_columns
-    geometry, pieces = _geometry(shape, _chunks(shape), xs, ys, rs), rows.piece_count(shape)
-    can_stream = shape[3] * itemsize >= STREAMED_ROW
+    r = _Rows(shape, itemsize, shares, xs, ys, rs)
+    geometry = _geometry(shape, r.family, xs, ys, rs)
 
     def of_rows(x: Array, y: Array, residual: Array | None, numbers: Array, eps: float, relu: Any, lines: bool) -> None:
-        rows.normalize.run(pieces, shares, x, y, residual, geometry, numbers, eps, relu, lines and can_stream)
+        work = np.empty(3 * shares * r.pitch, r.compute)
+        rows.normalize.run(r.tasks, shares, x, y, residual, geometry, numbers, eps, work, relu, lines and r.streams)
 
     return of_rows
 
@@ -219,8 +240,10 @@ def forward(
             pivots = np.empty(kept if weighted else 0)
             if weighted:
                 slab.find_pivots.run(kept, shares, x, weight, geometry, pivots)
-            streaming = lines and can_stream
-            rows.forward.run(kept, shares, x, weight, y, residual, geometry, pivots, table, eps, relu, streaming)
+            work = np.empty(3 * shares * rows.PAD, np.float64 if itemsize == 8 else np.float32)
+            rows.forward.run(
+                kept, shares, x, weight, y, residual, geometry, pivots, table, eps, work, relu, lines and can_stream
+            )
 
         return of_rows
     first, second = moments(shape, xs, ws, itemsize, shares), normalize(shape, xs, ys, rs, itemsize, shares)
@@ -268,7 +291,7 @@ def grad_input(
 ) -> Run:  # fmt: skip
     """``run(dy, x, y, weight, dx, dresidual, numbers, lines)``: numbers are (mean, scale, offset, slope)."""
     strides = (dys, xs, ys, ws, dxs, drs)
-    if in_columns(shape, dys, xs, ys, dxs, drs, weighted=ws is not None):
+    if shape[3] < LINE and in_columns(shape, dys, xs, ys, dxs, drs, weighted=ws is not None):
         fold = folding(shape, itemsize, dys, xs, ys, dxs, drs, weighted=ws is not None)
         tile = _tile(shape[2] * fold, shape[3], itemsize, ROW)
         c = _Columns(shape, fold, tile, itemsize, shares)
@@ -285,15 +308,16 @@ def grad_input(
             )
 
         return of_columns
-    geometry, pieces = _geometry(shape, _chunks(shape), *strides), rows.piece_count(shape)
-    can_stream = shape[3] * itemsize >= STREAMED_ROW
+    r = _Rows(shape, itemsize, shares, *strides)
+    geometry = _geometry(shape, r.family, *strides)
 
     def of_rows(
         dy: Array, x: Array | None, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
         numbers: Array, lines: bool,
     ) -> None:  # fmt: skip
+        work = np.empty(4 * shares * r.pitch, r.compute)
         rows_gradients.grad_input.run(
-            pieces, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, lines and can_stream
+            r.tasks, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, work, lines and r.streams
         )
 
     return of_rows
@@ -332,9 +356,12 @@ def backward(
             dy: Array, x: Array, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
             numbers: Array, lines: bool, out: Array,
         ) -> None:  # fmt: skip
-            live = None if frozen else x
+            live, work = (
+                None if frozen else x,
+                np.empty(4 * shares * rows.PAD, np.float64 if itemsize == 8 else np.float32),
+            )
             rows_gradients.backward.run(
-                kept, shares, dy, x, y, live, weight, dx, dresidual, geometry, numbers, out, lines and can_stream
+                kept, shares, dy, x, y, live, weight, dx, dresidual, geometry, numbers, out, work, lines and can_stream
             )
 
         return of_rows

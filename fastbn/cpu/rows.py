@@ -14,7 +14,8 @@ around its mean. Chunks are merged by Chan's update in float64, relative to the 
 Bytes moved, S = the bytes of x: moments S, normalize 2S, grad_sums 2S, grad_input 3S; forward 2S and backward 3S where
 a slab stays in cache between the two passes over it.
 
-The geometry's four integers of this family are ``(rows, columns, _, _)`` of a chunk.
+The geometry's four integers of this family are ``(rows, columns, run, pitch)``: those of a chunk, how many values lie
+side by side in all arrays, and how far apart the tables of channels in ``work`` are.
 """
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy as np
 from fastbn.cpu.jit import inner, kernel
 from fastbn.cpu.simd import (
     address,
+    blended,
     converted,
     first_lanes,
     fma,
@@ -38,7 +40,8 @@ from fastbn.cpu.simd import (
     zero_where_zero,
 )
 from fastbn.cpu.slab import (
-    affine_of,
+    WIDTH,
+    affine_vectors,
     channel_start,
     enter_moments,
     finished,
@@ -49,11 +52,10 @@ from fastbn.cpu.slab import (
     positive_or_nan,
 )
 
-WIDTH = 128  # bytes of a vector: four AVX2 registers
-PAIRED = 64  # where two rows are taken at once: two sums of each keep eight additions in flight
 NARROW, SINGLE = 32, 4  # bytes at the ends of rows, where masked stores would be slow on AMD processors
 CHUNK = 1024  # values: 32 float32 additions per lane (rounding below 1e-6), and L1 holds it for a second look
 SEGMENT = 64  # chunks
+PAD = 16  # values behind each table of channels: whole vectors are written
 
 
 def chunk_grid(outer, inner):
@@ -85,43 +87,51 @@ def chunk_at(k, shape, grid):
     return row, min(grid[0], shape[1] - row), column, min(grid[1], shape[3] - column)
 
 
-PIECE = 16384  # values of a row at most that one turn of a loop in memory order takes
+PIECE = 16384  # values of a row at most between places where the work may be divided
 
 
 def piece_count(shape):
-    """Pieces of rows in the whole array: tasks in the order of memory."""
+    """Pieces of rows in the whole array, in the order of memory."""
     return shape[0] * shape[1] * shape[2] * -(-shape[3] // PIECE)
 
 
 @inner
-def piece_at(p, shape):
-    """Place (batch, outer, channel, column) of a piece; pieces are numbered as they lie in memory."""
-    pieces = -(-shape[3] // PIECE)
-    row = p // pieces
-    return row // (shape[2] * shape[1]), row // shape[2] % shape[1], row % shape[2], p % pieces * PIECE
+def piece_start(p, inner):
+    """The position of piece p among the values in the order of memory."""
+    pieces = -(-inner // PIECE)
+    return p // pieces * inner + p % pieces * PIECE
 
 
 @inner
-def piece_after(place, shape):
-    """The next place; the divisions of `piece_at` take longer than a row of 49 values."""
-    batch, outer, channel, column = place
-    column += PIECE
-    if column >= shape[3]:
-        column = 0
-        channel += 1
-        if channel == shape[2]:
-            channel = 0
-            outer += 1
-            if outer == shape[1]:
-                outer = 0
-                batch += 1
-    return batch, outer, channel, column
+def place_of(position, shape):
+    """Batch, outer, channel and column of a position among the values in the order of memory."""
+    row = position // shape[3]
+    return row // (shape[2] * shape[1]), row // shape[2] % shape[1], row % shape[2], position % shape[3]
 
 
 @inner
 def start_of(strides, place):
-    """Where a piece begins."""
+    """Where a place is."""
     return strides[0] + place[0] * strides[1] + place[1] * strides[2] + place[2] * strides[3] + place[3]
+
+
+@inner
+def kept_range(start, end, shape):
+    """The kept indices, first and last + 1, that values between two positions may belong to."""
+    rows = shape[1] * shape[2] if shape[1] > 1 else 1
+    kept = shape[2] if shape[1] > 1 else 1
+    size = rows * shape[3]
+    return start // size * kept, -(-end // size) * kept
+
+
+@inner
+def row_after(at, outer, channel, shape):
+    """Index in a table of channels, outer and channel of the row that follows in memory; a division would be slow."""
+    if channel + 1 < shape[2]:
+        return at + 1, outer, channel + 1
+    if outer + 1 < shape[1]:
+        return at + 1 - shape[2], outer + 1, 0
+    return at + 1, 0, 0
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -133,25 +143,25 @@ def chunk_sums(x, x_at, x_step, weight, w_at, w_step, rows, columns, guess):
 
     Two rows at a time: two streams from memory are read half as fast again as one (30 GB/s against 20).
     """
-    n = lanes(x, PAIRED)
-    q = splat(x, guess, PAIRED)
-    s1 = splat(x, 0.0, PAIRED)
-    s2 = splat(x, 0.0, PAIRED)
+    n = lanes(x, WIDTH)
+    q = splat(x, guess, WIDTH)
+    s1 = splat(x, 0.0, WIDTH)
+    s2 = splat(x, 0.0, WIDTH)
     if weight is None:
         t1, t2 = s1, s2
         pairs, whole = rows - rows % 2, columns - columns % n
         for r in range(0, pairs, 2):
             row = x_at + r * x_step
             for i in range(row, row + whole, n):
-                e = load(x, i, PAIRED) - q
+                e = load(x, i, WIDTH) - q
                 s1 = s1 + e
                 s2 = fma(e, e, s2)
-                e = load(x, i + x_step, PAIRED) - q
+                e = load(x, i + x_step, WIDTH) - q
                 t1 = t1 + e
                 t2 = fma(e, e, t2)
         for r in range(pairs if whole == columns else 0, rows):
             for c in range(whole if r < pairs else 0, columns, n):
-                e = first_lanes(load_first(x, x_at + r * x_step + c, columns - c, PAIRED) - q, columns - c)
+                e = first_lanes(load_first(x, x_at + r * x_step + c, columns - c, WIDTH) - q, columns - c)
                 s1 = s1 + e
                 s2 = fma(e, e, s2)
         return np.float64(rows * columns), total(s1 + t1), total(s2 + t2)
@@ -162,7 +172,7 @@ def chunk_sums(x, x_at, x_step, weight, w_at, w_step, rows, columns, guess):
                 stored = load_first(weight, w_at + r * w_step + i, min(n, columns - i), s1)
                 count = count + stored
                 w = converted(stored, s1)
-                e = load_first(x, x_at + r * x_step + i, min(n, columns - i), PAIRED) - q
+                e = load_first(x, x_at + r * x_step + i, min(n, columns - i), WIDTH) - q
                 e = zero_where_zero(w, e)
                 s1 = s1 + w * e
                 s2 = fma(w * e, e, s2)
@@ -238,6 +248,14 @@ def misaligned(y, at, limit):
 
 
 @inner
+def put(y, at, v, streaming):
+    if streaming:
+        stream(y, at, v)
+    else:
+        store(y, at, v)
+
+
+@inner
 def normalized(x, residual, hi, scale, shift, relu):
     z = fma(x - hi, scale, shift)
     if residual is not None:
@@ -271,61 +289,86 @@ def normalize_end(x, i, y, j, residual, k, n, affine, relu):
 
 
 @inner
-def normalize_row(x, i, y, j, residual, k, columns, affine, relu, streaming):
-    """``y = ((x - hi) * scale + shift, + residual, relu)``; affine is (hi, scale, shift) of `affine_of`."""
-    n = lanes(x, WIDTH)
-    hi, scale, shift = affine
-    hi = splat(x, hi, WIDTH)
-    scale = splat(x, scale, WIDTH)
-    shift = splat(x, shift, WIDTH)
-    end = i + columns
-    if streaming:
-        head = misaligned(y, j, columns)
-        if head > 0:
-            normalize_end(x, i, y, j, residual, k, head, (hi, scale, shift), relu)
-            i, j, k = i + head, j + head, k + head
-        while i + n <= end:
-            z = load(residual, k, WIDTH)
-            stream(y, j, normalized(load(x, i, WIDTH), z, hi, scale, shift, relu))
-            i, j, k = i + n, j + n, k + n
-    else:
-        while i + n <= end:
-            z = load(residual, k, WIDTH)
-            store(y, j, normalized(load(x, i, WIDTH), z, hi, scale, shift, relu))
-            i, j, k = i + n, j + n, k + n
-    if i < end:
-        normalize_end(x, i, y, j, residual, k, end - i, (hi, scale, shift), relu)
+def normalize_run(x, i, y, j, residual, k, place, count, shape, work, at, pitch, relu, streaming):
+    """``count`` values that lie side by side in each array, from a place on, with hi, scale and shift of `affine_of`.
+
+    In ``work``, ``at`` is the index of the first channel. A vector may go on from one channel to the next: whole lines
+    in the order of memory are what streams, and so rows of 49 values are as fast as a copy.
+    """
+    n, inner = lanes(x, WIDTH), shape[3]
+    _, outer, channel, column = place
+    lead = misaligned(y, j, count) if streaming else 0
+    done, edge = 0, min(inner - column, count)
+    while done < count:
+        hi, scale = splat(x, work[at], WIDTH), splat(x, work[at + pitch], WIDTH)
+        shift = splat(x, work[at + 2 * pitch], WIDTH)
+        at, outer, channel = row_after(at, outer, channel, shape)
+        if done < lead:
+            part = min(lead, edge) - done
+            normalize_end(x, i + done, y, j + done, residual, k + done, part, (hi, scale, shift), relu)
+            done += part
+        if done >= lead:
+            if streaming:
+                while done + n <= edge:
+                    z = load(residual, k + done, WIDTH)
+                    stream(y, j + done, normalized(load(x, i + done, WIDTH), z, hi, scale, shift, relu))
+                    done += n
+            else:
+                while done + n <= edge:
+                    z = load(residual, k + done, WIDTH)
+                    store(y, j + done, normalized(load(x, i + done, WIDTH), z, hi, scale, shift, relu))
+                    done += n
+            if done < edge and (inner < n or done + n > count):
+                normalize_end(x, i + done, y, j + done, residual, k + done, edge - done, (hi, scale, shift), relu)
+                done = edge
+            elif done < edge:
+                hi = blended(edge - done, hi, splat(x, work[at], WIDTH))
+                scale = blended(edge - done, scale, splat(x, work[at + pitch], WIDTH))
+                shift = blended(edge - done, shift, splat(x, work[at + 2 * pitch], WIDTH))
+                z = load(residual, k + done, WIDTH)
+                put(y, j + done, normalized(load(x, i + done, WIDTH), z, hi, scale, shift, relu), streaming)
+                done += n
+        edge = min(edge + inner, count)
 
 
 @kernel
-def normalize(share, first, last, x, y, residual, geometry, numbers, eps, relu, streaming):
-    """Pieces of rows in the order of memory; see `affine_of` for the numbers and eps."""
+def normalize(share, first, last, x, y, residual, geometry, numbers, eps, work, relu, streaming):
+    """All values in the order of memory; see `affine_of` for the numbers and eps."""
     shape, xs, ys, rs = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
-    place = piece_at(first, shape)
-    for _ in range(first, last):
-        t, columns = place[0] * shape[2] + place[2], min(PIECE, shape[3] - place[3])
-        affine = affine_of(x, numbers, t, shape[0] * shape[2], eps)
-        i, j, k = start_of(xs, place), start_of(ys, place), start_of(rs, place)
-        normalize_row(x, i, y, j, residual, k, columns, affine, relu, streaming)
-        place = piece_after(place, shape)
+    _, _, run, pitch = four(geometry, 4)
+    start, end = piece_start(first, shape[3]), piece_start(last, shape[3])
+    own = 3 * share * pitch
+    t, t_end = kept_range(start, end, shape)
+    affine_vectors(numbers, t, t_end - t, shape[0] * shape[2], eps, work, own, pitch)
+    while start < end:
+        place = place_of(start, shape)
+        count = min(end, (start // run + 1) * run) - start
+        normalize_run(
+            x, start_of(xs, place), y, start_of(ys, place), residual, start_of(rs, place), place, count, shape,
+            work, own + place[0] * shape[2] + place[2] - t, pitch, relu, streaming,
+        )  # fmt: skip
+        start += count
 
 
 @kernel
-def forward(share, first, last, x, weight, y, residual, geometry, pivots, table, eps, relu, streaming):
+def forward(share, first, last, x, weight, y, residual, geometry, pivots, table, eps, work, relu, streaming):
     """Moments and normalise, a channel at a time: the second pass finds the slab in cache.
 
     The table is that of `enter_moments`.
     """
     shape, grid, xs, ws = four(geometry, 0), four(geometry, 4), four(geometry, 8), four(geometry, 12)
     ys, rs = four(geometry, 16), four(geometry, 20)
-    kept = shape[0] * shape[2]
+    kept, pitch = shape[0] * shape[2], geometry[7]
+    own = 3 * share * pitch
     for t in range(first, last):
         x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
         pivot = pivot_of(x, x_at, weight, pivots, t)
         n, mean, m2 = slab_moments(x, x_at, xs[2], weight, w_at, ws[2], shape, grid, pivot)
         enter_moments(table, t, kept, n, mean, m2, eps)
-        affine = affine_of(x, table, 2 * kept + t, kept, -1.0)
+        affine_vectors(table, 2 * kept + t, 1, kept, -1.0, work, own, pitch)
         y_at, r_at = channel_start(ys, t, shape), channel_start(rs, t, shape)
         for r in range(shape[1]):
             i, j, k = x_at + r * xs[2], y_at + r * ys[2], r_at + r * rs[2]
-            normalize_row(x, i, y, j, residual, k, shape[3], affine, relu, streaming)
+            normalize_run(
+                x, i, y, j, residual, k, (0, r, t, 0), shape[3], shape, work, own, pitch, relu, streaming
+            )  # fmt: skip

@@ -6,19 +6,20 @@ Memory, chunks, geometry and bytes moved are described there.
 from fastbn.cpu.jit import inner, kernel
 from fastbn.cpu.rows import (
     NARROW,
-    PAIRED,
-    PIECE,
     SEGMENT,
     SINGLE,
-    WIDTH,
     chunk_at,
     chunk_count,
+    kept_range,
     misaligned,
-    piece_after,
-    piece_at,
+    piece_start,
+    place_of,
+    put,
+    row_after,
     start_of,
 )
 from fastbn.cpu.simd import (
+    blended,
     converted,
     fma,
     lanes,
@@ -28,16 +29,17 @@ from fastbn.cpu.simd import (
     rounded,
     splat,
     store,
-    stream,
     total,
     zero_where_not_positive,
     zero_where_zero,
 )
 from fastbn.cpu.slab import (
+    WIDTH,
     channel_start,
     four,
     input_numbers,
     linear_of,
+    linear_vectors,
 )
 
 
@@ -47,27 +49,27 @@ def chunk_grad_sums(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, rows, 
 
     Two rows at a time, as in `rows.chunk_sums`.
     """
-    n = lanes(x, PAIRED)
-    hi = splat(x, mean, PAIRED)
-    s1 = splat(x, 0.0, PAIRED)
+    n = lanes(x, WIDTH)
+    hi = splat(x, mean, WIDTH)
+    s1 = splat(x, 0.0, WIDTH)
     s2, t1, t2 = s1, s1, s1
     pairs, whole = rows - rows % 2, columns - columns % n
     for r in range(0, pairs, 2):
         g, i, o = dy_at + r * dy_step, x_at + r * x_step, y_at + r * y_step
         for k in range(0, whole, n):
-            dz = zero_where_not_positive(load(y, o + k, PAIRED), load(dy, g + k, PAIRED))
+            dz = zero_where_not_positive(load(y, o + k, WIDTH), load(dy, g + k, WIDTH))
             s1 = s1 + dz
-            s2 = fma(dz, load(x, i + k, PAIRED) - hi, s2)
-            dz = zero_where_not_positive(load(y, o + y_step + k, PAIRED), load(dy, g + dy_step + k, PAIRED))
+            s2 = fma(dz, load(x, i + k, WIDTH) - hi, s2)
+            dz = zero_where_not_positive(load(y, o + y_step + k, WIDTH), load(dy, g + dy_step + k, WIDTH))
             t1 = t1 + dz
-            t2 = fma(dz, load(x, i + x_step + k, PAIRED) - hi, t2)
+            t2 = fma(dz, load(x, i + x_step + k, WIDTH) - hi, t2)
     for r in range(pairs if whole == columns else 0, rows):
         g, i, o = dy_at + r * dy_step, x_at + r * x_step, y_at + r * y_step
         for k in range(whole if r < pairs else 0, columns, n):
-            dz = load_first(dy, g + k, columns - k, PAIRED)
-            dz = zero_where_not_positive(load_first(y, o + k, columns - k, PAIRED), dz)
+            dz = load_first(dy, g + k, columns - k, WIDTH)
+            dz = zero_where_not_positive(load_first(y, o + k, columns - k, WIDTH), dz)
             s1 = s1 + dz
-            s2 = fma(dz, load_first(x, i + k, columns - k, PAIRED) - hi, s2)
+            s2 = fma(dz, load_first(x, i + k, columns - k, WIDTH) - hi, s2)
     return total(s1 + t1), total(s2 + t2)
 
 
@@ -156,55 +158,74 @@ def grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, n, linear)
 
 
 @inner
-def grad_input_row(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, columns, linear, streaming):
-    """The argument ``linear`` is (scale, hi, slope, offset) of `linear_of`."""
-    n = lanes(dy, WIDTH)
-    scale, hi, slope, offset = linear
-    hi = splat(dy, hi, WIDTH)
-    scale = splat(dy, scale, WIDTH)
-    offset = splat(dy, offset, WIDTH)
-    slope = splat(dy, slope, WIDTH)
-    k = 0
-    if streaming:
-        k = misaligned(dx, d, columns)
-        if k > 0:
-            grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, k, (scale, hi, slope, offset))
-    while k + n <= columns:
-        dz = zero_where_not_positive(load(y, o + k, WIDTH), load(dy, g + k, WIDTH))
-        x_, w_ = load(x, i + k, WIDTH), converted(load(weight, w + k, dz), dz)
-        out = input_gradient(dz, x_, w_, scale, hi, slope, offset)
-        if streaming:
-            stream(dx, d + k, out)
-        else:
-            store(dx, d + k, out)
-        store(dresidual, e + k, dz)
-        k += n
-    if k < columns:
-        grad_input_end(
-            dy, g + k, x, i + k, y, o + k, weight, w + k, dx, d + k, dresidual, e + k, columns - k,
-            (scale, hi, slope, offset),
-        )  # fmt: skip
+def grad_input_run(
+    dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, place, count, shape, work, at, pitch, streaming
+):  # fmt: skip
+    """As `rows.normalize_run`, with scale, hi, slope and offset of `linear_of`."""
+    n, inner = lanes(dy, WIDTH), shape[3]
+    _, outer, channel, column = place
+    lead = misaligned(dx, d, count) if streaming else 0
+    k, edge = 0, min(inner - column, count)
+    while k < count:
+        scale, hi = splat(dy, work[at], WIDTH), splat(dy, work[at + pitch], WIDTH)
+        slope, offset = splat(dy, work[at + 2 * pitch], WIDTH), splat(dy, work[at + 3 * pitch], WIDTH)
+        at, outer, channel = row_after(at, outer, channel, shape)
+        if k < lead:
+            part = min(lead, edge) - k
+            grad_input_end(
+                dy, g + k, x, i + k, y, o + k, weight, w + k, dx, d + k, dresidual, e + k, part,
+                (scale, hi, slope, offset),
+            )  # fmt: skip
+            k += part
+        if k >= lead:
+            while k + n <= edge:
+                dz = zero_where_not_positive(load(y, o + k, WIDTH), load(dy, g + k, WIDTH))
+                x_, w_ = load(x, i + k, WIDTH), converted(load(weight, w + k, dz), dz)
+                put(dx, d + k, input_gradient(dz, x_, w_, scale, hi, slope, offset), streaming)
+                store(dresidual, e + k, dz)
+                k += n
+            if k < edge and (inner < n or k + n > count):
+                grad_input_end(
+                    dy, g + k, x, i + k, y, o + k, weight, w + k, dx, d + k, dresidual, e + k, edge - k,
+                    (scale, hi, slope, offset),
+                )  # fmt: skip
+                k = edge
+            elif k < edge:
+                scale = blended(edge - k, scale, splat(dy, work[at], WIDTH))
+                hi = blended(edge - k, hi, splat(dy, work[at + pitch], WIDTH))
+                slope = blended(edge - k, slope, splat(dy, work[at + 2 * pitch], WIDTH))
+                offset = blended(edge - k, offset, splat(dy, work[at + 3 * pitch], WIDTH))
+                dz = zero_where_not_positive(load(y, o + k, WIDTH), load(dy, g + k, WIDTH))
+                x_, w_ = load(x, i + k, WIDTH), converted(load(weight, w + k, dz), dz)
+                put(dx, d + k, input_gradient(dz, x_, w_, scale, hi, slope, offset), streaming)
+                store(dresidual, e + k, dz)
+                k += n
+        edge = min(edge + inner, count)
 
 
 @kernel
-def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, numbers, streaming):
-    """``dx`` (and ``dresidual = dz``), pieces of rows in the order of memory; numbers: (mean, scale, offset, slope)."""
+def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, numbers, work, streaming):
+    """``dx`` (and ``dresidual = dz``), in the order of memory; the numbers are (mean, scale, offset, slope)."""
     shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
     ws, dxs, drs = four(geometry, 20), four(geometry, 24), four(geometry, 28)
-    kept = shape[0] * shape[2]
-    place = piece_at(first, shape)
-    for _ in range(first, last):
-        t, columns = place[0] * shape[2] + place[2], min(PIECE, shape[3] - place[3])
-        linear = linear_of(dy, numbers[t], numbers[kept + t], numbers[2 * kept + t], numbers[3 * kept + t])
-        grad_input_row(
+    _, _, run, pitch = four(geometry, 4)
+    start, end = piece_start(first, shape[3]), piece_start(last, shape[3])
+    own = 4 * share * pitch
+    t, t_end = kept_range(start, end, shape)
+    linear_vectors(numbers, t, t_end - t, shape[0] * shape[2], work, own, pitch)
+    while start < end:
+        place = place_of(start, shape)
+        count = min(end, (start // run + 1) * run) - start
+        grad_input_run(
             dy, start_of(dys, place), x, start_of(xs, place), y, start_of(ys, place), weight, start_of(ws, place),
-            dx, start_of(dxs, place), dresidual, start_of(drs, place), columns, linear, streaming,
+            dx, start_of(dxs, place), dresidual, start_of(drs, place), place, count, shape,
+            work, own + place[0] * shape[2] + place[2] - t, pitch, streaming,
         )  # fmt: skip
-        place = piece_after(place, shape)
+        start += count
 
 
 @kernel
-def backward(share, first, last, dy, x, y, live, weight, dx, dresidual, geometry, numbers, out, streaming):
+def backward(share, first, last, dy, x, y, live, weight, dx, dresidual, geometry, numbers, out, work, streaming):
     """Gradient sums and dx, a channel at a time: the second pass finds the slabs of dy and x in cache.
 
     ``live`` is x again, or None where statistics are frozen and dx does not depend on it. The numbers are those of
@@ -213,7 +234,8 @@ def backward(share, first, last, dy, x, y, live, weight, dx, dresidual, geometry
     shape, grid, dys = four(geometry, 0), four(geometry, 4), four(geometry, 8)
     xs, ys, ws = four(geometry, 12), four(geometry, 16), four(geometry, 20)
     dxs, drs = four(geometry, 24), four(geometry, 28)
-    kept = shape[0] * shape[2]
+    kept, pitch = shape[0] * shape[2], geometry[7]
+    own = 4 * share * pitch
     for t in range(first, last):
         dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
         w_at, dx_at, dr_at = channel_start(ws, t, shape), channel_start(dxs, t, shape), channel_start(drs, t, shape)
@@ -225,9 +247,12 @@ def backward(share, first, last, dy, x, y, live, weight, dx, dresidual, geometry
         b = around_mean(x, mean, numbers[kept + t], a, b)
         out[t], out[kept + t] = b, a
         scale, offset, slope = input_numbers(numbers, t, kept, live, a, b)
-        linear = linear_of(x, mean, scale, offset, slope)
+        work[own], work[own + pitch], work[own + 2 * pitch], work[own + 3 * pitch] = linear_of(
+            x, mean, scale, offset, slope
+        )
         for r in range(shape[1]):
-            grad_input_row(
+            grad_input_run(
                 dy, dy_at + r * dys[2], live, x_at + r * xs[2], y, y_at + r * ys[2], weight, w_at + r * ws[2],
-                dx, dx_at + r * dxs[2], dresidual, dr_at + r * drs[2], shape[3], linear, streaming,
+                dx, dx_at + r * dxs[2], dresidual, dr_at + r * drs[2], (0, r, t, 0), shape[3], shape,
+                work, own, pitch, streaming,
             )  # fmt: skip

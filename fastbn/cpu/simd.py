@@ -146,6 +146,16 @@ def first_lanes(typing, v, n):
 
 
 @intrinsic
+def blended(typing, n, a, b):
+    """The first n lanes of a, then those of b."""
+
+    def codegen(context, builder, sig, args):
+        return builder.select(_lanes_below(builder, args[0], a.lanes), args[1], args[2])
+
+    return a(types.intp, a, b), codegen
+
+
+@intrinsic
 def converted(typing, v, like):
     """``v`` in the compute type of the vector ``like``, which has as many lanes."""
     if v == types.none:

@@ -7,7 +7,9 @@ four integers of the family, then ``(start, batch, outer, channel)`` strides of 
 import numpy as np
 
 from fastbn.cpu.jit import inner, kernel
-from fastbn.cpu.simd import rounded, value
+from fastbn.cpu.simd import converted, lanes, load, load_first, root, rounded, splat, store, value
+
+WIDTH = 64  # bytes of a vector: one cache line of float32
 
 
 @inner
@@ -123,10 +125,45 @@ def affine_of(x, numbers, t, kept, eps):
 
 
 @inner
+def affine_vectors(numbers, t, count, kept, eps, work, at, pitch):
+    """The same three of ``count`` indices from t on into ``work``, a pitch apart; up to whole vectors are written."""
+    n = lanes(numbers, WIDTH)
+    one, plus = splat(numbers, 1.0, WIDTH), splat(numbers, eps, WIDTH)
+    for i in range(0, count, n):
+        part = min(n, count - i)
+        mean = load_first(numbers, t + i, part, WIDTH)
+        rstd = load_first(numbers, kept + t + i, part, WIDTH)
+        if eps >= 0.0:
+            rstd = one / root(rstd + plus)
+        scale = rstd * load_first(numbers, 2 * kept + t + i, part, WIDTH)
+        short = converted(mean, load(work, at + i, mean))
+        shift = load_first(numbers, 3 * kept + t + i, part, WIDTH) - (mean - converted(short, mean)) * scale
+        store(work, at + i, short)
+        store(work, at + pitch + i, converted(scale, short))
+        store(work, at + 2 * pitch + i, converted(shift, short))
+
+
+@inner
 def linear_of(x, mean, scale, offset, slope):
     """Four numbers of ``scale * dz - w * (offset + slope * (x - hi))``; hi as in `affine_of`."""
     hi = rounded(x, mean)
     return scale, hi, slope, offset + slope * (hi - mean)
+
+
+@inner
+def linear_vectors(numbers, t, count, kept, work, at, pitch):
+    """The same four of ``count`` indices from t on, from (mean, scale, offset, slope) of each, into ``work``."""
+    n = lanes(numbers, WIDTH)
+    for i in range(0, count, n):
+        part = min(n, count - i)
+        mean = load_first(numbers, t + i, part, WIDTH)
+        slope = load_first(numbers, 3 * kept + t + i, part, WIDTH)
+        hi = converted(mean, load(work, at + i, mean))
+        offset = load_first(numbers, 2 * kept + t + i, part, WIDTH) + slope * (converted(hi, mean) - mean)
+        store(work, at + i, converted(load_first(numbers, kept + t + i, part, WIDTH), hi))
+        store(work, at + pitch + i, hi)
+        store(work, at + 2 * pitch + i, converted(slope, hi))
+        store(work, at + 3 * pitch + i, converted(offset, hi))
 
 
 @inner
