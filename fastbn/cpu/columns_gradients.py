@@ -4,6 +4,7 @@ Memory, chunks, geometry and bytes moved are described there.
 """
 
 from fastbn.cpu.columns import (
+    AHEAD,
     CHUNK,
     PARTS,
     WORK,
@@ -177,9 +178,8 @@ def grad_input_rows(
         whole = width - width % n
         w_ = splat(dy, value(weight, w + r * w_step), WIDTH)
         for c in range(0, whole, n):
-            if ahead is not None:
-                prefetch(dy, g + r * g_step + c + ahead)
-                prefetch(x, i + r * i_step + c + ahead)
+            prefetch(dy, g + r * g_step + c + ahead)
+            prefetch(x, i + r * i_step + c + ahead)
             a, h = load(work, scale + c, WIDTH), load(work, hi + c, WIDTH)
             p, q = load(work, slope + c, WIDTH), load(work, offset + c, WIDTH)
             dz = zero_where_not_positive(load(y, o + r * o_step + c, WIDTH), load(dy, g + r * g_step + c, WIDTH))
@@ -236,7 +236,7 @@ def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, nu
             dx, channel_start(dxs, t, shape) + row * d_step + j * size, d_step,
             dresidual, channel_start(drs, t, shape) + row * e_step + j * size, e_step,
             end - row, width * size, width_of_last_row(end, j, width, shape, fold) * size,
-            work, loose, pitch, streaming, None,
+            work, loose, pitch, streaming, AHEAD,
         )  # fmt: skip
 
 
