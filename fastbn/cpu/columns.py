@@ -182,23 +182,20 @@ def cell_totals(work, sums, cells, size, parts, into):
 
 @inner
 def add_rows(x, at, step, far, eight, work, guess, s1, s2):
-    """Add one vector of columns of four rows, each ``far`` from the one before, or of eight to the sums.
+    """Add one vector of columns of four rows, each ``far`` from the one before, to the sums; then of the four next.
 
     Two rows at a time: with all at once sixteen registers overflow.
     """
     q = load(work, guess, WIDTH)
-    a, b = load(x, at, WIDTH) - q, load(x, at + far, WIDTH) - q
-    sums, squares = a + b, fma(a, a, b * b)
-    a, b = load(x, at + 2 * far, WIDTH) - q, load(x, at + 3 * far, WIDTH) - q
-    sums, squares = sums + (a + b), squares + fma(a, a, b * b)
-    if eight is not None:
-        at = at + step
-        a, b = load(x, at, WIDTH) - q, load(x, at + far, WIDTH) - q
-        sums, squares = sums + (a + b), squares + fma(a, a, b * b)
-        a, b = load(x, at + 2 * far, WIDTH) - q, load(x, at + 3 * far, WIDTH) - q
-        sums, squares = sums + (a + b), squares + fma(a, a, b * b)
-    store(work, s1, load(work, s1, WIDTH) + sums)
-    store(work, s2, load(work, s2, WIDTH) + squares)
+    sum1, sum2 = load(work, s1, WIDTH), load(work, s2, WIDTH)
+    for k in range(1 if eight is None else 2):
+        row = at + k * step
+        a, b = load(x, row, WIDTH) - q, load(x, row + far, WIDTH) - q
+        sums, squares = a + b, fma(a, a, b * b)
+        a, b = load(x, row + 2 * far, WIDTH) - q, load(x, row + 3 * far, WIDTH) - q
+        sum1, sum2 = sum1 + (sums + (a + b)), sum2 + (squares + fma(a, a, b * b))
+    store(work, s1, sum1)
+    store(work, s2, sum2)
 
 
 @inner
@@ -211,13 +208,18 @@ def chunk_sums(x, at, step, far, fours, rest, columns, work, guess, s1, s2, eigh
     fill(work, s1, columns, 0.0)
     fill(work, s2, columns, 0.0)
     whole = columns - columns % n
-    fast = fours if eight is None else fours - fours % 2
-    for r in range(0, fast, 1 if eight is None else 2):
+    first = 0
+    if eight is not None:
+        first = fours - fours % 2
+        for r in range(0, first, 2):
+            for c in range(0, whole, n):
+                add_rows(x, at + r * step + c, step, far, True, work, guess + c, s1 + c, s2 + c)
+    for r in range(first, fours):
         for c in range(0, whole, n):
-            add_rows(x, at + r * step + c, step, far, eight, work, guess + c, s1 + c, s2 + c)
-    for r in range(4 * fast if whole == columns else 0, 4 * fours + rest):
+            add_rows(x, at + r * step + c, step, far, None, work, guess + c, s1 + c, s2 + c)
+    for r in range(4 * fours if whole == columns else 0, 4 * fours + rest):
         row = at + r // 4 * step + r % 4 * far if r < 4 * fours else at + 3 * far + (r - 3 * fours) * step
-        for c in range(whole if r < 4 * fast else 0, columns, n):
+        for c in range(whole if r < 4 * fours else 0, columns, n):
             e = load_first(x, row + c, min(n, columns - c), WIDTH) - load(work, guess + c, WIDTH)
             store(work, s1 + c, load(work, s1 + c, WIDTH) + e)
             store(work, s2 + c, fma(e, e, load(work, s2 + c, WIDTH)))
