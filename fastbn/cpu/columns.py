@@ -28,6 +28,7 @@ import numpy as np
 from fastbn.cpu.jit import inner, kernel
 from fastbn.cpu.simd import (
     any_greater,
+    any_nan,
     converted,
     first_lanes,
     fma,
@@ -35,6 +36,7 @@ from fastbn.cpu.simd import (
     load,
     load_first,
     prefetch,
+    root,
     rounded,
     splat,
     store,
@@ -405,6 +407,55 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
             )  # fmt: skip
 
 
+@inner
+def find_cell_pivots(x, x_at, channels_apart, cells, numbers, at):
+    for i in range(cells):
+        numbers[at + i] = pivot_of(x, x_at + i * channels_apart, None, numbers, 0)
+
+
+@inner
+def store_part(a, at, part, v, n):
+    if part == n:
+        store(a, at, v)
+    else:
+        store_first(a, at, part, v)
+
+
+@inner
+def enter_cells(x, x_at, x_step, channels_apart, shape, t, cells, parts, at, m2, apart, height, table, eps):
+    """Moments of cells that are whole channels, from kept index t on, into the table of `enter_moments`.
+
+    Their segments' means and M2 stand in ``parts`` from ``at`` and ``at + m2`` on, ``apart`` from segment to segment,
+    their pivots in the table's first row. The same as `merged`, `finished` and `enter_moments`, eight at a time.
+    """
+    n, kept = lanes(parts, WIDTH), shape[0] * shape[2]
+    one, plus, all_rows = splat(parts, 1.0, WIDTH), splat(parts, eps, WIDTH), np.float64(shape[1] * shape[3])
+    for i in range(0, cells, n):
+        part = min(n, cells - i)
+        mu, q = load(parts, at + i, WIDTH), load(parts, at + m2 + i, WIDTH)
+        before = np.float64(min(height, shape[1]) * shape[3])
+        for s in range(1, -(-shape[1] // height)):
+            count = np.float64(min(height, shape[1] - s * height) * shape[3])
+            ratio = count / (before + count)
+            delta = load(parts, at + s * apart + i, WIDTH) - mu
+            mu = mu + delta * splat(parts, ratio, WIDTH)
+            q = q + (load(parts, at + m2 + s * apart + i, WIDTH) + delta * delta * splat(parts, before * ratio, WIDTH))
+            before += count
+        mean = load_first(table, t + i, part, WIDTH) + mu
+        counts = splat(parts, all_rows, WIDTH)
+        store_part(table, t + i, part, counts, n)
+        store_part(table, kept + t + i, part, q, n)
+        store_part(table, 2 * kept + t + i, part, mean, n)
+        store_part(table, 3 * kept + t + i, part, one / root(q / counts + plus), n)
+        if any_nan((mean - mean) + (q - q)):
+            for k in range(t + i, t + i + part):
+                count, centre, spread_ = finished(
+                    x, x_at + (k - t) * channels_apart, x_step, None, 0, 0, shape,
+                    all_rows, table[2 * kept + k], table[kept + k], 0.0,
+                )  # fmt: skip
+                enter_moments(table, k, kept, count, centre, spread_, eps)
+
+
 @kernel
 def channel_moments(share, first, last, x, weight, geometry, pivots, parts, table, eps):
     """Moments of every kept index from those of its cells, into the table of `enter_moments`."""
@@ -415,6 +466,17 @@ def channel_moments(share, first, last, x, weight, geometry, pivots, parts, tabl
     segments, tile_of_results = -(-rows // height), -(-tile // PAD) * PAD
     row_of_results = -(-cells // tile) * tile_of_results
     results = shape[0] * segments * row_of_results
+    if weight is None and fold == 1:
+        t = first
+        while t < last:
+            j = t % channels
+            width = min(last - t, channels - j, tile - j % tile)
+            x_at = channel_start(xs, t, shape)
+            find_cell_pivots(x, x_at, xs[3], width, table, t)
+            at = t // channels * segments * row_of_results + j // tile * tile_of_results + j % tile
+            enter_cells(x, x_at, xs[2], xs[3], shape, t, width, parts, at, results, row_of_results, height, table, eps)
+            t += width
+        return
     for t in range(first, last):
         x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
         pivot = pivot_of(x, x_at, weight, pivots, t)
@@ -523,34 +585,23 @@ def forward(share, first, last, x, y, residual, geometry, table, eps, parts, wor
     _, tile, height, _ = four(geometry, 4)
     channels, size, rows, kept = shape[2], shape[3], shape[1], shape[0] * shape[2]
     pitch = pitch_of(tile, size)
-    own, loose = share * (PARTS + 2) * pitch, share * WORK * pitch
+    own, loose = share * (PARTS + 2 * -(-rows // height)) * pitch, share * WORK * pitch
     moments = own + PARTS * pitch
     for k in range(first, last):
         b, _, _, j, width = task_at(k, 1, channels, 1, tile)
         t = b * channels + j
         x_at, y_at, r_at = channel_start(xs, t, shape), channel_start(ys, t, shape), channel_start(rs, t, shape)
         fill(parts, own, width, 0.0)
+        find_cell_pivots(x, x_at, xs[3], width, parts, own)
         for i in range(width):
-            parts[own + i] = pivot_of(x, x_at + i * xs[3], None, parts, 0)
-            table[t + i] = table[kept + t + i] = table[2 * kept + t + i] = 0.0
+            table[t + i] = parts[own + i]
         for row in range(0, rows, height):
-            high = min(height, rows - row)
+            at = moments + row // height * 2 * pitch
             segment(
-                x, x_at + row * xs[2], xs[2], high, width, size, parts, own, pitch, moments, moments + pitch,
-                work, loose, True,
+                x, x_at + row * xs[2], xs[2], min(height, rows - row), width, size,
+                parts, own, pitch, at, at + pitch, work, loose, True,
             )  # fmt: skip
-            for i in range(t, t + width):
-                at = moments + i - t
-                table[i], table[2 * kept + i], table[kept + i] = merged(
-                    table[i], table[2 * kept + i], table[kept + i],
-                    np.float64(high * size), parts[at], parts[at + pitch],
-                )  # fmt: skip
-        for i in range(width):
-            n, mean, m2 = finished(
-                x, x_at + i * xs[3], xs[2], None, 0, 0, shape,
-                table[t + i], table[2 * kept + t + i], table[kept + t + i], parts[own + i],
-            )  # fmt: skip
-            enter_moments(table, t + i, kept, n, mean, m2, eps)
+        enter_cells(x, x_at, xs[2], xs[3], shape, t, width, parts, moments, pitch, 2 * pitch, height, table, eps)
         spread_affine(x, table, 2 * kept + t, 0, width, kept, -1.0, width, size, work, loose, pitch)
         columns = width * size
         normalize_rows(

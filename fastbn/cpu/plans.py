@@ -115,21 +115,23 @@ class _Rows:
 
 
 class _Columns:
-    """A division of ``columns``: segments of rows for sums, or equal shares of the rows."""
+    """A division of ``columns``: segments of rows for sums, equal shares of the rows, or whole tiles for both at once."""
 
-    def __init__(self, shape: Shape, fold: int, tile: int, itemsize: int, shares: int, arrays: int = 0) -> None:
+    def __init__(
+        self, shape: Shape, fold: int, tile: int, itemsize: int, shares: int, sums: int = 0, fused: bool = False
+    ) -> None:
         batch, outer, channel, inner = shape
         # Sums take whole folds and leave the rest to their last step; elementwise passes take the rest as a row.
-        folded = outer // fold if arrays else -(-outer // fold)
+        folded = outer // fold if sums else -(-outer // fold)
         self.fold, self.tile, self.itemsize, self.inner, self.cells = fold, tile, itemsize, inner, channel * fold
-        self.height = columns.segment_rows(folded, self.cells) if arrays else max(1, -(-folded // shares))
-        self.tasks = columns.task_count(batch, folded, self.cells, self.height, tile)
-        results = arrays * batch * -(-folded // self.height) * columns.padded(self.cells, tile)
+        of_segments = columns.segment_rows(folded, self.cells)
+        self.height = of_segments if sums or fused else max(1, -(-folded // shares))
+        segments = -(-folded // self.height)
+        self.tasks = columns.task_count(batch, folded, self.cells, folded if fused else self.height, tile)
         pitch = tile * inner + columns.PAD
-        self.parts, self.work = (
-            results + shares * (columns.PARTS + 2 * (not arrays)) * pitch,
-            shares * columns.WORK * pitch,
-        )
+        of_a_share = (columns.PARTS + 2 * segments * fused) * pitch if sums or fused else 0
+        self.parts = sums * batch * segments * columns.padded(self.cells, tile) + shares * of_a_share
+        self.work = shares * columns.WORK * pitch
         self.compute = np.float64 if itemsize == 8 else np.float32
         self.family = (fold, tile, self.height, 0)
 
@@ -214,10 +216,8 @@ def forward(
     if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, itemsize, xs) == 1:
         tile = _fused_tile(shape, itemsize, 1, shares)
     if tile:
-        c = _Columns(shape, 1, tile, itemsize, shares)
-        c.family = (1, tile, columns.segment_rows(shape[1], shape[2]), 0)
+        c = _Columns(shape, 1, tile, itemsize, shares, fused=True)
         geometry, can_stream = _geometry(shape, c.family, xs, ys, rs), c.streams(ys)
-        tiles = shape[0] * -(-shape[2] // tile)
 
         def of_columns(
             x: Array, weight: None, y: Array, residual: Array | None,
@@ -225,7 +225,7 @@ def forward(
         ) -> None:  # fmt: skip
             parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
             columns.forward.run(
-                tiles, shares, x, y, residual, geometry, table, eps, parts, work, relu, lines and can_stream
+                c.tasks, shares, x, y, residual, geometry, table, eps, parts, work, relu, lines and can_stream
             )
 
         return of_columns
@@ -334,10 +334,8 @@ def backward(
     if ws is None and in_columns(shape, dys, xs, ys, dxs, drs) and folding(shape, itemsize, dys, xs, ys) == 1:
         tile = _fused_tile(shape, itemsize, 2, shares)
     if tile:
-        c = _Columns(shape, 1, tile, itemsize, shares)
-        c.family = (1, tile, columns.segment_rows(shape[1], shape[2]), 0)
+        c = _Columns(shape, 1, tile, itemsize, shares, fused=True)
         geometry, can_stream = _geometry(shape, c.family, *strides), c.streams(dxs, drs)
-        tiles = shape[0] * -(-shape[2] // tile)
 
         def of_columns(
             dy: Array, x: Array, y: Array | None, weight: None, dx: Array, dresidual: Array | None,
@@ -345,7 +343,20 @@ def backward(
         ) -> None:  # fmt: skip
             parts, work, live = np.empty(c.parts), np.empty(c.work, c.compute), None if frozen else x
             columns_gradients.backward.run(
-                tiles, shares, dy, x, y, live, dx, dresidual, geometry, numbers, out, parts, work, lines and can_stream
+                c.tasks,
+                shares,
+                dy,
+                x,
+                y,
+                live,
+                dx,
+                dresidual,
+                geometry,
+                numbers,
+                out,
+                parts,
+                work,
+                lines and can_stream,
             )
 
         return of_columns

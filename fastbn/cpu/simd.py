@@ -194,6 +194,17 @@ def any_greater(typing, a, b):
 
 
 @intrinsic
+def any_nan(typing, v):
+    """Whether some lane of v is not a number."""
+
+    def codegen(context, builder, sig, args):
+        bits = builder.bitcast(builder.fcmp_unordered("uno", args[0], args[0]), ir.IntType(v.lanes))
+        return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
+
+    return types.boolean(v), codegen
+
+
+@intrinsic
 def total(typing, v):
     """The sum of the lanes in float64, halves added to halves."""
 
