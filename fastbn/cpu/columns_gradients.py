@@ -12,12 +12,15 @@ from fastbn.cpu.columns import (
     fill,
     pitch_of,
     put,
+    repeat,
     spread,
+    store_part,
     task_at,
     width_of_last_row,
 )
 from fastbn.cpu.jit import inner, kernel
 from fastbn.cpu.simd import (
+    converted,
     fma,
     lanes,
     load,
@@ -37,6 +40,7 @@ from fastbn.cpu.slab import (
     four,
     input_numbers,
     linear_of,
+    linear_vectors,
 )
 
 
@@ -123,6 +127,23 @@ def segment_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, wo
             parts[results + into + i] = parts[own + pitch + i]
 
 
+@inner
+def enter_grad_sums(x, t, count, kept, parts, at, second, apart, segments, numbers, out):
+    """(dgamma, dbeta) of channels from t on, whose segments' sums are ``apart``: eight at a time."""
+    n = lanes(parts, WIDTH)
+    for i in range(0, count, n):
+        part = min(n, count - i)
+        p = splat(parts, 0.0, WIDTH)
+        q = p
+        for s in range(segments):
+            p = p + load_first(parts, at + s * apart + i, part, WIDTH)
+            q = q + load_first(parts, second + at + s * apart + i, part, WIDTH)
+        mean, rstd = load_first(numbers, t + i, part, WIDTH), load_first(numbers, kept + t + i, part, WIDTH)
+        hi = converted(converted(mean, splat(x, 0.0, mean)), mean)
+        store_part(out, t + i, part, (q - (mean - hi) * p) * rstd, n)
+        store_part(out, kept + t + i, part, p, n)
+
+
 @kernel
 def channel_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, out):
     """The results (dgamma, dbeta) of every kept index from its cells' sums; the numbers are (mean, rstd)."""
@@ -132,6 +153,13 @@ def channel_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, ou
     rows, cells = shape[1] // fold, channels * fold
     segments = -(-rows // height)
     results = shape[0] * segments * cells
+    if fold == 1:
+        while first < last:
+            width = min(last - first, channels - first % channels)
+            at = first // channels * segments * cells + first % channels
+            enter_grad_sums(x, first, width, kept, parts, at, results, cells, segments, numbers, out)
+            first += width
+        return
     for t in range(first, last):
         p, q = 0.0, 0.0
         for s in range(segments):
@@ -207,6 +235,23 @@ def spread_linear(x, work, at, pitch, size, mean, scale, offset, slope):
     spread(work, at + 3 * pitch, q, size)
 
 
+@inner
+def spread_all_linear(x, numbers, t, j, channels, kept, cells, size, work, at, pitch):
+    """The same of the cells from j on; t is the kept index of channel 0."""
+    if size == 1 and (j == 0 or j + cells <= channels):
+        linear_vectors(numbers, t + j % channels, min(cells, channels), kept, work, at, pitch)
+        for k in range(4):
+            repeat(work, at + k * pitch, channels, cells)
+    else:
+        c = t + j % channels
+        for i in range(cells):
+            spread_linear(
+                x, work, at + i * size, pitch, size,
+                numbers[c], numbers[kept + c], numbers[2 * kept + c], numbers[3 * kept + c],
+            )  # fmt: skip
+            c = c + 1 if c + 1 < t + channels else t
+
+
 @kernel
 def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, numbers, work, streaming):
     """``dx`` (and ``dresidual = dz``); the numbers are (mean, scale, offset, slope)."""
@@ -221,13 +266,7 @@ def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, nu
     for k in range(first, last):
         b, row, end, j, width = task_at(k, rows, cells, height, tile)
         t = b * channels
-        c = t + j % channels
-        for i in range(width):
-            spread_linear(
-                dy, work, loose + i * size, pitch, size,
-                numbers[c], numbers[kept + c], numbers[2 * kept + c], numbers[3 * kept + c],
-            )  # fmt: skip
-            c = c + 1 if c + 1 < t + channels else t
+        spread_all_linear(dy, numbers, t, j, channels, kept, width, size, work, loose, pitch)
         grad_input_rows(
             dy, channel_start(dys, t, shape) + row * g_step + j * size, g_step,
             x, channel_start(xs, t, shape) + row * i_step + j * size, i_step,

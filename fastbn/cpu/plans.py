@@ -36,6 +36,7 @@ TILE_OF_CELLS = 1024  # the same of short rows; 2048 read a third slower
 ROW = 2048  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
 FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least: from memory, narrow tiles are slower than two passes
 FUSED_BYTES = 192 << 10  # about so many are read twice by a thread; the next tile's are asked for meanwhile
+FUSED_FROM = 2 << 20  # bytes of x from which fusing pays, if threads share it: two passes over less stay in cache
 FUSED_MOST = 384 << 10  # what stays in a second-level cache of 512 kB beside the output
 
 NOWHERE = (0, 0, 0, 0)
@@ -75,7 +76,12 @@ def _fused_tile(shape: Shape, itemsize: int, twice: int, shares: int) -> int:
         return tile
     width = tile * inner * itemsize
     narrowest = FUSED_WIDTH if math.prod(shape) * itemsize >= CACHE_SHARE else FUSED_WIDTH // 8
-    if width < narrowest or width * outer * twice > FUSED_MOST or batch * -(-channel // tile) < 2 * shares:
+    if (
+        math.prod(shape) * itemsize < FUSED_FROM
+        or width < narrowest
+        or width * outer * twice > FUSED_MOST
+        or batch * -(-channel // tile) < 2 * shares
+    ):
         return 0
     return tile
 
@@ -115,7 +121,7 @@ class _Rows:
 
 
 class _Columns:
-    """A division of ``columns``: segments of rows for sums, equal shares of the rows, or whole tiles for both at once."""
+    """A division of ``columns``: segments of rows for sums, shares of the rows, or whole tiles for both at once."""
 
     def __init__(
         self, shape: Shape, fold: int, tile: int, itemsize: int, shares: int, sums: int = 0, fused: bool = False
