@@ -285,7 +285,8 @@ class Data:
 def _aligned(nbytes: int) -> Array:
     """Whole blocks of float32 that hold so many bytes, from the start of a cache line."""
     elements = -(-nbytes // (4 * BLOCK)) * BLOCK
-    buffer = np.zeros(elements + 16, np.float32)
+    buffer = np.empty(elements + 16, np.float32)
+    buffer[...] = 0.0  # unlike np.zeros, whose pages the first contender to write would pay for
     start = -buffer.ctypes.data % 64 // 4
     return buffer[start : start + elements]
 

@@ -37,6 +37,7 @@ from fastbn.cpu.simd import (
 from fastbn.cpu.slab import (
     WIDTH,
     channel_start,
+    enter_linear,
     four,
     input_numbers,
     linear_of,
@@ -145,22 +146,24 @@ def enter_grad_sums(x, t, count, kept, parts, at, second, apart, segments, numbe
 
 
 @kernel
-def channel_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, out):
-    """The results (dgamma, dbeta) of every kept index from its cells' sums; the numbers are (mean, rstd)."""
+def channel_grad_sums(share, first, last, dy, x, y, live, geometry, numbers, parts, out, linear):
+    """The results (dgamma, dbeta) of every kept index from its cells' sums; the numbers begin with (mean, rstd).
+
+    If the numbers are those of `input_numbers`, then for ``linear`` see `enter_linear`.
+    """
     shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
     fold, _, height, _ = four(geometry, 4)
     channels, kept = shape[2], shape[0] * shape[2]
     rows, cells = shape[1] // fold, channels * fold
     segments = -(-rows // height)
     results = shape[0] * segments * cells
-    if fold == 1:
-        while first < last:
-            width = min(last - first, channels - first % channels)
-            at = first // channels * segments * cells + first % channels
-            enter_grad_sums(x, first, width, kept, parts, at, results, cells, segments, numbers, out)
-            first += width
-        return
-    for t in range(first, last):
+    whole = first
+    while fold == 1 and whole < last:
+        width = min(last - whole, channels - whole % channels)
+        at = whole // channels * segments * cells + whole % channels
+        enter_grad_sums(x, whole, width, kept, parts, at, results, cells, segments, numbers, out)
+        whole += width
+    for t in range(whole, last):
         p, q = 0.0, 0.0
         for s in range(segments):
             at = (t // channels * segments + s) * cells
@@ -174,6 +177,8 @@ def channel_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, ou
                 dz = 0.0
             p, q = p + dz, q + dz * (value(x, i + r * xs[2]) - hi)
         out[t], out[kept + t] = (q - (numbers[t] - hi) * p) * numbers[kept + t], p
+    if linear is not None:
+        enter_linear(numbers, first, last, kept, live, out, linear)
 
 
 @inner

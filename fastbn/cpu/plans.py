@@ -20,7 +20,6 @@ import numpy as np
 
 from fastbn.cpu import columns, columns_gradients, jit, rows, rows_gradients, slab
 from fastbn.cpu.memory import CACHE_SHARE, Array, Strides
-from fastbn.formulas import input_numbers
 
 Shape = tuple[int, ...]
 Run = Callable[..., None]
@@ -266,7 +265,7 @@ def forward(
 
 @lru_cache(maxsize=1024)
 def grad_sums(shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, itemsize: int, shares: int) -> Run:
-    """``run(dy, x, y, numbers, out)``: from (mean, rstd) to (dgamma, dbeta)."""
+    """``run(dy, x, y, live, numbers, out, linear)``: from (mean, rstd) to (dgamma, dbeta); see `slab.enter_linear`."""
     kept = shape[0] * shape[2]
     if in_columns(shape, dys, xs, ys):
         fold = folding(shape, itemsize, dys, xs, ys)
@@ -274,18 +273,22 @@ def grad_sums(shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, items
         c = _Columns(shape, fold, tile, itemsize, shares, 2)
         geometry = _geometry(shape, c.family, dys, xs, ys)
 
-        def of_columns(dy: Array, x: Array, y: Array | None, numbers: Array, out: Array) -> None:
+        def of_columns(
+            dy: Array, x: Array, y: Array | None, live: Array | None, numbers: Array, out: Array, linear: Array | None
+        ) -> None:  # fmt: skip
             parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
             columns_gradients.segment_grad_sums.run(c.tasks, shares, dy, x, y, geometry, numbers, parts, work)
-            columns_gradients.channel_grad_sums.run(kept, shares, dy, x, y, geometry, numbers, parts, out)
+            columns_gradients.channel_grad_sums.run(kept, shares, dy, x, y, live, geometry, numbers, parts, out, linear)
 
         return of_columns
     geometry, segments = _geometry(shape, _chunks(shape), dys, xs, ys), kept * rows.segment_count(shape[1], shape[3])
 
-    def of_rows(dy: Array, x: Array, y: Array | None, numbers: Array, out: Array) -> None:
+    def of_rows(
+        dy: Array, x: Array, y: Array | None, live: Array | None, numbers: Array, out: Array, linear: Array | None
+    ) -> None:  # fmt: skip
         parts = np.empty(2 * segments)
         rows_gradients.grad_sums_of_segments.run(segments, shares, dy, x, y, geometry, numbers, parts)
-        rows_gradients.channel_grad_sums.run(kept, shares, x, geometry, numbers, parts, out)
+        rows_gradients.channel_grad_sums.run(kept, shares, x, live, geometry, numbers, parts, out, linear)
 
     return of_rows
 
@@ -389,9 +392,8 @@ def backward(
         dy: Array, x: Array, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
         numbers: Array, lines: bool, out: Array,
     ) -> None:  # fmt: skip
-        first(dy, x, y, numbers[: 2 * kept], out)
-        (dgamma, dbeta), (mean, rstd, gamma, count, dmean, dvar) = out.reshape(2, kept), numbers.reshape(6, kept)
-        terms = input_numbers(gamma, rstd, dgamma, dbeta, count, dmean, dvar)
-        second(dy, None if frozen else x, y, weight, dx, dresidual, np.concatenate((mean, *terms)), lines)
+        live, linear = None if frozen else x, np.empty(4 * kept)
+        first(dy, x, y, live, numbers, out, linear)
+        second(dy, live, y, weight, dx, dresidual, linear, lines)
 
     return of_parts

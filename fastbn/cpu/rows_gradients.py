@@ -36,6 +36,7 @@ from fastbn.cpu.simd import (
 from fastbn.cpu.slab import (
     WIDTH,
     channel_start,
+    enter_linear,
     four,
     input_numbers,
     linear_of,
@@ -107,8 +108,11 @@ def grad_sums_of_segments(share, first, last, dy, x, y, geometry, numbers, parts
 
 
 @kernel
-def channel_grad_sums(share, first, last, x, geometry, numbers, parts, out):
-    """The results (dgamma, dbeta) from the segments' sums; the numbers are (mean, rstd)."""
+def channel_grad_sums(share, first, last, x, live, geometry, numbers, parts, out, linear):
+    """The results (dgamma, dbeta) from the segments' sums; the numbers begin with (mean, rstd).
+
+    If the numbers are those of `input_numbers`, then for ``linear`` see `enter_linear`.
+    """
     shape, grid = four(geometry, 0), four(geometry, 4)
     segments = -(-chunk_count(shape, grid) // SEGMENT)
     kept = shape[0] * shape[2]
@@ -117,6 +121,8 @@ def channel_grad_sums(share, first, last, x, geometry, numbers, parts, out):
         for k in range(t * segments, (t + 1) * segments):
             a, b = a + parts[2 * k], b + parts[2 * k + 1]
         out[t], out[kept + t] = around_mean(x, numbers[t], numbers[kept + t], a, b), a
+    if linear is not None:
+        enter_linear(numbers, first, last, kept, live, out, linear)
 
 
 @inner

@@ -179,3 +179,12 @@ def input_numbers(numbers, t, kept, live, a, b):
     count = numbers[3 * kept + t]
     offset = (scale * a - numbers[4 * kept + t]) / count
     return scale, offset, (scale * rstd * b - 2.0 * numbers[5 * kept + t]) / count
+
+
+@inner
+def enter_linear(numbers, first, last, kept, live, sums, linear):
+    """Rows (mean, scale, offset, slope) of dx from those of `input_numbers` and the sums (dgamma, dbeta)."""
+    for t in range(first, last):
+        scale, offset, slope = input_numbers(numbers, t, kept, live, sums[kept + t], sums[t])
+        linear[t], linear[kept + t] = numbers[t], scale
+        linear[2 * kept + t], linear[3 * kept + t] = offset, slope
