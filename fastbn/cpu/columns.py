@@ -65,9 +65,9 @@ AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise 
 PAD = 16  # values behind each array of work: whole vectors may be read and written
 CHUNK = 128  # rows: 16 + 3 float32 additions per sum keep its rounding below 1e-6
 SEGMENT = 2048  # rows, at most: two float64 a cell and segment are 0.2 % of float32 data, 0.4 % of halves
-MANY = 4096  # cells, of which two threads have tiles enough for themselves
+MANY = 2048  # cells, of which two threads have tiles enough for themselves
 PEEK = 64  # values of a channel from whose mean the first guess comes: off by an eighth of the deviation
-WORK, PARTS = 4, 4  # arrays of a share: parameters, or a guess and sums; in float64 the pivot, two sums, the centre
+WORK, PARTS = 4, 2  # arrays of a share: parameters, or a guess and sums; in float64 the pivot and the centre
 
 
 def segment_rows(rows, cells):
@@ -161,22 +161,23 @@ def spread_affine(x, numbers, first, j, channels, kept, eps, cells, size, work, 
 
 
 @inner
-def cell_totals(work, sums, cells, size, parts, into):
-    """The sum of each cell's columns in float64."""
-    n = lanes(parts, WIDTH)
-    if size == 1:
-        for j in range(0, cells, n):
-            like = load(parts, into + j, WIDTH)
-            store(parts, into + j, converted(load(work, sums + j, like), like))
-    else:
-        n = lanes(work, WIDTH)
-        like = splat(parts, 0.0, WIDTH)
-        for j in range(cells):
-            at = sums + j * size
-            part = converted(load_first(work, at, min(n, size), WIDTH), like)
-            for i in range(n, size, n):
-                part = part + converted(load_first(work, at + i, min(n, size - i), WIDTH), like)
-            parts[into + j] = total(part)
+def cell_totals(work, at, cells, size, parts):
+    """Sum up each cell's columns in float64, and move the sums side by side."""
+    n = lanes(work, WIDTH)
+    like = splat(parts, 0.0, WIDTH)
+    for j in range(cells if size > 1 else 0):
+        first = at + j * size
+        part = converted(load_first(work, first, min(n, size), WIDTH), like)
+        for i in range(n, size, n):
+            part = part + converted(load_first(work, first + i, min(n, size - i), WIDTH), like)
+        work[at + j] = total(part)
+
+
+@inner
+def in_float64(work, at, parts):
+    """As many values as a vector of ``parts`` has."""
+    like = splat(parts, 0.0, WIDTH)
+    return converted(load(work, at, like), like)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -242,49 +243,47 @@ def peek_at_cells(x, at, step, rows, cells, size, parts, own, centre):
 
 
 @inner
-def some_guess_is_poor(cells, count, parts, t1, t2):
+def some_guess_is_poor(cells, count, work, s1, s2, parts):
     """`needs_new_guess` of any cell."""
     half = splat(parts, 0.5 * count, WIDTH)
     poor = False
     for j in range(0, cells, lanes(parts, WIDTH)):
-        s1 = load(parts, t1 + j, WIDTH)
-        if any_greater(s1 * s1, half * load(parts, t2 + j, WIDTH)):
+        sums = in_float64(work, s1 + j, parts)
+        if any_greater(sums * sums, half * in_float64(work, s2 + j, parts)):
             poor = True
     return poor
 
 
 @inner
-def merge_chunk(cells, before, count, parts, own, pitch, mean, m2):
+def merge_chunk(cells, before, count, work, s1, s2, parts, own, centre, mean, m2):
     """Chan's update of each cell's moments, of ``before`` values, by a chunk of ``count`` values around its centre."""
     each = splat(parts, 1.0 / count, WIDTH)
     share = splat(parts, count / (before + count), WIDTH)
     cross = splat(parts, before * (count / (before + count)), WIDTH)
     for j in range(0, cells, lanes(parts, WIDTH)):
-        k = own + j
-        origin, mu = load(parts, k, WIDTH), load(parts, mean + j, WIDTH)
-        s1, centre = load(parts, k + pitch, WIDTH), load(parts, k + 3 * pitch, WIDTH)
-        shift = s1 * each
-        part = load(parts, k + 2 * pitch, WIDTH) - s1 * shift
+        origin, mu = load(parts, own + j, WIDTH), load(parts, mean + j, WIDTH)
+        sums = in_float64(work, s1 + j, parts)
+        shift = sums * each
+        part = in_float64(work, s2 + j, parts) - sums * shift
         part = zero_where_not_positive(part, part)
-        delta = ((centre - origin) + shift) - mu
+        delta = ((load(parts, centre + j, WIDTH) - origin) + shift) - mu
         mu = fma(delta, share, mu)
         store(parts, mean + j, mu)
         store(parts, m2 + j, load(parts, m2 + j, WIDTH) + fma(delta * delta, cross, part))
-        store(parts, k + 3 * pitch, origin + mu)
+        store(parts, centre + j, origin + mu)
 
 
 @inner
 def segment(x, at, step, rows, cells, size, parts, own, pitch, mean, m2, work, loose, eight):
     """Mean - pivot and M2 of each cell of one segment, written to ``parts`` at ``mean`` and ``m2``.
 
-    Arrays of this share in ``parts``, a pitch apart from ``own`` on: pivot (given), two sums, centre; in ``work``, from
-    ``loose`` on: guess, two sums. The guess is the centre in the compute type.
+    Arrays of this share, a pitch apart, are in ``parts`` from ``own`` on the pivot (given) and the centre, in ``work``
+    from ``loose`` on the guess, which is the centre in the compute type, and two sums.
 
     A chunk has as many rows of each quarter of the segment: four streams from memory, far apart, are read up to twice
     as fast as one or as neighbouring rows. From cache, eight rows at a time are faster.
     """
-    t1, t2, centre = own + pitch, own + 2 * pitch, own + 3 * pitch
-    s1, s2 = loose + pitch, loose + 2 * pitch
+    centre, s1, s2 = own + pitch, loose + pitch, loose + 2 * pitch
     fill(parts, mean, cells, 0.0)
     fill(parts, m2, cells, 0.0)
     if size == 1:
@@ -302,16 +301,17 @@ def segment(x, at, step, rows, cells, size, parts, own, pitch, mean, m2, work, l
         rest = beyond if first + fours == quarter else 0
         spread_rounded(x, parts, centre, cells, size, work, loose)
         chunk_sums(x, at + first * step, step, quarter * step, fours, rest, cells * size, work, loose, s1, s2, eight)
-        cell_totals(work, s1, cells, size, parts, t1)
-        cell_totals(work, s2, cells, size, parts, t2)
+        cell_totals(work, s1, cells, size, parts)
+        cell_totals(work, s2, cells, size, parts)
         count = np.float64((4 * fours + rest) * size)
-        if looks == 0 or (looks == 1 and some_guess_is_poor(cells, count, parts, t1, t2)):
+        if looks == 0 or (looks == 1 and some_guess_is_poor(cells, count, work, s1, s2, parts)):
             for j in range(cells):
-                if looks == 0 or needs_new_guess(count, parts[t1 + j], parts[t2 + j]):
-                    parts[centre + j] += parts[t1 + j] / count
+                sums = np.float64(work[s1 + j])
+                if looks == 0 or needs_new_guess(count, sums, np.float64(work[s2 + j])):
+                    parts[centre + j] += sums / count
             looks += 1
         else:
-            merge_chunk(cells, before, count, parts, own, pitch, mean, m2)
+            merge_chunk(cells, before, count, work, s1, s2, parts, own, centre, mean, m2)
             first += fours
             before += count
             looks = 1

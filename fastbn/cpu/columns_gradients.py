@@ -10,6 +10,7 @@ from fastbn.cpu.columns import (
     WORK,
     cell_totals,
     fill,
+    in_float64,
     pitch_of,
     put,
     repeat,
@@ -65,7 +66,7 @@ def grad_segment(
     A chunk has as many rows of both halves of the segment: four streams from memory, as in `columns.segment`.
     """
     n, columns = lanes(x, WIDTH), cells * size
-    s1, s2, t1, t2 = loose + pitch, loose + 2 * pitch, own + 2 * pitch, own + 3 * pitch
+    s1, s2 = loose + pitch, loose + 2 * pitch
     fill(parts, own, cells, 0.0)
     fill(parts, own + pitch, cells, 0.0)
     half, whole = rows // 2, columns - columns % n
@@ -91,11 +92,12 @@ def grad_segment(
                 e = load_first(x, i + r * i_step + c, part, WIDTH) - load(work, loose + c, WIDTH)
                 store(work, s1 + c, load(work, s1 + c, WIDTH) + dz)
                 store(work, s2 + c, fma(dz, e, load(work, s2 + c, WIDTH)))
-        cell_totals(work, s1, cells, size, parts, t1)
-        cell_totals(work, s2, cells, size, parts, t2)
-        for j in range(cells):
-            parts[own + j] += parts[t1 + j]
-            parts[own + pitch + j] += parts[t2 + j]
+        cell_totals(work, s1, cells, size, parts)
+        cell_totals(work, s2, cells, size, parts)
+        for j in range(0, cells, lanes(parts, WIDTH)):
+            store(parts, own + j, load(parts, own + j, WIDTH) + in_float64(work, s1 + j, parts))
+            again = own + pitch + j
+            store(parts, again, load(parts, again, WIDTH) + in_float64(work, s2 + j, parts))
 
 
 @kernel

@@ -30,8 +30,7 @@ FEW_ROWS = 8  # below so many, spreading each channel's numbers over its columns
 LINE = 16  # values of a channel's row from which elementwise passes go in the order of memory, whatever the channels
 FOLDED = 1024  # columns, about, of folded rows
 FOLDED_ROWS = 256  # rows of few channels are folded only while so many remain
-TILE = 2048  # columns, at most, of which a task makes sums: with their guess, 24 kB of a first-level cache
-TILE_OF_CELLS = 1024  # the same of short rows; 2048 read a third slower
+TILE = 1024  # columns, at most, of which a task makes sums; 512 read half as fast, 2048 short rows slower
 ROW = 2048  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
 FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least: from memory, narrow tiles are slower than two passes
 FUSED_BYTES = 192 << 10  # about so many are read twice by a thread; the next tile's are asked for meanwhile
@@ -70,7 +69,7 @@ def _tile(channels: int, size: int, itemsize: int, most: int) -> int:
 def _fused_tile(shape: Shape, itemsize: int, twice: int, shares: int) -> int:
     """Cells of a tile whose rows all stay in a core's cache between two passes over ``twice`` arrays, or 0."""
     batch, outer, channel, inner = shape
-    tile = _tile(channel, inner, itemsize, min(TILE_OF_CELLS, FUSED_BYTES // max(1, outer * itemsize * twice)))
+    tile = _tile(channel, inner, itemsize, min(TILE, FUSED_BYTES // max(1, outer * itemsize * twice)))
     if shares == 1 and math.prod(shape) < jit.PARALLEL_FROM:
         return tile
     width = tile * inner * itemsize
@@ -156,7 +155,7 @@ def moments(shape: Shape, xs: Strides, ws: Strides | None, itemsize: int, shares
     weighted, kept = ws is not None, shape[0] * shape[2]
     if in_columns(shape, xs, weighted=weighted):
         fold = folding(shape, itemsize, xs, weighted=weighted)
-        tile = _tile(shape[2] * fold, shape[3], itemsize, TILE if shape[3] == 1 else TILE_OF_CELLS)
+        tile = _tile(shape[2] * fold, shape[3], itemsize, TILE)
         c = _Columns(shape, fold, tile, itemsize, shares, 3 if weighted else 2)
         geometry = _geometry(shape, c.family, xs, ws)
 
@@ -269,7 +268,7 @@ def grad_sums(shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, items
     kept = shape[0] * shape[2]
     if in_columns(shape, dys, xs, ys):
         fold = folding(shape, itemsize, dys, xs, ys)
-        tile = _tile(shape[2] * fold, shape[3], itemsize, TILE if shape[3] == 1 else TILE_OF_CELLS)
+        tile = _tile(shape[2] * fold, shape[3], itemsize, TILE)
         c = _Columns(shape, fold, tile, itemsize, shares, 2)
         geometry = _geometry(shape, c.family, dys, xs, ys)
 
@@ -392,7 +391,7 @@ def backward(
         dy: Array, x: Array, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
         numbers: Array, lines: bool, out: Array,
     ) -> None:  # fmt: skip
-        live, linear = None if frozen else x, np.empty(4 * kept)
+        live, linear = None if frozen else x, numbers[: 4 * kept]  # each channel's in the place of what it is made of
         first(dy, x, y, live, numbers, out, linear)
         second(dy, live, y, weight, dx, dresidual, linear, lines)
 
