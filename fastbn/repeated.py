@@ -145,12 +145,11 @@ def backward(backend: Any, layout: Layout, saved: Saved, dy: Any, out: Any) -> C
         x, y, gamma = saved.x, saved.y, saved.gamma
         if not x.flags.behaved or not dy.flags.behaved or not (simple or usable(out, dy, x, y, gamma)):
             return None
-        numbers = xp.zeros((6, channels))
+        numbers = xp.empty((4, channels))
         numbers[0] = saved.mean
         numbers[1] = saved.rstd
         numbers[2] = 1.0 if gamma is None else gamma
-        if not frozen:
-            numbers[3] = saved.count
+        numbers[3] = 1.0 if frozen else saved.count
         dx = empty_like(x) if out is None else out
         dresidual = empty_like(x) if has_residual else None
         results = xp.empty((2, channels))

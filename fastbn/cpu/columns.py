@@ -64,10 +64,10 @@ from fastbn.cpu.slab import (
 AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise passes 5 % faster
 PAD = 16  # values behind each array of work: whole vectors may be read and written
 CHUNK = 128  # rows: 16 + 3 float32 additions per sum keep its rounding below 1e-6
-SEGMENT = 2048  # rows, at most: two float64 a cell and segment are 0.2 % of float32 data, 0.4 % of halves
+SEGMENT = 4096  # rows, at most: two float64 a cell and segment are 0.1 % of float32 data, 0.2 % of halves
 MANY = 2048  # cells, of which two threads have tiles enough for themselves
 PEEK = 64  # values of a channel from whose mean the first guess comes: off by an eighth of the deviation
-WORK, PARTS = 4, 2  # arrays of a share: parameters, or a guess and sums; in float64 the pivot and the centre
+WORK, PARTS = 3, 2  # arrays of a share: parameters, or a guess and sums; in float64 the pivot and the centre
 
 
 def segment_rows(rows, cells):
@@ -80,6 +80,15 @@ def segment_rows(rows, cells):
 def padded(cells, tile):
     """Results of one segment, each tile's padded: vectors written across its last cell meet no other tile's."""
     return -(-cells // tile) * -(-tile // PAD) * PAD
+
+
+places = inner(padded)  # the same for kernels
+
+
+@inner
+def place_of_cell(j, tile):
+    """Where the result of cell j stands among those of a segment."""
+    return j // tile * -(-tile // PAD) * PAD + j % tile
 
 
 def task_count(batch, rows, cells, height, tile):
@@ -274,16 +283,16 @@ def merge_chunk(cells, before, count, work, s1, s2, parts, own, centre, mean, m2
 
 
 @inner
-def segment(x, at, step, rows, cells, size, parts, own, pitch, mean, m2, work, loose, eight):
+def segment(x, at, step, rows, cells, size, parts, own, centre, mean, m2, work, loose, pitch, eight):
     """Mean - pivot and M2 of each cell of one segment, written to ``parts`` at ``mean`` and ``m2``.
 
-    Arrays of this share, a pitch apart, are in ``parts`` from ``own`` on the pivot (given) and the centre, in ``work``
-    from ``loose`` on the guess, which is the centre in the compute type, and two sums.
+    Arrays of this share are in ``parts`` the pivot (given, at ``own``) and the centre; in ``work``, a pitch apart from
+    ``loose`` on, the guess, which is the centre in the compute type, and two sums.
 
     A chunk has as many rows of each quarter of the segment: four streams from memory, far apart, are read up to twice
     as fast as one or as neighbouring rows. From cache, eight rows at a time are faster.
     """
-    centre, s1, s2 = own + pitch, loose + pitch, loose + 2 * pitch
+    s1, s2 = loose + pitch, loose + 2 * pitch
     fill(parts, mean, cells, 0.0)
     fill(parts, m2, cells, 0.0)
     if size == 1:
@@ -319,11 +328,11 @@ def segment(x, at, step, rows, cells, size, parts, own, pitch, mean, m2, work, l
 
 @inner
 def weighted_segment(
-    x, at, step, weight, w_at, w_step, w_across, rows, columns, parts, own, pitch, n_at, mean, m2, work, loose
+    x, at, step, weight, w_at, w_step, w_across, rows, columns, parts, own, count, n_at, mean, m2, work, loose, pitch
 ):
     """The same of one column each, with the sum of weights at ``n_at``; ``w_across`` is 0 where channels share them."""
     n = lanes(x, WIDTH)
-    guess, s1, s2, count = loose, loose + pitch, loose + 2 * pitch, own + pitch
+    guess, s1, s2 = loose, loose + pitch, loose + 2 * pitch
     fill(work, guess, columns, 0.0)
     for i in range(columns):
         work[guess + i] = parts[own + i]
@@ -383,10 +392,10 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
     channels, size = shape[2], shape[3]
     rows, cells = shape[1] // fold, channels * fold
     step, pitch, segments = xs[2] * fold, pitch_of(tile, size), -(-rows // height)
-    tile_of_results = -(-tile // PAD) * PAD
-    row_of_results = -(-cells // tile) * tile_of_results
+    row_of_results = places(cells, tile)
     results = shape[0] * segments * row_of_results
-    own = results * (2 if weight is None else 3) + share * PARTS * pitch
+    own = results * (2 if weight is None else 3) + share * PARTS * places(tile, tile)
+    centre = own + places(tile, tile)
     for k in range(first, last):
         b, row, end, j, width = task_at(k, rows, cells, height, tile)
         fill(parts, own, width, 0.0)
@@ -395,15 +404,15 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
             parts[own + i] = pivot_of(x, x_start + c * xs[3], weight, pivots, b * channels + c)
             c = c + 1 if c + 1 < channels else 0
         x_at = channel_start(xs, b * channels, shape) + row * step + j * size
-        mean = (b * segments + row // height) * row_of_results + j // tile * tile_of_results
+        mean = (b * segments + row // height) * row_of_results + place_of_cell(j, tile)
         m2, loose = results + mean, share * WORK * pitch
         if weight is None:
-            segment(x, x_at, step, end - row, width, size, parts, own, pitch, mean, m2, work, loose, None)
+            segment(x, x_at, step, end - row, width, size, parts, own, centre, mean, m2, work, loose, pitch, None)
         else:
             w_at = channel_start(ws, b * channels + j, shape) + row * ws[2]
             weighted_segment(
-                x, x_at, step, weight, w_at, ws[2], ws[3], end - row, width, parts, own, pitch,
-                results + m2, mean, m2, work, loose,
+                x, x_at, step, weight, w_at, ws[2], ws[3], end - row, width, parts, own, centre,
+                results + m2, mean, m2, work, loose, pitch,
             )  # fmt: skip
 
 
@@ -463,8 +472,7 @@ def channel_moments(share, first, last, x, weight, geometry, pivots, parts, tabl
     fold, tile, height, _ = four(geometry, 4)
     channels, size, kept = shape[2], shape[3], shape[0] * shape[2]
     rows, cells = shape[1] // fold, channels * fold
-    segments, tile_of_results = -(-rows // height), -(-tile // PAD) * PAD
-    row_of_results = -(-cells // tile) * tile_of_results
+    segments, row_of_results = -(-rows // height), places(cells, tile)
     results = shape[0] * segments * row_of_results
     if weight is None and fold == 1:
         t = first
@@ -473,7 +481,7 @@ def channel_moments(share, first, last, x, weight, geometry, pivots, parts, tabl
             width = min(last - t, channels - j, tile - j % tile)
             x_at = channel_start(xs, t, shape)
             find_cell_pivots(x, x_at, xs[3], width, table, t)
-            at = t // channels * segments * row_of_results + j // tile * tile_of_results + j % tile
+            at = t // channels * segments * row_of_results + place_of_cell(j, tile)
             enter_cells(x, x_at, xs[2], xs[3], shape, t, width, parts, at, results, row_of_results, height, table, eps)
             t += width
         return
@@ -484,7 +492,7 @@ def channel_moments(share, first, last, x, weight, geometry, pivots, parts, tabl
         for s in range(segments):
             at = (t // channels * segments + s) * row_of_results
             for j in range(t % channels, cells, channels):
-                k = at + j // tile * tile_of_results + j % tile
+                k = at + place_of_cell(j, tile)
                 n = np.float64(min(height, rows - s * height) * size)
                 if weight is not None:
                     n = parts[2 * results + k]
@@ -585,8 +593,9 @@ def forward(share, first, last, x, y, residual, geometry, table, eps, parts, wor
     _, tile, height, _ = four(geometry, 4)
     channels, size, rows, kept = shape[2], shape[3], shape[1], shape[0] * shape[2]
     pitch = pitch_of(tile, size)
-    own, loose = share * (PARTS + 2 * -(-rows // height)) * pitch, share * WORK * pitch
-    moments = own + PARTS * pitch
+    apart, loose = places(tile, tile), share * WORK * pitch
+    own = share * (PARTS + 2 * -(-rows // height)) * apart
+    moments = own + PARTS * apart
     for k in range(first, last):
         b, _, _, j, width = task_at(k, 1, channels, 1, tile)
         t = b * channels + j
@@ -596,12 +605,12 @@ def forward(share, first, last, x, y, residual, geometry, table, eps, parts, wor
         for i in range(width):
             table[t + i] = parts[own + i]
         for row in range(0, rows, height):
-            at = moments + row // height * 2 * pitch
+            at = moments + row // height * 2 * apart
             segment(
                 x, x_at + row * xs[2], xs[2], min(height, rows - row), width, size,
-                parts, own, pitch, at, at + pitch, work, loose, True,
+                parts, own, own + apart, at, at + apart, work, loose, pitch, True,
             )  # fmt: skip
-        enter_cells(x, x_at, xs[2], xs[3], shape, t, width, parts, moments, pitch, 2 * pitch, height, table, eps)
+        enter_cells(x, x_at, xs[2], xs[3], shape, t, width, parts, moments, apart, 2 * apart, height, table, eps)
         spread_affine(x, table, 2 * kept + t, 0, width, kept, -1.0, width, size, work, loose, pitch)
         columns = width * size
         normalize_rows(

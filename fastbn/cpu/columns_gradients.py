@@ -6,12 +6,13 @@ Memory, chunks, geometry and bytes moved are described there.
 from fastbn.cpu.columns import (
     AHEAD,
     CHUNK,
-    PARTS,
     WORK,
     cell_totals,
     fill,
     in_float64,
     pitch_of,
+    place_of_cell,
+    places,
     put,
     repeat,
     spread,
@@ -45,6 +46,8 @@ from fastbn.cpu.slab import (
     linear_vectors,
 )
 
+LINEAR, SUMS = 4, 2  # arrays of a share: the numbers of dx of every column; in float64 the sums
+
 
 @inner
 def add_two_grad_rows(dy, g, g_far, x, i, i_far, y, o, o_far, work, hi, s1, s2):
@@ -59,16 +62,16 @@ def add_two_grad_rows(dy, g, g_far, x, i, i_far, y, o, o_far, work, hi, s1, s2):
 
 @inner
 def grad_segment(
-    dy, g, g_step, x, i, i_step, y, o, o_step, rows, cells, size, parts, own, pitch, work, loose
+    dy, g, g_step, x, i, i_step, y, o, o_step, rows, cells, size, parts, first_sum, second_sum, pitch, work, loose
 ):  # fmt: skip
-    """sum(dz) and sum(dz * (x - hi)) of each cell of one segment, a pitch apart from ``own`` on; hi is at ``loose``.
+    """sum(dz) and sum(dz * (x - hi)) of each cell of one segment, into two places of ``parts``; hi is at ``loose``.
 
     A chunk has as many rows of both halves of the segment: four streams from memory, as in `columns.segment`.
     """
     n, columns = lanes(x, WIDTH), cells * size
     s1, s2 = loose + pitch, loose + 2 * pitch
-    fill(parts, own, cells, 0.0)
-    fill(parts, own + pitch, cells, 0.0)
+    fill(parts, first_sum, cells, 0.0)
+    fill(parts, second_sum, cells, 0.0)
     half, whole = rows // 2, columns - columns % n
     g_far, i_far, o_far = half * g_step, half * i_step, half * o_step
     for first in range(0, max(1, half), CHUNK // 2):
@@ -95,9 +98,9 @@ def grad_segment(
         cell_totals(work, s1, cells, size, parts)
         cell_totals(work, s2, cells, size, parts)
         for j in range(0, cells, lanes(parts, WIDTH)):
-            store(parts, own + j, load(parts, own + j, WIDTH) + in_float64(work, s1 + j, parts))
-            again = own + pitch + j
-            store(parts, again, load(parts, again, WIDTH) + in_float64(work, s2 + j, parts))
+            a, b = first_sum + j, second_sum + j
+            store(parts, a, load(parts, a, WIDTH) + in_float64(work, s1 + j, parts))
+            store(parts, b, load(parts, b, WIDTH) + in_float64(work, s2 + j, parts))
 
 
 @kernel
@@ -108,9 +111,10 @@ def segment_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, wo
     channels, size = shape[2], shape[3]
     rows, cells = shape[1] // fold, channels * fold
     g_step, i_step, o_step = dys[2] * fold, xs[2] * fold, ys[2] * fold
-    pitch, segments = pitch_of(tile, size), -(-rows // height)
-    results = shape[0] * segments * cells
-    own, loose = 2 * results + share * PARTS * pitch, share * WORK * pitch
+    pitch, loose = pitch_of(tile, size), share * WORK * pitch_of(tile, size)
+    segments = -(-rows // height)
+    row_of_results = places(cells, tile)
+    results = shape[0] * segments * row_of_results
     for k in range(first, last):
         b, row, end, j, width = task_at(k, rows, cells, height, tile)
         t = b * channels
@@ -118,16 +122,13 @@ def segment_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, wo
         for i in range(width):
             spread(work, loose + i * size, rounded(x, numbers[t + c]), size)
             c = c + 1 if c + 1 < channels else 0
+        at = (b * segments + row // height) * row_of_results + place_of_cell(j, tile)
         grad_segment(
             dy, channel_start(dys, t, shape) + row * g_step + j * size, g_step,
             x, channel_start(xs, t, shape) + row * i_step + j * size, i_step,
             y, channel_start(ys, t, shape) + row * o_step + j * size, o_step,
-            end - row, width, size, parts, own, pitch, work, loose,
+            end - row, width, size, parts, at, results + at, pitch, work, loose,
         )  # fmt: skip
-        into = (b * segments + row // height) * cells + j
-        for i in range(width):
-            parts[into + i] = parts[own + i]
-            parts[results + into + i] = parts[own + pitch + i]
 
 
 @inner
@@ -154,23 +155,26 @@ def channel_grad_sums(share, first, last, dy, x, y, live, geometry, numbers, par
     If the numbers are those of `input_numbers`, then for ``linear`` see `enter_linear`.
     """
     shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
-    fold, _, height, _ = four(geometry, 4)
+    fold, tile, height, _ = four(geometry, 4)
     channels, kept = shape[2], shape[0] * shape[2]
     rows, cells = shape[1] // fold, channels * fold
     segments = -(-rows // height)
-    results = shape[0] * segments * cells
+    row_of_results = places(cells, tile)
+    results = shape[0] * segments * row_of_results
     whole = first
     while fold == 1 and whole < last:
-        width = min(last - whole, channels - whole % channels)
-        at = whole // channels * segments * cells + whole % channels
-        enter_grad_sums(x, whole, width, kept, parts, at, results, cells, segments, numbers, out)
+        j = whole % channels
+        width = min(last - whole, channels - j, tile - j % tile)
+        at = whole // channels * segments * row_of_results + place_of_cell(j, tile)
+        enter_grad_sums(x, whole, width, kept, parts, at, results, row_of_results, segments, numbers, out)
         whole += width
     for t in range(whole, last):
         p, q = 0.0, 0.0
         for s in range(segments):
-            at = (t // channels * segments + s) * cells
-            for j in range(at + t % channels, at + cells, channels):
-                p, q = p + parts[j], q + parts[results + j]
+            at = (t // channels * segments + s) * row_of_results
+            for j in range(t % channels, cells, channels):
+                k = at + place_of_cell(j, tile)
+                p, q = p + parts[k], q + parts[results + k]
         hi = rounded(x, numbers[t])
         g, i, o = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
         for r in range(rows * fold, shape[1]):
@@ -269,7 +273,7 @@ def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, nu
     rows, cells = -(-shape[1] // fold), channels * fold
     g_step, i_step, o_step, d_step, e_step = dys[2] * fold, xs[2] * fold, ys[2] * fold, dxs[2] * fold, drs[2] * fold
     pitch = pitch_of(tile, size)
-    loose = share * WORK * pitch
+    loose = share * LINEAR * pitch
     for k in range(first, last):
         b, row, end, j, width = task_at(k, rows, cells, height, tile)
         t = b * channels
@@ -298,7 +302,7 @@ def backward(share, first, last, dy, x, y, live, dx, dresidual, geometry, number
     _, tile, height, _ = four(geometry, 4)
     channels, size, rows, kept = shape[2], shape[3], shape[1], shape[0] * shape[2]
     pitch = pitch_of(tile, size)
-    own, loose = share * PARTS * pitch, share * WORK * pitch
+    loose, own, apart = share * LINEAR * pitch, share * SUMS * places(tile, tile), places(tile, tile)
     for k in range(first, last):
         b, _, _, j, width = task_at(k, 1, channels, 1, tile)
         t = b * channels + j
@@ -310,11 +314,11 @@ def backward(share, first, last, dy, x, y, live, dx, dresidual, geometry, number
         for row in range(0, rows, height):
             grad_segment(
                 dy, g + row * dys[2], dys[2], x, i + row * xs[2], xs[2], y, o + row * ys[2], ys[2],
-                min(height, rows - row), width, size, parts, own, pitch, work, loose,
+                min(height, rows - row), width, size, parts, own, own + apart, pitch, work, loose,
             )  # fmt: skip
             for c in range(width):
                 out[kept + t + c] += parts[own + c]
-                out[t + c] += parts[own + pitch + c]
+                out[t + c] += parts[own + apart + c]
         for c in range(width):
             mean, a = numbers[t + c], out[kept + t + c]
             b_ = (out[t + c] - (mean - rounded(x, mean)) * a) * numbers[kept + t + c]

@@ -122,8 +122,9 @@ class _Columns:
     """A division of ``columns``: segments of rows for sums, shares of the rows, or whole tiles for both at once."""
 
     def __init__(
-        self, shape: Shape, fold: int, tile: int, itemsize: int, shares: int, sums: int = 0, fused: bool = False
-    ) -> None:
+        self, shape: Shape, fold: int, tile: int, itemsize: int, shares: int,
+        sums: int = 0, scratch: int = 0, work: int = columns.WORK, fused: bool = False,
+    ) -> None:  # fmt: skip
         batch, outer, channel, inner = shape
         # Sums take whole folds and leave the rest to their last step; elementwise passes take the rest as a row.
         folded = outer // fold if sums else -(-outer // fold)
@@ -133,9 +134,9 @@ class _Columns:
         segments = -(-folded // self.height)
         self.tasks = columns.task_count(batch, folded, self.cells, folded if fused else self.height, tile)
         pitch = tile * inner + columns.PAD
-        of_a_share = (columns.PARTS + 2 * segments * fused) * pitch if sums or fused else 0
+        of_a_share = scratch * (1 + segments if fused else 1) * columns.padded(tile, tile)
         self.parts = sums * batch * segments * columns.padded(self.cells, tile) + shares * of_a_share
-        self.work = shares * columns.WORK * pitch
+        self.work = shares * work * pitch
         self.compute = np.float64 if itemsize == 8 else np.float32
         self.family = (fold, tile, self.height, 0)
 
@@ -156,7 +157,7 @@ def moments(shape: Shape, xs: Strides, ws: Strides | None, itemsize: int, shares
     if in_columns(shape, xs, weighted=weighted):
         fold = folding(shape, itemsize, xs, weighted=weighted)
         tile = _tile(shape[2] * fold, shape[3], itemsize, TILE)
-        c = _Columns(shape, fold, tile, itemsize, shares, 3 if weighted else 2)
+        c = _Columns(shape, fold, tile, itemsize, shares, 3 if weighted else 2, columns.PARTS)
         geometry = _geometry(shape, c.family, xs, ws)
 
         def sums(x: Array, weight: Array | None, pivots: Array, table: Array, eps: float) -> None:
@@ -220,7 +221,7 @@ def forward(
     if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, itemsize, xs) == 1:
         tile = _fused_tile(shape, itemsize, 1, shares)
     if tile:
-        c = _Columns(shape, 1, tile, itemsize, shares, fused=True)
+        c = _Columns(shape, 1, tile, itemsize, shares, scratch=columns.PARTS, fused=True)
         geometry, can_stream = _geometry(shape, c.family, xs, ys, rs), c.streams(ys)
 
         def of_columns(
@@ -302,7 +303,7 @@ def grad_input(
     if shape[3] < LINE and in_columns(shape, dys, xs, ys, dxs, drs, weighted=ws is not None):
         fold = folding(shape, itemsize, dys, xs, ys, dxs, drs, weighted=ws is not None)
         tile = _tile(shape[2] * fold, shape[3], itemsize, ROW)
-        c = _Columns(shape, fold, tile, itemsize, shares)
+        c = _Columns(shape, fold, tile, itemsize, shares, work=columns_gradients.LINEAR)
         geometry, can_stream = _geometry(shape, c.family, *strides), c.streams(dxs, drs)
 
         def of_columns(
@@ -342,7 +343,9 @@ def backward(
     if ws is None and in_columns(shape, dys, xs, ys, dxs, drs) and folding(shape, itemsize, dys, xs, ys) == 1:
         tile = _fused_tile(shape, itemsize, 2, shares)
     if tile:
-        c = _Columns(shape, 1, tile, itemsize, shares, fused=True)
+        c = _Columns(
+            shape, 1, tile, itemsize, shares, scratch=columns_gradients.SUMS, work=columns_gradients.LINEAR, fused=True
+        )
         geometry, can_stream = _geometry(shape, c.family, *strides), c.streams(dxs, drs)
 
         def of_columns(

@@ -170,13 +170,15 @@ def linear_vectors(numbers, t, count, kept, work, at, pitch):
 def input_numbers(numbers, t, kept, live, a, b):
     """scale, offset and slope of dx from the sums a = dbeta, b = dgamma; `fastbn.formulas.input_numbers` in a kernel.
 
-    The numbers are (mean, rstd, gamma, count, dmean, dvar).
+    The numbers are (mean, rstd, gamma, count), and (dmean, dvar) if they are not 0.
     """
     rstd = numbers[kept + t]
     scale = numbers[2 * kept + t] * rstd
     if live is None:
         return scale, 0.0, 0.0
     count = numbers[3 * kept + t]
+    if numbers.size == 4 * kept:
+        return scale, scale * a / count, scale * rstd * b / count
     offset = (scale * a - numbers[4 * kept + t]) / count
     return scale, offset, (scale * rstd * b - 2.0 * numbers[5 * kept + t]) / count
 
