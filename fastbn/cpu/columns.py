@@ -91,10 +91,6 @@ def place_of_cell(j, tile):
     return j // tile * -(-tile // PAD) * PAD + j % tile
 
 
-def task_count(batch, rows, cells, height, tile):
-    return batch * -(-rows // height) * -(-cells // tile)
-
-
 @inner
 def task_at(k, rows, cells, height, tile):
     """Batch, row, end row, first cell and cells of task k: ``height`` rows of a tile, tiles of a row neighbours."""
@@ -439,6 +435,10 @@ def enter_cells(x, x_at, x_step, channels_apart, shape, t, cells, parts, at, m2,
     """
     n, kept = lanes(parts, WIDTH), shape[0] * shape[2]
     one, plus, all_rows = splat(parts, 1.0, WIDTH), splat(parts, eps, WIDTH), np.float64(shape[1] * shape[3])
+    if all_rows == 0.0:
+        for k in range(t, t + cells):
+            enter_moments(table, k, kept, 0.0, np.nan, np.nan, eps)
+        return
     for i in range(0, cells, n):
         part = min(n, cells - i)
         mu, q = load(parts, at + i, WIDTH), load(parts, at + m2 + i, WIDTH)

@@ -110,8 +110,8 @@ class _Rows:
                 break
             run *= n
         self.tasks = rows.piece_count(shape)
-        most = -(-self.tasks // shares) // -(-inner // rows.PIECE) + 2  # rows of a share
-        batches = most if outer == 1 else (most // (outer * channel) + 2) * channel
+        most = -(-self.tasks // shares) // max(1, -(-inner // rows.PIECE)) + 2  # rows of a share
+        batches = most if outer == 1 else (most // max(1, outer * channel) + 2) * channel
         self.pitch = min(batch * channel, batches) + rows.PAD
         self.family = (*rows.chunk_grid(outer, inner), run, self.pitch)
         self.streams = run * itemsize >= STREAMED_ROW
@@ -132,7 +132,8 @@ class _Columns:
         of_segments = columns.segment_rows(folded, self.cells)
         self.height = of_segments if sums or fused else max(1, -(-folded // shares))
         segments = -(-folded // self.height)
-        self.tasks = columns.task_count(batch, folded, self.cells, folded if fused else self.height, tile)
+        pieces = 1 if fused else segments
+        self.tasks = batch * pieces * -(-self.cells // tile)
         pitch = tile * inner + columns.PAD
         of_a_share = scratch * (1 + segments if fused else 1) * columns.padded(tile, tile)
         self.parts = sums * batch * segments * columns.padded(self.cells, tile) + shares * of_a_share

@@ -53,6 +53,7 @@ from fastbn.cpu.slab import (
     positive_or_nan,
 )
 
+WIDE = 128  # bytes of a vector where weights cost precision: fewer additions a lane
 NARROW, SINGLE = 32, 4  # bytes at the ends of rows, where masked stores would be slow on AMD processors
 CHUNK = 1024  # values: 32 float32 additions per lane (rounding below 1e-6), and L1 holds it for a second look
 SEGMENT = 64  # chunks
@@ -145,11 +146,11 @@ def chunk_sums(x, x_at, x_step, weight, w_at, w_step, rows, columns, guess):
 
     Two rows at a time: two streams from memory are read half as fast again as one (30 GB/s against 20).
     """
-    n = lanes(x, WIDTH)
-    q = splat(x, guess, WIDTH)
-    s1 = splat(x, 0.0, WIDTH)
-    s2 = splat(x, 0.0, WIDTH)
     if weight is None:
+        n = lanes(x, WIDTH)
+        q = splat(x, guess, WIDTH)
+        s1 = splat(x, 0.0, WIDTH)
+        s2 = splat(x, 0.0, WIDTH)
         t1, t2 = s1, s2
         pairs, whole = rows - rows % 2, columns - columns % n
         for r in range(0, pairs, 2):
@@ -168,13 +169,17 @@ def chunk_sums(x, x_at, x_step, weight, w_at, w_step, rows, columns, guess):
                 s2 = fma(e, e, s2)
         return np.float64(rows * columns), total(s1 + t1), total(s2 + t2)
     else:
+        n = lanes(x, WIDE)
+        q = splat(x, guess, WIDE)
+        s1 = splat(x, 0.0, WIDE)
+        s2 = splat(x, 0.0, WIDE)
         count = load_first(weight, w_at, 0, s1)
         for r in range(rows):
             for i in range(0, columns, n):
                 stored = load_first(weight, w_at + r * w_step + i, min(n, columns - i), s1)
                 count = count + stored
                 w = converted(stored, s1)
-                e = load_first(x, x_at + r * x_step + i, min(n, columns - i), WIDTH) - q
+                e = load_first(x, x_at + r * x_step + i, min(n, columns - i), WIDE) - q
                 e = zero_where_zero(w, e)
                 s1 = s1 + w * e
                 s2 = fma(w * e, e, s2)
