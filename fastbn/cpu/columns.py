@@ -189,25 +189,27 @@ def in_float64(work, at, parts):
 
 
 @inner
-def add_rows(x, at, step, far, eight, work, guess, s1, s2):
-    """Add one vector of columns of four rows, each ``far`` from the one before, to the sums; then of the four next.
+def part_of(a, at, part):
+    """A vector from ``at`` on, or its first ``part`` lanes."""
+    return load(a, at, WIDTH) if part is None else load_first(a, at, part, WIDTH)
+
+
+@inner
+def add_four_rows(x, at, far, part, work, guess, s1, s2):
+    """Add one vector of columns, or a part, of four rows, each ``far`` from the one before, to the sums.
 
     Two rows at a time: with all at once sixteen registers overflow.
     """
     q = load(work, guess, WIDTH)
-    sum1, sum2 = load(work, s1, WIDTH), load(work, s2, WIDTH)
-    for k in range(1 if eight is None else 2):
-        row = at + k * step
-        a, b = load(x, row, WIDTH) - q, load(x, row + far, WIDTH) - q
-        sums, squares = a + b, fma(a, a, b * b)
-        a, b = load(x, row + 2 * far, WIDTH) - q, load(x, row + 3 * far, WIDTH) - q
-        sum1, sum2 = sum1 + (sums + (a + b)), sum2 + (squares + fma(a, a, b * b))
-    store(work, s1, sum1)
-    store(work, s2, sum2)
+    a, b = part_of(x, at, part) - q, part_of(x, at + far, part) - q
+    sums, squares = a + b, fma(a, a, b * b)
+    a, b = part_of(x, at + 2 * far, part) - q, part_of(x, at + 3 * far, part) - q
+    store(work, s1, load(work, s1, WIDTH) + (sums + (a + b)))
+    store(work, s2, load(work, s2, WIDTH) + (squares + fma(a, a, b * b)))
 
 
 @inner
-def chunk_sums(x, at, step, far, fours, rest, columns, work, guess, s1, s2, eight):
+def chunk_sums(x, at, step, far, fours, rest, columns, work, guess, s1, s2):
     """s1 = sum(x - guess), s2 = sum((x - guess)^2) per column; guess, s1 and s2 are places in ``work``.
 
     The rows are ``fours`` of each quarter of a segment, the quarters ``far`` apart, and the ``rest`` behind the last.
@@ -216,19 +218,16 @@ def chunk_sums(x, at, step, far, fours, rest, columns, work, guess, s1, s2, eigh
     fill(work, s1, columns, 0.0)
     fill(work, s2, columns, 0.0)
     whole = columns - columns % n
-    first = 0
-    if eight is not None:
-        first = fours - fours % 2
-        for r in range(0, first, 2):
-            for c in range(0, whole, n):
-                add_rows(x, at + r * step + c, step, far, True, work, guess + c, s1 + c, s2 + c)
-    for r in range(first, fours):
+    for r in range(fours):
+        row = at + r * step
         for c in range(0, whole, n):
-            add_rows(x, at + r * step + c, step, far, None, work, guess + c, s1 + c, s2 + c)
-    for r in range(4 * fours if whole == columns else 0, 4 * fours + rest):
-        row = at + r // 4 * step + r % 4 * far if r < 4 * fours else at + 3 * far + (r - 3 * fours) * step
-        for c in range(whole if r < 4 * fours else 0, columns, n):
-            e = load_first(x, row + c, min(n, columns - c), WIDTH) - load(work, guess + c, WIDTH)
+            add_four_rows(x, row + c, far, None, work, guess + c, s1 + c, s2 + c)
+        if whole < columns:
+            add_four_rows(x, row + whole, far, columns - whole, work, guess + whole, s1 + whole, s2 + whole)
+    for r in range(fours, fours + rest):
+        row = at + 3 * far + r * step
+        for c in range(0, columns, n):
+            e = load_first(x, row + c, columns - c, WIDTH) - load(work, guess + c, WIDTH)
             store(work, s1 + c, load(work, s1 + c, WIDTH) + e)
             store(work, s2 + c, fma(e, e, load(work, s2 + c, WIDTH)))
 
@@ -279,14 +278,14 @@ def merge_chunk(cells, before, count, work, s1, s2, parts, own, centre, mean, m2
 
 
 @inner
-def segment(x, at, step, rows, cells, size, parts, own, centre, mean, m2, work, loose, pitch, eight):
+def segment(x, at, step, rows, cells, size, parts, own, centre, mean, m2, work, loose, pitch):
     """Mean - pivot and M2 of each cell of one segment, written to ``parts`` at ``mean`` and ``m2``.
 
     Arrays of this share are in ``parts`` the pivot (given, at ``own``) and the centre; in ``work``, a pitch apart from
     ``loose`` on, the guess, which is the centre in the compute type, and two sums.
 
     A chunk has as many rows of each quarter of the segment: four streams from memory, far apart, are read up to twice
-    as fast as one or as neighbouring rows. From cache, eight rows at a time are faster.
+    as fast as one or as neighbouring rows.
     """
     s1, s2 = loose + pitch, loose + 2 * pitch
     fill(parts, mean, cells, 0.0)
@@ -305,7 +304,7 @@ def segment(x, at, step, rows, cells, size, parts, own, centre, mean, m2, work, 
         fours = min(CHUNK // 4, quarter - first) if looks > 0 else peek
         rest = beyond if first + fours == quarter else 0
         spread_rounded(x, parts, centre, cells, size, work, loose)
-        chunk_sums(x, at + first * step, step, quarter * step, fours, rest, cells * size, work, loose, s1, s2, eight)
+        chunk_sums(x, at + first * step, step, quarter * step, fours, rest, cells * size, work, loose, s1, s2)
         cell_totals(work, s1, cells, size, parts)
         cell_totals(work, s2, cells, size, parts)
         count = np.float64((4 * fours + rest) * size)
@@ -403,7 +402,7 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
         mean = (b * segments + row // height) * row_of_results + place_of_cell(j, tile)
         m2, loose = results + mean, share * WORK * pitch
         if weight is None:
-            segment(x, x_at, step, end - row, width, size, parts, own, centre, mean, m2, work, loose, pitch, None)
+            segment(x, x_at, step, end - row, width, size, parts, own, centre, mean, m2, work, loose, pitch)
         else:
             w_at = channel_start(ws, b * channels + j, shape) + row * ws[2]
             weighted_segment(
@@ -608,7 +607,7 @@ def forward(share, first, last, x, y, residual, geometry, table, eps, parts, wor
             at = moments + row // height * 2 * apart
             segment(
                 x, x_at + row * xs[2], xs[2], min(height, rows - row), width, size,
-                parts, own, own + apart, at, at + apart, work, loose, pitch, True,
+                parts, own, own + apart, at, at + apart, work, loose, pitch,
             )  # fmt: skip
         enter_cells(x, x_at, xs[2], xs[3], shape, t, width, parts, moments, apart, 2 * apart, height, table, eps)
         spread_affine(x, table, 2 * kept + t, 0, width, kept, -1.0, width, size, work, loose, pitch)

@@ -10,6 +10,7 @@ from fastbn.cpu.columns import (
     cell_totals,
     fill,
     in_float64,
+    part_of,
     pitch_of,
     place_of_cell,
     places,
@@ -50,13 +51,13 @@ LINEAR, SUMS = 4, 2  # arrays of a share: the numbers of dx of every column; in 
 
 
 @inner
-def add_two_grad_rows(dy, g, g_far, x, i, i_far, y, o, o_far, work, hi, s1, s2):
-    """Add two rows' dz and dz * (x - hi) of one vector of columns to the sums."""
+def add_two_grad_rows(dy, g, g_far, x, i, i_far, y, o, o_far, part, work, hi, s1, s2):
+    """Add two rows' dz and dz * (x - hi) of one vector of columns, or a part, to the sums."""
     h = load(work, hi, WIDTH)
-    p = zero_where_not_positive(load(y, o, WIDTH), load(dy, g, WIDTH))
-    q = zero_where_not_positive(load(y, o + o_far, WIDTH), load(dy, g + g_far, WIDTH))
+    p = zero_where_not_positive(part_of(y, o, part), part_of(dy, g, part))
+    q = zero_where_not_positive(part_of(y, o + o_far, part), part_of(dy, g + g_far, part))
     store(work, s1, load(work, s1, WIDTH) + (p + q))
-    products = fma(p, load(x, i, WIDTH) - h, q * (load(x, i + i_far, WIDTH) - h))
+    products = fma(p, part_of(x, i, part) - h, q * (part_of(x, i + i_far, part) - h))
     store(work, s2, load(work, s2, WIDTH) + products)
 
 
@@ -79,20 +80,24 @@ def grad_segment(
         fill(work, s2, columns, 0.0)
         end = min(first + CHUNK // 2, half)
         for r in range(first, end):
+            g_row, i_row, o_row = g + r * g_step, i + r * i_step, o + r * o_step
             for c in range(0, whole, n):
                 add_two_grad_rows(
-                    dy, g + r * g_step + c, g_far, x, i + r * i_step + c, i_far, y, o + r * o_step + c, o_far,
+                    dy, g_row + c, g_far, x, i_row + c, i_far, y, o_row + c, o_far, None,
                     work, loose + c, s1 + c, s2 + c,
                 )  # fmt: skip
-        pairs = 2 * (end - first)
-        rest = rows % 2 if end == half else 0
-        for k in range(pairs if whole == columns else 0, pairs + rest):
-            r = first + k // 2 + k % 2 * half if k < pairs else rows - 1
-            for c in range(whole if k < pairs else 0, columns, n):
-                part = min(n, columns - c)
-                dz = load_first(dy, g + r * g_step + c, part, WIDTH)
-                dz = zero_where_not_positive(load_first(y, o + r * o_step + c, part, WIDTH), dz)
-                e = load_first(x, i + r * i_step + c, part, WIDTH) - load(work, loose + c, WIDTH)
+            if whole < columns:
+                c = whole
+                add_two_grad_rows(
+                    dy, g_row + c, g_far, x, i_row + c, i_far, y, o_row + c, o_far, columns - c,
+                    work, loose + c, s1 + c, s2 + c,
+                )  # fmt: skip
+        if rows % 2 > 0 and end == half:
+            g_row, i_row, o_row = g + (rows - 1) * g_step, i + (rows - 1) * i_step, o + (rows - 1) * o_step
+            for c in range(0, columns, n):
+                dz = load_first(dy, g_row + c, columns - c, WIDTH)
+                dz = zero_where_not_positive(load_first(y, o_row + c, columns - c, WIDTH), dz)
+                e = load_first(x, i_row + c, columns - c, WIDTH) - load(work, loose + c, WIDTH)
                 store(work, s1 + c, load(work, s1 + c, WIDTH) + dz)
                 store(work, s2 + c, fma(dz, e, load(work, s2 + c, WIDTH)))
         cell_totals(work, s1, cells, size, parts)
