@@ -432,10 +432,13 @@ def _encode(builder, value, dtype, v):
             return ir.Constant(kind, [number] * v.lanes)
 
         bits = builder.bitcast(value, kind)
+        # The rounding carry would turn a NaN with a full payload into a zero: such payloads end a little earlier, of
+        # either sign. (Arithmetic makes quiet NaNs, so that none becomes infinite.)
+        for below in ("smin", "umin"):
+            most = constant(0x7FFF7FFF if below == "smin" else 0xFFFF7FFF)
+            compare = builder.icmp_signed if below == "smin" else builder.icmp_unsigned
+            bits = builder.select(compare("<", bits, most), bits, most)
         odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-        nearest = builder.add(bits, builder.add(odd, constant(0x7FFF)))
-        # The rounding carry would turn a NaN with a full payload into -0: keep NaNs, quietened.
-        quiet = builder.or_(bits, constant(0x400000))
-        bits = builder.select(builder.fcmp_unordered("uno", value, value), quiet, nearest)
+        bits = builder.add(bits, builder.add(odd, constant(0x7FFF)))
         return builder.trunc(builder.lshr(bits, constant(16)), ir.VectorType(_I16, v.lanes))
     return value
