@@ -88,7 +88,7 @@ def counts() -> Counts:
     """How many compiled forms this process has loaded and compiled so far."""
     modules = (rows, rows_gradients, columns, columns_gradients, slab)
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, jit.kernel)]
-    statistics = [compiled.stats for compiled in (jit.shared_out, *(kernel.compiled for kernel in kernels))]
+    statistics = [compiled.stats for compiled in (*jit.LAUNCHERS, *(kernel.compiled for kernel in kernels))]
     loaded = sum(sum(s.cache_hits.values()) for s in statistics)
     compiled = sum(sum(s.cache_misses.values()) for s in statistics)
     return Counts(loaded, compiled)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache
@@ -120,24 +121,68 @@ def inner(function):
 
 
 @intrinsic
-def _call(typing, address, share, first, last, arguments):
-    """Call compiled code at an address: ``kernel(share, first, last, *arguments)``."""
-    kinds = [types.int64, types.int64, types.int64, *arguments.types]
+def _enter(typing, entry, share, first, last, arguments):
+    """Call the plain function at an address, ``entry(share, first, last, arguments)``."""
+    word = types.int64
 
     def codegen(context, builder, signature, values):
-        function = context.call_conv.get_function_type(types.none, kinds)
-        pointer = builder.inttoptr(values[0], function.as_pointer())
-        unpacked = [*values[1:4], *cgutils.unpack_tuple(builder, values[4])]
-        context.call_conv.call_function(builder, pointer, types.none, kinds, unpacked)  # kernels raise nothing
+        words = [context.get_value_type(word)] * 4
+        pointer = builder.inttoptr(values[0], ir.FunctionType(ir.VoidType(), words).as_pointer())
+        builder.call(pointer, values[1:])
         return context.get_dummy_value()
 
-    return types.none(types.int64, types.int64, types.int64, types.int64, arguments), codegen
+    return types.none(word, word, word, word, word), codegen
 
 
-def _share_out(address, tasks, shares, arguments):
+def _run_shares(entry, tasks, shares, arguments):
     """Equal shares of tasks, a thread each."""
     for k in prange(shares):
-        _call(address, k, k * tasks // shares, (k + 1) * tasks // shares, arguments)
+        _enter(entry, k, k * tasks // shares, (k + 1) * tasks // shares, arguments)
+
+
+@intrinsic
+def _share_out(typing, run_shares, kernel, tasks, shares, arguments):
+    """Call ``run_shares`` with a function that calls the compiled kernel, both at addresses.
+
+    The kernel's arguments wait in memory for the threads, so that one parallel loop, compiled once, serves all kernels.
+    """
+    word = types.int64
+    kinds = [word, word, word, *arguments.types]
+
+    def codegen(context, builder, signature, values):
+        target, address, tasks, shares, arguments = values
+        unpacked = [address, *cgutils.unpack_tuple(builder, arguments)]
+        block = cgutils.alloca_once(builder, ir.LiteralStructType([v.type for v in unpacked]))
+        for i, value in enumerate(unpacked):
+            builder.store(value, cgutils.gep_inbounds(builder, block, 0, i))
+        entry = _entry_of(context, builder.module, kinds, block.type)
+        started = [builder.ptrtoint(entry, address.type), tasks, shares, builder.ptrtoint(block, address.type)]
+        _call(context, builder, target, [word] * 4, started)
+        return context.get_dummy_value()
+
+    return types.none(word, word, word, word, arguments), codegen
+
+
+def _entry_of(context, module, kinds, block):
+    """A function of (share, first, last, block) that calls a kernel with the arguments in the block."""
+    word = context.get_value_type(types.int64)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [word] * 4), module.get_unique_name("entry"))
+    function.linkage = "internal"
+    builder = ir.IRBuilder(function.append_basic_block())
+    *share, place = function.args
+    stored = builder.inttoptr(place, block)
+    address, *arguments = (
+        builder.load(cgutils.gep_inbounds(builder, stored, 0, i)) for i in range(len(block.pointee.elements))
+    )
+    _call(context, builder, address, kinds, [*share, *arguments])
+    builder.ret_void()
+    return function
+
+
+def _call(context, builder, address, kinds, values):
+    """Call a compiled function at an address; ours raise nothing."""
+    kind = context.call_conv.get_function_type(types.none, kinds)
+    context.call_conv.call_function(builder, builder.inttoptr(address, kind.as_pointer()), types.none, kinds, values)
 
 
 def _compiled(function, **options):
@@ -148,7 +193,23 @@ def _compiled(function, **options):
     return compiled
 
 
-shared_out = _compiled(_share_out, parallel=True)
+def _launch(run_shares, kernel, tasks, shares, arguments):
+    _share_out(run_shares, kernel, tasks, shares, arguments)
+
+
+LAUNCHERS = _parallel, _launcher = _compiled(_run_shares, parallel=True), _compiled(_launch)
+_addresses = {}
+
+
+def _address(compiled, kinds):
+    """Where the machine code for arguments of these types is; compiled, or loaded, on first use."""
+    address = _addresses.get((compiled, kinds))
+    if address is None:
+        compiled.compile(kinds)
+        code = compiled.overloads[kinds]
+        address = code.library.get_pointer_to_function(code.fndesc.llvm_func_name)
+        _addresses[compiled, kinds] = address
+    return address
 
 
 class kernel:
@@ -157,7 +218,7 @@ class kernel:
     def __init__(self, function):
         self.__doc__ = function.__doc__
         self.compiled = _compiled(function)
-        self._addresses = {}
+        self._places = {}
 
     def run(self, tasks, shares, *arguments):
         """Run all tasks: in so many shares where that is safe, else on the calling thread.
@@ -168,21 +229,19 @@ class kernel:
             self.compiled(0, 0, tasks, *arguments)
             return
         try:
-            shared_out(self._address(arguments), tasks, shares, arguments)
+            team = _address(_parallel, (types.int64,) * 4)
+            _launcher(team, self._place(arguments), tasks, shares, arguments)
         finally:
             _team.release()
 
-    def _address(self, arguments):
-        """Where the machine code for arguments of these types is."""
+    def _place(self, arguments):
+        """Where the machine code for such arguments is."""
         key = tuple(a.dtype if type(a) is np.ndarray else type(a) for a in arguments)
-        address = self._addresses.get(key)
-        if address is None:
+        place = self._places.get(key)
+        if place is None:
             kinds = (types.int64, types.int64, types.int64, *map(numba.typeof, arguments))
-            self.compiled.compile(kinds)
-            compiled = self.compiled.overloads[kinds]
-            address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
-            self._addresses[key] = address
-        return address
+            place = self._places[key] = _address(self.compiled, kinds)
+        return place
 
 
 def shares_of(elements):
