@@ -41,7 +41,6 @@ from fastbn.cpu.simd import (
     splat,
     store,
     store_first,
-    stream,
     total,
     value,
     zero_where_not_positive,
@@ -57,8 +56,10 @@ from fastbn.cpu.slab import (
     four,
     merged,
     needs_new_guess,
+    normalized,
     pivot_of,
     positive_or_nan,
+    put,
 )
 
 AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise passes 5 % faster
@@ -503,24 +504,6 @@ def channel_moments(share, first, last, x, weight, geometry, pivots, parts, tabl
 
 
 # --- normalise, scale, shift ------------------------------------------------------------------------------------------
-
-
-@inner
-def put(y, at, v, streaming):
-    if streaming:
-        stream(y, at, v)
-    else:
-        store(y, at, v)
-
-
-@inner
-def normalized(x, residual, hi, scale, shift, relu):
-    z = fma(x - hi, scale, shift)
-    if residual is not None:
-        z = z + residual
-    if relu is not None:
-        z = zero_where_not_positive(z, z)
-    return z
 
 
 @inner

@@ -14,7 +14,6 @@ from fastbn.cpu.columns import (
     pitch_of,
     place_of_cell,
     places,
-    put,
     repeat,
     spread,
     store_part,
@@ -35,16 +34,17 @@ from fastbn.cpu.simd import (
     store_first,
     value,
     zero_where_not_positive,
-    zero_where_zero,
 )
 from fastbn.cpu.slab import (
     WIDTH,
     channel_start,
     enter_linear,
     four,
+    input_gradient,
     input_numbers,
     linear_of,
     linear_vectors,
+    put,
 )
 
 LINEAR, SUMS = 4, 2  # arrays of a share: the numbers of dx of every column; in float64 the sums
@@ -190,17 +190,6 @@ def channel_grad_sums(share, first, last, dy, x, y, live, geometry, numbers, par
         out[t], out[kept + t] = (q - (numbers[t] - hi) * p) * numbers[kept + t], p
     if linear is not None:
         enter_linear(numbers, first, last, kept, live, out, linear)
-
-
-@inner
-def input_gradient(dz, x, weight, scale, hi, slope, offset):
-    """``scale * dz - weight * (offset + slope * (x - hi))``; without x, ``scale * dz``."""
-    if x is None:
-        return scale * dz
-    back = fma(x - hi, slope, offset)
-    if weight is not None:
-        back = zero_where_zero(weight, weight * back)
-    return scale * dz - back
 
 
 @inner

@@ -37,7 +37,6 @@ from fastbn.cpu.simd import (
     store,
     stream,
     total,
-    zero_where_not_positive,
     zero_where_zero,
 )
 from fastbn.cpu.slab import (
@@ -49,8 +48,10 @@ from fastbn.cpu.slab import (
     four,
     merged,
     needs_new_guess,
+    normalized,
     pivot_of,
     positive_or_nan,
+    put,
 )
 
 WIDE = 128  # bytes of a vector where weights cost precision: fewer additions a lane
@@ -252,24 +253,6 @@ def misaligned(y, at, limit):
     """How many values lie before the next 64-byte line of ``y``."""
     size = address(y, 1) - address(y, 0)
     return min(-address(y, at) % 64 // size, limit)
-
-
-@inner
-def put(y, at, v, streaming):
-    if streaming:
-        stream(y, at, v)
-    else:
-        store(y, at, v)
-
-
-@inner
-def normalized(x, residual, hi, scale, shift, relu):
-    z = fma(x - hi, scale, shift)
-    if residual is not None:
-        z = z + residual
-    if relu is not None:
-        z = zero_where_not_positive(z, z)
-    return z
 
 
 @inner

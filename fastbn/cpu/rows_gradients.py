@@ -14,7 +14,6 @@ from fastbn.cpu.rows import (
     misaligned,
     piece_start,
     place_of,
-    put,
     row_after,
     start_of,
 )
@@ -31,16 +30,17 @@ from fastbn.cpu.simd import (
     store,
     total,
     zero_where_not_positive,
-    zero_where_zero,
 )
 from fastbn.cpu.slab import (
     WIDTH,
     channel_start,
     enter_linear,
     four,
+    input_gradient,
     input_numbers,
     linear_of,
     linear_vectors,
+    put,
 )
 
 
@@ -123,17 +123,6 @@ def channel_grad_sums(share, first, last, x, live, geometry, numbers, parts, out
         out[t], out[kept + t] = around_mean(x, numbers[t], numbers[kept + t], a, b), a
     if linear is not None:
         enter_linear(numbers, first, last, kept, live, out, linear)
-
-
-@inner
-def input_gradient(dz, x, weight, scale, hi, slope, offset):
-    """``scale * dz - weight * (offset + slope * (x - hi))``; without x, ``scale * dz``."""
-    if x is None:
-        return scale * dz
-    back = fma(x - hi, slope, offset)
-    if weight is not None:
-        back = zero_where_zero(weight, weight * back)
-    return scale * dz - back
 
 
 @inner

@@ -7,7 +7,21 @@ four integers of the family, then ``(start, batch, outer, channel)`` strides of 
 import numpy as np
 
 from fastbn.cpu.jit import inner, kernel
-from fastbn.cpu.simd import converted, lanes, load, load_first, root, rounded, splat, store, value
+from fastbn.cpu.simd import (
+    converted,
+    fma,
+    lanes,
+    load,
+    load_first,
+    root,
+    rounded,
+    splat,
+    store,
+    stream,
+    value,
+    zero_where_not_positive,
+    zero_where_zero,
+)
 
 WIDTH = 64  # bytes of a vector: one cache line of float32
 
@@ -144,6 +158,26 @@ def affine_vectors(numbers, t, count, kept, eps, work, at, pitch):
 
 
 @inner
+def put(y, at, v, streaming):
+    """Store a vector, past the caches if it is streaming."""
+    if streaming:
+        stream(y, at, v)
+    else:
+        store(y, at, v)
+
+
+@inner
+def normalized(x, residual, hi, scale, shift, relu):
+    """Vectors of y from vectors of x and residual."""
+    z = fma(x - hi, scale, shift)
+    if residual is not None:
+        z = z + residual
+    if relu is not None:
+        z = zero_where_not_positive(z, z)
+    return z
+
+
+@inner
 def linear_of(x, mean, scale, offset, slope):
     """Four numbers of ``scale * dz - w * (offset + slope * (x - hi))``; hi as in `affine_of`."""
     hi = rounded(x, mean)
@@ -164,6 +198,17 @@ def linear_vectors(numbers, t, count, kept, work, at, pitch):
         store(work, at + pitch + i, hi)
         store(work, at + 2 * pitch + i, converted(slope, hi))
         store(work, at + 3 * pitch + i, converted(offset, hi))
+
+
+@inner
+def input_gradient(dz, x, weight, scale, hi, slope, offset):
+    """``scale * dz - weight * (offset + slope * (x - hi))``; without x, ``scale * dz``."""
+    if x is None:
+        return scale * dz
+    back = fma(x - hi, slope, offset)
+    if weight is not None:
+        back = zero_where_zero(weight, weight * back)
+    return scale * dz - back
 
 
 @inner
