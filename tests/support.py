@@ -142,6 +142,7 @@ LAYOUTS = {
     "C = 1": Layout((5, 1, 7, 3)),
     "C = 1 NHWC": Layout((5, 7, 3, 1), -1),
     "one sample": Layout((1, 5, 7, 3)),
+    "one long row": Layout((1, 3, 4096)),
     "one position": Layout((64, 12, 1)),
     "one value": Layout((1, 7)),
     "primes": Layout((7, 13, 11, 5)),

@@ -106,7 +106,7 @@ def grad_sums(dy: Array, x: Array, y: Array | None, mean: Array, rstd: Array) ->
     if x.size > 0:  # the empty sum is 0, though rstd is NaN
         (dy_, dys), (x_, xs), (y_, ys) = flat(dy), flat(x), flat(y)
         run = plans.grad_sums(x.shape, dys, xs, ys, x.itemsize, jit.shares_of(x.size))
-        run(dy_, x_, y_, None, np.concatenate((mean, rstd)), out.reshape(-1), None)
+        run(dy_, x_, y_, np.concatenate((mean, rstd)), out.reshape(-1), np.empty(0), False)
     return out[0], out[1]
 
 

@@ -154,10 +154,10 @@ def enter_grad_sums(x, t, count, kept, parts, at, second, apart, segments, numbe
 
 
 @kernel
-def channel_grad_sums(share, first, last, dy, x, y, live, geometry, numbers, parts, out, linear):
+def channel_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, out, linear, frozen):
     """The results (dgamma, dbeta) of every kept index from its cells' sums; the numbers begin with (mean, rstd).
 
-    If the numbers are those of `input_numbers`, then for ``linear`` see `enter_linear`.
+    If they are those of `input_numbers`, then for ``linear`` see `enter_linear`; else it is empty.
     """
     shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
     fold, tile, height, _ = four(geometry, 4)
@@ -188,8 +188,8 @@ def channel_grad_sums(share, first, last, dy, x, y, live, geometry, numbers, par
                 dz = 0.0
             p, q = p + dz, q + dz * (value(x, i + r * xs[2]) - hi)
         out[t], out[kept + t] = (q - (numbers[t] - hi) * p) * numbers[kept + t], p
-    if linear is not None:
-        enter_linear(numbers, first, last, kept, live, out, linear)
+    if linear.size > 0:
+        enter_linear(numbers, first, last, kept, frozen, out, linear)
 
 
 @inner
@@ -317,7 +317,7 @@ def backward(share, first, last, dy, x, y, live, dx, dresidual, geometry, number
             mean, a = numbers[t + c], out[kept + t + c]
             b_ = (out[t + c] - (mean - rounded(x, mean)) * a) * numbers[kept + t + c]
             out[t + c] = b_
-            scale, offset, slope = input_numbers(numbers, t + c, kept, live, a, b_)
+            scale, offset, slope = input_numbers(numbers, t + c, kept, live is None, a, b_)
             spread_linear(x, work, loose + c * size, pitch, size, mean, scale, offset, slope)
         columns = width * size
         grad_input_rows(

@@ -277,7 +277,7 @@ def forward(
 
 @lru_cache(maxsize=1024)
 def grad_sums(shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, itemsize: int, shares: int) -> Run:
-    """``run(dy, x, y, live, numbers, out, linear)``: from (mean, rstd) to (dgamma, dbeta); see `slab.enter_linear`."""
+    """``run(dy, x, y, numbers, out, linear, frozen)``: (dgamma, dbeta) from (mean, rstd); see `slab.enter_linear`."""
     kept = shape[0] * shape[2]
     if in_columns(shape, dys, xs, ys):
         fold = folding(shape, itemsize, dys, xs, ys)
@@ -286,22 +286,24 @@ def grad_sums(shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, items
         geometry = _geometry(shape, c.family, dys, xs, ys)
 
         def of_columns(
-            dy: Array, x: Array, y: Array | None, live: Array | None, numbers: Array, out: Array, linear: Array | None
+            dy: Array, x: Array, y: Array | None, numbers: Array, out: Array, linear: Array, frozen: bool
         ) -> None:  # fmt: skip
             parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
             columns_gradients.segment_grad_sums.run(c.tasks, shares, dy, x, y, geometry, numbers, parts, work)
-            columns_gradients.channel_grad_sums.run(kept, shares, dy, x, y, live, geometry, numbers, parts, out, linear)
+            columns_gradients.channel_grad_sums.run(
+                kept, shares, dy, x, y, geometry, numbers, parts, out, linear, frozen
+            )
 
         return of_columns
     shape, dys, xs, ys = _halved(shape, dys, xs, ys)
     geometry, segments = _geometry(shape, _chunks(shape), dys, xs, ys), kept * rows.segment_count(shape[1], shape[3])
 
     def of_rows(
-        dy: Array, x: Array, y: Array | None, live: Array | None, numbers: Array, out: Array, linear: Array | None
+        dy: Array, x: Array, y: Array | None, numbers: Array, out: Array, linear: Array, frozen: bool
     ) -> None:  # fmt: skip
         parts = np.empty(2 * segments)
         rows_gradients.grad_sums_of_segments.run(segments, shares, dy, x, y, geometry, numbers, parts)
-        rows_gradients.channel_grad_sums.run(kept, shares, x, live, geometry, numbers, parts, out, linear)
+        rows_gradients.channel_grad_sums.run(kept, shares, x, geometry, numbers, parts, out, linear, frozen)
 
     return of_rows
 
@@ -409,7 +411,7 @@ def backward(
         numbers: Array, lines: bool, out: Array,
     ) -> None:  # fmt: skip
         live, linear = None if frozen else x, numbers[: 4 * kept]  # each channel's in the place of what it is made of
-        first(dy, x, y, live, numbers, out, linear)
+        first(dy, x, y, numbers, out, linear, frozen)
         second(dy, live, y, weight, dx, dresidual, linear, lines)
 
     return of_parts

@@ -108,10 +108,10 @@ def grad_sums_of_segments(share, first, last, dy, x, y, geometry, numbers, parts
 
 
 @kernel
-def channel_grad_sums(share, first, last, x, live, geometry, numbers, parts, out, linear):
+def channel_grad_sums(share, first, last, x, geometry, numbers, parts, out, linear, frozen):
     """The results (dgamma, dbeta) from the segments' sums; the numbers begin with (mean, rstd).
 
-    If the numbers are those of `input_numbers`, then for ``linear`` see `enter_linear`.
+    If they are those of `input_numbers`, then for ``linear`` see `enter_linear`; else it is empty.
     """
     shape, grid = four(geometry, 0), four(geometry, 4)
     segments = -(-chunk_count(shape, grid) // SEGMENT)
@@ -121,8 +121,8 @@ def channel_grad_sums(share, first, last, x, live, geometry, numbers, parts, out
         for k in range(t * segments, (t + 1) * segments):
             a, b = a + parts[2 * k], b + parts[2 * k + 1]
         out[t], out[kept + t] = around_mean(x, numbers[t], numbers[kept + t], a, b), a
-    if linear is not None:
-        enter_linear(numbers, first, last, kept, live, out, linear)
+    if linear.size > 0:
+        enter_linear(numbers, first, last, kept, frozen, out, linear)
 
 
 @inner
@@ -241,7 +241,7 @@ def backward(share, first, last, dy, x, y, live, weight, dx, dresidual, geometry
             a, b = a + s1, b + s2
         b = around_mean(x, mean, numbers[kept + t], a, b)
         out[t], out[kept + t] = b, a
-        scale, offset, slope = input_numbers(numbers, t, kept, live, a, b)
+        scale, offset, slope = input_numbers(numbers, t, kept, live is None, a, b)
         work[own], work[own + pitch], work[own + 2 * pitch], work[own + 3 * pitch] = linear_of(
             x, mean, scale, offset, slope
         )

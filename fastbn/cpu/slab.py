@@ -212,14 +212,14 @@ def input_gradient(dz, x, weight, scale, hi, slope, offset):
 
 
 @inner
-def input_numbers(numbers, t, kept, live, a, b):
+def input_numbers(numbers, t, kept, frozen, a, b):
     """scale, offset and slope of dx from the sums a = dbeta, b = dgamma; `fastbn.formulas.input_numbers` in a kernel.
 
     The numbers are (mean, rstd, gamma, count), and (dmean, dvar) if they are not 0.
     """
     rstd = numbers[kept + t]
     scale = numbers[2 * kept + t] * rstd
-    if live is None:
+    if frozen:
         return scale, 0.0, 0.0
     count = numbers[3 * kept + t]
     if numbers.size == 4 * kept:
@@ -229,9 +229,9 @@ def input_numbers(numbers, t, kept, live, a, b):
 
 
 @inner
-def enter_linear(numbers, first, last, kept, live, sums, linear):
+def enter_linear(numbers, first, last, kept, frozen, sums, linear):
     """Rows (mean, scale, offset, slope) of dx from those of `input_numbers` and the sums (dgamma, dbeta)."""
     for t in range(first, last):
-        scale, offset, slope = input_numbers(numbers, t, kept, live, sums[kept + t], sums[t])
+        scale, offset, slope = input_numbers(numbers, t, kept, frozen, sums[kept + t], sums[t])
         linear[t], linear[kept + t] = numbers[t], scale
         linear[2 * kept + t], linear[3 * kept + t] = offset, slope
