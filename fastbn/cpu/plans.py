@@ -317,7 +317,7 @@ def grad_input(
     strides = (dys, xs, ys, ws, dxs, drs)
     if shape[3] < LINE and in_columns(shape, dys, xs, ys, dxs, drs, weighted=ws is not None):
         fold = folding(shape, itemsize, dys, xs, ys, dxs, drs, weighted=ws is not None)
-        tile = _tile(shape[2] * fold, shape[3], itemsize, ROW)
+        tile = _tile(shape[2] * fold, shape[3], itemsize, ROW // 2)  # with four numbers a column, not three
         c = _Columns(shape, fold, tile, itemsize, shares, work=columns_gradients.LINEAR)
         geometry, can_stream = _geometry(shape, c.family, *strides), c.streams(dxs, drs)
 
