@@ -97,7 +97,8 @@ def flat_weight(weight: Any) -> tuple[Any, Any]:
         return None, None
     batch, outer, channel, inner = weight.shape
     strides = (0, outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1))
-    return weight.reshape(-1).view(_stored(weight.dtype)), strides
+    flat, dtype = weight.reshape(-1), _stored(weight.dtype)
+    return flat.view(dtype) if flat.flags.writeable else np.asarray(_Span(flat, 0, flat.size, dtype)), strides
 
 
 # New pages cost more than a kernel (25 ms for 100 MB, the kernel 8), and malloc asks the system for new ones whenever
