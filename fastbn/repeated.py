@@ -105,7 +105,7 @@ def forward(backend: Any, layout: Layout, saved: Saved, x: Any, eps: float, resi
     dense: Any = backend.dense(layout, x, residual, out)
     if dense is None or len(layout.kept_shape) != 1:
         return None
-    flat, usable, empty_like, on_lines, small = dense
+    flat, usable, empty_like, past_caches, small = dense
     xp = backend.xp
     channels, run = layout.kept_shape[0], backend.dense_forward(layout.folded, x, residual)
     simple = small and residual is None and out is None
@@ -120,7 +120,7 @@ def forward(backend: Any, layout: Layout, saved: Saved, x: Any, eps: float, resi
         shift[...] = 0.0 if beta is None else beta
         y = empty_like(x) if out is None else out
         rest = None if residual is None else flat(residual)
-        run(flat(x), None, flat(y), rest, table.ravel(), eps, relu, on_lines(y))
+        run(flat(x), None, flat(y), rest, table.ravel(), eps, relu, past_caches(y))
         return y, Saved(
             x, None if relu is None else y, gamma, None, Moments(count, mean, m2), mean, rstd, count,
             channel_axis, activation, residual is not None, False,
@@ -135,7 +135,7 @@ def backward(backend: Any, layout: Layout, saved: Saved, dy: Any, out: Any) -> C
     dense: Any = backend.dense(layout, x, dy, y, out)
     if dense is None or len(layout.kept_shape) != 1 or saved.weight is not None:
         return None
-    flat, usable, empty_like, on_lines, small = dense
+    flat, usable, empty_like, past_caches, small = dense
     xp = backend.xp
     frozen, has_residual, channels = saved.moments is None, saved.has_residual, layout.kept_shape[0]
     run = backend.dense_backward(layout.folded, x, y, has_residual, frozen)
@@ -153,9 +153,9 @@ def backward(backend: Any, layout: Layout, saved: Saved, dy: Any, out: Any) -> C
         dx = empty_like(x) if out is None else out
         dresidual = empty_like(x) if has_residual else None
         results = xp.empty((2, channels))
-        lines = on_lines(dx, dresidual)
+        past = past_caches(dx, dresidual)
         y, extra = None if y is None else flat(y), None if dresidual is None else flat(dresidual)
-        run(flat(dy), flat(x), y, None, flat(dx), extra, numbers.ravel(), lines, results.ravel())
+        run(flat(dy), flat(x), y, None, flat(dx), extra, numbers.ravel(), past, results.ravel())
         return Gradients(dx, results[0], results[1], dresidual)
 
     return call
@@ -166,7 +166,7 @@ def inference(backend: Any, layout: Layout, x: Any, eps: float, residual: Any, r
     dense: Any = backend.dense(layout, x, residual, out)
     if dense is None or len(layout.kept_shape) != 1:
         return None
-    flat, usable, empty_like, on_lines, small = dense
+    flat, usable, empty_like, past_caches, small = dense
     xp = backend.xp
     channels, run, flag = layout.kept_shape[0], backend.dense_normalize(layout.folded, x, residual), relu or None
     simple = small and residual is None and out is None
@@ -181,7 +181,7 @@ def inference(backend: Any, layout: Layout, x: Any, eps: float, residual: Any, r
         numbers[3] = 0.0 if beta is None else beta
         y = empty_like(x) if out is None else out
         rest = None if residual is None else flat(residual)
-        run(flat(x), flat(y), rest, numbers.ravel(), eps, flag, on_lines(y))
+        run(flat(x), flat(y), rest, numbers.ravel(), eps, flag, past_caches(y))
         return y
 
     return call

@@ -127,6 +127,7 @@ def test_options_before_the_command_count(capsys):
     assert "NumAcc1" in printed.err
 
 
+@pytest.mark.slow
 def test_fused_options_are_checked():
     fused = [job for job in check.jobs("numpy", ["oracle"]) if job.run.args[-1]]
     assert len(fused) == len(check.LAYOUTS)

@@ -262,6 +262,33 @@ def test_forced_strategies(monkeypatch, fresh_plans, options, serial_below, whol
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("offset", [0, 1, 5, 15])
+@pytest.mark.parametrize("shape", [(9, 13, 7, 7), (2, 5, 33, 31), (3, 50, 4, 4)])
+def test_out_anywhere_in_memory(monkeypatch, fresh_plans, shape, offset):
+    """Stores past the caches need whole lines; what lies before and behind an `out` that starts between two stays."""
+    monkeypatch.setattr(memory, "CACHE_SHARE", 0)
+    monkeypatch.setattr(plans, "STREAMED_ROW", 0)
+    rng = np.random.default_rng(offset)
+    x = rng.standard_normal(shape, dtype=np.float32)
+    gamma, beta = rng.random((2, shape[1]))
+    buffer = np.full(x.size + 64, 7, np.float32)
+    first = 16 + offset - buffer.ctypes.data % 64 // 4
+    out = buffer[first : first + x.size].reshape(shape)
+    y, saved = fastbn.batch_norm(x, gamma, beta)
+    mean, var = saved.mean, saved.moments.var()
+    calls = {
+        "forward": (lambda out: fastbn.batch_norm(x, gamma, beta, out=out)[0], y),
+        "inference": (lambda out: fastbn.batch_norm_inference(x, mean, var, gamma, beta, out=out), y),
+        "backward": (lambda out: fastbn.batch_norm_backward(x, saved, out=out).x, None),
+    }
+    for what, (call, expected) in calls.items():
+        expected = call(None) if expected is None or what == "inference" else expected
+        for _ in range(2):  # the second goes the short way
+            out[...] = 0
+            np.testing.assert_array_equal(call(out), expected, what)
+            np.testing.assert_array_equal(np.delete(buffer, np.s_[first : first + x.size]), 7)
+
+
 @pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.writable])
 @pytest.mark.parametrize("out_layout", ["same", "C", "Fortran", "spatial slice"])
 def test_out(layout, out_layout):

@@ -20,8 +20,8 @@ from fastbn.cpu.memory import (
     empty_like,
     flat,
     flat_weight,
-    on_lines,
     overlap,
+    past_caches,
     same_or_apart,
     writable_in_place,
 )
@@ -73,7 +73,7 @@ def normalize(
     (x_, xs), (y_, ys), (r_, rs) = flat(x), flat(y), flat(residual)
     run = plans.normalize(x.shape, xs, ys, rs, x.itemsize, jit.shares_of(x.size))
     numbers = np.concatenate((mean, spread, gamma, beta))
-    run(x_, y_, r_, numbers, -1.0 if eps is None else eps, relu or None, on_lines(y))
+    run(x_, y_, r_, numbers, -1.0 if eps is None else eps, relu or None, past_caches(y))
 
 
 def forward(
@@ -96,7 +96,7 @@ def forward(
         flat(residual),
     )
     run = plans.forward(x.shape, xs, ws, ys, rs, x.itemsize, jit.shares_of(x.size))
-    run(x_, w_, y_, r_, table.reshape(-1), eps, relu or None, on_lines(y))
+    run(x_, w_, y_, r_, table.reshape(-1), eps, relu or None, past_caches(y))
     return table[0], table[2], table[1], table[3]
 
 
@@ -126,7 +126,7 @@ def grad_input(
     (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = flat(dy), flat(x), flat(y), flat_weight(weight)
     (dx_, dxs), (dr_, drs) = flat(dx), flat(dresidual)
     run = plans.grad_input(dy.shape, dys, xs, ys, ws, dxs, drs, dy.itemsize, jit.shares_of(dy.size))
-    run(dy_, x_, y_, w_, dx_, dr_, np.concatenate((mean, scale, offset, slope)), on_lines(dx, dresidual))
+    run(dy_, x_, y_, w_, dx_, dr_, np.concatenate((mean, scale, offset, slope)), past_caches(dx, dresidual))
 
 
 def backward(
@@ -156,7 +156,7 @@ def backward(
         (dx_, dxs), (dr_, drs) = flat(dx), flat(dresidual)
         run = plans.backward(x.shape, dys, xs, ys, ws, dxs, drs, x.itemsize, jit.shares_of(x.size), frozen)
         numbers = np.concatenate((mean, rstd, gamma, count, dmean, dvar))
-        run(dy_, x_, y_, w_, dx_, dr_, numbers, on_lines(dx, dresidual), out.reshape(-1))
+        run(dy_, x_, y_, w_, dx_, dr_, numbers, past_caches(dx, dresidual), out.reshape(-1))
     return out[0], out[1]
 
 

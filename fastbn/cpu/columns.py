@@ -64,7 +64,7 @@ from fastbn.cpu.slab import (
 
 AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise passes 5 % faster
 PAD = 16  # values behind each array of work: whole vectors may be read and written
-CHUNK = 128  # rows: 16 + 3 float32 additions per sum keep its rounding below 1e-6
+CHUNK = 128  # rows: 32 + 2 float32 additions per sum keep its rounding below 1e-6
 SEGMENT = 4096  # rows, at most: two float64 a cell and segment are 0.1 % of float32 data, 0.2 % of halves
 MANY = 2048  # cells, of which two threads have tiles enough for themselves
 PEEK = 64  # values of a channel from whose mean the first guess comes: off by an eighth of the deviation

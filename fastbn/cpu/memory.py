@@ -141,16 +141,20 @@ def empty_like(a: Array) -> Array:
     return flat.transpose(np.argsort(order))
 
 
-def on_lines(*arrays: Array | None) -> bool:
-    """Whether arrays are large and start on cache lines, so that they may be written past the caches."""
-    return all(a is None or (a.nbytes >= CACHE_SHARE and a.__array_interface__["data"][0] % 64 == 0) for a in arrays)
+def past_caches(*arrays: Array | None) -> int:
+    """Which kernels may write to arrays past the caches: 0 none, they are small; 1 those that find the first line
+    themselves; 2 all, the arrays start on one.
+    """
+    if any(a is not None and a.nbytes < CACHE_SHARE for a in arrays):
+        return 0
+    return 2 if all(a is None or a.__array_interface__["data"][0] % 64 == 0 for a in arrays) else 1
 
 
 def dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Any, ...] | None:
     """For plain arrays of one layout without gaps: what a repeated call does with them; else None.
 
     Functions that give an array's flat memory, tell whether arrays of a later call may go the short way, allocate a
-    result, and tell whether results start on cache lines; and whether they are so small that one thread does all.
+    result, and `past_caches`; and whether they are so small that one thread does all.
     """
     arrays = [a for a in (x, *others) if a is not None]
     if not all(type(a) is np.ndarray and a.strides == x.strides and a.dtype == x.dtype for a in arrays):
@@ -176,6 +180,6 @@ def dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Any, ...] | 
         np.ndarray.ravel if in_order and stored == x.dtype else in_other_order,
         usable,
         np.empty_like if small else empty_like,
-        (lambda *_: False) if small else on_lines,
+        (lambda *_: 0) if small else past_caches,
         shares == 1 and small,
     )

@@ -196,7 +196,7 @@ def moments(shape: Shape, xs: Strides, ws: Strides | None, itemsize: int, shares
 
 @lru_cache(maxsize=1024)
 def normalize(shape: Shape, xs: Strides, ys: Strides, rs: Strides | None, itemsize: int, shares: int) -> Run:
-    """``run(x, y, residual, numbers, eps, relu, lines)``: see `slab.affine_of`; lines: whether y starts on one."""
+    """``run(x, y, residual, numbers, eps, relu, past)``: see `slab.affine_of`; past is that of `memory.past_caches`."""
     if shape[3] < LINE and in_columns(shape, xs, ys, rs):
         fold = folding(shape, itemsize, xs, ys, rs)
         tile = _tile(shape[2] * fold, shape[3], itemsize, ROW)
@@ -204,20 +204,20 @@ def normalize(shape: Shape, xs: Strides, ys: Strides, rs: Strides | None, itemsi
         geometry, can_stream = _geometry(shape, c.family, xs, ys, rs), c.streams(ys)
 
         def of_columns(
-            x: Array, y: Array, residual: Array | None, numbers: Array, eps: float, relu: Any, lines: bool
+            x: Array, y: Array, residual: Array | None, numbers: Array, eps: float, relu: Any, past: int
         ) -> None:
             work = np.empty(c.work, c.compute)
             columns.normalize.run(
-                c.tasks, shares, x, y, residual, geometry, numbers, eps, work, relu, lines and can_stream
+                c.tasks, shares, x, y, residual, geometry, numbers, eps, work, relu, past > 1 and can_stream
             )
 
         return of_columns
     r = _Rows(shape, itemsize, shares, xs, ys, rs)
     geometry = _geometry(shape, r.family, xs, ys, rs)
 
-    def of_rows(x: Array, y: Array, residual: Array | None, numbers: Array, eps: float, relu: Any, lines: bool) -> None:
+    def of_rows(x: Array, y: Array, residual: Array | None, numbers: Array, eps: float, relu: Any, past: int) -> None:
         work = np.empty(3 * shares * r.pitch, r.compute)
-        rows.normalize.run(r.tasks, shares, x, y, residual, geometry, numbers, eps, work, relu, lines and r.streams)
+        rows.normalize.run(r.tasks, shares, x, y, residual, geometry, numbers, eps, work, relu, past > 0 and r.streams)
 
     return of_rows
 
@@ -226,7 +226,7 @@ def normalize(shape: Shape, xs: Strides, ys: Strides, rs: Strides | None, itemsi
 def forward(
     shape: Shape, xs: Strides, ws: Strides | None, ys: Strides, rs: Strides | None, itemsize: int, shares: int
 ) -> Run:
-    """``run(x, weight, y, residual, table, eps, relu, lines)``: gamma and beta stand in `slab.enter_moments`' table."""
+    """``run(x, weight, y, residual, table, eps, relu, past)``: gamma and beta stand in `slab.enter_moments`' table."""
     weighted, kept = ws is not None, shape[0] * shape[2]
     tile = 0
     if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, itemsize, xs) == 1:
@@ -237,11 +237,11 @@ def forward(
 
         def of_columns(
             x: Array, weight: None, y: Array, residual: Array | None,
-            table: Array, eps: float, relu: Any, lines: bool,
+            table: Array, eps: float, relu: Any, past: int,
         ) -> None:  # fmt: skip
             parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
             columns.forward.run(
-                c.tasks, shares, x, y, residual, geometry, table, eps, parts, work, relu, lines and can_stream
+                c.tasks, shares, x, y, residual, geometry, table, eps, parts, work, relu, past > 1 and can_stream
             )
 
         return of_columns
@@ -252,14 +252,14 @@ def forward(
 
         def of_rows(
             x: Array, weight: Array | None, y: Array, residual: Array | None,
-            table: Array, eps: float, relu: Any, lines: bool,
+            table: Array, eps: float, relu: Any, past: int,
         ) -> None:  # fmt: skip
             pivots = np.empty(kept if weighted else 0)
             if weighted:
                 slab.find_pivots.run(kept, shares, x, weight, geometry, pivots)
             work = np.empty(3 * shares * rows.PAD, np.float64 if itemsize == 8 else np.float32)
             rows.forward.run(
-                kept, shares, x, weight, y, residual, geometry, pivots, table, eps, work, relu, lines and can_stream
+                kept, shares, x, weight, y, residual, geometry, pivots, table, eps, work, relu, past > 0 and can_stream
             )
 
         return of_rows
@@ -267,10 +267,10 @@ def forward(
 
     def of_parts(
         x: Array, weight: Array | None, y: Array, residual: Array | None,
-        table: Array, eps: float, relu: Any, lines: bool,
+        table: Array, eps: float, relu: Any, past: int,
     ) -> None:  # fmt: skip
         first(x, weight, table, eps)
-        second(x, y, residual, table[2 * kept :], -1.0, relu, lines)
+        second(x, y, residual, table[2 * kept :], -1.0, relu, past)
 
     return of_parts
 
@@ -313,7 +313,7 @@ def grad_input(
     shape: Shape, dys: Strides, xs: Strides | None, ys: Strides | None, ws: Strides | None, dxs: Strides,
     drs: Strides | None, itemsize: int, shares: int,
 ) -> Run:  # fmt: skip
-    """``run(dy, x, y, weight, dx, dresidual, numbers, lines)``: numbers are (mean, scale, offset, slope)."""
+    """``run(dy, x, y, weight, dx, dresidual, numbers, past)``: numbers are (mean, scale, offset, slope)."""
     strides = (dys, xs, ys, ws, dxs, drs)
     if shape[3] < LINE and in_columns(shape, dys, xs, ys, dxs, drs, weighted=ws is not None):
         fold = folding(shape, itemsize, dys, xs, ys, dxs, drs, weighted=ws is not None)
@@ -323,10 +323,10 @@ def grad_input(
 
         def of_columns(
             dy: Array, x: Array | None, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
-            numbers: Array, lines: bool,
+            numbers: Array, past: int,
         ) -> None:  # fmt: skip
             work = np.empty(c.work, c.compute)
-            streaming = lines and can_stream
+            streaming = past > 1 and can_stream
             columns_gradients.grad_input.run(
                 c.tasks, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, work, streaming
             )
@@ -337,11 +337,11 @@ def grad_input(
 
     def of_rows(
         dy: Array, x: Array | None, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
-        numbers: Array, lines: bool,
+        numbers: Array, past: int,
     ) -> None:  # fmt: skip
         work = np.empty(4 * shares * r.pitch, r.compute)
         rows_gradients.grad_input.run(
-            r.tasks, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, work, lines and r.streams
+            r.tasks, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, work, past > 0 and r.streams
         )
 
     return of_rows
@@ -352,7 +352,7 @@ def backward(
     shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, dxs: Strides,
     drs: Strides | None, itemsize: int, shares: int, frozen: bool,
 ) -> Run:  # fmt: skip
-    """``run(dy, x, y, weight, dx, dresidual, numbers, lines, out)``: see `slab.input_numbers`; to (dgamma, dbeta)."""
+    """``run(dy, x, y, weight, dx, dresidual, numbers, past, out)``: see `slab.input_numbers`; to (dgamma, dbeta)."""
     strides, kept = (dys, xs, ys, ws, dxs, drs), shape[0] * shape[2]
     tile = 0
     if ws is None and in_columns(shape, dys, xs, ys, dxs, drs) and folding(shape, itemsize, dys, xs, ys) == 1:
@@ -365,7 +365,7 @@ def backward(
 
         def of_columns(
             dy: Array, x: Array, y: Array | None, weight: None, dx: Array, dresidual: Array | None,
-            numbers: Array, lines: bool, out: Array,
+            numbers: Array, past: int, out: Array,
         ) -> None:  # fmt: skip
             parts, work, live = np.empty(c.parts), np.empty(c.work, c.compute), None if frozen else x
             columns_gradients.backward.run(
@@ -382,7 +382,7 @@ def backward(
                 out,
                 parts,
                 work,
-                lines and can_stream,
+                past > 1 and can_stream,
             )
 
         return of_columns
@@ -392,14 +392,27 @@ def backward(
 
         def of_rows(
             dy: Array, x: Array, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
-            numbers: Array, lines: bool, out: Array,
+            numbers: Array, past: int, out: Array,
         ) -> None:  # fmt: skip
             live, work = (
                 None if frozen else x,
                 np.empty(4 * shares * rows.PAD, np.float64 if itemsize == 8 else np.float32),
             )
             rows_gradients.backward.run(
-                kept, shares, dy, x, y, live, weight, dx, dresidual, geometry, numbers, out, work, lines and can_stream
+                kept,
+                shares,
+                dy,
+                x,
+                y,
+                live,
+                weight,
+                dx,
+                dresidual,
+                geometry,
+                numbers,
+                out,
+                work,
+                past > 0 and can_stream,
             )
 
         return of_rows
@@ -408,10 +421,10 @@ def backward(
 
     def of_parts(
         dy: Array, x: Array, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
-        numbers: Array, lines: bool, out: Array,
+        numbers: Array, past: int, out: Array,
     ) -> None:  # fmt: skip
         live, linear = None if frozen else x, numbers[: 4 * kept]  # each channel's in the place of what it is made of
         first(dy, x, y, numbers, out, linear, frozen)
-        second(dy, live, y, weight, dx, dresidual, linear, lines)
+        second(dy, live, y, weight, dx, dresidual, linear, past)
 
     return of_parts
