@@ -3,7 +3,7 @@
 Memory, chunks, geometry and bytes moved are described there.
 """
 
-from fastbn.cpu.columns import (
+from fastbn.cpu.cells import (
     AHEAD,
     CHUNK,
     WORK,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.cpu import columns, columns_gradients, jit, rows, rows_gradients, slab
+from fastbn.cpu import cells, columns, columns_gradients, jit, rows, rows_gradients, slab
 from fastbn.cpu.memory import CACHE_SHARE, Array, Strides
 
 Shape = tuple[int, ...]
@@ -132,20 +132,20 @@ class _Columns:
 
     def __init__(
         self, shape: Shape, fold: int, tile: int, itemsize: int, shares: int,
-        sums: int = 0, scratch: int = 0, work: int = columns.WORK, fused: bool = False,
+        sums: int = 0, scratch: int = 0, work: int = cells.WORK, fused: bool = False,
     ) -> None:  # fmt: skip
         batch, outer, channel, inner = shape
         # Sums take whole folds and leave the rest to their last step; elementwise passes take the rest as a row.
         folded = outer // fold if sums else -(-outer // fold)
         self.fold, self.tile, self.itemsize, self.inner, self.cells = fold, tile, itemsize, inner, channel * fold
-        of_segments = columns.segment_rows(folded, self.cells)
+        of_segments = cells.segment_rows(folded, self.cells)
         self.height = of_segments if sums or fused else max(1, -(-folded // shares))
         segments = -(-folded // self.height)
         pieces = 1 if fused else segments
         self.tasks = batch * pieces * -(-self.cells // tile)
-        pitch = tile * inner + columns.PAD
-        of_a_share = scratch * (1 + segments if fused else 1) * columns.padded(tile, tile)
-        self.parts = sums * batch * segments * columns.padded(self.cells, tile) + shares * of_a_share
+        pitch = tile * inner + cells.PAD
+        of_a_share = scratch * (1 + segments if fused else 1) * cells.padded(tile, tile)
+        self.parts = sums * batch * segments * cells.padded(self.cells, tile) + shares * of_a_share
         self.work = shares * work * pitch
         self.compute = np.float64 if itemsize == 8 else np.float32
         self.family = (fold, tile, self.height, 0)
@@ -167,7 +167,7 @@ def moments(shape: Shape, xs: Strides, ws: Strides | None, itemsize: int, shares
     if in_columns(shape, xs, weighted=weighted):
         fold = folding(shape, itemsize, xs, weighted=weighted)
         tile = _tile(shape[2] * fold, shape[3], itemsize, TILE)
-        c = _Columns(shape, fold, tile, itemsize, shares, 3 if weighted else 2, columns.PARTS)
+        c = _Columns(shape, fold, tile, itemsize, shares, 3 if weighted else 2, cells.PARTS)
         geometry = _geometry(shape, c.family, xs, ws)
 
         def sums(x: Array, weight: Array | None, pivots: Array, table: Array, eps: float) -> None:
@@ -232,7 +232,7 @@ def forward(
     if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, itemsize, xs) == 1:
         tile = _fused_tile(shape, itemsize, 1, shares)
     if tile:
-        c = _Columns(shape, 1, tile, itemsize, shares, scratch=columns.PARTS, fused=True)
+        c = _Columns(shape, 1, tile, itemsize, shares, scratch=cells.PARTS, fused=True)
         geometry, can_stream = _geometry(shape, c.family, xs, ys, rs), c.streams(ys)
 
         def of_columns(
