@@ -124,8 +124,8 @@ def batch_norm(
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
     eps, relu = arguments.epsilon(eps), arguments.is_relu(activation)
-    scale = _vector("gamma", gamma, layout, backend.xp, 1.0)
-    shift = _vector("beta", beta, layout, backend.xp)
+    scale = _vector("gamma", gamma, layout, backend, 1.0)
+    shift = _vector("beta", beta, layout, backend)
     residual = arguments.like("residual", residual, x)
     out, gather = arguments.output("out", out, x), arguments.hook(gather)
     weight = arguments.combined_weight(backend.xp, where, weights, x.shape, layout.kept)
@@ -163,7 +163,7 @@ def batch_norm(
         gathered=gather is not None,
     )
     if key is not None:
-        repeated.remember(key, repeated.forward(backend, layout, saved, x, eps, residual, out))
+        repeated.remember(key, backend.forward_again(layout, saved, x, beta, eps, residual, out))
     return y, saved
 
 
@@ -253,9 +253,10 @@ def batch_norm_backward(
     out = arguments.output("out", out, x)
     if frozen and not (dmean is None and dvar is None):
         raise ValueError("dmean, dvar: expected None with frozen statistics, which do not depend on x")
-    dmean = _vector("dmean", dmean, layout, xp)
-    dvar = _vector("dvar", dvar, layout, xp)
-    gamma = _vector("saved.gamma", saved.gamma, layout, xp, 1.0)
+    numbers_of = _vector if gather is None else _float64  # synchronised sums come back as arrays, which formulas take
+    dmean = numbers_of("dmean", dmean, layout, backend)
+    dvar = numbers_of("dvar", dvar, layout, backend)
+    gamma = numbers_of("saved.gamma", saved.gamma, layout, backend, 1.0)
     mean, rstd = layout.vector(xp, saved.mean), layout.vector(xp, saved.rstd)
     count = mean if frozen else layout.vector(xp, saved.count)
 
@@ -280,7 +281,7 @@ def batch_norm_backward(
     if residual_target is not None:
         residual_target.deliver()
     if key is not None:
-        repeated.remember(key, repeated.backward(backend, layout, saved, dy, out))
+        repeated.remember(key, backend.backward_again(layout, saved, dy, out))
     return Gradients(dx, layout.kept_array(xp, dgamma), layout.kept_array(xp, dbeta), dresidual)
 
 
@@ -335,10 +336,11 @@ def batch_norm_inference(
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
     eps = arguments.epsilon(eps)
-    spread = _vector("var", var, layout, backend.xp)
+    spread = _vector("var", var, layout, backend)
     y = _normalize(backend, x, layout, mean, spread, gamma, beta, eps, residual, activation, out)
     if key is not None:
-        repeated.remember(key, repeated.inference(backend, layout, x, eps, residual, activation is not None, out))
+        again = backend.inference_again(layout, x, mean, var, gamma, beta, eps, residual, activation is not None, out)
+        repeated.remember(key, again)
     return y
 
 
@@ -387,7 +389,7 @@ def normalize(
     backend = backend_of(kind)
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
-    rstd = _vector("rstd", rstd, layout, backend.xp)
+    rstd = _vector("rstd", rstd, layout, backend)
     return _normalize(backend, x, layout, mean, rstd, gamma, beta, None, residual, activation, out)
 
 
@@ -424,8 +426,8 @@ def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: Axes = 1) 
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
     dy = arguments.like("dy", dy, x)
-    mean = _vector("mean", mean, layout, backend.xp)
-    rstd = _vector("rstd", rstd, layout, backend.xp)
+    mean = _vector("mean", mean, layout, backend)
+    rstd = _vector("rstd", rstd, layout, backend)
     dgamma, dbeta = backend.grad_sums(layout.fold(dy), layout.fold(x), None, mean, rstd)
     return layout.kept_array(backend.xp, dgamma), layout.kept_array(backend.xp, dbeta)
 
@@ -488,10 +490,10 @@ def grad_input(
     layout = arguments.layout_for(x, channel_axis)
     dy = arguments.like("dy", dy, x)
     out = arguments.output("out", out, x)
-    mean, rstd = _vector("mean", mean, layout, xp), _vector("rstd", rstd, layout, xp)
-    gamma = _vector("gamma", gamma, layout, xp, 1.0)
-    dgamma, dbeta = _vector("dgamma", dgamma, layout, xp), _vector("dbeta", dbeta, layout, xp)
-    count = xp.full(mean.shape, float(count)) if isinstance(count, Real) else _vector("count", count, layout, xp)
+    mean, rstd = _float64("mean", mean, layout, backend), _float64("rstd", rstd, layout, backend)
+    gamma = _float64("gamma", gamma, layout, backend, 1.0)
+    dgamma, dbeta = _float64("dgamma", dgamma, layout, backend), _float64("dbeta", dbeta, layout, backend)
+    count = xp.full(mean.shape, float(count)) if isinstance(count, Real) else _float64("count", count, layout, backend)
     weight = arguments.combined_weight(xp, where, weights, x.shape, layout.kept)
 
     dx = backend.empty_like(x) if out is None else out
@@ -549,17 +551,17 @@ def fold(
            [3. , 4. ]]), array([-0.5, -1. ]))
     """
     kind = one_kind({"kernel": kernel, "mean": mean, "var": var}, kernel_bias=kernel_bias, gamma=gamma, beta=beta)
-    xp = backend_of(kind).xp
+    backend = backend_of(kind)
     kernel = arguments.data("kernel", kernel)
     layout = arguments.layout_for(kernel, axis, "axis")
     if len(layout.kept_shape) != 1:
         raise TypeError(f"axis: expected an int, got {axis!r}")
     eps = arguments.epsilon(eps)
-    bias, shift = _vector("kernel_bias", kernel_bias, layout, xp), _vector("beta", beta, layout, xp)
-    mean, var = _vector("mean", mean, layout, xp), _vector("var", var, layout, xp)
-    scale = _vector("gamma", gamma, layout, xp, 1.0) * reciprocal_std(var, eps)
+    bias, shift = _float64("kernel_bias", kernel_bias, layout, backend), _float64("beta", beta, layout, backend)
+    mean, var = _float64("mean", mean, layout, backend), _float64("var", var, layout, backend)
+    scale = _float64("gamma", gamma, layout, backend, 1.0) * reciprocal_std(var, eps)
     along = [-1 if i in layout.kept else 1 for i in range(kernel.ndim)]
-    folded = kernel.astype(xp.float64) * scale.reshape(along)
+    folded = kernel.astype(backend.xp.float64) * scale.reshape(along)
     return folded.astype(kernel.dtype), ((bias - mean) * scale + shift).astype(kernel.dtype)
 
 
@@ -595,9 +597,9 @@ def _normalize(
 ) -> Any:  # fmt: skip
     """The common end of `normalize` and `batch_norm_inference`; spread, the rstd or the variance, is a vector."""
     relu = arguments.is_relu(activation)
-    mean = _vector("mean", mean, layout, backend.xp)
-    scale = _vector("gamma", gamma, layout, backend.xp, 1.0)
-    shift = _vector("beta", beta, layout, backend.xp)
+    mean = _vector("mean", mean, layout, backend)
+    scale = _vector("gamma", gamma, layout, backend, 1.0)
+    shift = _vector("beta", beta, layout, backend)
     residual = arguments.like("residual", residual, x)
     out = arguments.output("out", out, x)
     y = backend.empty_like(x) if out is None else out
@@ -608,11 +610,18 @@ def _normalize(
     return y
 
 
-def _vector(name: str, parameter: Any, layout: Layout, xp: Any, default: float = 0.0) -> Any:
-    """A checked parameter as the kernels' float64 vector."""
+def _vector(name: str, parameter: Any, layout: Layout, backend: Any, default: float = 0.0) -> Any:
+    """A checked parameter as the backend's kernels take it."""
+    if parameter is not None:
+        arguments.parameter(name, parameter, layout)
+    return backend.vector(layout, parameter, default)
+
+
+def _float64(name: str, parameter: Any, layout: Layout, backend: Any, default: float = 0.0) -> Any:
+    """A checked parameter as a float64 vector for formulas, which kernels take as well."""
     if parameter is None:
-        return xp.full(layout.folded[0] * layout.folded[2], default)
-    return layout.vector(xp, arguments.parameter(name, parameter, layout))
+        return backend.xp.full(layout.folded[0] * layout.folded[2], default)
+    return layout.vector(backend.xp, arguments.parameter(name, parameter, layout))
 
 
 def _merged_over_ranks(xp: Any, gather: Gather, local: Moments) -> Moments:

@@ -54,20 +54,22 @@ class Layout(NamedTuple):
         target = into.transpose(self.order)
         target[...] = folded.reshape(target.shape)
 
-    def vector(self, xp: Any, parameter: Any) -> Any:
-        """A parameter that broadcasts to the kept shape, as the kernels' float64 vector."""
+    def laid_out(self, xp: Any, parameter: Any) -> Any:
+        """A parameter that broadcasts to the kept shape, with the kept axes as kernels see them."""
         if parameter.shape != self.kept_shape:
             parameter = xp.broadcast_to(parameter, self.kept_shape)
-        if self.kept_order is not None:
-            parameter = parameter.transpose(self.kept_order)
-        vector = parameter.astype(xp.float64, order="C", copy=False).reshape(-1)
+        return parameter if self.kept_order is None else parameter.transpose(self.kept_order)
+
+    def vector(self, xp: Any, parameter: Any) -> Any:
+        """The same as a float64 vector of its own axes' product."""
+        vector = self.laid_out(xp, parameter).astype(xp.float64, order="C", copy=False).reshape(-1)
         # A read-only array is another type to compiled kernels, which would be compiled again for it.
         return vector if getattr(vector.flags, "writeable", True) else vector.copy()
 
     def kept_array(self, xp: Any, vector: Any) -> Any:
         """A kernel's result vector in the kept shape, C-contiguous."""
         if self.kept_order is None:
-            return vector.reshape(self.kept_shape)
+            return vector if vector.shape == self.kept_shape else vector.reshape(self.kept_shape)
         sizes = [self.kept_shape[axis] for axis in self.kept_order]
         inverse = sorted(range(len(sizes)), key=self.kept_order.__getitem__)
         return xp.ascontiguousarray(vector.reshape(sizes).transpose(inverse))

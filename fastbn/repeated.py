@@ -1,7 +1,7 @@
 """Calls like an earlier one: same kinds, shapes, strides, dtypes and options, so that nothing is left to check.
 
 A training loop makes the same calls again and again. The first goes the documented way, through every check; from what
-that found, a function of the arrays alone is kept, which takes a fifth of the time. These functions make it, or return
+that found, a function of the arrays alone is kept, which takes a fifth of the time. Backends make it (``again.py``), or
 None where arrays are out of the ordinary: masks, weights, synchronised statistics, channels on several axes, slices.
 What it returns is None where the arrays at hand cannot take the short way, as when `out` overlaps an input.
 """
@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastbn.layout import Layout
-from fastbn.merging import Moments
-from fastbn.saved import Gradients, Saved
+from fastbn.saved import Saved
 
 Call = Callable[..., Any]
 
@@ -95,93 +93,3 @@ def inference_key(
         )  # fmt: skip
     except AttributeError:
         return None
-
-
-# --- the short way ----------------------------------------------------------------------------------------------------
-
-
-def forward(backend: Any, layout: Layout, saved: Saved, x: Any, eps: float, residual: Any, out: Any) -> Call | None:
-    """``call(x, gamma, beta, residual, out)`` does what `batch_norm` does."""
-    dense: Any = backend.dense(layout, x, residual, out)
-    if dense is None or len(layout.kept_shape) != 1:
-        return None
-    flat, usable, empty_like, past_caches, small = dense
-    xp = backend.xp
-    channels, run = layout.kept_shape[0], backend.dense_forward(layout.folded, x, residual)
-    simple = small and residual is None and out is None
-    relu, channel_axis, activation = (saved.activation is not None) or None, saved.channel_axis, saved.activation
-
-    def call(x: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> tuple[Any, Saved] | None:
-        if not x.flags.behaved or out is x or not (simple or usable(out, x, residual, gamma, beta)):
-            return None
-        table = xp.empty((6, channels))
-        count, m2, mean, rstd, scale, shift = table
-        scale[...] = 1.0 if gamma is None else gamma
-        shift[...] = 0.0 if beta is None else beta
-        y = empty_like(x) if out is None else out
-        rest = None if residual is None else flat(residual)
-        run(flat(x), None, flat(y), rest, table.ravel(), eps, relu, past_caches(y))
-        return y, Saved(
-            x, None if relu is None else y, gamma, None, Moments(count, mean, m2), mean, rstd, count,
-            channel_axis, activation, residual is not None, False,
-        )  # fmt: skip
-
-    return call
-
-
-def backward(backend: Any, layout: Layout, saved: Saved, dy: Any, out: Any) -> Call | None:
-    """``call(dy, saved, out)`` does what `batch_norm_backward` does, without dmean and dvar."""
-    x, y = saved.x, saved.y
-    dense: Any = backend.dense(layout, x, dy, y, out)
-    if dense is None or len(layout.kept_shape) != 1 or saved.weight is not None:
-        return None
-    flat, usable, empty_like, past_caches, small = dense
-    xp = backend.xp
-    frozen, has_residual, channels = saved.moments is None, saved.has_residual, layout.kept_shape[0]
-    run = backend.dense_backward(layout.folded, x, y, has_residual, frozen)
-    simple = small and y is None and out is None
-
-    def call(dy: Any, saved: Saved, out: Any) -> Gradients | None:
-        x, y, gamma = saved.x, saved.y, saved.gamma
-        if not x.flags.behaved or not dy.flags.behaved or not (simple or usable(out, dy, x, y, gamma)):
-            return None
-        numbers = xp.empty((4, channels))
-        numbers[0] = saved.mean
-        numbers[1] = saved.rstd
-        numbers[2] = 1.0 if gamma is None else gamma
-        numbers[3] = 1.0 if frozen else saved.count
-        dx = empty_like(x) if out is None else out
-        dresidual = empty_like(x) if has_residual else None
-        results = xp.empty((2, channels))
-        past = past_caches(dx, dresidual)
-        y, extra = None if y is None else flat(y), None if dresidual is None else flat(dresidual)
-        run(flat(dy), flat(x), y, None, flat(dx), extra, numbers.ravel(), past, results.ravel())
-        return Gradients(dx, results[0], results[1], dresidual)
-
-    return call
-
-
-def inference(backend: Any, layout: Layout, x: Any, eps: float, residual: Any, relu: bool, out: Any) -> Call | None:
-    """``call(x, mean, var, gamma, beta, residual, out)`` does what `batch_norm_inference` does."""
-    dense: Any = backend.dense(layout, x, residual, out)
-    if dense is None or len(layout.kept_shape) != 1:
-        return None
-    flat, usable, empty_like, past_caches, small = dense
-    xp = backend.xp
-    channels, run, flag = layout.kept_shape[0], backend.dense_normalize(layout.folded, x, residual), relu or None
-    simple = small and residual is None and out is None
-
-    def call(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> Any:
-        if not x.flags.behaved or not (simple or usable(out, x, residual, mean, var, gamma, beta)):
-            return None
-        numbers = xp.empty((4, channels))
-        numbers[0] = mean
-        numbers[1] = var
-        numbers[2] = 1.0 if gamma is None else gamma
-        numbers[3] = 0.0 if beta is None else beta
-        y = empty_like(x) if out is None else out
-        rest = None if residual is None else flat(residual)
-        run(flat(x), flat(y), rest, numbers.ravel(), eps, flag, past_caches(y))
-        return y
-
-    return call

@@ -13,33 +13,33 @@ from __future__ import annotations
 import numpy as np
 
 from fastbn.cpu import jit, plans
+from fastbn.cpu.again import backward_again, forward_again, inference_again
 from fastbn.cpu.memory import (
     Array,
-    Strides,
-    dense,
     empty_like,
     flat,
     flat_weight,
     overlap,
     past_caches,
     same_or_apart,
+    vector,
     writable_in_place,
 )
 
 __all__ = [
     "backward",
-    "dense",
-    "dense_backward",
-    "dense_forward",
-    "dense_normalize",
+    "backward_again",
     "empty_like",
     "forward",
+    "forward_again",
     "grad_input",
     "grad_sums",
+    "inference_again",
     "moments",
     "normalize",
     "overlap",
     "same_or_apart",
+    "vector",
     "writable_in_place",
     "xp",
 ]
@@ -158,30 +158,3 @@ def backward(
         numbers = np.concatenate((mean, rstd, gamma, count, dmean, dvar))
         run(dy_, x_, y_, w_, dx_, dr_, numbers, past_caches(dx, dresidual), out.reshape(-1))
     return out[0], out[1]
-
-
-# --- the short way, for arrays that `dense` takes ---------------------------------------------------------------------
-
-
-def _dense_strides(shape: tuple[int, ...]) -> Strides:
-    _, outer, channel, inner = shape
-    return 0, outer * channel * inner, channel * inner, inner
-
-
-def dense_normalize(shape: tuple[int, ...], x: Array, residual: Array | None) -> plans.Run:
-    """The plan of `normalize`; the names of its arguments stand there."""
-    s = _dense_strides(shape)
-    return plans.normalize(shape, s, s, None if residual is None else s, x.itemsize, jit.shares_of(x.size))
-
-
-def dense_forward(shape: tuple[int, ...], x: Array, residual: Array | None) -> plans.Run:
-    """The plan of `forward`."""
-    s = _dense_strides(shape)
-    return plans.forward(shape, s, None, s, None if residual is None else s, x.itemsize, jit.shares_of(x.size))
-
-
-def dense_backward(shape: tuple[int, ...], x: Array, y: Array | None, residual: bool, frozen: bool) -> plans.Run:
-    """The plan of `backward`."""
-    s = _dense_strides(shape)
-    ys, drs = None if y is None else s, s if residual else None
-    return plans.backward(shape, s, s, ys, None, s, drs, x.itemsize, jit.shares_of(x.size), frozen)

@@ -1,4 +1,4 @@
-"""Arrays as kernels take them: flat memory and strides; what may be written where; and the short way of `repeated`."""
+"""Arrays as kernels take them: flat memory and strides, vectors of numbers; what may be written where."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.cpu.jit import shares_of
 from fastbn.layout import Layout
 
 Array = np.ndarray[Any, Any]
@@ -23,7 +22,7 @@ _AS_INTEGERS: dict[str, np.dtype[Any]] = {
 
 
 @lru_cache(maxsize=64)
-def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype that kernels see (``dtype.name`` alone takes a microsecond)."""
     return _AS_INTEGERS.get(dtype.name, dtype)
 
@@ -79,7 +78,7 @@ def flat(a: Any) -> tuple[Any, Any]:
         return None, None
     if not writable_in_place(a):
         a = np.array(a, dtype=a.dtype.newbyteorder("="), order="C")
-    dtype = _stored(a.dtype)
+    dtype = stored(a.dtype)
     _, outer, channel, inner = a.shape
     if a.flags.carray:
         strides = (0, outer * channel * inner, channel * inner, inner)
@@ -91,13 +90,21 @@ def flat(a: Any) -> tuple[Any, Any]:
     return np.asarray(_Span(a, start, count, dtype)), (start, *steps[:3])
 
 
+def vector(layout: Layout, parameter: Any, default: float) -> Array:
+    """A parameter as kernels take it: a float64 vector; the default for None."""
+    if parameter is None:
+        return np.full(layout.folded[0] * layout.folded[2], default)
+    numbers: Array = layout.vector(np, parameter)
+    return numbers
+
+
 def flat_weight(weight: Any) -> tuple[Any, Any]:
     """The same for weights: contiguous, and stride 0 along batch and channel where they do not vary."""
     if weight is None:
         return None, None
     batch, outer, channel, inner = weight.shape
     strides = (0, outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1))
-    flat, dtype = weight.reshape(-1), _stored(weight.dtype)
+    flat, dtype = weight.reshape(-1), stored(weight.dtype)
     return flat.view(dtype) if flat.flags.writeable else np.asarray(_Span(flat, 0, flat.size, dtype)), strides
 
 
@@ -148,38 +155,3 @@ def past_caches(*arrays: Array | None) -> int:
     if any(a is not None and a.nbytes < CACHE_SHARE for a in arrays):
         return 0
     return 2 if all(a is None or a.__array_interface__["data"][0] % 64 == 0 for a in arrays) else 1
-
-
-def dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Any, ...] | None:
-    """For plain arrays of one layout without gaps: what a repeated call does with them; else None.
-
-    Functions that give an array's flat memory, tell whether arrays of a later call may go the short way, allocate a
-    result, and `past_caches`; and whether they are so small that one thread does all.
-    """
-    arrays = [a for a in (x, *others) if a is not None]
-    if not all(type(a) is np.ndarray and a.strides == x.strides and a.dtype == x.dtype for a in arrays):
-        return None
-    if not (x.dtype.isnative and x.size and x.transpose(layout.order).flags.c_contiguous):
-        return None
-    stored, shares, size = _stored(x.dtype), shares_of(x.size), x.size
-    in_order = layout.order == tuple(range(x.ndim))
-
-    def in_other_order(a: Array) -> Array:
-        return a.transpose(layout.order).ravel().view(stored)
-
-    def usable(out: Array | None, x: Array, other: Array | None, *rest: Array | None) -> bool:
-        if not x.flags.behaved or not (other is None or other.flags.behaved) or shares_of(size) != shares:
-            return False
-        if out is None:
-            return True
-        inputs = (a for a in (x, other, *rest) if a is not None and a is not out)
-        return out.flags.behaved and not any(np.may_share_memory(out, a) for a in inputs)
-
-    small = x.nbytes < CACHE_SHARE
-    return (
-        np.ndarray.ravel if in_order and stored == x.dtype else in_other_order,
-        usable,
-        np.empty_like if small else empty_like,
-        (lambda *_: 0) if small else past_caches,
-        shares == 1 and small,
-    )

@@ -1,0 +1,165 @@
+"""The short way of `repeated`: what is left to do for plain arrays of one layout without gaps, like earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastbn.cpu import memory, plans
+from fastbn.cpu.jit import shares_of
+from fastbn.cpu.memory import Array, Strides, empty_like, past_caches, stored
+from fastbn.layout import Layout
+from fastbn.merging import Moments
+from fastbn.saved import Gradients, Saved
+
+Call = Callable[..., Any]
+
+
+def forward_again(layout: Layout, saved: Saved, x: Any, beta: Any, eps: float, residual: Any, out: Any) -> Call | None:
+    """``call(x, gamma, beta, residual, out)`` does what `batch_norm` does."""
+    dense = _dense(layout, x, residual, out)
+    if dense is None or len(layout.kept_shape) != 1:
+        return None
+    flat, usable, empty_like, past_caches, small = dense
+    channels, run = layout.kept_shape[0], _forward(layout.folded, x, residual)
+    simple = small and residual is None and out is None
+    relu, channel_axis, activation = (saved.activation is not None) or None, saved.channel_axis, saved.activation
+
+    def call(x: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> tuple[Any, Saved] | None:
+        if not x.flags.behaved or out is x or not (simple or usable(out, x, residual, gamma, beta)):
+            return None
+        table = np.empty((6, channels))
+        count, m2, mean, rstd, scale, shift = table
+        scale[...] = 1.0 if gamma is None else gamma
+        shift[...] = 0.0 if beta is None else beta
+        y = empty_like(x) if out is None else out
+        rest = None if residual is None else flat(residual)
+        run(flat(x), None, flat(y), rest, table.ravel(), eps, relu, past_caches(y))
+        return y, Saved(
+            x, None if relu is None else y, gamma, None, Moments(count, mean, m2), mean, rstd, count,
+            channel_axis, activation, residual is not None, False,
+        )  # fmt: skip
+
+    return call
+
+
+def backward_again(layout: Layout, saved: Saved, dy: Any, out: Any) -> Call | None:
+    """``call(dy, saved, out)`` does what `batch_norm_backward` does, without dmean and dvar."""
+    x, y = saved.x, saved.y
+    dense = _dense(layout, x, dy, y, out)
+    if dense is None or len(layout.kept_shape) != 1 or saved.weight is not None:
+        return None
+    flat, usable, empty_like, past_caches, small = dense
+    frozen, has_residual, channels = saved.moments is None, saved.has_residual, layout.kept_shape[0]
+    run = _backward(layout.folded, x, y, has_residual, frozen)
+    simple = small and y is None and out is None
+
+    def call(dy: Any, saved: Saved, out: Any) -> Gradients | None:
+        x, y, gamma = saved.x, saved.y, saved.gamma
+        if not x.flags.behaved or not dy.flags.behaved or not (simple or usable(out, dy, x, y, gamma)):
+            return None
+        numbers = np.empty((4, channels))
+        numbers[0] = saved.mean
+        numbers[1] = saved.rstd
+        numbers[2] = 1.0 if gamma is None else gamma
+        numbers[3] = 1.0 if frozen else saved.count
+        dx = empty_like(x) if out is None else out
+        dresidual = empty_like(x) if has_residual else None
+        results = np.empty((2, channels))
+        past = past_caches(dx, dresidual)
+        y, extra = None if y is None else flat(y), None if dresidual is None else flat(dresidual)
+        run(flat(dy), flat(x), y, None, flat(dx), extra, numbers.ravel(), past, results.ravel())
+        return Gradients(dx, results[0], results[1], dresidual)
+
+    return call
+
+
+def inference_again(
+    layout: Layout, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, eps: float, residual: Any, relu: bool, out: Any
+) -> Call | None:
+    """``call(x, mean, var, gamma, beta, residual, out)`` does what `batch_norm_inference` does."""
+    dense = _dense(layout, x, residual, out)
+    if dense is None or len(layout.kept_shape) != 1:
+        return None
+    flat, usable, empty_like, past_caches, small = dense
+    channels, run, flag = layout.kept_shape[0], _normalize(layout.folded, x, residual), relu or None
+    simple = small and residual is None and out is None
+
+    def call(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> Any:
+        if not x.flags.behaved or not (simple or usable(out, x, residual, mean, var, gamma, beta)):
+            return None
+        numbers = np.empty((4, channels))
+        numbers[0] = mean
+        numbers[1] = var
+        numbers[2] = 1.0 if gamma is None else gamma
+        numbers[3] = 0.0 if beta is None else beta
+        y = empty_like(x) if out is None else out
+        rest = None if residual is None else flat(residual)
+        run(flat(x), flat(y), rest, numbers.ravel(), eps, flag, past_caches(y))
+        return y
+
+    return call
+
+
+# --- what they share --------------------------------------------------------------------------------------------------
+
+
+def _dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Any, ...] | None:
+    """For plain arrays of one layout without gaps: what a repeated call does with them; else None.
+
+    Functions that give an array's flat memory, tell whether arrays of a later call may go the short way, allocate a
+    result, and `past_caches`; and whether they are so small that one thread does all.
+    """
+    arrays = [a for a in (x, *others) if a is not None]
+    if not all(type(a) is np.ndarray and a.strides == x.strides and a.dtype == x.dtype for a in arrays):
+        return None
+    if not (x.dtype.isnative and x.size and x.transpose(layout.order).flags.c_contiguous):
+        return None
+    dtype, shares, size = stored(x.dtype), shares_of(x.size), x.size
+    in_order = layout.order == tuple(range(x.ndim))
+
+    def in_other_order(a: Array) -> Array:
+        return a.transpose(layout.order).ravel().view(dtype)
+
+    def usable(out: Array | None, x: Array, other: Array | None, *rest: Array | None) -> bool:
+        if not x.flags.behaved or not (other is None or other.flags.behaved) or shares_of(size) != shares:
+            return False
+        if out is None:
+            return True
+        inputs = (a for a in (x, other, *rest) if a is not None and a is not out)
+        return out.flags.behaved and not any(np.may_share_memory(out, a) for a in inputs)
+
+    small = x.nbytes < memory.CACHE_SHARE
+    return (
+        np.ndarray.ravel if in_order and dtype == x.dtype else in_other_order,
+        usable,
+        np.empty_like if small else empty_like,
+        (lambda *_: 0) if small else past_caches,
+        shares == 1 and small,
+    )
+
+
+def _dense_strides(shape: tuple[int, ...]) -> Strides:
+    _, outer, channel, inner = shape
+    return 0, outer * channel * inner, channel * inner, inner
+
+
+def _normalize(shape: tuple[int, ...], x: Array, residual: Array | None) -> plans.Run:
+    """The plan of `cpu.normalize`; the names of its arguments stand there."""
+    s = _dense_strides(shape)
+    return plans.normalize(shape, s, s, None if residual is None else s, x.itemsize, shares_of(x.size))
+
+
+def _forward(shape: tuple[int, ...], x: Array, residual: Array | None) -> plans.Run:
+    """The plan of `forward`."""
+    s = _dense_strides(shape)
+    return plans.forward(shape, s, None, s, None if residual is None else s, x.itemsize, shares_of(x.size))
+
+
+def _backward(shape: tuple[int, ...], x: Array, y: Array | None, residual: bool, frozen: bool) -> plans.Run:
+    """The plan of `backward`."""
+    s = _dense_strides(shape)
+    ys, drs = None if y is None else s, s if residual else None
+    return plans.backward(shape, s, s, ys, None, s, drs, x.itemsize, shares_of(x.size), frozen)
