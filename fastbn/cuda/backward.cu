@@ -1,0 +1,63 @@
+// The backward pass in one launch: x and dz are read once and kept on the chip until their sums are known. Reads x and
+// dy, writes dx: 3S bytes; with relu also reads y, with a residual also writes dz.
+//
+// Groups of blocks as in forward.cu.
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+#if CLUSTER > 1
+    __cluster_dims__(CLUSTER, 1, 1)
+#endif
+    backward(const Params p) {
+    Packed* kept = reinterpret_cast<Packed*>(dynamic_shared() + SUM_BYTES) + threadIdx.x;
+    const i64 split = blockIdx.x % p.splits, groups = gridDim.x / p.splits;
+    unsigned round = 0;
+    for (i64 at = blockIdx.x / p.splits; at < p.tiles; at += groups) {
+        const Tile tile(p, at, split);
+        Centre centre[CHANNELS];
+        Sums sums[CHANNELS];
+#pragma unroll
+        for (int ch = 0; ch < CHANNELS; ++ch) {
+            if (tile.active) centre[ch].set(p, tile, ch);
+            sums[ch] = Sums{0, 0};
+        }
+        Packed x[HELD], dz[HELD];
+        Index v = tile.start();
+        int count = tile.within(v), chunk = 0;
+        while (true) {
+            load(x, p.x, p.x_strides, p, tile, v, count);
+            load_dz(dz, p, tile, v, count);
+#pragma unroll
+            for (int ch = 0; ch < CHANNELS; ++ch) add_sums(sums[ch], x, dz, count, ch, centre[ch]);
+            const int next = tile.within(v + HELD * ROWS);
+            if (next == 0) break;  // the last chunk stays in registers
+#pragma unroll
+            for (int k = 0; k < HELD; ++k) {
+                kept[(2 * chunk * HELD + k) * THREADS] = x[k];
+                kept[((2 * chunk + 1) * HELD + k) * THREADS] = dz[k];
+            }
+            v += HELD * ROWS;
+            count = next;
+            ++chunk;
+        }
+        sum_block(sums);
+        if (p.splits > 1) {
+            write_sums(p, tile, split, sums);
+            group_barrier(p, ++round);
+            read_sums(p, tile, p.splits, sums);
+        }
+        if (split == 0) write_gradients(p, tile, sums);
+        Linear linear[CHANNELS];
+        set_from_sums(p, tile, sums, linear);
+        while (true) {
+            write_dx(x, dz, p, tile, v, count, centre, linear);
+            if (chunk-- == 0) break;
+            v -= HELD * ROWS;
+            count = HELD;
+#pragma unroll
+            for (int k = 0; k < HELD; ++k) {
+                x[k] = kept[(2 * chunk * HELD + k) * THREADS];
+                dz[k] = kept[((2 * chunk + 1) * HELD + k) * THREADS];
+            }
+        }
+    }
+}

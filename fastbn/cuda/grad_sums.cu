@@ -1,0 +1,30 @@
+// dgamma and dbeta. Reads dy and x, and y under relu: 2S or 3S bytes.
+//
+// Each block takes one split of one tile; with one split it writes the sums, else its part, which `finish_sums` or the
+// pass that writes dx adds up in a fixed order.
+
+extern "C" __global__ void __launch_bounds__(THREADS) grad_sums(const Params p) {
+    i64 at, split;
+    find_work(p, at, split);
+    const Tile tile(p, at, split);
+    Centre centre[CHANNELS];
+    Sums sums[CHANNELS];
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) {
+        if (tile.active) centre[ch].set(p, tile, ch);
+        sums[ch] = Sums{0, 0};
+    }
+    for (Index v = tile.start(); tile.within(v); v += HELD * ROWS) {
+        Packed x[HELD], dz[HELD];
+        const int count = tile.within(v);
+        load(x, p.x, p.x_strides, p, tile, v, count);
+        load_dz(dz, p, tile, v, count);
+#pragma unroll
+        for (int ch = 0; ch < CHANNELS; ++ch) add_sums(sums[ch], x, dz, count, ch, centre[ch]);
+    }
+    sum_block(sums);
+    if (p.partials != nullptr)
+        write_sums(p, tile, split, sums);
+    else
+        write_gradients(p, tile, sums);
+}

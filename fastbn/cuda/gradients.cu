@@ -1,0 +1,192 @@
+// The sums of the backward pass, dbeta = sum dz and dgamma = sum dz (x - mean) rstd, and dx from them:
+//
+//     dx = scale dz - w (offset + slope (x - mean)),   scale = gamma rstd,
+//     offset = (scale dbeta - dmean) / count,   slope = (scale rstd dgamma - 2 dvar) / count
+//
+// A thread sums HELD vectors in the type of the elements' arithmetic, all else is float64 in a fixed order.
+// After: Ioffe & Szegedy (2015), section 3.
+
+struct Centre {  // of a channel; the mean is high + low
+    real high, low, rstd;
+
+    __device__ __forceinline__ void set(const Params& p, const Tile& tile, int ch) {
+        const double mean = number(p.mean, p.mean_type, tile.kept(p, ch), 0.0);
+        high = static_cast<real>(mean);
+        const double left = mean - static_cast<double>(high);
+        low = is_finite(left) ? static_cast<real>(left) : 0;
+        rstd = static_cast<real>(number(p.spread, p.spread_type, tile.kept(p, ch), 1.0));
+    }
+};
+
+struct Sums {
+    double dgamma, dbeta;
+};
+
+// dz of a vector of dy: 0 where the activation's output y is not positive; NaN passes.
+__device__ __forceinline__ void mask(Packed& dy, const Packed& y) {
+    Elements gradient;
+    gradient.packed = dy;
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j)
+        if (element(y, j) <= 0) gradient.each[j] = 0;
+    dy = gradient.packed;
+}
+
+__device__ __forceinline__ void load_dz(
+    Packed (&dz)[HELD], const Params& p, const Tile& tile, Index v, int count
+) {
+    load(dz, p.dy, p.dy_strides, p, tile, v, count);
+#if RELU
+    Packed y[HELD];
+    load(y, p.y, p.y_strides, p, tile, v, count);
+#pragma unroll
+    for (int k = 0; k < HELD; ++k)
+        if (k < count) mask(dz[k], y[k]);
+#endif
+}
+
+__device__ __forceinline__ void add_sums(
+    Sums& sums, const Packed (&x)[HELD], const Packed (&dz)[HELD], int count, int channel, const Centre& centre
+) {
+    real plain = 0, product = 0;
+#pragma unroll
+    for (int k = 0; k < HELD; ++k)
+        if (k < count) {
+            real part = 0, part_product = 0;
+#pragma unroll
+            for (int j = ALONG_CHANNELS ? channel : 0; j < (ALONG_CHANNELS ? channel + 1 : VECTOR); ++j) {
+                const real g = element(dz[k], j);
+                part += g;
+                part_product += g * (((element(x[k], j) - centre.high) - centre.low) * centre.rstd);
+            }
+            plain += part;
+            product += part_product;
+        }
+    sums.dbeta += plain;
+    sums.dgamma += product;
+}
+
+// As merge_block of moments.cu, of plain sums.
+__device__ __forceinline__ void sum_block(Sums (&sums)[CHANNELS]) {
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) {
+        sums[ch].dgamma = added_across(sums[ch].dgamma, LANES, 32);
+        sums[ch].dbeta = added_across(sums[ch].dbeta, LANES, 32);
+    }
+    if (WARPS == 1) return;
+    Sums* scratch = reinterpret_cast<Sums*>(dynamic_shared());
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    __syncthreads();  // the scratch may still be read from the sum before
+    if (lane < LANES)
+#pragma unroll
+        for (int ch = 0; ch < CHANNELS; ++ch) scratch[(lane * CHANNELS + ch) * WARPS + warp] = sums[ch];
+    __syncthreads();
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) {
+        Sums whole{0, 0};
+        if (WIDTH == 1) {
+            if (lane < WARPS) whole = scratch[lane];
+            whole.dgamma = added_across(whole.dgamma, 1, 32);
+            whole.dbeta = added_across(whole.dbeta, 1, 32);
+        } else {
+            const Sums* from = scratch + (threadIdx.x % LANES * CHANNELS + ch) * WARPS;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                whole.dgamma += from[w].dgamma;
+                whole.dbeta += from[w].dbeta;
+            }
+        }
+        sums[ch] = whole;
+    }
+}
+
+#define SUM_BYTES ((sizeof(Sums) * WIDTH * WARPS + 15) / 16 * 16)
+
+__device__ __forceinline__ void write_sums(const Params& p, const Tile& tile, i64 split, const Sums (&sums)[CHANNELS]) {
+    if (threadIdx.x / LANES != 0 || !tile.active) return;
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) {
+        double* to = p.partials + (tile.kept(p, ch) * p.splits + split) * 2;
+        to[0] = sums[ch].dgamma, to[1] = sums[ch].dbeta;
+    }
+}
+
+// The sums of `splits` blocks together, given to all threads.
+__device__ __forceinline__ void read_sums(const Params& p, const Tile& tile, i64 splits, Sums (&sums)[CHANNELS]) {
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) {
+        sums[ch] = Sums{0, 0};
+        if (tile.active)
+            for (i64 split = threadIdx.x / LANES; split < splits; split += ROWS) {
+                const double* from = p.partials + (tile.kept(p, ch) * splits + split) * 2;
+                sums[ch].dgamma += read_shared_with_others(from);
+                sums[ch].dbeta += read_shared_with_others(from + 1);
+            }
+    }
+    sum_block(sums);
+}
+
+// dgamma and dbeta, a row of the results each.
+__device__ __forceinline__ void write_gradients(const Params& p, const Tile& tile, const Sums (&sums)[CHANNELS]) {
+    if (threadIdx.x / LANES != 0 || !tile.active) return;
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) {
+        p.results[tile.kept(p, ch)] = sums[ch].dgamma;
+        p.results[p.batches * p.channels + tile.kept(p, ch)] = sums[ch].dbeta;
+    }
+}
+
+struct Linear {  // numbers of dx of a channel
+    real scale, offset, slope;
+};
+
+__device__ __forceinline__ void set_from_sums(
+    const Params& p, const Tile& tile, const Sums (&sums)[CHANNELS], Linear (&linear)[CHANNELS]
+) {
+    if (!tile.active) return;
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) {
+        const i64 at = tile.kept(p, ch);
+        const double rstd = number(p.spread, p.spread_type, at, 1.0);
+        const double scale = number(p.gamma, p.gamma_type, at, 1.0) * rstd;
+        linear[ch].scale = static_cast<real>(scale);
+        if (p.frozen) continue;
+        const double count = number(p.count, p.count_type, at, 1.0);
+        const double dmean = number(p.dmean, p.dmean_type, at, 0.0), dvar = number(p.dvar, p.dvar_type, at, 0.0);
+        const double share = count > 0 ? reciprocal(count) : not_a_number();
+        linear[ch].offset = static_cast<real>((scale * sums[ch].dbeta - dmean) * share);
+        linear[ch].slope = static_cast<real>((scale * rstd * sums[ch].dgamma - 2.0 * dvar) * share);
+    }
+}
+
+// Writes dx, and dz where there was a residual. Without x, or with frozen statistics, dx = scale dz.
+__device__ __forceinline__ void write_dx(
+    Packed (&x)[HELD], const Packed (&dz)[HELD], const Params& p, const Tile& tile, Index v, int count,
+    const Centre (&centre)[CHANNELS], const Linear (&linear)[CHANNELS]
+) {
+#if RESIDUAL
+    store(dz, p.dresidual, p.dresidual_strides, p, tile, v, count);
+#endif
+#pragma unroll
+    for (int k = 0; k < HELD; ++k)
+        if (k < count) {
+            Elements results;
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const int ch = ALONG_CHANNELS ? j : 0;
+                real g = linear[ch].scale * element(dz[k], j);
+                if (!p.frozen) {
+                    real share =
+                        linear[ch].offset + linear[ch].slope * ((element(x[k], j) - centre[ch].high) - centre[ch].low);
+#if WEIGHT
+                    const real w = static_cast<real>(weight_of(p, tile, v + k * ROWS, j));
+                    share = w > 0 ? w * share : 0;
+#endif
+                    g -= share;
+                }
+                results.each[j] = encoded(g);
+            }
+            x[k] = results.packed;
+        }
+    store(x, p.dx, p.dx_strides, p, tile, v, count);
+}

@@ -1,0 +1,135 @@
+"""CuPy arrays as kernels take them: addresses, strides and types; results with their scratch; what overlaps what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastbn.cuda import launch
+from fastbn.cuda.plans import Operand, Plan, Problem, Strides
+from fastbn.layout import Layout
+
+cupy = launch.cupy
+
+Array = Any  # cupy.ndarray
+
+_TYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+_known_types: dict[Any, int] = {}
+_FLOAT64 = np.dtype(np.float64)
+
+
+def type_of(dtype: Any) -> int:
+    """The kernels' number for a dtype (``dtype.name`` alone takes a microsecond)."""
+    known = _known_types.get(dtype)
+    if known is None:
+        known = _known_types[dtype] = _TYPES[dtype.name]
+    return known
+
+
+def strides_of(a: Array) -> Strides:
+    """Strides in elements; 0 where there is one element, so that arrays of one layout have one plan."""
+    itemsize = a.itemsize
+    return tuple(s // itemsize if n > 1 else 0 for s, n in zip(a.strides, a.shape, strict=True))
+
+
+def problem_of(
+    arrays: dict[str, Array | None], weight: Array | None, numbers: dict[str, Array | None] | None = None,
+    relu: bool = False, residual: bool = False, eps: float = -1.0, **options: bool,
+) -> Problem:  # fmt: skip
+    """The description of a call: all that a plan depends on."""
+    present = {name: a for name, a in arrays.items() if a is not None}
+    first = next(iter(present.values()))
+    return Problem(
+        device=launch.device(first.data.device_id),
+        shape=first.shape,
+        dtype=type_of(first.dtype),
+        itemsize=first.itemsize,
+        operands=tuple((name, Operand(strides_of(a), a.data.ptr % 16)) for name, a in present.items()),
+        weight=0 if weight is None else 1 if weight.dtype == np.bool_ else 2,
+        weight_strides=() if weight is None else strides_of(weight),
+        types=tuple((name, type_of(a.dtype)) for name, a in (numbers or {}).items() if a is not None),
+        relu=relu,
+        residual=residual,
+        options=tuple((name, int(value)) for name, value in options.items()),
+        eps=eps,
+    )
+
+
+class OnDevice:
+    """Makes an array's device the current one, where it is not already."""
+
+    __slots__ = ("_device",)
+
+    def __init__(self, a: Array) -> None:
+        number = a.data.device_id
+        self._device = None if number == launch.current_device() else cupy.cuda.Device(number)
+
+    def __enter__(self) -> None:
+        if self._device is not None:
+            self._device.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self._device is not None:
+            self._device.__exit__(*error)
+
+
+def results_of(rows: int, channels: int, plan: Plan) -> tuple[list[Array], tuple[int, int, int]]:
+    """Rows of float64 results and, behind them in the same memory, the scratch of a plan: the last of `POINTERS`."""
+    first = rows * channels * 8
+    second = first + plan.partials * 8
+    if second + plan.counters == 0:
+        return [], (0, 0, 0)
+    memory = cupy.cuda.alloc(second + plan.counters)
+    ndarray, shape = cupy.ndarray, (channels,)
+    results = [ndarray(shape, _FLOAT64, memory + at) for at in range(0, first, channels * 8)]
+    start = memory.ptr
+    return results, (start, start + first if plan.partials else 0, start + second if plan.counters else 0)
+
+
+def vector(layout: Layout, parameter: Array | None, default: float) -> Array | None:
+    """A parameter as kernels take it: in its own dtype, contiguous; None stays None, for which they have defaults."""
+    if parameter is None:
+        return None
+    return cupy.ascontiguousarray(layout.laid_out(cupy, parameter)).reshape(-1)
+
+
+def empty_like(a: Array) -> Array:
+    """An uninitialised array in the element order of another."""
+    return cupy.empty_like(a)
+
+
+def writable_in_place(a: Array) -> bool:
+    """Whether kernels can write an array as it lies in memory: each element has a place of its own."""
+    return all(s != 0 or n <= 1 for s, n in zip(a.strides, a.shape, strict=True))
+
+
+class _Shadow:
+    """The extent of a device array as NumPy sees it, for questions about addresses; never read."""
+
+    def __init__(self, a: Array) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": a.shape,
+            "strides": a.strides,
+            "typestr": f"|V{a.itemsize}",
+            "data": (a.data.ptr, False),
+        }
+
+
+_shares_memory: Any = np.shares_memory
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays share memory; yes where that is too hard to decide."""
+    if a.size == 0 or b.size == 0 or not cupy.may_share_memory(a, b):
+        return False
+    try:
+        return bool(_shares_memory(np.asarray(_Shadow(a)), np.asarray(_Shadow(b)), max_work=1000))
+    except np.exceptions.TooHardError:
+        return True
+
+
+def same_or_apart(a: Array, b: Array) -> bool:
+    """Whether each element of `a` lies where the same element of `b` does, or the arrays share no memory."""
+    return (a.data.ptr == b.data.ptr and a.strides == b.strides) or not overlap(a, b)

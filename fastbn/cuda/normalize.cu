@@ -1,0 +1,30 @@
+// y = act((x - mean) * rstd * gamma + beta + residual). Reads x, writes y: 2S bytes, 3S with a residual.
+//
+// The mean and the rstd are given (or the variance, to which eps is added); or, as the second pass of a batch
+// normalization, merged from the parts that `statistics` left, and written by the first block of each tile.
+
+extern "C" __global__ void __launch_bounds__(THREADS) normalize(const Params p) {
+    i64 at, split;
+    find_work(p, at, split);
+    const Tile tile(p, at, split);
+    Affine affine[CHANNELS];
+    if (p.partials != nullptr) {
+        Part parts[CHANNELS];
+        read_parts(p, tile, p.summed, parts);
+        if (split == 0) write_moments(p, tile, parts);
+        set_from_parts(p, tile, parts, affine);
+    } else if (tile.active) {
+#pragma unroll
+        for (int ch = 0; ch < CHANNELS; ++ch) {
+            const double mean = number(p.mean, p.mean_type, tile.kept(p, ch), 0.0);
+            const double spread = number(p.spread, p.spread_type, tile.kept(p, ch), 1.0);
+            affine[ch].set(p, tile, ch, mean, 0.0, p.spread_is_variance ? reciprocal_sqrt(spread + p.eps) : spread);
+        }
+    }
+    for (Index v = tile.start(); tile.within(v); v += HELD * ROWS) {
+        Packed held[HELD];
+        const int count = tile.within(v);
+        load(held, p.x, p.x_strides, p, tile, v, count);
+        write_normalized(held, p, tile, v, count, affine);
+    }
+}

@@ -1,0 +1,413 @@
+"""The choice of kernels: from shapes, strides and a device to launches. Nothing here touches memory.
+
+A plan is made once for all calls of the same shapes, strides, alignment, dtype and options. One launch does everything
+where a tile of channels can stay on the chip between the reduction and what follows from it: in one block, in a
+cluster of blocks, or in several of a cooperative launch. Elsewhere a first pass leaves parts and a second merges them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from fastbn.cuda import launch
+from fastbn.cuda.launch import Device, Launch
+
+Shape = tuple[int, ...]
+Strides = tuple[int, ...]  # in elements
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Numbers that decide speed, never results beyond their rounding."""
+
+    threads: int = 256
+    """Of a block, where there is work for so many."""
+    held: int = 8
+    """Vectors of one array that a thread holds in registers; half as many where it holds two arrays."""
+    along_channels: int = 128
+    """Bytes of neighbouring channels that a tile is wide: whole cache lines, and no more scratch than needed."""
+    cluster: int = 1
+    """Blocks of the largest cluster."""
+    shared_share: float = 0.45
+    """Of the shared memory a block may have, for what it keeps: two blocks run beside each other."""
+    waves: int = 2
+    """Blocks for each multiprocessor before splitting a tile stops paying."""
+    passes: int = 8
+    """Blocks for each multiprocessor in passes that keep nothing."""
+
+
+# By compute capability; a device takes the last that is not above its own. H100 and later have clusters; the sizes of
+# registers are the same on all, hence the one choice of threads and vectors.
+TUNING = {
+    70: Tuning(),
+    80: Tuning(),
+    90: Tuning(cluster=8),
+    120: Tuning(cluster=8, shared_share=0.9),
+}
+
+STRATEGIES = ("block", "cluster", "cooperative", "two passes")
+
+
+def tuning_of(architecture: int) -> Tuning:
+    """The tuning of a compute capability."""
+    return TUNING[max(known for known in TUNING if known <= max(architecture, min(TUNING)))]
+
+
+class Operand(NamedTuple):
+    """What matters of an array: strides in elements, and bytes by which its address is off a multiple of 16."""
+
+    strides: Strides
+    off: int
+
+
+Operands = tuple[tuple[str, Operand], ...]
+
+
+class Problem(NamedTuple):
+    """One call, but for addresses and values."""
+
+    device: Device
+    shape: Shape
+    dtype: int
+    itemsize: int
+    operands: Operands
+    """Arrays that are read or written by vectors, by their names in `launch.ARRAYS`, x or dy first."""
+    weight: int
+    """0 none, 1 bool, 2 float64."""
+    weight_strides: Strides
+    types: tuple[tuple[str, int], ...]
+    """The dtypes of per-channel numbers, by their names in `launch.NUMBERS`."""
+    relu: bool
+    residual: bool
+    options: tuple[tuple[str, int], ...] = ()
+    """Fields of the kernels' argument."""
+    eps: float = -1.0
+
+
+class Plan(NamedTuple):
+    """Launches in order, and the float64 numbers of scratch that they need behind the results."""
+
+    launches: tuple[Launch, ...]
+    partials: int
+    counters: int
+    """Bytes, zeroed before the first launch."""
+    strategy: str
+
+    def run(self, pointers: tuple[int, ...]) -> None:
+        """Launch on the current stream with the addresses of `launch.POINTERS`."""
+        if self.counters:
+            launch.clear(pointers[-1], self.counters)
+        for step in self.launches:
+            step(*pointers)
+
+
+# --- what all kernels share -------------------------------------------------------------------------------------------
+
+
+def _vector(problem: Problem, axis: int, most: int) -> int:
+    """Elements of a load along an axis: a power of two to which sizes, strides and addresses of all arrays agree."""
+    vector = most
+    while vector > 1:
+        nbytes = vector * problem.itemsize
+        if problem.shape[axis] % vector == 0 and all(
+            operand.off % nbytes == 0
+            and operand.strides[axis] == 1
+            and all(
+                s % vector == 0 or n == 1
+                for i, (s, n) in enumerate(zip(operand.strides, problem.shape, strict=True))
+                if i != axis
+            )
+            for _, operand in problem.operands
+        ):
+            break
+        vector //= 2
+    return vector
+
+
+def _power(number: float) -> int:
+    """The least power of two that is not below."""
+    return 1 << max(0, math.ceil(number) - 1).bit_length()
+
+
+class Geometry(NamedTuple):
+    """How threads lie on the array."""
+
+    along_channels: bool
+    vector: int
+    lanes: int
+    vectors: int
+    """Of one channel."""
+    row_vectors: int
+    tiles_per_batch: int
+    tiles: int
+
+
+def _geometry(problem: Problem, tuning: Tuning) -> Geometry:
+    batch, outer, channel, inner = problem.shape
+    strides = problem.operands[0][1].strides
+    along = channel > 1 and (inner == 1 or abs(strides[2]) < abs(strides[3]))
+    most = 16 // problem.itemsize
+    if problem.weight:
+        most = min(most, 4)  # the weights of eight channels do not fit into registers
+    vector = _vector(problem, 2 if along else 3, most)
+    lanes = 1
+    if along:
+        lanes = min(_power(channel / vector), max(1, tuning.along_channels // (vector * problem.itemsize)), 32)
+    depth = 1 if along else vector
+    width = lanes * (vector if along else 1)
+    row_vectors = max(1, inner // depth)
+    tiles_per_batch = -(-channel // width)
+    return Geometry(along, vector, lanes, outer * inner // depth, row_vectors, tiles_per_batch, batch * tiles_per_batch)
+
+
+def _division(vectors: int, by: int) -> tuple[int, int]:
+    """Multiplier and shift so that ``(v * multiplier >> 32) >> shift`` is ``v // by`` for v < 2^31 (Granlund & Montgomery)."""
+    if by == 1 or vectors >= 1 << 31:
+        return 0, 0
+    bits = (by - 1).bit_length()
+    return (1 << (31 + bits)) // by + 1, bits - 1
+
+
+def _launch(
+    problem: Problem, geometry: Geometry, kernel: str, grid: int, threads: int, held: int, *, splits: int,
+    shared: int = 0, cluster: int = 1, cooperative: bool = False, **fields: int,
+) -> Launch:  # fmt: skip
+    macros = _macros(problem, geometry, kernel, threads, held, cluster)
+    magic, shift = _division(geometry.vectors, geometry.row_vectors)
+    everything = {
+        **{f"{name}_strides_{axis}": stride for name, operand in problem.operands for axis, stride in zip(_AXES, operand.strides, strict=True)},
+        **{f"weight_strides_{axis}": stride for axis, stride in zip(_AXES, problem.weight_strides, strict=False)},
+        **{f"{name}_type": dtype for name, dtype in problem.types},
+        **dict(problem.options),
+        "batches": problem.shape[0],
+        "channels": problem.shape[2],
+        "vectors": geometry.vectors,
+        "row_vectors": geometry.row_vectors,
+        "row_magic": magic,
+        "row_shift": shift,
+        "tiles_per_batch": geometry.tiles_per_batch,
+        "tiles": geometry.tiles,
+        "splits": splits,
+        **fields,
+    }  # fmt: skip
+    shared += scratch_bytes(kernel, geometry, threads)
+    compiled = launch.function(problem.device.number, kernel, macros, shared)
+    return Launch(compiled, grid, threads, shared, cooperative, everything, problem.eps)
+
+
+_AXES = ("batch", "outer", "channel", "inner")
+
+
+def _macros(
+    problem: Problem, geometry: Geometry, kernel: str, threads: int, held: int, cluster: int = 1
+) -> launch.Macros:
+    options = {"WEIGHT": problem.weight, "RELU": int(problem.relu), "RESIDUAL": int(problem.residual)}
+    return (
+        ("DTYPE", problem.dtype),
+        ("VECTOR", geometry.vector),
+        ("ALONG_CHANNELS", int(geometry.along_channels)),
+        ("LANES", geometry.lanes),
+        ("THREADS", threads),
+        ("HELD", held),
+        ("WIDE", int(geometry.vectors >= 1 << 31)),
+        *((name, value if name in launch.OPTIONAL[kernel] else 0) for name, value in options.items()),
+        ("CLUSTER", cluster),
+    )
+
+
+def scratch_bytes(kernel: str, geometry: Geometry, threads: int) -> int:
+    """Shared memory in which a block merges: MERGE_BYTES and SUM_BYTES of the kernels."""
+    width, warps = geometry.lanes * (geometry.vector if geometry.along_channels else 1), threads // 32
+    moments = "moments" in launch.SOURCES[kernel]
+    return 32 * width * (warps + 1) if moments else 16 * width * warps
+
+
+def _threads(geometry: Geometry, vectors: int, most: int) -> int:
+    """As many threads as there are vectors for them, whole warps."""
+    return min(most, max(32, _power(vectors * geometry.lanes)))
+
+
+def _held(problem: Problem, tuning: Tuning, geometry: Geometry, arrays: int) -> int:
+    held = max(1, tuning.held // arrays)
+    if geometry.along_channels and geometry.vector >= 8:
+        held = max(1, held // 2)  # eight channels of a thread have as many accumulators
+    return min(held, 2) if problem.weight else held
+
+
+# --- one launch -------------------------------------------------------------------------------------------------------
+
+
+def _resident(
+    problem: Problem, geometry: Geometry, tuning: Tuning, kernel: str, arrays: int, partial: int, forced: str | None
+) -> Plan | None:
+    """The plan that keeps `arrays` arrays of a tile on the chip; None where they do not fit."""
+    device, vectors, lanes = problem.device, max(1, geometry.vectors), geometry.lanes
+    most_held = _held(problem, tuning, geometry, arrays)
+    vector_bytes = geometry.vector * problem.itemsize
+    budget = int(device.shared * tuning.shared_share)
+
+    def fitted(share: int) -> tuple[int, int, int] | None:
+        """Threads, vectors held and bytes kept for a share of a tile's vectors in each block."""
+        threads = _threads(geometry, share, tuning.threads)
+        rows = threads // lanes
+        held = min(most_held, _power(share / rows))
+        chunks = -(-share // (rows * held)) - 1  # the last stays in registers
+        kept = chunks * held * threads * vector_bytes * arrays
+        fits = kept + scratch_bytes(kernel, geometry, threads) <= budget or kept == 0
+        return (threads, held, kept) if fits else None
+
+    def single(splits: int, strategy: str) -> Plan | None:
+        if (fit := fitted(-(-vectors // splits))) is None:
+            return None
+        threads, held, kept = fit
+        step = _launch(
+            problem, geometry, kernel, geometry.tiles * splits, threads, held,
+            splits=splits, shared=kept, cluster=splits,
+        )  # fmt: skip
+        slots = problem.shape[0] * problem.shape[2] * splits * partial if splits > 1 else 0
+        return Plan((step,), slots, 0, strategy)
+
+    if forced in (None, "block"):
+        enough = geometry.tiles >= tuning.waves * device.processors or vectors <= tuning.threads // lanes
+        if forced or enough or tuning.cluster == 1:
+            plan = single(1, "block")
+            few = geometry.tiles * 2 < device.processors and vectors > 4 * tuning.threads // lanes
+            if plan and (forced or enough or not few):
+                return plan
+    if forced in (None, "cluster"):
+        splits = 2
+        while splits <= tuning.cluster:
+            last = splits * 2 > tuning.cluster
+            plan = single(splits, "cluster")
+            enough = geometry.tiles * splits >= tuning.waves * device.processors
+            small = -(-vectors // splits) <= tuning.threads // lanes
+            if plan and (enough or small or last or forced):
+                return plan
+            splits *= 2
+    if forced in (None, "cooperative"):
+        return _cooperative(problem, geometry, kernel, partial, fitted)
+    return None
+
+
+def _cooperative(
+    problem: Problem, geometry: Geometry, kernel: str, partial: int,
+    fitted: Callable[[int], tuple[int, int, int] | None],
+) -> Plan | None:  # fmt: skip
+    """Groups of blocks, all on the device at once, that take tile after tile."""
+    device, vectors = problem.device, max(1, geometry.vectors)
+    splits = 1
+    while fitted(-(-vectors // splits)) is None:
+        splits *= 2
+        if splits > 32 * device.processors:
+            return None
+    fit = fitted(-(-vectors // splits))
+    assert fit is not None  # for the type checker: the loop ended
+    threads, held, kept = fit
+    macros = _macros(problem, geometry, kernel, threads, held)
+    shared = kept + scratch_bytes(kernel, geometry, threads)
+    blocks = device.processors * launch.blocks_per_processor(device.number, kernel, macros, threads, shared)
+    if splits > blocks:
+        return None
+    groups = min(geometry.tiles, blocks // splits)
+    splits = min(blocks // groups, max(splits, -(-vectors // (threads // geometry.lanes * held))))
+    step = _launch(
+        problem, geometry, kernel, groups * splits, threads, held,
+        splits=splits, shared=kept, cooperative=True,
+    )  # fmt: skip
+    slots = problem.shape[0] * problem.shape[2] * splits * partial
+    return Plan((step,), slots, 4 * groups, "cooperative")
+
+
+# --- passes that keep nothing -----------------------------------------------------------------------------------------
+
+
+def _splits(geometry: Geometry, tuning: Tuning, device: Device, rows: int, held: int) -> int:
+    """Blocks for each tile, so that the device is full and a block has enough to do."""
+    wanted = -(-tuning.passes * device.processors // max(1, geometry.tiles))
+    return max(1, min(wanted, geometry.vectors // (2 * rows * held)))
+
+
+def _pass(
+    problem: Problem, geometry: Geometry, tuning: Tuning, kernel: str, arrays: int, **fields: int
+) -> tuple[Launch, int]:
+    threads = _threads(geometry, geometry.vectors, tuning.threads)
+    held = min(_held(problem, tuning, geometry, arrays), _power(geometry.vectors / (threads // geometry.lanes)))
+    splits = _splits(geometry, tuning, problem.device, threads // geometry.lanes, held)
+    step = _launch(problem, geometry, kernel, geometry.tiles * splits, threads, held, splits=splits, **fields)
+    return step, splits
+
+
+def _reduction(
+    problem: Problem, geometry: Geometry, tuning: Tuning, kernel: str, arrays: int, finish: str, partial: int
+) -> Plan:
+    """A pass that reduces, and the merge of its parts."""
+    first, splits = _pass(problem, geometry, tuning, kernel, arrays)
+    if splits == 1:
+        return Plan((first,), 0, 0, "one pass")
+    threads = _threads(geometry, splits, tuning.threads)
+    second = _launch(problem, geometry, finish, geometry.tiles, threads, 1, splits=splits, summed=splits)
+    return Plan((first, second), problem.shape[0] * problem.shape[2] * splits * partial, 0, "one pass")
+
+
+def _two_passes(
+    problem: Problem, geometry: Geometry, tuning: Tuning, kernels: tuple[str, str], arrays: int, partial: int
+) -> Plan:
+    first, splits = _pass(problem, geometry, tuning, kernels[0], arrays)
+    second, _ = _pass(problem, geometry, tuning, kernels[1], arrays, summed=splits, backwards=1)
+    return Plan((first, second), problem.shape[0] * problem.shape[2] * splits * partial, 0, "two passes")
+
+
+# --- the functions ----------------------------------------------------------------------------------------------------
+
+FORCED: dict[str, str | None] = {"strategy": None}  # for tests and tuning: one of STRATEGIES
+
+
+@lru_cache(maxsize=4096)
+def moments(problem: Problem) -> Plan:
+    tuning = tuning_of(problem.device.architecture)
+    geometry = _geometry(problem, tuning)
+    return _reduction(problem, geometry, tuning, "statistics", 1, "finish_moments", 4)
+
+
+@lru_cache(maxsize=4096)
+def grad_sums(problem: Problem) -> Plan:
+    tuning = tuning_of(problem.device.architecture)
+    geometry = _geometry(problem, tuning)
+    return _reduction(problem, geometry, tuning, "grad_sums", 2, "finish_sums", 2)
+
+
+@lru_cache(maxsize=4096)
+def normalize(problem: Problem) -> Plan:
+    tuning = tuning_of(problem.device.architecture)
+    step, _ = _pass(problem, _geometry(problem, tuning), tuning, "normalize", 1)
+    return Plan((step,), 0, 0, "one pass")
+
+
+@lru_cache(maxsize=4096)
+def grad_input(problem: Problem) -> Plan:
+    tuning = tuning_of(problem.device.architecture)
+    step, _ = _pass(problem, _geometry(problem, tuning), tuning, "grad_input", 2)
+    return Plan((step,), 0, 0, "one pass")
+
+
+@lru_cache(maxsize=4096)
+def forward(problem: Problem) -> Plan:
+    return _either(problem, "forward", 1, ("statistics", "normalize"), 4)
+
+
+@lru_cache(maxsize=4096)
+def backward(problem: Problem) -> Plan:
+    return _either(problem, "backward", 2, ("grad_sums", "grad_input"), 2)
+
+
+def _either(problem: Problem, kernel: str, arrays: int, passes: tuple[str, str], partial: int) -> Plan:
+    tuning, forced = tuning_of(problem.device.architecture), FORCED["strategy"]
+    geometry = _geometry(problem, tuning)
+    plan = None
+    if forced != "two passes":
+        plan = _resident(problem, geometry, tuning, kernel, arrays, partial, forced)
+    return plan or _two_passes(problem, geometry, tuning, passes, arrays, partial)

@@ -1,0 +1,255 @@
+// How a block sees the arrays: element (batch, outer, channel, inner), of which batch and channel are kept and outer and
+// inner reduced; each array has its own strides. The host chooses by macros:
+//
+//   DTYPE           0 float16, 1 bfloat16, 2 float32, 3 float64
+//   VECTOR          elements of a load: 16 bytes where alignment and sizes allow it
+//   ALONG_CHANNELS  1: a vector lies along the channels (channels-last); 0: along the inner axis (channels-first)
+//   LANES           threads side by side along the channels; the others stand along the reduced axes
+//   THREADS         of a block
+//   HELD            vectors that a thread holds in registers at once, all their loads in flight together
+//   WIDE            1: a channel has 2^31 vectors or more
+//   WEIGHT          0 none, 1 bool, 2 float64
+//   RELU, RESIDUAL  0 or 1
+//   CLUSTER         blocks of a cluster, 1 without
+//
+// A tile is the LANES * CHANNELS channels of one block, over all their reduced positions; `splits` blocks may share it.
+
+typedef long long i64;
+typedef unsigned long long u64;
+
+#if DTYPE == 3
+typedef double T;
+typedef double real;  // the type of all arithmetic on elements
+#define LARGEST 1.7976931348623157e308
+#elif DTYPE == 2
+typedef float T;
+typedef float real;
+#define LARGEST 3.4028234e38f
+#else
+typedef unsigned short T;
+typedef float real;
+#define LARGEST 3.4028234e38f
+#endif
+
+#if ALONG_CHANNELS
+#define CHANNELS VECTOR  // channels of a thread
+#define DEPTH 1          // elements of one channel in a vector
+#else
+#define CHANNELS 1
+#define DEPTH VECTOR
+#endif
+#define WIDTH (LANES * CHANNELS)  // channels of a tile
+#define ROWS (THREADS / LANES)    // threads along the reduced axes
+#define WARPS (THREADS / 32)
+
+#if WIDE
+typedef i64 Index;  // of a vector among those of a channel
+#else
+typedef unsigned Index;
+#endif
+
+// The same for all kernels; what one does not use is null. launch.py writes it: `POINTERS`, then `FIELDS`. Strides are in
+// elements: of batch, outer, channel and inner. Numbers of each kept channel are contiguous; types are as DTYPE.
+struct Params {
+    char *x, *y, *residual, *dy, *dx, *dresidual, *weight;
+    const char *gamma, *beta, *mean, *spread, *count, *dmean, *dvar, *offset, *slope;
+    double *results, *partials;
+    unsigned* counters;
+    i64 x_strides[4], y_strides[4], residual_strides[4], dy_strides[4], dx_strides[4], dresidual_strides[4],
+        weight_strides[4];
+    i64 gamma_type, beta_type, mean_type, spread_type, count_type, dmean_type, dvar_type, offset_type, slope_type;
+    i64 batches, channels;      // kept sizes
+    i64 vectors, row_vectors;   // of a channel; of these in one run of the inner axis
+    i64 row_magic, row_shift;   // v / row_vectors = umulhi(v, magic) >> shift; magic 0: row_vectors is 1
+    i64 tiles_per_batch, tiles, splits;
+    i64 backwards;              // second passes go backwards: what the first read last is still in the cache
+    i64 summed;                 // splits of the pass that left the partials
+    i64 spread_is_variance, frozen;
+    double eps;
+};
+
+// --- elements ---------------------------------------------------------------------------------------------------------
+
+template <int BYTES> struct Words;
+template <> struct Words<16> { typedef uint4 type; };
+template <> struct Words<8> { typedef uint2 type; };
+template <> struct Words<4> { typedef unsigned type; };
+template <> struct Words<2> { typedef unsigned short type; };
+typedef typename Words<VECTOR * sizeof(T)>::type Packed;
+
+union Elements {
+    Packed packed;
+    T each[VECTOR];
+};
+
+__device__ __forceinline__ real decoded(T element) {
+#if DTYPE == 0
+    return half_to_float(element);
+#elif DTYPE == 1
+    return bfloat16_to_float(element);
+#else
+    return element;
+#endif
+}
+
+__device__ __forceinline__ T encoded(real value) {
+#if DTYPE == 0
+    return float_to_half(value);
+#elif DTYPE == 1
+    return float_to_bfloat16(value);
+#else
+    return value;
+#endif
+}
+
+__device__ __forceinline__ real element(const Packed& packed, int j) {
+    Elements elements;
+    elements.packed = packed;
+    return decoded(elements.each[j]);
+}
+
+__device__ __forceinline__ double number(const char* data, i64 type, i64 index, double otherwise) {
+    if (data == nullptr) return otherwise;
+    if (type == 3) return reinterpret_cast<const double*>(data)[index];
+    if (type == 2) return reinterpret_cast<const float*>(data)[index];
+    const unsigned short bits = reinterpret_cast<const unsigned short*>(data)[index];
+    return type == 0 ? half_to_float(bits) : bfloat16_to_float(bits);
+}
+
+__device__ __forceinline__ double not_a_number() { return __longlong_as_double(0x7ff8000000000000LL); }
+
+__device__ __forceinline__ double infinity() { return __longlong_as_double(0x7ff0000000000000LL); }
+
+__device__ __forceinline__ bool is_finite(double value) { return fabs(value) <= 1.7976931348623157e308; }
+
+// --- where a thread stands --------------------------------------------------------------------------------------------
+
+struct Tile {
+    i64 batch, channel;  // the first channel of this thread
+    bool active;         // false beyond the last channel
+    Index first, last;   // vectors of this block
+
+    __device__ __forceinline__ Tile(const Params& p, i64 tile, i64 split) {
+        const int lane = threadIdx.x % LANES;
+        batch = tile / p.tiles_per_batch;
+        channel = (tile - batch * p.tiles_per_batch) * WIDTH + lane * CHANNELS;
+        active = channel < p.channels;
+        const i64 share = (p.vectors + p.splits - 1) / p.splits;
+        const i64 start = split * share, end = start + share;
+        first = static_cast<Index>(start < p.vectors ? start : p.vectors);
+        last = static_cast<Index>(end < p.vectors ? end : p.vectors);
+    }
+
+    // Of the vectors v, v + ROWS, ... of one thread, how many are this block's, HELD at most.
+    __device__ __forceinline__ int within(Index v) const {
+        if (!active || v >= last) return 0;
+        const Index left = (last - v + (ROWS - 1)) / ROWS;
+        return left < HELD ? static_cast<int>(left) : HELD;
+    }
+
+    __device__ __forceinline__ Index start() const { return first + threadIdx.x / LANES; }
+
+    __device__ __forceinline__ i64 kept(const Params& p, int j) const { return batch * p.channels + channel + j; }
+
+    __device__ __forceinline__ i64 base(const i64 (&strides)[4]) const {
+        return batch * strides[0] + channel * strides[2];
+    }
+};
+
+// Which tile and which split of it a block of an elementwise or summing pass works on: neighbours in memory run
+// together.
+__device__ __forceinline__ void find_work(const Params& p, i64& tile, i64& split) {
+    const i64 block = p.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+#if ALONG_CHANNELS
+    split = block / p.tiles;
+    tile = block - split * p.tiles;
+#else
+    tile = block / p.splits;
+    split = block - tile * p.splits;
+#endif
+}
+
+struct Position {  // on the reduced axes
+    i64 outer, inner;
+
+    __device__ __forceinline__ Position(const Params& p, Index v) {
+#if WIDE
+        outer = v / p.row_vectors;
+        inner = (v - outer * p.row_vectors) * DEPTH;
+#else
+        const unsigned row = p.row_magic ? __umulhi(v, static_cast<unsigned>(p.row_magic)) >> p.row_shift : v;
+        outer = row;
+        inner = static_cast<i64>(v - row * static_cast<unsigned>(p.row_vectors)) * DEPTH;
+#endif
+    }
+
+    __device__ __forceinline__ i64 offset(const i64 (&strides)[4]) const {
+        return outer * strides[1] + inner * strides[3];
+    }
+};
+
+// HELD vectors of an array, as many as `count`; the others are left alone.
+__device__ __forceinline__ void load(
+    Packed (&held)[HELD], const char* data, const i64 (&strides)[4], const Params& p, const Tile& tile, Index v, int count
+) {
+    const T* start = reinterpret_cast<const T*>(data) + tile.base(strides);
+#pragma unroll
+    for (int k = 0; k < HELD; ++k)
+        if (k < count)
+            held[k] = *reinterpret_cast<const Packed*>(start + Position(p, v + k * ROWS).offset(strides));
+}
+
+__device__ __forceinline__ void store(
+    const Packed (&held)[HELD], char* data, const i64 (&strides)[4], const Params& p, const Tile& tile, Index v, int count
+) {
+    T* start = reinterpret_cast<T*>(data) + tile.base(strides);
+#pragma unroll
+    for (int k = 0; k < HELD; ++k)
+        if (k < count) *reinterpret_cast<Packed*>(start + Position(p, v + k * ROWS).offset(strides)) = held[k];
+}
+
+// The weight of element j of the vector v.
+__device__ __forceinline__ double weight_of(const Params& p, const Tile& tile, Index v, int j) {
+#if WEIGHT
+    const Position at(p, v);
+    const i64 along = ALONG_CHANNELS ? j * p.weight_strides[2] : j * p.weight_strides[3];
+    const i64 index = tile.base(p.weight_strides) + at.offset(p.weight_strides) + along;
+#if WEIGHT == 1
+    return reinterpret_cast<const unsigned char*>(p.weight)[index] ? 1.0 : 0.0;
+#else
+    return reinterpret_cast<const double*>(p.weight)[index];
+#endif
+#else
+    return 1.0;
+#endif
+}
+
+// --- blocks that work together ----------------------------------------------------------------------------------------
+
+// All blocks of a group of `splits` wait for one another; what they wrote to global memory before is seen after. The
+// launch is cooperative: all groups are on the device. `round` counts the barriers of this launch from 1.
+__device__ __forceinline__ void group_barrier(const Params& p, unsigned round) {
+#if CLUSTER > 1
+    cluster_barrier();
+#else
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        unsigned* counter = p.counters + blockIdx.x / static_cast<unsigned>(p.splits);
+        const unsigned everyone = round * static_cast<unsigned>(p.splits);
+        __threadfence();
+        atomicAdd(counter, 1u);
+        while (static_cast<int>(*reinterpret_cast<volatile unsigned*>(counter) - everyone) < 0) backoff();
+        __threadfence();
+    }
+    __syncthreads();
+#endif
+}
+
+__device__ __forceinline__ double read_shared_with_others(const double* at) {  // past the first-level cache
+    return *reinterpret_cast<const volatile double*>(at);
+}
+
+__device__ __forceinline__ double added_across(double value, int from, int to) {  // lanes whose numbers differ there
+    for (int bit = from; bit < to; bit *= 2) value += __shfl_xor_sync(0xffffffffu, value, bit);
+    return value;
+}
