@@ -14,6 +14,26 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
+@pytest.fixture(scope="module")
+def cuda_device():
+    """Kernels for CuPy arrays run: executed on the CPU. What was launched is in the result."""
+    from tests.simt import cuda
+
+    reason = cuda.available()
+    if reason is not None:
+        pytest.skip(reason)
+    with cuda.installed() as emulated:
+        yield emulated
+
+
+@pytest.fixture
+def cuda_arrays(cuda_device):
+    """fastbn's functions for NumPy arrays, computed on CuPy arrays."""
+    from tests.simt import cuda
+
+    return cuda.OnCupy()
+
+
 @pytest.fixture
 def fresh_plans():
     """For tests that change how work is divided: nothing planned before counts, nor after."""

@@ -35,6 +35,10 @@ def by_dtype_and_options(*options):
 TRAINING = ("affine residual relu", "where weights residual", "plain", "where", "weights relu")
 
 
+SAME_BITS = True
+"""Whether functions that share a step give the same bits of it: on the CPU, whose chunks are the same for all."""
+
+
 # --- the checks -------------------------------------------------------------------------------------------------------
 
 
@@ -61,8 +65,9 @@ def assert_like(result, case):
     assert result.strides == np.empty_like(case.x).strides
 
 
-def check_moments(case):
-    actual = fastbn.moments(case.x, **case.keywords)
+def check_moments(case, actual=None):
+    if actual is None:
+        actual = fastbn.moments(case.x, **case.keywords)
     expected = reference.moments(case.x, **case.keywords)
     name = case.dtype.name
     std = np.sqrt(expected.m2 / expected.count)
@@ -98,9 +103,12 @@ def check_forward(case):
     forward = reference.batch_norm(case.x, case.gamma, case.beta, **keywords)
     assert_like(y, case)
     assert_close("y", y, forward.y, y_bound(case, forward))
-    direct = fastbn.moments(case.x, **case.keywords)
-    for ours, alone in zip(saved.moments, direct, strict=True):
-        np.testing.assert_array_equal(ours, alone)
+    if SAME_BITS:
+        direct = fastbn.moments(case.x, **case.keywords)
+        for ours, alone in zip(saved.moments, direct, strict=True):
+            np.testing.assert_array_equal(ours, alone)
+    else:
+        check_moments(case, saved.moments)
     return y, saved, forward
 
 
@@ -152,7 +160,10 @@ def check_frozen(case):
     same = fastbn.normalize(
         case.x, mean, 1 / np.sqrt(var + 1e-5), case.gamma, case.beta, channel_axis=channel_axis, **epilogue
     )
-    np.testing.assert_array_equal(same, y)
+    if SAME_BITS:
+        np.testing.assert_array_equal(same, y)
+    else:
+        assert_close("y", same, forward.y, y_bound(case, forward))
     saved = fastbn.Saved.frozen(
         case.x, mean, var, case.gamma, channel_axis=channel_axis, y=y, activation=epilogue.get("activation")
     )

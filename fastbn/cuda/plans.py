@@ -246,24 +246,22 @@ def _resident(
 ) -> Plan | None:
     """The plan that keeps `arrays` arrays of a tile on the chip; None where they do not fit."""
     device, vectors, lanes = problem.device, max(1, geometry.vectors), geometry.lanes
-    most_held = _held(problem, tuning, geometry, arrays)
+    held = _held(problem, tuning, geometry, arrays)
     vector_bytes = geometry.vector * problem.itemsize
     budget = int(device.shared * tuning.shared_share)
 
-    def fitted(share: int) -> tuple[int, int, int] | None:
-        """Threads, vectors held and bytes kept for a share of a tile's vectors in each block."""
+    def fitted(share: int) -> tuple[int, int] | None:
+        """Threads and bytes kept for a share of a tile's vectors in each block."""
         threads = _threads(geometry, share, tuning.threads)
-        rows = threads // lanes
-        held = min(most_held, _power(share / rows))
-        chunks = -(-share // (rows * held)) - 1  # the last stays in registers
+        chunks = -(-share // (threads // lanes * held)) - 1  # the last stays in registers
         kept = chunks * held * threads * vector_bytes * arrays
         fits = kept + scratch_bytes(kernel, geometry, threads) <= budget or kept == 0
-        return (threads, held, kept) if fits else None
+        return (threads, kept) if fits else None
 
     def single(splits: int, strategy: str) -> Plan | None:
         if (fit := fitted(-(-vectors // splits))) is None:
             return None
-        threads, held, kept = fit
+        threads, kept = fit
         step = _launch(
             problem, geometry, kernel, geometry.tiles * splits, threads, held,
             splits=splits, shared=kept, cluster=splits,
@@ -289,13 +287,13 @@ def _resident(
                 return plan
             splits *= 2
     if forced in (None, "cooperative"):
-        return _cooperative(problem, geometry, kernel, partial, fitted)
+        return _cooperative(problem, geometry, kernel, held, partial, fitted)
     return None
 
 
 def _cooperative(
-    problem: Problem, geometry: Geometry, kernel: str, partial: int,
-    fitted: Callable[[int], tuple[int, int, int] | None],
+    problem: Problem, geometry: Geometry, kernel: str, held: int, partial: int,
+    fitted: Callable[[int], tuple[int, int] | None],
 ) -> Plan | None:  # fmt: skip
     """Groups of blocks, all on the device at once, that take tile after tile."""
     device, vectors = problem.device, max(1, geometry.vectors)
@@ -306,7 +304,7 @@ def _cooperative(
             return None
     fit = fitted(-(-vectors // splits))
     assert fit is not None  # for the type checker: the loop ended
-    threads, held, kept = fit
+    threads, kept = fit
     macros = _macros(problem, geometry, kernel, threads, held)
     shared = kept + scratch_bytes(kernel, geometry, threads)
     blocks = device.processors * launch.blocks_per_processor(device.number, kernel, macros, threads, shared)
@@ -335,7 +333,7 @@ def _pass(
     problem: Problem, geometry: Geometry, tuning: Tuning, kernel: str, arrays: int, **fields: int
 ) -> tuple[Launch, int]:
     threads = _threads(geometry, geometry.vectors, tuning.threads)
-    held = min(_held(problem, tuning, geometry, arrays), _power(geometry.vectors / (threads // geometry.lanes)))
+    held = _held(problem, tuning, geometry, arrays)
     splits = _splits(geometry, tuning, problem.device, threads // geometry.lanes, held)
     step = _launch(problem, geometry, kernel, geometry.tiles * splits, threads, held, splits=splits, **fields)
     return step, splits

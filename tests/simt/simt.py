@@ -1,0 +1,184 @@
+"""CUDA kernels on the CPU: their text compiles as C++, and every thread of a block runs as a fiber.
+
+`emulation.h` says what the text may use, `runtime.cpp` in which order threads run: an integer, the schedule, chooses
+it. Of two accesses to memory that no barrier orders, each comes first in one of schedules 0 and 1; from 2 on the order
+is random. The same launch takes the same order again.
+
+Sanitizers find accesses outside of arrays and of shared memory, misaligned ones, and undefined behaviour; they report
+and end the process:
+
+    FASTBN_SIMT_FLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" \\
+    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \\
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so)" python -m pytest -n 0 tests/FILE.py
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+FLAGS = (
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-strict-aliasing",  # kernels read arrays as vectors
+    "-fno-math-errno",
+    "-ffp-contract=off",  # what is not written as fma is rounded twice, on every machine
+    "-Werror=frame-larger-than=32768",  # stacks have 64 kB and nothing behind them
+)
+RUNTIME_FLAGS = ("-O2",)
+KERNEL_FLAGS = ("-O0",)  # compiling takes half of the time of -O1, more than running loses
+
+MAX_THREADS = 1024
+
+
+class SimtError(RuntimeError):
+    """A launch that did what kernels must not do."""
+
+
+class CompileError(RuntimeError):
+    pass
+
+
+def available() -> str | None:
+    """None where kernels can be compiled and run, otherwise why not."""
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return f"fibers are written for Linux on x86_64 and aarch64, not {platform.system()} on {platform.machine()}"
+    if compiler() is None:
+        return "neither g++ nor c++ is installed"
+    return None
+
+
+class Kernel:
+    """A compiled kernel. `compile_kernel` makes them."""
+
+    def __init__(self, name: str, path: Path):
+        self.name = name
+        self._library = load(path)
+        self._params_size = ctypes.c_uint.in_dll(self._library, "simt_params_size").value
+
+    def launch(
+        self,
+        grid: int,
+        block: int,
+        params: bytes | bytearray | memoryview | ctypes.Structure,
+        shared: int = 0,
+        cooperative: bool = False,
+        cluster: int = 1,
+        schedule: int = 0,
+    ) -> None:
+        """Run `grid` blocks of `block` threads, with `shared` bytes of shared memory each.
+
+        All blocks are resident together if `cooperative`, otherwise those of a cluster; clusters run one by one.
+        """
+        raw = memoryview(params).tobytes()
+        if len(raw) != self._params_size:
+            raise ValueError(f"{self.name} takes {self._params_size} bytes of parameters, not {len(raw)}")
+        if not 0 < block <= MAX_THREADS:
+            raise ValueError(f"a block has 1 to {MAX_THREADS} threads, not {block}")
+        if grid < 1 or cluster < 1 or grid % cluster:
+            raise ValueError(f"a grid of {grid} blocks has no clusters of {cluster}")
+        if shared < 0 or schedule < 0:
+            raise ValueError(f"shared memory ({shared}) and schedule ({schedule}) are not negative")
+        resident = grid if cooperative else cluster
+        message = ctypes.create_string_buffer(500)
+        with LAUNCHING:
+            error = self._library.simt_launch(  # of the scheduler that this kernel is linked to
+                self._library.simt_entry,
+                raw,
+                ctypes.c_size_t(len(raw)),
+                ctypes.c_uint(grid),
+                ctypes.c_uint(block),
+                ctypes.c_size_t(shared),
+                ctypes.c_uint(resident),
+                ctypes.c_uint(cluster),
+                ctypes.c_uint(schedule),
+                message,
+                ctypes.c_size_t(len(message)),
+            )
+        if error:
+            raise SimtError(f"{self.name}: {message.value.decode()}")
+
+
+LAUNCHING = threading.Lock()  # calls leave Python's lock, and the scheduler's state is one
+
+
+def compile_kernel(text: str, name: str, macros: Mapping[str, object], flags: Sequence[str] = ()) -> Kernel:
+    """The kernel `name` of a text that defines `extern "C" __global__ void name(const Params p)`.
+
+    `macros` are defined before the text; `flags` go to the compiler. Objects are kept in the directory
+    FASTBN_SIMT_CACHE, by default one of the user's among temporary files. FASTBN_SIMT_FLAGS adds flags for kernels and
+    scheduler.
+    """
+    reason = available()
+    if reason is not None:
+        raise CompileError(reason)
+    runtime = built("runtime", (HERE / "runtime.cpp").read_text(), RUNTIME_FLAGS)
+    source = "\n".join(
+        [
+            '#include "emulation.h"',
+            *(f"#define {macro} {value}" for macro, value in macros.items()),
+            f'#line 1 "{name}.cu"',
+            text,
+            f"SIMT_ENTRY({name})",
+            "",
+        ]
+    )
+    # The scheduler lies beside the kernel, and launches also one that calls nothing of it.
+    link = ("-x", "none", "-Wl,--no-as-needed", str(runtime), "-Wl,-rpath,$ORIGIN")
+    return Kernel(name, built(name, source, (*KERNEL_FLAGS, *flags), link))
+
+
+def built(name: str, source: str, flags: Sequence[str], link: Sequence[str] = ()) -> Path:
+    """The shared object of this source, compiled unless there is one."""
+    command = [compiler(), *FLAGS, *flags, *shlex.split(os.environ.get("FASTBN_SIMT_FLAGS", "")), f"-I{HERE}"]
+    headers = [path.read_text() for path in sorted(HERE.glob("*.h"))]
+    identity = repr((command, compiler_version(), platform.machine(), headers, source, link))
+    target = cache() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+        output = Path(directory) / target.name
+        arguments = ["-x", "c++", "-", *link, f"-Wl,-soname,{target.name}", "-o", str(output)]
+        done = subprocess.run([*command, *arguments], input=source, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise CompileError(f"{name} does not compile\n{done.stderr}")
+        os.replace(output, target)  # whole at once: other processes may look for it, or have just put theirs there
+    return target
+
+
+def cache() -> Path:
+    given = os.environ.get("FASTBN_SIMT_CACHE")
+    path = Path(given or Path(tempfile.gettempdir()) / f"fastbn-simt-{os.getuid()}")
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not given and path.stat().st_uid != os.getuid():
+        raise PermissionError(f"{path} belongs to another user, whose code would run")
+    return path
+
+
+@functools.cache
+def compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("c++")
+
+
+@functools.cache
+def compiler_version() -> str:
+    return subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def load(path: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(path))

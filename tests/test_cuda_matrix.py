@@ -1,0 +1,56 @@
+"""The matrix of test_matrix.py on CuPy arrays: on a GPU, or executed on the CPU with real dispatch, plans and packing."""
+
+import itertools
+
+import pytest
+
+from tests import test_matrix
+from tests.support import DTYPES, LAYOUTS, OPTIONS, make_case
+
+NOT_ON_A_DEVICE = ("unaligned", "swapped bytes")  # no such arrays exist there
+ON_A_DEVICE = [name for name in LAYOUTS if name not in NOT_ON_A_DEVICE]
+
+pytestmark = pytest.mark.usefixtures("on_cupy")
+
+
+@pytest.fixture
+def on_cupy(cuda_arrays, monkeypatch):
+    monkeypatch.setattr(test_matrix, "fastbn", cuda_arrays)
+    monkeypatch.setattr(test_matrix, "SAME_BITS", False)
+
+
+def by_case(*options):
+    """Every layout with float32 and one other dtype, dtypes and options in turn; the rest is slow: compilation."""
+    cases = []
+    for i, layout in enumerate(ON_A_DEVICE):
+        others = [dtype for dtype in DTYPES if dtype != "float32"]
+        chosen = ("float32", options[i % len(options)]), (others[i % 3], options[(i // 3) % len(options)])
+        for dtype, name in itertools.product(DTYPES, options):
+            marks = [] if (dtype, name) in chosen else [pytest.mark.slow]
+            cases.append(pytest.param(layout, dtype, name, marks=[pytest.mark.xdist_group(f"cuda {dtype}"), *marks]))
+    return pytest.mark.parametrize(("layout", "dtype", "options"), cases)
+
+
+@by_case(*test_matrix.TRAINING)
+def test_moments(layout, dtype, options):
+    test_matrix.check_moments(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+
+
+@by_case(*test_matrix.TRAINING)
+def test_training(layout, dtype, options):
+    test_matrix.check_backward(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+
+
+@by_case("affine residual relu", "plain")
+def test_frozen(layout, dtype, options):
+    test_matrix.check_frozen(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+
+
+@by_case("plain", "where")
+def test_parts(layout, dtype, options):
+    test_matrix.check_parts(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+
+
+@by_case("plain", "where")
+def test_statistics(layout, dtype, options):
+    test_matrix.check_statistics(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
