@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -34,14 +37,19 @@ def kind_of(name: str, array: Any) -> str:
 
 
 def one_kind(required: dict[str, Any], **optional: Any) -> str:
-    """The kind that all the given arrays share; an optional one may be None."""
-    first, kind = "", ""
+    """The kind that all the given arrays share, and the device; an optional one may be None."""
+    first, kind, device = "", "", 0
     for name, array in (required | {n: a for n, a in optional.items() if a is not None}).items():
         found = kind_of(name, array)
         if not kind:
             first, kind = name, found
+            device = array.data.device_id if kind == "cupy" else 0
         elif found != kind:
             raise TypeError(f"{name}: expected a {kind}.ndarray like {first}, got a {found}.ndarray")
+        elif kind == "cupy" and array.data.device_id != device:
+            raise ValueError(
+                f"{name}: expected an array on CUDA device {device} like {first}, got one on {array.data.device_id}"
+            )
     return kind
 
 
@@ -54,6 +62,34 @@ def backend_of(kind: str) -> ModuleType:
     from fastbn import cuda
 
     return cuda
+
+
+def device_of(*arguments: Any) -> AbstractContextManager[Any]:
+    """A context in which the device of the first array is the current one: there results are allocated, kernels run."""
+    cupy = sys.modules.get("cupy")
+    if cupy is not None:
+        for array in arguments:
+            if isinstance(array, cupy.ndarray):
+                if array.data.device_id == cupy.cuda.runtime.getDevice():
+                    break
+                context: AbstractContextManager[Any] = cupy.cuda.Device(array.data.device_id)
+                return context
+    return nullcontext()
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_device(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, run on the device of its first array."""
+
+    @wraps(function)
+    def run(*args: P.args, **keywords: P.kwargs) -> R:
+        with device_of(*args, *keywords.values()):
+            return function(*args, **keywords)
+
+    return run
 
 
 def is_foreign(value: Any) -> bool:

@@ -11,7 +11,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from fastbn import arguments, repeated
-from fastbn.dispatch import backend_of, one_kind
+from fastbn.dispatch import backend_of, device_of, on_device, one_kind
 from fastbn.formulas import batch_rstd, input_numbers, reciprocal_std
 from fastbn.layout import Layout
 from fastbn.merging import Moments, merge
@@ -119,52 +119,53 @@ def batch_norm(
         done: tuple[Any, Saved] | None = None if call is None else call(x, gamma, beta, residual, out)
         if done is not None:
             return done
-    kind = one_kind({"x": x}, gamma=gamma, beta=beta, where=where, weights=weights, residual=residual, out=out)
-    backend = backend_of(kind)
-    x = arguments.data("x", x)
-    layout = arguments.layout_for(x, channel_axis)
-    eps, relu = arguments.epsilon(eps), arguments.is_relu(activation)
-    scale = _vector("gamma", gamma, layout, backend, 1.0)
-    shift = _vector("beta", beta, layout, backend)
-    residual = arguments.like("residual", residual, x)
-    out, gather = arguments.output("out", out, x), arguments.hook(gather)
-    weight = arguments.combined_weight(backend.xp, where, weights, x.shape, layout.kept)
+    with device_of(x):
+        kind = one_kind({"x": x}, gamma=gamma, beta=beta, where=where, weights=weights, residual=residual, out=out)
+        backend = backend_of(kind)
+        x = arguments.data("x", x)
+        layout = arguments.layout_for(x, channel_axis)
+        eps, relu = arguments.epsilon(eps), arguments.is_relu(activation)
+        scale = _vector("gamma", gamma, layout, backend, 1.0)
+        shift = _vector("beta", beta, layout, backend)
+        residual = arguments.like("residual", residual, x)
+        out, gather = arguments.output("out", out, x), arguments.hook(gather)
+        weight = arguments.combined_weight(backend.xp, where, weights, x.shape, layout.kept)
 
-    y = backend.empty_like(x) if out is None else out
-    target = _Target(backend, layout, y, out is not None, x, residual, gamma, beta)
-    x_ = layout.fold(x)
-    w_ = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
-    r_ = None if residual is None else layout.fold(residual)
-    if gather is None:
-        vectors = backend.forward(x_, w_, scale, shift, eps, r_, relu, target.array)
-        *values, rstd = (layout.kept_array(backend.xp, v) for v in vectors)
-        moments = Moments(*values)
-    else:
-        vectors = backend.moments(x_, w_)
-        local = Moments(*(layout.kept_array(backend.xp, v) for v in vectors))
-        moments = _merged_over_ranks(backend.xp, gather, local)
-        rstd = batch_rstd(moments.count, moments.m2, eps)
-        mean_, rstd_ = layout.vector(backend.xp, moments.mean), layout.vector(backend.xp, rstd)
-        backend.normalize(x_, mean_, rstd_, scale, shift, None, r_, relu, target.array)
-    target.deliver()
-    x_is_lost = out is not None and backend.overlap(out, x)
-    saved = Saved(
-        x=None if x_is_lost else x,
-        y=y if relu else None,
-        gamma=gamma,
-        weight=weight,
-        moments=moments,
-        mean=moments.mean,
-        rstd=rstd,
-        count=moments.count,
-        channel_axis=arguments.static_axes(channel_axis),
-        activation=activation,
-        has_residual=residual is not None,
-        gathered=gather is not None,
-    )
-    if key is not None:
-        repeated.remember(key, backend.forward_again(layout, saved, x, beta, eps, residual, out))
-    return y, saved
+        y = backend.empty_like(x) if out is None else out
+        target = _Target(backend, layout, y, out is not None, x, residual, gamma, beta)
+        x_ = layout.fold(x)
+        w_ = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
+        r_ = None if residual is None else layout.fold(residual)
+        if gather is None:
+            vectors = backend.forward(x_, w_, scale, shift, eps, r_, relu, target.array)
+            *values, rstd = (layout.kept_array(backend.xp, v) for v in vectors)
+            moments = Moments(*values)
+        else:
+            vectors = backend.moments(x_, w_)
+            local = Moments(*(layout.kept_array(backend.xp, v) for v in vectors))
+            moments = _merged_over_ranks(backend.xp, gather, local)
+            rstd = batch_rstd(moments.count, moments.m2, eps)
+            mean_, rstd_ = layout.vector(backend.xp, moments.mean), layout.vector(backend.xp, rstd)
+            backend.normalize(x_, mean_, rstd_, scale, shift, None, r_, relu, target.array)
+        target.deliver()
+        x_is_lost = out is not None and backend.overlap(out, x)
+        saved = Saved(
+            x=None if x_is_lost else x,
+            y=y if relu else None,
+            gamma=gamma,
+            weight=weight,
+            moments=moments,
+            mean=moments.mean,
+            rstd=rstd,
+            count=moments.count,
+            channel_axis=arguments.static_axes(channel_axis),
+            activation=activation,
+            has_residual=residual is not None,
+            gathered=gather is not None,
+        )
+        if key is not None:
+            repeated.remember(key, backend.forward_again(layout, saved, x, beta, eps, residual, out))
+        return y, saved
 
 
 def batch_norm_backward(
@@ -245,44 +246,47 @@ def batch_norm_backward(
     if (gather is not None) != saved.gathered:
         came, went = ("a hook", "without one") if gather is not None else ("None", "with one")
         raise ValueError(f"gather: expected what the forward pass had, which ran {went}, got {came}")
-    kind = one_kind({"dy": dy, "saved.x": x}, dmean=dmean, dvar=dvar, out=out)
-    backend = backend_of(kind)
-    xp = backend.xp
-    layout = arguments.layout_for(x, saved.channel_axis)
-    dy = arguments.like("dy", dy, x)
-    out = arguments.output("out", out, x)
-    if frozen and not (dmean is None and dvar is None):
-        raise ValueError("dmean, dvar: expected None with frozen statistics, which do not depend on x")
-    numbers_of = _vector if gather is None else _float64  # synchronised sums come back as arrays, which formulas take
-    dmean = numbers_of("dmean", dmean, layout, backend)
-    dvar = numbers_of("dvar", dvar, layout, backend)
-    gamma = numbers_of("saved.gamma", saved.gamma, layout, backend, 1.0)
-    mean, rstd = layout.vector(xp, saved.mean), layout.vector(xp, saved.rstd)
-    count = mean if frozen else layout.vector(xp, saved.count)
+    with device_of(dy):
+        kind = one_kind({"dy": dy, "saved.x": x}, dmean=dmean, dvar=dvar, out=out)
+        backend = backend_of(kind)
+        xp = backend.xp
+        layout = arguments.layout_for(x, saved.channel_axis)
+        dy = arguments.like("dy", dy, x)
+        out = arguments.output("out", out, x)
+        if frozen and not (dmean is None and dvar is None):
+            raise ValueError("dmean, dvar: expected None with frozen statistics, which do not depend on x")
+        numbers_of = (
+            _vector if gather is None else _float64
+        )  # synchronised sums come back as arrays, which formulas take
+        dmean = numbers_of("dmean", dmean, layout, backend)
+        dvar = numbers_of("dvar", dvar, layout, backend)
+        gamma = numbers_of("saved.gamma", saved.gamma, layout, backend, 1.0)
+        mean, rstd = layout.vector(xp, saved.mean), layout.vector(xp, saved.rstd)
+        count = mean if frozen else layout.vector(xp, saved.count)
 
-    dx = backend.empty_like(x) if out is None else out
-    dresidual = backend.empty_like(x) if saved.has_residual else None
-    target = _Target(backend, layout, dx, out is not None, x, dy, saved.y, saved.gamma)
-    residual_target = None if dresidual is None else _Target(backend, layout, dresidual, False)
-    into = (target.array, None if residual_target is None else residual_target.array)
-    x_, dy_ = layout.fold(x), layout.fold(dy)
-    y_ = layout.fold(saved.y) if relu else None
-    w_ = None if saved.weight is None else layout.fold_weight(xp, saved.weight, x.shape)
-    if gather is None:
-        dgamma, dbeta = backend.backward(dy_, x_, y_, w_, mean, rstd, gamma, count, dmean, dvar, frozen, *into)
-    else:
-        dgamma, dbeta = backend.grad_sums(dy_, x_, y_, mean, rstd)
-        local = xp.concatenate([layout.kept_array(xp, v).ravel() for v in (dgamma, dbeta)])
-        summed = arguments.gathered(xp, gather(local), local.size).sum(axis=0).reshape(2, *layout.kept_shape)
-        all_dgamma, all_dbeta = (layout.vector(xp, a) for a in summed)
-        numbers = input_numbers(gamma, rstd, all_dgamma, all_dbeta, count, dmean, dvar)
-        backend.grad_input(dy_, x_, y_, w_, mean, *numbers, *into)
-    target.deliver()
-    if residual_target is not None:
-        residual_target.deliver()
-    if key is not None:
-        repeated.remember(key, backend.backward_again(layout, saved, dy, out))
-    return Gradients(dx, layout.kept_array(xp, dgamma), layout.kept_array(xp, dbeta), dresidual)
+        dx = backend.empty_like(x) if out is None else out
+        dresidual = backend.empty_like(x) if saved.has_residual else None
+        target = _Target(backend, layout, dx, out is not None, x, dy, saved.y, saved.gamma)
+        residual_target = None if dresidual is None else _Target(backend, layout, dresidual, False)
+        into = (target.array, None if residual_target is None else residual_target.array)
+        x_, dy_ = layout.fold(x), layout.fold(dy)
+        y_ = layout.fold(saved.y) if relu else None
+        w_ = None if saved.weight is None else layout.fold_weight(xp, saved.weight, x.shape)
+        if gather is None:
+            dgamma, dbeta = backend.backward(dy_, x_, y_, w_, mean, rstd, gamma, count, dmean, dvar, frozen, *into)
+        else:
+            dgamma, dbeta = backend.grad_sums(dy_, x_, y_, mean, rstd)
+            local = xp.concatenate([layout.kept_array(xp, v).ravel() for v in (dgamma, dbeta)])
+            summed = arguments.gathered(xp, gather(local), local.size).sum(axis=0).reshape(2, *layout.kept_shape)
+            all_dgamma, all_dbeta = (layout.vector(xp, a) for a in summed)
+            numbers = input_numbers(gamma, rstd, all_dgamma, all_dbeta, count, dmean, dvar)
+            backend.grad_input(dy_, x_, y_, w_, mean, *numbers, *into)
+        target.deliver()
+        if residual_target is not None:
+            residual_target.deliver()
+        if key is not None:
+            repeated.remember(key, backend.backward_again(layout, saved, dy, out))
+        return Gradients(dx, layout.kept_array(xp, dgamma), layout.kept_array(xp, dbeta), dresidual)
 
 
 def batch_norm_inference(
@@ -331,22 +335,26 @@ def batch_norm_inference(
     call = repeated.find(key)
     if call is not None and (done := call(x, mean, var, gamma, beta, residual, out)) is not None:
         return done
-    kind = one_kind({"x": x, "mean": mean, "var": var}, gamma=gamma, beta=beta, residual=residual, out=out)
-    backend = backend_of(kind)
-    x = arguments.data("x", x)
-    layout = arguments.layout_for(x, channel_axis)
-    eps = arguments.epsilon(eps)
-    spread = _vector("var", var, layout, backend)
-    y = _normalize(backend, x, layout, mean, spread, gamma, beta, eps, residual, activation, out)
-    if key is not None:
-        again = backend.inference_again(layout, x, mean, var, gamma, beta, eps, residual, activation is not None, out)
-        repeated.remember(key, again)
-    return y
+    with device_of(x):
+        kind = one_kind({"x": x, "mean": mean, "var": var}, gamma=gamma, beta=beta, residual=residual, out=out)
+        backend = backend_of(kind)
+        x = arguments.data("x", x)
+        layout = arguments.layout_for(x, channel_axis)
+        eps = arguments.epsilon(eps)
+        spread = _vector("var", var, layout, backend)
+        y = _normalize(backend, x, layout, mean, spread, gamma, beta, eps, residual, activation, out)
+        if key is not None:
+            again = backend.inference_again(
+                layout, x, mean, var, gamma, beta, eps, residual, activation is not None, out
+            )
+            repeated.remember(key, again)
+        return y
 
 
 # --- the three kernels by themselves ----------------------------------------------------------------------------------
 
 
+@on_device
 def normalize(
     x: Any,
     mean: Any,
@@ -393,6 +401,7 @@ def normalize(
     return _normalize(backend, x, layout, mean, rstd, gamma, beta, None, residual, activation, out)
 
 
+@on_device
 def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: Axes = 1) -> tuple[Any, Any]:
     """The two sums of the backward pass: ``dgamma = sum(dy * (x - mean) * rstd)`` and ``dbeta = sum(dy)``.
 
@@ -432,6 +441,7 @@ def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: Axes = 1) 
     return layout.kept_array(backend.xp, dgamma), layout.kept_array(backend.xp, dbeta)
 
 
+@on_device
 def grad_input(
     dy: Any,
     x: Any,
@@ -505,6 +515,7 @@ def grad_input(
     return dx
 
 
+@on_device
 def fold(
     kernel: Any,
     kernel_bias: Any,

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from fastbn import arguments
-from fastbn.dispatch import backend_of, is_foreign, kind_of, one_kind
+from fastbn.dispatch import backend_of, is_foreign, kind_of, on_device, one_kind
 from fastbn.layout import layout_of
 from fastbn.merging import Moments
 
 __all__ = ["mean", "mean_var", "moments", "std", "var"]
 
 
+@on_device
 def mean(
     x: Any,
     axis: Any = None,
@@ -76,10 +77,11 @@ def mean(
     if _is_numpys(x, dtype):
         return np.mean(x, axis, dtype, out, keepdims, where=where)
     count, centre, _, shape = _reduced(_precise(x, dtype, out), axis, keepdims, where)
-    _warn_if(count == 0, "Mean of empty slice.", 3)
+    _warn_if(count == 0, "Mean of empty slice.", 4)
     return _result(centre.reshape(shape), x, dtype, out)
 
 
+@on_device
 def var(
     x: Any,
     axis: Any = None,
@@ -129,6 +131,7 @@ def var(
     return _result(value, x, dtype, out)
 
 
+@on_device
 def std(
     x: Any,
     axis: Any = None,
@@ -159,6 +162,7 @@ def std(
     return _result(np.sqrt(value), x, dtype, out)
 
 
+@on_device
 def mean_var(
     x: Any, axis: Any = None, *, correction: float = 0, keepdims: bool = False, where: Any = True
 ) -> tuple[Any, Any]:
@@ -192,11 +196,12 @@ def mean_var(
             x, axis, None, None, correction, keepdims, where=where
         )
     count, centre, m2, shape = _reduced(x, axis, keepdims, where)
-    _warn_if(count == 0, "Mean of empty slice.", 3)
-    variance = _divided(m2, count, correction, 4)
+    _warn_if(count == 0, "Mean of empty slice.", 4)
+    variance = _divided(m2, count, correction, 5)
     return _result(centre.reshape(shape), x, None, None), _result(variance.reshape(shape), x, None, None)
 
 
+@on_device
 def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = None) -> Moments:
     """Count, mean and sum of squared deviations of each channel, in one pass.
 
@@ -270,7 +275,8 @@ def _array(x: Any, out: Any = None) -> Any:
 
 
 def _is_cupy(x: Any) -> bool:
-    return type(x).__module__.partition(".")[0] == "cupy" and kind_of("x", x) == "cupy"
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(x, cupy.ndarray)
 
 
 def _is_numpys(x: Any, dtype: Any) -> bool:
@@ -347,7 +353,7 @@ def _variance(
         kept = tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
         away = np.broadcast_to(given.astype(np.float64).squeeze(axes), kept) - centre
         m2 = m2 + count * away**2
-    return _divided(m2, count, ddof, 5).reshape(shape), dtype
+    return _divided(m2, count, ddof, 6).reshape(shape), dtype
 
 
 def _divided(m2: Any, count: Any, ddof: float, stacklevel: int) -> Any:
@@ -358,7 +364,8 @@ def _divided(m2: Any, count: Any, ddof: float, stacklevel: int) -> Any:
 
 
 def _warn_if(condition: Any, message: str, stacklevel: int) -> None:
-    if condition.any():
+    """NumPy's warnings, which CuPy does not have: to ask a device would be to wait for it."""
+    if isinstance(condition, (np.ndarray, np.generic)) and condition.any():
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
 
 
@@ -373,7 +380,7 @@ def _result(value: Any, x: Any, dtype: Any, out: Any) -> Any:
             raise ValueError(f"out: expected shape {value.shape}, got {out.shape}")
         if not np.can_cast(dtype, out.dtype, "same_kind"):
             raise TypeError(f"out: expected a dtype that {np.dtype(dtype)} can be cast to, got {out.dtype}")
-        if not out.flags.writeable:
+        if isinstance(out, np.ndarray) and not out.flags.writeable:
             raise ValueError("out: expected a writable array, got a read-only one")
     with np.errstate(over="ignore"):  # float16 results beyond 65504 are infinite
         if out is not None:

@@ -1,4 +1,4 @@
-"""The matrix of test_matrix.py on CuPy arrays: on a GPU, or executed on the CPU with real dispatch, plans and packing."""
+"""The matrix of test_matrix.py on CuPy arrays: on a GPU, or executed on the CPU with real dispatch and plans."""
 
 import itertools
 

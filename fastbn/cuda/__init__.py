@@ -1,8 +1,9 @@
 """The contract of a backend, on CuPy arrays with CUDA kernels; `fastbn.cpu` says what each function does.
 
-Every function describes its call as a `plans.Problem`, asks for the plan, and launches it on the current stream of the
-arrays' device. Per-channel numbers stay in their dtypes, and absent ones None: the kernels convert. Results of a call
-and the scratch behind them are one allocation, so that a captured graph may be replayed as long as the results live.
+Every function describes its call as a `plans.Problem`, asks for the plan and launches it on the current stream; callers
+make the arrays' device the current one. Per-channel numbers stay in their dtypes, and absent ones None: the kernels
+convert. Results of a call and the scratch behind them are one allocation, so that a captured graph may be replayed as
+long as the results live.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from fastbn.cuda import launch, plans
 from fastbn.cuda.again import backward_again, forward_again, inference_again
 from fastbn.cuda.memory import (
     Array,
-    OnDevice,
     empty_like,
     overlap,
     problem_of,
@@ -47,9 +47,8 @@ xp = launch.cupy
 
 
 def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array]:
-    with OnDevice(x):
-        problem = problem_of({"x": x}, weight)
-        count, m2, mean, _ = _run(plans.moments, problem, 4, x=x, weight=weight)
+    problem = problem_of({"x": x}, weight)
+    count, m2, mean, _ = _run(plans.moments, problem, 4, x=x, weight=weight)
     return count, mean, m2
 
 
@@ -66,11 +65,10 @@ def normalize(
 ) -> None:
     arrays = {"x": x, "y": y, "residual": residual}
     numbers = {"mean": mean, "spread": spread, "gamma": gamma, "beta": beta}
-    with OnDevice(x):
-        problem = problem_of(
-            arrays, None, numbers, relu, residual is not None, eps=eps or 0.0, spread_is_variance=eps is not None
-        )
-        _run(plans.normalize, problem, 0, **arrays, **numbers)
+    problem = problem_of(
+        arrays, None, numbers, relu, residual is not None, eps=eps or 0.0, spread_is_variance=eps is not None
+    )
+    _run(plans.normalize, problem, 0, **arrays, **numbers)
 
 
 def forward(
@@ -84,17 +82,15 @@ def forward(
     y: Array,
 ) -> tuple[Array, Array, Array, Array]:
     arrays, numbers = {"x": x, "y": y, "residual": residual}, {"gamma": gamma, "beta": beta}
-    with OnDevice(x):
-        problem = problem_of(arrays, weight, numbers, relu, residual is not None, eps=eps)
-        count, m2, mean, rstd = _run(plans.forward, problem, 4, weight=weight, **arrays, **numbers)
+    problem = problem_of(arrays, weight, numbers, relu, residual is not None, eps=eps)
+    count, m2, mean, rstd = _run(plans.forward, problem, 4, weight=weight, **arrays, **numbers)
     return count, mean, m2, rstd
 
 
 def grad_sums(dy: Array, x: Array, y: Array | None, mean: Array, rstd: Array) -> tuple[Array, Array]:
     arrays, numbers = {"x": x, "dy": dy, "y": y}, {"mean": mean, "spread": rstd}
-    with OnDevice(x):
-        problem = problem_of(arrays, None, numbers, y is not None)
-        dgamma, dbeta = _run(plans.grad_sums, problem, 2, **arrays, **numbers)
+    problem = problem_of(arrays, None, numbers, y is not None)
+    dgamma, dbeta = _run(plans.grad_sums, problem, 2, **arrays, **numbers)
     return dgamma, dbeta
 
 
@@ -112,9 +108,8 @@ def grad_input(
 ) -> None:
     arrays = {"dy": dy, "x": x, "y": y, "dx": dx, "dresidual": dresidual}
     numbers = {"mean": mean, "gamma": scale, "offset": offset, "slope": slope}
-    with OnDevice(dy):
-        problem = problem_of(arrays, weight, numbers, y is not None, dresidual is not None, frozen=x is None)
-        _run(plans.grad_input, problem, 0, weight=weight, **arrays, **numbers)
+    problem = problem_of(arrays, weight, numbers, y is not None, dresidual is not None, frozen=x is None)
+    _run(plans.grad_input, problem, 0, weight=weight, **arrays, **numbers)
 
 
 def backward(
@@ -134,9 +129,8 @@ def backward(
 ) -> tuple[Array, Array]:
     arrays = {"x": x, "dy": dy, "y": y, "dx": dx, "dresidual": dresidual}
     numbers = {"mean": mean, "spread": rstd, "gamma": gamma, "count": count, "dmean": dmean, "dvar": dvar}
-    with OnDevice(x):
-        problem = problem_of(arrays, weight, numbers, y is not None, dresidual is not None, frozen=frozen)
-        dgamma, dbeta = _run(plans.backward, problem, 2, weight=weight, **arrays, **numbers)
+    problem = problem_of(arrays, weight, numbers, y is not None, dresidual is not None, frozen=frozen)
+    dgamma, dbeta = _run(plans.backward, problem, 2, weight=weight, **arrays, **numbers)
     return dgamma, dbeta
 
 

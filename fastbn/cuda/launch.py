@@ -106,10 +106,11 @@ POINTERS = (
     "gamma", "beta", "mean", "spread", "count", "dmean", "dvar", "offset", "slope",
     "results", "partials", "counters",
 )  # fmt: skip
+AXES = ("batch", "outer", "channel", "inner")
 ARRAYS = POINTERS[:7]
 NUMBERS = POINTERS[7:16]
 FIELDS = (
-    *(f"{name}_strides_{axis}" for name in ARRAYS for axis in ("batch", "outer", "channel", "inner")),
+    *(f"{name}_strides_{axis}" for name in ARRAYS for axis in AXES),
     *(f"{name}_type" for name in NUMBERS),
     "batches", "channels", "vectors", "row_vectors", "row_magic", "row_shift",
     "tiles_per_batch", "tiles", "splits", "backwards", "summed", "spread_is_variance", "frozen",

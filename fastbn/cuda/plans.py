@@ -8,7 +8,7 @@ cluster of blocks, or in several of a cooperative launch. Elsewhere a first pass
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -48,6 +48,10 @@ TUNING = {
     90: Tuning(cluster=8),
     120: Tuning(cluster=8, shared_share=0.9),
 }
+
+NOTHING: Mapping[str, int] = {}
+WIDE_FROM = 1 << 31
+"""Vectors of a channel from which kernels count them in 64 bits."""
 
 STRATEGIES = ("block", "cluster", "cooperative", "two passes")
 
@@ -165,8 +169,11 @@ def _geometry(problem: Problem, tuning: Tuning) -> Geometry:
 
 
 def _division(vectors: int, by: int) -> tuple[int, int]:
-    """Multiplier and shift so that ``(v * multiplier >> 32) >> shift`` is ``v // by`` for v < 2^31 (Granlund & Montgomery)."""
-    if by == 1 or vectors >= 1 << 31:
+    """Multiplier and shift for which ``(v * multiplier >> 32) >> shift`` is ``v // by``, for all v < 2^31.
+
+    Granlund & Montgomery, "Division by invariant integers using multiplication", PLDI 1994.
+    """
+    if by == 1 or vectors >= WIDE_FROM:
         return 0, 0
     bits = (by - 1).bit_length()
     return (1 << (31 + bits)) // by + 1, bits - 1
@@ -174,15 +181,13 @@ def _division(vectors: int, by: int) -> tuple[int, int]:
 
 def _launch(
     problem: Problem, geometry: Geometry, kernel: str, grid: int, threads: int, held: int, *, splits: int,
-    shared: int = 0, cluster: int = 1, cooperative: bool = False, **fields: int,
+    shared: int = 0, cluster: int = 1, cooperative: bool = False, fields: Mapping[str, int] = NOTHING,
 ) -> Launch:  # fmt: skip
     macros = _macros(problem, geometry, kernel, threads, held, cluster)
     magic, shift = _division(geometry.vectors, geometry.row_vectors)
     everything = {
-        **{f"{name}_strides_{axis}": stride for name, operand in problem.operands for axis, stride in zip(_AXES, operand.strides, strict=True)},
-        **{f"weight_strides_{axis}": stride for axis, stride in zip(_AXES, problem.weight_strides, strict=False)},
-        **{f"{name}_type": dtype for name, dtype in problem.types},
         **dict(problem.options),
+        **fields,
         "batches": problem.shape[0],
         "channels": problem.shape[2],
         "vectors": geometry.vectors,
@@ -192,14 +197,14 @@ def _launch(
         "tiles_per_batch": geometry.tiles_per_batch,
         "tiles": geometry.tiles,
         "splits": splits,
-        **fields,
-    }  # fmt: skip
+    }
+    weight = (("weight", Operand(problem.weight_strides, 0)),) if problem.weight else ()
+    for name, operand in problem.operands + weight:
+        everything |= {f"{name}_strides_{axis}": s for axis, s in zip(launch.AXES, operand.strides, strict=True)}
+    everything |= {f"{name}_type": dtype for name, dtype in problem.types}
     shared += scratch_bytes(kernel, geometry, threads)
     compiled = launch.function(problem.device.number, kernel, macros, shared)
     return Launch(compiled, grid, threads, shared, cooperative, everything, problem.eps)
-
-
-_AXES = ("batch", "outer", "channel", "inner")
 
 
 def _macros(
@@ -213,7 +218,7 @@ def _macros(
         ("LANES", geometry.lanes),
         ("THREADS", threads),
         ("HELD", held),
-        ("WIDE", int(geometry.vectors >= 1 << 31)),
+        ("WIDE", int(geometry.vectors >= WIDE_FROM)),
         *((name, value if name in launch.OPTIONAL[kernel] else 0) for name, value in options.items()),
         ("CLUSTER", cluster),
     )
@@ -330,12 +335,17 @@ def _splits(geometry: Geometry, tuning: Tuning, device: Device, rows: int, held:
 
 
 def _pass(
-    problem: Problem, geometry: Geometry, tuning: Tuning, kernel: str, arrays: int, **fields: int
+    problem: Problem,
+    geometry: Geometry,
+    tuning: Tuning,
+    kernel: str,
+    arrays: int,
+    fields: Mapping[str, int] = NOTHING,
 ) -> tuple[Launch, int]:
     threads = _threads(geometry, geometry.vectors, tuning.threads)
     held = _held(problem, tuning, geometry, arrays)
     splits = _splits(geometry, tuning, problem.device, threads // geometry.lanes, held)
-    step = _launch(problem, geometry, kernel, geometry.tiles * splits, threads, held, splits=splits, **fields)
+    step = _launch(problem, geometry, kernel, geometry.tiles * splits, threads, held, splits=splits, fields=fields)
     return step, splits
 
 
@@ -347,7 +357,7 @@ def _reduction(
     if splits == 1:
         return Plan((first,), 0, 0, "one pass")
     threads = _threads(geometry, splits, tuning.threads)
-    second = _launch(problem, geometry, finish, geometry.tiles, threads, 1, splits=splits, summed=splits)
+    second = _launch(problem, geometry, finish, geometry.tiles, threads, 1, splits=splits, fields={"summed": splits})
     return Plan((first, second), problem.shape[0] * problem.shape[2] * splits * partial, 0, "one pass")
 
 
@@ -355,7 +365,7 @@ def _two_passes(
     problem: Problem, geometry: Geometry, tuning: Tuning, kernels: tuple[str, str], arrays: int, partial: int
 ) -> Plan:
     first, splits = _pass(problem, geometry, tuning, kernels[0], arrays)
-    second, _ = _pass(problem, geometry, tuning, kernels[1], arrays, summed=splits, backwards=1)
+    second, _ = _pass(problem, geometry, tuning, kernels[1], arrays, {"summed": splits, "backwards": 1})
     return Plan((first, second), problem.shape[0] * problem.shape[2] * splits * partial, 0, "two passes")
 
 

@@ -46,8 +46,8 @@ def _without_device(module: Any, error: Any) -> str:
         older = _PACKAGES.get(driver // 1000)
         instead = f" or install {older}" if older else ""
         return (
-            f"the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, older than CUDA {built} for which "
-            f"this CuPy was built; update the driver{instead}"
+            f"the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, older than CUDA {built}, for "
+            f"which this CuPy was built; update the driver{instead}"
         )
     return f"CUDA finds no GPU to use ({error}); is one visible to this process (CUDA_VISIBLE_DEVICES)?"
 
