@@ -14,24 +14,44 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require-cuda-harness", action="store_true", help="fail where CUDA kernels cannot be compiled or executed"
+    )
+    parser.addoption("--require-cuda", action="store_true", help="run the matrix of CuPy arrays on a GPU, or fail")
+
+
+def missing(request, reason):
+    """Skip, visibly; fail where the harness is required."""
+    if request.config.getoption("require_cuda_harness"):
+        pytest.fail(f"--require-cuda-harness: {reason}")
+    pytest.skip(reason)
+
+
 @pytest.fixture(scope="module")
-def cuda_device():
-    """Kernels for CuPy arrays run: executed on the CPU. What was launched is in the result."""
+def cuda_device(request):
+    """Kernels for CuPy arrays are executed on the CPU. What was launched is in the result."""
     from tests.simt import cuda
 
     reason = cuda.available()
     if reason is not None:
-        pytest.skip(reason)
+        missing(request, reason)
     with cuda.installed() as emulated:
         yield emulated
 
 
 @pytest.fixture
-def cuda_arrays(cuda_device):
+def cuda_arrays(request):
     """fastbn's functions for NumPy arrays, computed on CuPy arrays."""
-    from tests.simt import cuda
+    from tests.on_cupy import OnCupy, OnGpu, without_gpu
 
-    return cuda.OnCupy()
+    if request.config.getoption("require_cuda"):
+        reason = without_gpu()
+        if reason is not None:
+            pytest.fail(f"--require-cuda: {reason}")
+        return OnGpu()
+    request.getfixturevalue("cuda_device")
+    return OnCupy()
 
 
 @pytest.fixture

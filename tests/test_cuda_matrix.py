@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from tests import test_matrix
+from tests.on_cupy import OnGpu
 from tests.support import DTYPES, LAYOUTS, OPTIONS, make_case
 
 NOT_ON_A_DEVICE = ("unaligned", "swapped bytes")  # no such arrays exist there
@@ -54,3 +55,13 @@ def test_parts(layout, dtype, options):
 @by_case("plain", "where")
 def test_statistics(layout, dtype, options):
     test_matrix.check_statistics(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+
+
+def test_the_way_to_a_gpu_and_back(cuda_device, monkeypatch):
+    """What tests on a GPU do with arrays, done here."""
+    monkeypatch.setattr(test_matrix, "fastbn", OnGpu())
+    for layout in ("NCHW", "NHWC as NCHW", "channel slice", "reversed rows", "instance NHWC"):
+        test_matrix.check_backward(make_case(LAYOUTS[layout], "float32", OPTIONS["affine residual relu"]))
+    test_matrix.test_out("NCHW", "spatial slice")
+    test_matrix.test_out_is_an_input("NHWC")
+    test_matrix.test_out_partly_overlaps(3, True)

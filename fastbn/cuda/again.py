@@ -20,48 +20,50 @@ class _Like:
     """Arrays like those of an earlier call, in what its key does not say: device, alignment, gaps between numbers."""
 
     def __init__(self, layout: Layout, data: dict[str, Array | None], numbers: dict[str, Array | None]) -> None:
-        """`usable` tells whether there is a short way at all: kernels see the arrays as they lie, nothing is copied."""
         first: Array = next(iter(data.values()))
-        present = [a for a in data.values() if a is not None]
         self.device = first.data.device_id
-        self.offs = [0 if a is None else a.data.ptr % 16 for a in data.values()]
+        arrays = (*data.values(), *numbers.values())
+        offs = [0 if a is None else a.data.ptr % 16 for a in data.values()] + [None] * len(numbers)
+        steps = [None] * len(data) + [None if a is None else a.strides for a in numbers.values()]
+        self.rules = list(zip(offs, steps, strict=True))
+        self.extents = [(0, 0) if a is None else extent(a) for a in arrays]
+        self.folded = {name: None if a is None else layout.fold(a) for name, a in data.items()}
         self.numbers = {name: None if a is None else a.reshape(-1) for name, a in numbers.items()}
-        self.steps = [None if a is None else a.strides for a in self.numbers.values()]
         self.usable = (
             len(layout.kept_shape) == 1
             and first.size > 0
             and all(
                 a is None or (a.shape == layout.kept_shape and a.strides[0] == a.itemsize) for a in numbers.values()
             )
+            and all(
+                a is None or overlap(a, whole) for a, whole in zip(self.folded.values(), data.values(), strict=True)
+            )
         )
-        self.extents = [(0, 0) if a is None else extent(a) for a in (*data.values(), *numbers.values())]
-        self.folded = {name: None if a is None else layout.fold(a) for name, a in data.items()}
-        self.usable = self.usable and all(
-            overlap(a, whole)
-            for a, whole in zip((a for a in self.folded.values() if a is not None), present, strict=True)
+        """Whether there is a short way at all: kernels see the arrays as they lie, nothing is copied."""
+
+    def addresses(self, *arrays: Array | None) -> list[int] | None:
+        """Where arrays lie, 0 for None; or None where they are not like the earlier ones."""
+        device, found = self.device, []
+        for a, (off, step) in zip(arrays, self.rules, strict=True):
+            if a is None:
+                found.append(0)
+                continue
+            memory = a.data
+            address = memory.ptr
+            if memory.device_id != device or (off is not None and address % 16 != off):
+                return None
+            if step is not None and a.strides != step:
+                return None
+            found.append(address)
+        return found if launch.current_device() == device else None
+
+    def apart(self, which: int, addresses: list[int]) -> bool:
+        """Whether the array of this number shares no memory with the others."""
+        low, high = (addresses[which] + end for end in self.extents[which])
+        return not any(
+            address and i != which and address + first < high and low < address + end
+            for i, (address, (first, end)) in enumerate(zip(addresses, self.extents, strict=True))
         )
-
-    def fits(self, data: tuple[Array | None, ...], numbers: tuple[Array | None, ...]) -> bool:
-        device = self.device
-        for a, off in zip(data, self.offs, strict=True):
-            if a is not None:
-                memory = a.data
-                if memory.ptr % 16 != off or memory.device_id != device:
-                    return False
-        for a, step in zip(numbers, self.steps, strict=True):
-            if a is not None and (a.strides != step or a.data.device_id != device):
-                return False
-        return bool(launch.current_device() == device)
-
-    def apart(self, out: Array, which: int, *arrays: Array | None) -> bool:
-        """Whether an output, the one of this number among all, shares no memory with the others."""
-        low, high = self.extents[which]
-        start = out.data.ptr
-        low, high = start + low, start + high
-        for i, (a, (first, end)) in enumerate(zip(arrays, self.extents, strict=True)):
-            if i != which and a is not None and a.data.ptr + first < high and low < a.data.ptr + end:
-                return False
-        return True
 
 
 def _allocator(x: Array) -> Callable[[], Array]:
@@ -72,16 +74,12 @@ def _allocator(x: Array) -> Callable[[], Array]:
     return lambda: empty_like(x)
 
 
-def _address(a: Array | None) -> int:
-    return 0 if a is None else a.data.ptr
-
-
 def forward_again(
     layout: Layout, saved: Saved, x: Array, beta: Array | None, eps: float, residual: Array | None, out: Array | None
 ) -> Call | None:
     """``call(x, gamma, beta, residual, out)`` does what `batch_norm` does."""
     y = empty_like(x) if out is None else out
-    like = _Like(layout, {"x": x, "y": y, "residual": residual}, {"gamma": saved.gamma, "beta": beta})
+    like = _Like(layout, {"x": x, "residual": residual, "y": y}, {"gamma": saved.gamma, "beta": beta})
     if not like.usable:
         return None
     relu, channel_axis, activation = saved.activation is not None, saved.channel_axis, saved.activation
@@ -91,18 +89,12 @@ def forward_again(
     def call(
         x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, out: Array | None
     ) -> tuple[Array, Saved] | None:
-        if out is not None and not like.apart(out, 1, x, out, residual, gamma, beta):
-            return None
         y = make() if out is None else out
-        if not like.fits((x, y, residual), (gamma, beta)):
+        at = like.addresses(x, residual, y, gamma, beta)
+        if at is None or (out is not None and not like.apart(2, at)):
             return None
         (count, m2, mean, rstd), scratch = results_of(4, channels, plan)
-        plan.run(
-            (
-                x.data.ptr, y.data.ptr, _address(residual), 0, 0, 0, 0, _address(gamma), _address(beta),
-                0, 0, 0, 0, 0, 0, 0, *scratch,
-            )
-        )  # fmt: skip
+        plan.run((at[0], at[2], at[1], 0, 0, 0, 0, at[3], at[4], 0, 0, 0, 0, 0, 0, 0, *scratch))
         return y, Saved(
             x, y if relu else None, gamma, None, Moments(count, mean, m2), mean, rstd, count,
             channel_axis, activation, residual is not None, False,
@@ -118,31 +110,22 @@ def backward_again(layout: Layout, saved: Saved, dy: Array, out: Array | None) -
         return None
     dx = empty_like(x) if out is None else out
     dresidual = empty_like(x) if has_residual else None
-    like = _Like(
-        layout,
-        {"x": x, "y": saved.y, "dy": dy, "dx": dx, "dresidual": dresidual},
-        {"gamma": saved.gamma, "mean": saved.mean, "spread": saved.rstd, "count": None if frozen else saved.count},
-    )
+    numbers = {"gamma": saved.gamma, "mean": saved.mean, "spread": saved.rstd, "count": None if frozen else saved.count}
+    like = _Like(layout, {"x": x, "y": saved.y, "dy": dy, "dx": dx, "dresidual": dresidual}, numbers)
     if not like.usable:
         return None
     problem = problem_of(like.folded, None, like.numbers, saved.y is not None, has_residual, frozen=frozen)
     plan, channels, make = plans.backward(problem), layout.kept_shape[0], _allocator(x)
 
     def call(dy: Array, saved: Saved, out: Array | None) -> Gradients | None:
-        x, y, gamma, mean, rstd, count = saved.x, saved.y, saved.gamma, saved.mean, saved.rstd, saved.count
-        if out is not None and not like.apart(out, 3, x, y, dy, out, None, gamma, mean, rstd, count):
-            return None
         dx = make() if out is None else out
         dresidual = make() if has_residual else None
-        if not like.fits((x, y, dy, dx, dresidual), (gamma, mean, rstd, None if frozen else count)):
+        count = None if frozen else saved.count
+        at = like.addresses(saved.x, saved.y, dy, dx, dresidual, saved.gamma, saved.mean, saved.rstd, count)
+        if at is None or (out is not None and not like.apart(3, at)):
             return None
         (dgamma, dbeta), scratch = results_of(2, channels, plan)
-        plan.run(
-            (
-                x.data.ptr, _address(y), 0, dy.data.ptr, dx.data.ptr, _address(dresidual), 0, _address(gamma), 0,
-                mean.data.ptr, rstd.data.ptr, 0 if frozen else count.data.ptr, 0, 0, 0, 0, *scratch,
-            )
-        )  # fmt: skip
+        plan.run((at[0], at[1], 0, at[2], at[3], at[4], 0, at[5], 0, at[6], at[7], at[8], 0, 0, 0, 0, *scratch))
         return Gradients(dx, dgamma, dbeta, dresidual)
 
     return call
@@ -155,7 +138,7 @@ def inference_again(
     """``call(x, mean, var, gamma, beta, residual, out)`` does what `batch_norm_inference` does."""
     y = empty_like(x) if out is None else out
     numbers = {"mean": mean, "spread": var, "gamma": gamma, "beta": beta}
-    like = _Like(layout, {"x": x, "y": y, "residual": residual}, numbers)
+    like = _Like(layout, {"x": x, "residual": residual, "y": y}, numbers)
     if not like.usable:
         return None
     problem = problem_of(like.folded, None, like.numbers, relu, residual is not None, eps=eps, spread_is_variance=True)
@@ -165,17 +148,11 @@ def inference_again(
         x: Array, mean: Array, var: Array, gamma: Array | None, beta: Array | None, residual: Array | None,
         out: Array | None,
     ) -> Array | None:  # fmt: skip
-        if out is not None and not like.apart(out, 1, x, out, residual, mean, var, gamma, beta):
-            return None
         y = make() if out is None else out
-        if not like.fits((x, y, residual), (mean, var, gamma, beta)):
+        at = like.addresses(x, residual, y, mean, var, gamma, beta)
+        if at is None or (out is not None and not like.apart(2, at)):
             return None
-        plan.run(
-            (
-                x.data.ptr, y.data.ptr, _address(residual), 0, 0, 0, 0, _address(gamma), _address(beta),
-                mean.data.ptr, var.data.ptr, 0, 0, 0, 0, 0, 0, 0, 0,
-            )
-        )  # fmt: skip
+        plan.run((at[0], at[2], at[1], 0, 0, 0, 0, at[5], at[6], at[3], at[4], 0, 0, 0, 0, 0, 0, 0, 0))
         return y
 
     return call

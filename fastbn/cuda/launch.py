@@ -142,6 +142,6 @@ class Launch:
         _pointers.pack_into(argument, 0, *pointers)
         arguments = (np.ndarray((), _argument, argument),)
         if self.cooperative:
-            self.compiled(self.grid, self.block, arguments, self.shared, None, True)
+            self.compiled(self.grid, self.block, arguments, self.shared, enable_cooperative_groups=True)
         else:
             self.compiled(self.grid, self.block, arguments, self.shared)

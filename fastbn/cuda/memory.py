@@ -64,13 +64,14 @@ def extent(a: Array) -> tuple[int, int]:
 
 def results_of(rows: int, channels: int, plan: Plan) -> tuple[list[Array], tuple[int, int, int]]:
     """Rows of float64 results and, behind them in the same memory, the scratch of a plan: the last of `POINTERS`."""
-    first = rows * channels * 8
+    row = channels * 8
+    first = rows * row
     second = first + plan.partials * 8
     if second + plan.counters == 0:
         return [], (0, 0, 0)
     memory = cupy.cuda.alloc(second + plan.counters)
     ndarray, shape = cupy.ndarray, (channels,)
-    results = [ndarray(shape, _FLOAT64, memory + at) for at in range(0, first, channels * 8)]
+    results = [ndarray(shape, _FLOAT64, memory + at) for at in range(0, first, row)] if row else []
     start = memory.ptr
     return results, (start, start + first if plan.partials else 0, start + second if plan.counters else 0)
 

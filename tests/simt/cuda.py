@@ -1,10 +1,8 @@
 """fastbn's CUDA backend on the CPU: its dispatch, planner and packing as they are, its kernels as `simt` runs them.
 
-    with cuda.installed(processors=3) as emulated:
-        y, saved = fastbn.batch_norm(host_cupy.to_cupy(x))
-    emulated.launches  # what ran
-
-`OnCupy` stands for the package in tests written for NumPy arrays: it takes and returns these, over the same memory.
+with cuda.installed(processors=3) as emulated:
+    y, saved = fastbn.batch_norm(host_cupy.to_cupy(x))
+emulated.launches  # what ran
 """
 
 import contextlib
@@ -13,12 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 
-import fastbn
 from fastbn import repeated
+from tests.on_cupy import OnCupy
 from tests.simt import host_cupy, simt
+
+__all__ = ["ARCHITECTURE", "SMALL", "Emulated", "Launched", "OnCupy", "available", "forget", "installed"]
 
 ARCHITECTURE = 90
 SMALL = {"threads": 64, "held": 2, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1, "passes": 2}
@@ -102,53 +101,3 @@ def forget() -> None:
     repeated.forget()
     for function in (plans.moments, plans.grad_sums, plans.normalize, plans.grad_input, plans.forward, plans.backward):
         function.cache_clear()
-
-
-class OnCupy:
-    """The package's functions for NumPy arrays, computed on CuPy arrays over their memory."""
-
-    def __init__(self, what: Any = fastbn) -> None:
-        self._what = what
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._what, name)
-        return OnCupy(value) if callable(value) else value
-
-    def __eq__(self, other: object) -> bool:  # tests keep functions as keys
-        return bool(self._what == getattr(other, "_what", other))
-
-    def __hash__(self) -> int:
-        return hash(self._what)
-
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        known: dict[int, Any] = {}
-        device = _to_device(args, known), _to_device(keywords, known)
-        return _to_host(self._what(*device[0], **device[1]), known)
-
-
-def _to_device(value: Any, known: dict[int, Any]) -> Any:
-    if type(value) in (np.ndarray, np.memmap):  # others are refused as they are
-        array = host_cupy.to_cupy(value)
-        known[id(array)] = value, array  # the array itself too: numbers of dead objects are given again
-        return array
-    if isinstance(value, dict):
-        return {name: _to_device(item, known) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_to_device(item, known) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to_device(item, known) for item in value)
-    if callable(value) and not isinstance(value, (type, np.dtype)):  # a gather hook
-        return lambda vector: _to_device(value(_to_host(vector, {})), known)
-    return value
-
-
-def _to_host(value: Any, known: dict[int, Any]) -> Any:
-    import cupy
-
-    if isinstance(value, cupy.ndarray):
-        return known[id(value)][0] if id(value) in known else host_cupy.to_numpy(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_to_host(item, known) for item in value))
-    if isinstance(value, tuple):
-        return tuple(_to_host(item, known) for item in value)
-    return value
