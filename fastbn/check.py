@@ -82,7 +82,13 @@ def jobs(
         "constant": [Job(f"constant {name}", partial(constant, xp, name)) for name in float_dtypes()],
         "oracle": _oracle_jobs(xp, quick, parallel),
     }
-    return [job for group in groups for job in work[group]]
+    jobs = [job for group in groups for job in work[group]]
+    return jobs if xp is np else [Job(f"{kind} {job.name}", partial(_named, kind, job)) for job in jobs]
+
+
+def _named(kind: str, job: Job) -> list[Row]:
+    """The rows of a job on arrays that are not NumPy's, whose names say so."""
+    return [row._replace(name=f"{kind} {row.name}") for row in job.run()]
 
 
 # --- moments ----------------------------------------------------------------------------------------------------------
