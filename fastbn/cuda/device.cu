@@ -38,7 +38,7 @@ __device__ __forceinline__ unsigned short float_to_bfloat16(float value) {
 // Threads of all blocks of a cluster; what they wrote to global memory before is seen after.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
