@@ -3,15 +3,15 @@
 //
 // Groups of blocks as in forward.cu.
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+KERNEL
 #if CLUSTER > 1
     __cluster_dims__(CLUSTER, 1, 1)
 #endif
     backward(const Params p) {
     Packed* kept = reinterpret_cast<Packed*>(dynamic_shared() + SUM_BYTES) + threadIdx.x;
-    const i64 split = blockIdx.x % p.splits, groups = gridDim.x / p.splits;
+    const unsigned splits = static_cast<unsigned>(p.splits), split = blockIdx.x % splits;
     unsigned round = 0;
-    for (i64 at = blockIdx.x / p.splits; at < p.tiles; at += groups) {
+    for (unsigned at = blockIdx.x / splits; at < p.tiles; at += gridDim.x / splits) {
         const Tile tile(p, at, split);
         Centre centre[CHANNELS];
         Sums sums[CHANNELS];

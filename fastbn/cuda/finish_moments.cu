@@ -1,6 +1,6 @@
 // Merges the parts of all splits of a tile into its moments. Reads 32 bytes for each channel and split.
 
-extern "C" __global__ void __launch_bounds__(THREADS) finish_moments(const Params p) {
+KERNEL finish_moments(const Params p) {
     const Tile tile(p, blockIdx.x, 0);
     Part parts[CHANNELS];
     read_parts(p, tile, p.summed, parts);

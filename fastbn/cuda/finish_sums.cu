@@ -1,6 +1,6 @@
 // Adds up the sums of all splits of a tile. Reads 16 bytes for each channel and split.
 
-extern "C" __global__ void __launch_bounds__(THREADS) finish_sums(const Params p) {
+KERNEL finish_sums(const Params p) {
     const Tile tile(p, blockIdx.x, 0);
     Sums sums[CHANNELS];
     read_sums(p, tile, p.summed, sums);

@@ -5,15 +5,15 @@
 // parts through global memory. Groups take tile after tile.
 // After: Ioffe & Szegedy (2015), Algorithm 1; kept on the chip as in NVIDIA Apex's groupbn.
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+KERNEL
 #if CLUSTER > 1
     __cluster_dims__(CLUSTER, 1, 1)
 #endif
     forward(const Params p) {
     Packed* kept = reinterpret_cast<Packed*>(dynamic_shared() + MERGE_BYTES) + threadIdx.x;
-    const i64 split = blockIdx.x % p.splits, groups = gridDim.x / p.splits;
+    const unsigned splits = static_cast<unsigned>(p.splits), split = blockIdx.x % splits;
     unsigned round = 0;
-    for (i64 at = blockIdx.x / p.splits; at < p.tiles; at += groups) {
+    for (unsigned at = blockIdx.x / splits; at < p.tiles; at += gridDim.x / splits) {
         const Tile tile(p, at, split);
         Running running[CHANNELS];
 #pragma unroll
@@ -21,10 +21,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         Packed held[HELD];
         Index v = tile.start();
         int count = tile.within(v), chunk = 0;
+        double taken = 0;
         while (true) {
             load(held, p.x, p.x_strides, p, tile, v, count);
 #pragma unroll
-            for (int ch = 0; ch < CHANNELS; ++ch) running[ch].add(held, count, ch, p, tile, v);
+            for (int ch = 0; ch < CHANNELS; ++ch) running[ch].add(held, count, ch, p, tile, v, taken);
+            taken += count * DEPTH;
             const int next = tile.within(v + HELD * ROWS);
             if (next == 0) break;  // the last chunk stays in registers
 #pragma unroll
@@ -35,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         Part parts[CHANNELS];
 #pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) parts[ch] = running[ch].part();
+        for (int ch = 0; ch < CHANNELS; ++ch) parts[ch] = running[ch].part(taken);
         merge_block(parts);
         if (p.splits > 1) {
             write_parts(p, tile, split, parts);

@@ -4,8 +4,8 @@
 // As the second pass of a backward pass the numbers follow from the sums that `grad_sums` left, which the first block of
 // each tile writes; else they are given.
 
-extern "C" __global__ void __launch_bounds__(THREADS) grad_input(const Params p) {
-    i64 at, split;
+KERNEL grad_input(const Params p) {
+    unsigned at, split;
     find_work(p, at, split);
     const Tile tile(p, at, split);
     Centre centre[CHANNELS];

@@ -3,8 +3,8 @@
 // Each block takes one split of one tile; with one split it writes the sums, else its part, which `finish_sums` or the
 // pass that writes dx adds up in a fixed order.
 
-extern "C" __global__ void __launch_bounds__(THREADS) grad_sums(const Params p) {
-    i64 at, split;
+KERNEL grad_sums(const Params p) {
+    unsigned at, split;
     find_work(p, at, split);
     const Tile tile(p, at, split);
     Centre centre[CHANNELS];

@@ -113,7 +113,7 @@ FIELDS = (
     *(f"{name}_strides_{axis}" for name in ARRAYS for axis in AXES),
     *(f"{name}_type" for name in NUMBERS),
     "batches", "channels", "vectors", "row_vectors", "row_magic", "row_shift",
-    "tiles_per_batch", "tiles", "splits", "backwards", "summed", "spread_is_variance", "frozen",
+    "tiles_per_batch", "tiles", "splits", "share", "backwards", "summed", "spread_is_variance", "frozen",
 )  # fmt: skip
 
 _pointers = struct.Struct(f"<{len(POINTERS)}Q")

@@ -17,18 +17,24 @@ struct Part {
 // --- a thread ---------------------------------------------------------------------------------------------------------
 
 struct Running {  // of one channel
-    double n, away, squares;  // count; sums of n*a and of M2 + n*a^2 of the chunks
-    double odd;               // sum of the infinite values and NaNs
-    real origin;              // the first finite element; NaN before
+    double away, squares;  // sums of n*a and of M2 + n*a^2 of the chunks
+    real origin;           // the first finite element; NaN before
+#if WEIGHT
+    double n;  // sum of the weights
+#endif
+    // Once squares is NaN there were infinite values or NaNs, and away is their sum.
 
     __device__ __forceinline__ void clear() {
-        n = away = squares = odd = 0;
+        away = squares = 0;
         origin = static_cast<real>(not_a_number());
+#if WEIGHT
+        n = 0;
+#endif
     }
 
-    // One chunk, with its weights; w is not read without WEIGHT.
+    // One chunk; `before` is the number of elements taken before it, where weights do not tell.
     __device__ __forceinline__ void add(
-        const Packed (&held)[HELD], int count, int channel, const Params& p, const Tile& tile, Index v
+        const Packed (&held)[HELD], int count, int channel, const Params& p, const Tile& tile, Index v, double before
     ) {
         if (count == 0) return;
         const int from = ALONG_CHANNELS ? channel : 0;
@@ -90,7 +96,9 @@ struct Running {  // of one channel
         const double moved = weight * distance;
         const double more = squares + ((square - rest * correction) + moved * distance);
         if (is_finite(more) && square <= LARGEST) {
+#if WEIGHT
             n += weight;
+#endif
             away += moved;
             squares = more;
             origin = start;
@@ -101,40 +109,50 @@ struct Running {  // of one channel
                 if (k < count)
 #pragma unroll
                     for (int j = 0; j < DEPTH; ++j)
-                        if (SELECTED(k, j)) add_carefully(element(held[k], from + j), TIMES_WEIGHT(k, j) 1.0);
+                        if (SELECTED(k, j)) {
+                            add_carefully(element(held[k], from + j), TIMES_WEIGHT(k, j) 1.0, before);
+                            before += 1;
+                        }
         }
 #undef SELECTED
 #undef TIMES_WEIGHT
     }
 
-    __device__ __forceinline__ void add_carefully(real value, double weight) {
+    __device__ __forceinline__ void add_carefully(real value, double weight, double before) {
+#if WEIGHT
+        before = n;
+        n += weight;
+#endif
+        const bool odd = squares != squares;
         if (!is_finite(value)) {
-            odd += value;
-            n += weight;
-            return;
+            away = odd ? away + value : value;
+            squares = not_a_number();
         }
+        if (odd || !is_finite(value)) return;
         if (origin != origin) origin = value;
 #if DTYPE == 3
         // Even distances may overflow: a running mean of shares, which cannot.
-        const double before = n > 0 ? origin + away * reciprocal(n) : value;
-        n += weight;
-        const double share = weight * reciprocal(n);
-        origin = before + (value * share - before * share);
+        const double mean = before > 0 ? origin + away * reciprocal(before) : value;
+        const double share = weight * reciprocal(before + weight);
+        origin = mean + (value * share - mean * share);
         away = 0;
-        squares = squares + (value - before) * (value - before) * weight;
+        squares = squares + (value - mean) * (value - mean) * weight;
 #else
         const double distance = static_cast<double>(value) - origin;
-        n += weight;
         away += weight * distance;
         squares += weight * distance * distance;
 #endif
     }
 
-    __device__ __forceinline__ Part part() const {
-        if (n == 0) return Part{0, 0, 0, 0};
-        if (odd != 0) return Part{n, odd, 0, not_a_number()};
-        const double shift = away * reciprocal(n), m2 = squares - away * shift;
-        return Part{n, origin, shift, m2 >= 0 || m2 != m2 ? m2 : 0};
+    // `taken`: the number of elements, where weights do not tell.
+    __device__ __forceinline__ Part part(double taken) const {
+#if WEIGHT
+        taken = n;
+#endif
+        if (taken == 0) return Part{0, 0, 0, 0};
+        if (squares != squares) return Part{taken, away, 0, not_a_number()};
+        const double shift = away * reciprocal(taken), m2 = squares - away * shift;
+        return Part{taken, origin, shift, m2 >= 0 || m2 != m2 ? m2 : 0};
     }
 };
 

@@ -3,8 +3,8 @@
 // The mean and the rstd are given (or the variance, to which eps is added); or, as the second pass of a batch
 // normalization, merged from the parts that `statistics` left, and written by the first block of each tile.
 
-extern "C" __global__ void __launch_bounds__(THREADS) normalize(const Params p) {
-    i64 at, split;
+KERNEL normalize(const Params p) {
+    unsigned at, split;
     find_work(p, at, split);
     const Tile tile(p, at, split);
     Affine affine[CHANNELS];

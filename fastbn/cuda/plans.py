@@ -150,13 +150,13 @@ class Geometry(NamedTuple):
     tiles: int
 
 
-def _geometry(problem: Problem, tuning: Tuning) -> Geometry:
+def _geometry(problem: Problem, tuning: Tuning, resident: bool = False) -> Geometry:
     batch, outer, channel, inner = problem.shape
     strides = problem.operands[0][1].strides
     along = channel > 1 and (inner == 1 or abs(strides[2]) < abs(strides[3]))
     most = 16 // problem.itemsize
-    if problem.weight:
-        most = min(most, 4)  # the weights of eight channels do not fit into registers
+    if problem.weight or (resident and along):
+        most = min(most, 4)  # what a thread needs for eight channels leaves registers for one block a multiprocessor
     vector = _vector(problem, 2 if along else 3, most)
     lanes = 1
     if along:
@@ -197,6 +197,7 @@ def _launch(
         "tiles_per_batch": geometry.tiles_per_batch,
         "tiles": geometry.tiles,
         "splits": splits,
+        "share": -(-geometry.vectors // splits),
     }
     weight = (("weight", Operand(problem.weight_strides, 0)),) if problem.weight else ()
     for name, operand in problem.operands + weight:
@@ -221,6 +222,7 @@ def _macros(
         ("WIDE", int(geometry.vectors >= WIDE_FROM)),
         *((name, value if name in launch.OPTIONAL[kernel] else 0) for name, value in options.items()),
         ("CLUSTER", cluster),
+        ("BLOCKS", 2),
     )
 
 
@@ -417,5 +419,5 @@ def _either(problem: Problem, kernel: str, arrays: int, passes: tuple[str, str],
     geometry = _geometry(problem, tuning)
     plan = None
     if forced != "two passes":
-        plan = _resident(problem, geometry, tuning, kernel, arrays, partial, forced)
+        plan = _resident(problem, _geometry(problem, tuning, resident=True), tuning, kernel, arrays, partial, forced)
     return plan or _two_passes(problem, geometry, tuning, passes, arrays, partial)

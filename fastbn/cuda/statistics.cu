@@ -3,23 +3,25 @@
 // Each block takes one split of one tile; with one split it writes the moments, else its part, which `finish_moments`
 // or the normalising pass merges. No atomics, no order that could vary: the bits are the same in every run.
 
-extern "C" __global__ void __launch_bounds__(THREADS) statistics(const Params p) {
-    i64 at, split;
+KERNEL statistics(const Params p) {
+    unsigned at, split;
     find_work(p, at, split);
     const Tile tile(p, at, split);
     Running running[CHANNELS];
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) running[ch].clear();
+    double taken = 0;
     for (Index v = tile.start(); tile.within(v); v += HELD * ROWS) {
         Packed held[HELD];
         const int count = tile.within(v);
         load(held, p.x, p.x_strides, p, tile, v, count);
 #pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) running[ch].add(held, count, ch, p, tile, v);
+        for (int ch = 0; ch < CHANNELS; ++ch) running[ch].add(held, count, ch, p, tile, v, taken);
+        taken += count * DEPTH;
     }
     Part parts[CHANNELS];
 #pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) parts[ch] = running[ch].part();
+    for (int ch = 0; ch < CHANNELS; ++ch) parts[ch] = running[ch].part(taken);
     merge_block(parts);
     if (p.partials != nullptr)
         write_parts(p, tile, split, parts);

@@ -11,6 +11,8 @@
 //   WEIGHT          0 none, 1 bool, 2 float64
 //   RELU, RESIDUAL  0 or 1
 //   CLUSTER         blocks of a cluster, 1 without
+//   BLOCKS          that a multiprocessor holds at least: bounds registers, which otherwise spill a few bytes to reach
+//                   some number of blocks that nothing asked for
 //
 // A tile is the LANES * CHANNELS channels of one block, over all their reduced positions; `splits` blocks may share it.
 
@@ -41,6 +43,7 @@ typedef float real;
 #define WIDTH (LANES * CHANNELS)  // channels of a tile
 #define ROWS (THREADS / LANES)    // threads along the reduced axes
 #define WARPS (THREADS / 32)
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
 #if WIDE
 typedef i64 Index;  // of a vector among those of a channel
@@ -61,7 +64,7 @@ struct Params {
     i64 batches, channels;      // kept sizes
     i64 vectors, row_vectors;   // of a channel; of these in one run of the inner axis
     i64 row_magic, row_shift;   // v / row_vectors = umulhi(v, magic) >> shift; magic 0: row_vectors is 1
-    i64 tiles_per_batch, tiles, splits;
+    i64 tiles_per_batch, tiles, splits, share;  // vectors of a channel in one split
     i64 backwards;              // second passes go backwards: what the first read last is still in the cache
     i64 summed;                 // splits of the pass that left the partials
     i64 spread_is_variance, frozen;
@@ -129,13 +132,13 @@ struct Tile {
     bool active;         // false beyond the last channel
     Index first, last;   // vectors of this block
 
-    __device__ __forceinline__ Tile(const Params& p, i64 tile, i64 split) {
+    __device__ __forceinline__ Tile(const Params& p, unsigned tile, unsigned split) {
         const int lane = threadIdx.x % LANES;
-        batch = tile / p.tiles_per_batch;
-        channel = (tile - batch * p.tiles_per_batch) * WIDTH + lane * CHANNELS;
+        const unsigned per_batch = static_cast<unsigned>(p.tiles_per_batch), row = tile / per_batch;
+        batch = row;
+        channel = static_cast<i64>(tile - row * per_batch) * WIDTH + lane * CHANNELS;
         active = channel < p.channels;
-        const i64 share = (p.vectors + p.splits - 1) / p.splits;
-        const i64 start = split * share, end = start + share;
+        const i64 start = split * p.share, end = start + p.share;
         first = static_cast<Index>(start < p.vectors ? start : p.vectors);
         last = static_cast<Index>(end < p.vectors ? end : p.vectors);
     }
@@ -158,14 +161,16 @@ struct Tile {
 
 // Which tile and which split of it a block of an elementwise or summing pass works on: neighbours in memory run
 // together.
-__device__ __forceinline__ void find_work(const Params& p, i64& tile, i64& split) {
-    const i64 block = p.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+__device__ __forceinline__ void find_work(const Params& p, unsigned& tile, unsigned& split) {
+    const unsigned block = p.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
 #if ALONG_CHANNELS
-    split = block / p.tiles;
-    tile = block - split * p.tiles;
+    const unsigned tiles = static_cast<unsigned>(p.tiles);
+    split = block / tiles;
+    tile = block - split * tiles;
 #else
-    tile = block / p.splits;
-    split = block - tile * p.splits;
+    const unsigned splits = static_cast<unsigned>(p.splits);
+    tile = block / splits;
+    split = block - tile * splits;
 #endif
 }
 
@@ -205,7 +210,8 @@ __device__ __forceinline__ void store(
     T* start = reinterpret_cast<T*>(data) + tile.base(strides);
 #pragma unroll
     for (int k = 0; k < HELD; ++k)
-        if (k < count) *reinterpret_cast<Packed*>(start + Position(p, v + k * ROWS).offset(strides)) = held[k];
+        if (k < count)  // an assignment of a uint4 becomes four stores before sm_100
+            __stwb(reinterpret_cast<Packed*>(start + Position(p, v + k * ROWS).offset(strides)), held[k]);
 }
 
 // The weight of element j of the vector v.

@@ -91,6 +91,10 @@ inline void __stcs(T* address, typename simt::Same<T>::type value) {
     *simt::aligned(address) = value;
 }
 template <class T>
+inline void __stwb(T* address, typename simt::Same<T>::type value) {
+    *simt::aligned(address) = value;
+}
+template <class T>
 inline void __stcg(T* address, typename simt::Same<T>::type value) {
     *simt::aligned(address) = value;
 }
