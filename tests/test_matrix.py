@@ -1,6 +1,7 @@
 """Every function x layout x dtype x option against the oracle; and wrong backends, which every check must reject."""
 
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -47,7 +48,8 @@ def assert_close(what, actual, expected, bound):
     assert actual.shape == expected.shape, what
     wrong = ~((np.abs(actual - expected) <= bound) | (np.isnan(actual) & np.isnan(expected)) | (actual == expected))
     if wrong.any():
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where all are NaN
             worst = np.nanmax(np.where(wrong, np.abs(actual - expected), 0.0) / np.broadcast_to(bound, wrong.shape))
         raise AssertionError(f"{what}: {wrong.sum()} of {wrong.size} beyond the bound, the worst by {worst:.3g} times")
 

@@ -95,7 +95,7 @@ struct Running {  // of one channel
         const double distance = (static_cast<double>(first) - start) + (static_cast<double>(middle) + correction);
         const double moved = weight * distance;
         const double more = squares + ((square - rest * correction) + moved * distance);
-        if (is_finite(more) && square <= LARGEST) {
+        if (is_finite(more)) {
 #if WEIGHT
             n += weight;
 #endif

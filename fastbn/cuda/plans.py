@@ -378,6 +378,7 @@ FORCED: dict[str, str | None] = {"strategy": None}  # for tests and tuning: one 
 
 @lru_cache(maxsize=4096)
 def moments(problem: Problem) -> Plan:
+    """Count, mean and M2: one pass, and the merge of its parts where it was split."""
     tuning = tuning_of(problem.device.architecture)
     geometry = _geometry(problem, tuning)
     return _reduction(problem, geometry, tuning, "statistics", 1, "finish_moments", 4)
@@ -385,6 +386,7 @@ def moments(problem: Problem) -> Plan:
 
 @lru_cache(maxsize=4096)
 def grad_sums(problem: Problem) -> Plan:
+    """Likewise dgamma and dbeta."""
     tuning = tuning_of(problem.device.architecture)
     geometry = _geometry(problem, tuning)
     return _reduction(problem, geometry, tuning, "grad_sums", 2, "finish_sums", 2)
@@ -392,6 +394,7 @@ def grad_sums(problem: Problem) -> Plan:
 
 @lru_cache(maxsize=4096)
 def normalize(problem: Problem) -> Plan:
+    """One elementwise pass with given statistics."""
     tuning = tuning_of(problem.device.architecture)
     step, _ = _pass(problem, _geometry(problem, tuning), tuning, "normalize", 1)
     return Plan((step,), 0, 0, "one pass")
@@ -399,6 +402,7 @@ def normalize(problem: Problem) -> Plan:
 
 @lru_cache(maxsize=4096)
 def grad_input(problem: Problem) -> Plan:
+    """One elementwise pass with given numbers."""
     tuning = tuning_of(problem.device.architecture)
     step, _ = _pass(problem, _geometry(problem, tuning), tuning, "grad_input", 2)
     return Plan((step,), 0, 0, "one pass")
@@ -406,18 +410,21 @@ def grad_input(problem: Problem) -> Plan:
 
 @lru_cache(maxsize=4096)
 def forward(problem: Problem) -> Plan:
+    """Moments and the output, in one launch or two."""
     return _either(problem, "forward", 1, ("statistics", "normalize"), 4)
 
 
 @lru_cache(maxsize=4096)
 def backward(problem: Problem) -> Plan:
+    """Sums and the gradient of x, in one launch or two."""
     return _either(problem, "backward", 2, ("grad_sums", "grad_input"), 2)
 
 
 def _either(problem: Problem, kernel: str, arrays: int, passes: tuple[str, str], partial: int) -> Plan:
     tuning, forced = tuning_of(problem.device.architecture), FORCED["strategy"]
-    geometry = _geometry(problem, tuning)
-    plan = None
     if forced != "two passes":
-        plan = _resident(problem, _geometry(problem, tuning, resident=True), tuning, kernel, arrays, partial, forced)
-    return plan or _two_passes(problem, geometry, tuning, passes, arrays, partial)
+        geometry = _geometry(problem, tuning, resident=True)
+        plan = _resident(problem, geometry, tuning, kernel, arrays, partial, forced)
+        if plan is not None:
+            return plan
+    return _two_passes(problem, _geometry(problem, tuning), tuning, passes, arrays, partial)

@@ -22,15 +22,12 @@ typedef unsigned long long u64;
 #if DTYPE == 3
 typedef double T;
 typedef double real;  // the type of all arithmetic on elements
-#define LARGEST 1.7976931348623157e308
 #elif DTYPE == 2
 typedef float T;
 typedef float real;
-#define LARGEST 3.4028234e38f
 #else
 typedef unsigned short T;
 typedef float real;
-#define LARGEST 3.4028234e38f
 #endif
 
 #if ALONG_CHANNELS

@@ -20,7 +20,7 @@ from tests.simt import host_cupy, simt
 __all__ = ["ARCHITECTURE", "SMALL", "Emulated", "Launched", "OnCupy", "available", "forget", "installed"]
 
 ARCHITECTURE = 90
-SMALL = {"threads": 64, "held": 2, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1, "passes": 2}
+SMALL = {"threads": 64, "held": 4, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1, "passes": 2}
 
 
 def available() -> str | None:
