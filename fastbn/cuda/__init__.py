@@ -16,10 +16,10 @@ from fastbn.cuda import launch, plans
 from fastbn.cuda.again import backward_again, forward_again, inference_again
 from fastbn.cuda.memory import (
     Array,
+    Results,
     empty_like,
     overlap,
     problem_of,
-    results_of,
     same_or_apart,
     vector,
     writable_in_place,
@@ -140,7 +140,7 @@ def _run(choose: Any, problem: plans.Problem, rows: int, **arrays: Array | None)
     if channels == 0:
         return [xp.empty(0, np.float64) for _ in range(rows)]
     plan = choose(problem)
-    results, scratch = results_of(rows, channels, plan)
+    results, *scratch = Results(rows, channels, plan)()
     addresses = (arrays.get(name) for name in launch.POINTERS[: -len(scratch)])
-    plan.run((*(0 if a is None else a.data.ptr for a in addresses), *scratch))
+    plan.run(*(0 if a is None else a.data.ptr for a in addresses), *scratch)
     return results

@@ -117,6 +117,7 @@ FIELDS = (
 )  # fmt: skip
 
 _pointers = struct.Struct(f"<{len(POINTERS)}Q")
+_pack = _pointers.pack
 _fields = struct.Struct(f"<{len(FIELDS)}qd")
 _argument = np.dtype(f"V{_pointers.size + _fields.size}")
 
@@ -134,13 +135,11 @@ class Launch:
         unknown = fields.keys() - set(FIELDS)
         if unknown:
             raise KeyError(f"kernels have no fields {unknown}")
-        self.fixed = bytes(_pointers.size) + _fields.pack(*(fields.get(name, 0) for name in FIELDS), eps)
+        self.fixed = _fields.pack(*(fields.get(name, 0) for name in FIELDS), eps)
 
     def __call__(self, *pointers: int) -> None:
         """Launch on the current stream with these addresses, in the order of `POINTERS`."""
-        argument = bytearray(self.fixed)
-        _pointers.pack_into(argument, 0, *pointers)
-        arguments = (np.ndarray((), _argument, argument),)
+        arguments = (np.ndarray((), _argument, _pack(*pointers) + self.fixed),)
         if self.cooperative:
             self.compiled(self.grid, self.block, arguments, self.shared, enable_cooperative_groups=True)
         else:

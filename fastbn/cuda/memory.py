@@ -16,7 +16,6 @@ Array = Any  # cupy.ndarray
 
 _TYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 _known_types: dict[Any, int] = {}
-_FLOAT64 = np.dtype(np.float64)
 
 
 def type_of(dtype: Any) -> int:
@@ -62,18 +61,36 @@ def extent(a: Array) -> tuple[int, int]:
     return sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + a.itemsize
 
 
-def results_of(rows: int, channels: int, plan: Plan) -> tuple[list[Array], tuple[int, int, int]]:
-    """Rows of float64 results and, behind them in the same memory, the scratch of a plan: the last of `POINTERS`."""
-    row = channels * 8
-    first = rows * row
-    second = first + plan.partials * 8
-    if second + plan.counters == 0:
-        return [], (0, 0, 0)
-    memory = cupy.cuda.alloc(second + plan.counters)
-    ndarray, shape = cupy.ndarray, (channels,)
-    results = [ndarray(shape, _FLOAT64, memory + at) for at in range(0, first, row)] if row else []
-    start = memory.ptr
-    return results, (start, start + first if plan.partials else 0, start + second if plan.counters else 0)
+class Results:
+    """Makes rows of float64 results and, behind them in the same memory, the scratch of a plan."""
+
+    def __init__(self, rows: int, channels: int, plan: Plan) -> None:
+        row = channels * 8
+        end = rows * row + plan.partials * 8
+        self.nbytes = end + plan.counters
+        self.shape = (channels,)
+        self.rows = [i * row for i in range(1, rows)]
+        self.any = rows > 0
+        self.partials = rows * row if plan.partials else None
+        self.counters = end if plan.counters else None
+
+    def __call__(self) -> tuple[list[Array], int, int, int]:
+        """The rows, and the addresses of results, partials and counters: the last of `launch.POINTERS`."""
+        if not self.nbytes:
+            return [], 0, 0, 0
+        memory = cupy.cuda.alloc(self.nbytes)
+        start = memory.ptr
+        ndarray, shape = cupy.ndarray, self.shape
+        results = [ndarray(shape, float, memory)] if self.any else []
+        for at in self.rows:
+            results.append(ndarray(shape, float, memory + at))
+        partials, counters = self.partials, self.counters
+        return (
+            results,
+            start,
+            0 if partials is None else start + partials,
+            0 if counters is None else start + counters,
+        )
 
 
 def vector(layout: Layout, parameter: Array | None, default: float) -> Array | None:

@@ -101,7 +101,7 @@ class Plan(NamedTuple):
     """Bytes, zeroed before the first launch."""
     strategy: str
 
-    def run(self, pointers: tuple[int, ...]) -> None:
+    def run(self, *pointers: int) -> None:
         """Launch on the current stream with the addresses of `launch.POINTERS`."""
         if self.counters:
             launch.clear(pointers[-1], self.counters)
