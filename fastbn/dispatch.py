@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from types import ModuleType
@@ -65,16 +65,25 @@ def backend_of(kind: str) -> ModuleType:
 
 
 def device_of(*arguments: Any) -> AbstractContextManager[Any]:
-    """A context in which the device of the first array is the current one: there results are allocated, kernels run."""
+    """A context in which the device of the first array is the current one: there results are allocated, kernels run.
+
+    Arrays are looked for in tuples too, as moments are.
+    """
     cupy = sys.modules.get("cupy")
     if cupy is not None:
-        for array in arguments:
-            if isinstance(array, cupy.ndarray):
-                if array.data.device_id == cupy.cuda.runtime.getDevice():
-                    break
-                context: AbstractContextManager[Any] = cupy.cuda.Device(array.data.device_id)
-                return context
+        first = next(_arrays(cupy, arguments), None)
+        if first is not None and first.data.device_id != cupy.cuda.runtime.getDevice():
+            context: AbstractContextManager[Any] = cupy.cuda.Device(first.data.device_id)
+            return context
     return nullcontext()
+
+
+def _arrays(cupy: Any, values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, cupy.ndarray):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _arrays(cupy, value)
 
 
 P = ParamSpec("P")

@@ -164,7 +164,7 @@ def batch_norm(
             gathered=gather is not None,
         )
         if key is not None:
-            repeated.remember(key, backend.forward_again(layout, saved, x, beta, eps, residual, out))
+            repeated.remember(key, backend.forward_again(layout, saved, x, y, beta, eps, residual, out))
         return y, saved
 
 
@@ -255,9 +255,9 @@ def batch_norm_backward(
         out = arguments.output("out", out, x)
         if frozen and not (dmean is None and dvar is None):
             raise ValueError("dmean, dvar: expected None with frozen statistics, which do not depend on x")
-        numbers_of = (
-            _vector if gather is None else _float64
-        )  # synchronised sums come back as arrays, which formulas take
+        given = dmean, dvar
+        # Synchronised sums come back as arrays, which formulas take.
+        numbers_of = _vector if gather is None else _float64
         dmean = numbers_of("dmean", dmean, layout, backend)
         dvar = numbers_of("dvar", dvar, layout, backend)
         gamma = numbers_of("saved.gamma", saved.gamma, layout, backend, 1.0)
@@ -266,7 +266,10 @@ def batch_norm_backward(
 
         dx = backend.empty_like(x) if out is None else out
         dresidual = backend.empty_like(x) if saved.has_residual else None
-        target = _Target(backend, layout, dx, out is not None, x, dy, saved.y, saved.gamma)
+        target = _Target(
+            backend, layout, dx, out is not None, x, dy, saved.y, saved.weight, saved.gamma, saved.mean, saved.rstd,
+            saved.count, *given,
+        )  # fmt: skip
         residual_target = None if dresidual is None else _Target(backend, layout, dresidual, False)
         into = (target.array, None if residual_target is None else residual_target.array)
         x_, dy_ = layout.fold(x), layout.fold(dy)
@@ -284,9 +287,10 @@ def batch_norm_backward(
         target.deliver()
         if residual_target is not None:
             residual_target.deliver()
+        gradients = Gradients(dx, layout.kept_array(xp, dgamma), layout.kept_array(xp, dbeta), dresidual)
         if key is not None:
-            repeated.remember(key, backend.backward_again(layout, saved, dy, out))
-        return Gradients(dx, layout.kept_array(xp, dgamma), layout.kept_array(xp, dbeta), dresidual)
+            repeated.remember(key, backend.backward_again(layout, saved, dy, gradients, out))
+        return gradients
 
 
 def batch_norm_inference(
@@ -345,7 +349,7 @@ def batch_norm_inference(
         y = _normalize(backend, x, layout, mean, spread, gamma, beta, eps, residual, activation, out)
         if key is not None:
             again = backend.inference_again(
-                layout, x, mean, var, gamma, beta, eps, residual, activation is not None, out
+                layout, x, y, mean, var, gamma, beta, eps, residual, activation is not None, out
             )
             repeated.remember(key, again)
         return y
@@ -507,7 +511,7 @@ def grad_input(
     weight = arguments.combined_weight(xp, where, weights, x.shape, layout.kept)
 
     dx = backend.empty_like(x) if out is None else out
-    target = _Target(backend, layout, dx, out is not None, x, dy)
+    target = _Target(backend, layout, dx, out is not None, x, dy, weight, mean)
     w_ = None if weight is None else layout.fold_weight(xp, weight, x.shape)
     numbers = input_numbers(gamma, rstd, dgamma, dbeta, count, 0.0, 0.0)
     backend.grad_input(layout.fold(dy), layout.fold(x), None, w_, mean, *numbers, target.array, None)
@@ -614,7 +618,7 @@ def _normalize(
     residual = arguments.like("residual", residual, x)
     out = arguments.output("out", out, x)
     y = backend.empty_like(x) if out is None else out
-    target = _Target(backend, layout, y, out is not None, x, residual, beta)
+    target = _Target(backend, layout, y, out is not None, x, residual, mean, spread, gamma, beta)
     r_ = None if residual is None else layout.fold(residual)
     backend.normalize(layout.fold(x), mean, spread, scale, shift, eps, r_, relu, target.array)
     target.deliver()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastbn import arguments
-from fastbn.dispatch import kind_of, one_kind
+from fastbn.dispatch import device_of, kind_of, on_device, one_kind
 
 
 def namespace(array: Any) -> Any:
@@ -35,22 +35,26 @@ class Moments(NamedTuple):
     mean: Any
     m2: Any
 
+    @on_device
     def var(self, correction: float = 0) -> Any:
         """Variance ``m2 / (count - correction)``; NaN where nothing is left to divide by."""
         xp = namespace(self.m2)
         divisor = self.count - correction
         return self.m2 / xp.where(divisor > 0, divisor, np.nan)
 
+    @on_device
     def std(self, correction: float = 0) -> Any:
         """Standard deviation ``sqrt(var(correction))``."""
         return namespace(self.m2).sqrt(self.var(correction))
 
+    @on_device
     def rstd(self, eps: float = 1e-5) -> Any:
         """Reciprocal standard deviation ``1 / sqrt(var + eps)`` with the biased variance."""
         with np.errstate(divide="ignore"):
             return 1.0 / namespace(self.m2).sqrt(self.var() + eps)
 
 
+@on_device
 def merge(*moments: Moments) -> Moments:
     """Moments of the union of disjoint samples, by Chan's update in the order given.
 
@@ -125,6 +129,7 @@ def _checked_together(operands: dict[str, Any], **others: Any) -> Any:
     return namespace(example)
 
 
+@on_device
 def update_running(
     mean: Any,
     var: Any,
@@ -238,12 +243,13 @@ def population(moments_of_batches: Iterable[Moments]) -> tuple[Any, Any]:
     batches = list(moments_of_batches)
     if not batches:
         raise ValueError("moments_of_batches: expected at least one Moments, got none")
-    xp = _checked_together({f"moments_of_batches[{i}]": batch for i, batch in enumerate(batches)})
-    used, mean, var = (xp.zeros(batches[0].count.shape) for _ in range(3))
-    for m in batches:
-        counts = m.count > 1
-        used += counts
-        mean += xp.where(counts, m.mean, 0.0)
-        var += xp.where(counts, m.var(correction=1), 0.0)
-    divisor = xp.where(used > 0, used, np.nan)
-    return mean / divisor, var / divisor
+    with device_of(*batches):
+        xp = _checked_together({f"moments_of_batches[{i}]": batch for i, batch in enumerate(batches)})
+        used, mean, var = (xp.zeros(batches[0].count.shape) for _ in range(3))
+        for m in batches:
+            counts = m.count > 1
+            used += counts
+            mean += xp.where(counts, m.mean, 0.0)
+            var += xp.where(counts, m.var(correction=1), 0.0)
+        divisor = xp.where(used > 0, used, np.nan)
+        return mean / divisor, var / divisor

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple
 
 from fastbn import arguments
-from fastbn.dispatch import backend_of, one_kind
+from fastbn.dispatch import backend_of, on_device, one_kind
 from fastbn.formulas import reciprocal_std
 from fastbn.merging import Moments
 
@@ -73,6 +73,7 @@ class Saved(NamedTuple):
         return cls(x, y, gamma, weight, whole, mean, rstd, count, channel_axis, activation, has_residual, gathered)
 
     @classmethod
+    @on_device
     def frozen(
         cls,
         x: Any,

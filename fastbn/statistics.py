@@ -76,6 +76,7 @@ def mean(
     x = _array(x, out)
     if _is_numpys(x, dtype):
         return np.mean(x, axis, dtype, out, keepdims, where=where)
+    _check_out(x, axis, keepdims, dtype, out)
     count, centre, _, shape = _reduced(_precise(x, dtype, out), axis, keepdims, where)
     _warn_if(count == 0, "Mean of empty slice.", 4)
     return _result(centre.reshape(shape), x, dtype, out)
@@ -127,7 +128,7 @@ def var(
     if _is_numpys(x, dtype):
         options = {} if mean is None else {"mean": mean}
         return np.var(x, axis, dtype, out, ddof, keepdims, where=where, **options)
-    value, dtype = _variance(_precise(x, dtype, out), x, axis, dtype, ddof, keepdims, where, mean)
+    value, dtype = _variance(x, axis, dtype, out, ddof, keepdims, where, mean)
     return _result(value, x, dtype, out)
 
 
@@ -158,7 +159,7 @@ def std(
     if _is_numpys(x, dtype):
         options = {} if mean is None else {"mean": mean}
         return np.std(x, axis, dtype, out, ddof, keepdims, where=where, **options)
-    value, dtype = _variance(_precise(x, dtype, out), x, axis, dtype, ddof, keepdims, where, mean)
+    value, dtype = _variance(x, axis, dtype, out, ddof, keepdims, where, mean)
     return _result(np.sqrt(value), x, dtype, out)
 
 
@@ -303,8 +304,7 @@ def _degrees(ddof: float, correction: float | None) -> float:
 
 def _reduced(x: Any, axis: Any, keepdims: bool, where: Any) -> tuple[Any, Any, Any, tuple[int, ...]]:
     """Count, mean and M2 over the axes, and the shape that NumPy gives the result."""
-    axes = range(x.ndim) if axis is None else normalize_axis_tuple(axis, x.ndim)
-    kept = frozenset(range(x.ndim)).difference(axes)
+    kept = _kept(x, axis)
     weight = None
     if where is not True:
         weight = _operand("where", where, x)
@@ -312,8 +312,17 @@ def _reduced(x: Any, axis: Any, keepdims: bool, where: Any) -> tuple[Any, Any, A
             raise TypeError(f"where: expected dtype bool, got {weight.dtype}")
     backend = backend_of(kind_of("x", x))
     count, centre, m2 = _channel_moments(backend, _floating(x), kept, weight)
-    shape = tuple(1 if i not in kept else n for i, n in enumerate(x.shape)) if keepdims else count.shape
-    return count, centre, m2, shape
+    return count, centre, m2, _shape(x, kept, keepdims)
+
+
+def _kept(x: Any, axis: Any) -> frozenset[int]:
+    axes = range(x.ndim) if axis is None else normalize_axis_tuple(axis, x.ndim)
+    return frozenset(range(x.ndim)).difference(axes)
+
+
+def _shape(x: Any, kept: frozenset[int], keepdims: bool) -> tuple[int, ...]:
+    """Of a result."""
+    return tuple(n if i in kept else 1 for i, n in enumerate(x.shape) if keepdims or i in kept)
 
 
 def _operand(name: str, value: Any, x: Any, single: tuple[int, ...] = ()) -> Any:
@@ -321,6 +330,9 @@ def _operand(name: str, value: Any, x: Any, single: tuple[int, ...] = ()) -> Any
     if isinstance(value, np.ndarray) or is_foreign(value):
         one_kind({"x": x, name: value})
     else:
+        value = np.asarray(value)
+        if value.dtype.kind not in "biuf":
+            raise TypeError(f"{name}: expected real numbers, got dtype {value.dtype}")
         value = sys.modules[kind_of("x", x)].asarray(value)
     expected = tuple(1 if axis in single else n for axis, n in enumerate(x.shape))
     padded = value[(np.newaxis,) * (x.ndim - value.ndim)] if value.ndim < x.ndim else value
@@ -339,15 +351,17 @@ def _precise(x: Any, dtype: Any, out: Any) -> Any:
 
 
 def _variance(
-    precise: Any, x: Any, axis: Any, dtype: Any, ddof: float, keepdims: bool, where: Any, given: Any
+    x: Any, axis: Any, dtype: Any, out: Any, ddof: float, keepdims: bool, where: Any, given: Any
 ) -> tuple[Any, Any]:
     """The variance in float64, and the dtype that NumPy would give it."""
+    precise = _precise(x, dtype, out)
     if given is not None:
         axes = tuple(range(x.ndim)) if axis is None else normalize_axis_tuple(axis, x.ndim)
         weak = isinstance(given, (int, float))  # Python's numbers do not widen a result
         given = _operand("mean", given, x, axes)
         if dtype is None and not weak:
             dtype = np.result_type(np.float64 if x.dtype.kind in "iub" else x.dtype.newbyteorder("="), given.dtype)
+    _check_out(x, axis, keepdims, dtype, out)
     count, centre, m2, shape = _reduced(precise, axis, keepdims, where)
     if given is not None:
         kept = tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
@@ -369,22 +383,36 @@ def _warn_if(condition: Any, message: str, stacklevel: int) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
 
 
+def _dtype(x: Any, dtype: Any) -> Any:
+    """Of a result."""
+    if dtype is not None:
+        return dtype
+    return x.dtype.newbyteorder("=") if arguments.is_float(x.dtype) else np.float64
+
+
+def _check_out(x: Any, axis: Any, keepdims: bool, dtype: Any, out: Any) -> None:
+    """What `out` must be, before anything is computed."""
+    wanted = np.dtype(_dtype(x, dtype))
+    if wanted.char == "g":  # NumPy's own were left to it
+        raise TypeError(f"dtype: expected one that CuPy has, got {wanted}")
+    if out is None:
+        return
+    shape = _shape(x, _kept(x, axis), keepdims)
+    if out.shape != shape:
+        raise ValueError(f"out: expected shape {shape}, got {out.shape}")
+    if not np.can_cast(wanted, out.dtype, "same_kind"):
+        raise TypeError(f"out: expected a dtype that {wanted} can be cast to, got {out.dtype}")
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError("out: expected a writable array, got a read-only one")
+
+
 def _result(value: Any, x: Any, dtype: Any, out: Any) -> Any:
     """Cast as NumPy does; write to `out` if given; a full reduction is a scalar."""
-    if dtype is None:
-        dtype = x.dtype.newbyteorder("=") if arguments.is_float(x.dtype) else np.float64
     if isinstance(value, np.generic):
         value = np.asarray(value)
-    if out is not None:
-        if out.shape != value.shape:
-            raise ValueError(f"out: expected shape {value.shape}, got {out.shape}")
-        if not np.can_cast(dtype, out.dtype, "same_kind"):
-            raise TypeError(f"out: expected a dtype that {np.dtype(dtype)} can be cast to, got {out.dtype}")
-        if isinstance(out, np.ndarray) and not out.flags.writeable:
-            raise ValueError("out: expected a writable array, got a read-only one")
     with np.errstate(over="ignore"):  # float16 results beyond 65504 are infinite
         if out is not None:
             out[...] = value
             return out
-        value = value.astype(dtype, copy=False)
+        value = value.astype(_dtype(x, dtype), copy=False)
     return value[()] if isinstance(value, np.ndarray) else value

@@ -17,7 +17,9 @@ from fastbn.saved import Gradients, Saved
 Call = Callable[..., Any]
 
 
-def forward_again(layout: Layout, saved: Saved, x: Any, beta: Any, eps: float, residual: Any, out: Any) -> Call | None:
+def forward_again(
+    layout: Layout, saved: Saved, x: Any, y: Any, beta: Any, eps: float, residual: Any, out: Any
+) -> Call | None:
     """``call(x, gamma, beta, residual, out)`` does what `batch_norm` does."""
     dense = _dense(layout, x, residual, out)
     if dense is None or len(layout.kept_shape) != 1:
@@ -45,7 +47,7 @@ def forward_again(layout: Layout, saved: Saved, x: Any, beta: Any, eps: float, r
     return call
 
 
-def backward_again(layout: Layout, saved: Saved, dy: Any, out: Any) -> Call | None:
+def backward_again(layout: Layout, saved: Saved, dy: Any, gradients: Gradients, out: Any) -> Call | None:
     """``call(dy, saved, out)`` does what `batch_norm_backward` does, without dmean and dvar."""
     x, y = saved.x, saved.y
     dense = _dense(layout, x, dy, y, out)
@@ -77,7 +79,17 @@ def backward_again(layout: Layout, saved: Saved, dy: Any, out: Any) -> Call | No
 
 
 def inference_again(
-    layout: Layout, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, eps: float, residual: Any, relu: bool, out: Any
+    layout: Layout,
+    x: Any,
+    y: Any,
+    mean: Any,
+    var: Any,
+    gamma: Any,
+    beta: Any,
+    eps: float,
+    residual: Any,
+    relu: bool,
+    out: Any,
 ) -> Call | None:
     """``call(x, mean, var, gamma, beta, residual, out)`` does what `batch_norm_inference` does."""
     dense = _dense(layout, x, residual, out)

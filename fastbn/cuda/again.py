@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastbn.cuda import launch, plans
-from fastbn.cuda.memory import Array, Results, empty_like, extent, overlap, problem_of
+from fastbn.cuda.memory import Array, Results, extent, folded_view, problem_of
 from fastbn.layout import Layout
 from fastbn.merging import Moments
 from fastbn.saved import Gradients, Saved
@@ -19,26 +19,12 @@ Call = Callable[..., Any]
 class _Like:
     """Arrays like those of an earlier call, in what its key does not say: device, alignment, gaps between numbers."""
 
-    def __init__(self, layout: Layout, data: dict[str, Array | None], numbers: dict[str, Array | None]) -> None:
-        first: Array = next(iter(data.values()))
-        self.device = first.data.device_id
-        arrays = (*data.values(), *numbers.values())
+    def __init__(self, data: tuple[Array | None, ...], numbers: tuple[Array | None, ...]) -> None:
+        arrays = data + numbers
+        self.device = next(a.data.device_id for a in arrays if a is not None)
         self.offs = [0 if a is None else a.data.ptr % 16 for a in arrays]
-        self.steps = [None] * len(data) + [() if a is None else a.strides for a in numbers.values()]
+        self.steps = [None] * len(data) + [() if a is None else a.strides for a in numbers]
         self.extents = [(0, 0) if a is None else extent(a) for a in arrays]
-        self.folded = {name: None if a is None else layout.fold(a) for name, a in data.items()}
-        self.numbers = {name: None if a is None else a.reshape(-1) for name, a in numbers.items()}
-        self.usable = (
-            len(layout.kept_shape) == 1
-            and first.size > 0
-            and all(
-                a is None or (a.shape == layout.kept_shape and a.strides[0] == a.itemsize) for a in numbers.values()
-            )
-            and all(
-                a is None or overlap(a, whole) for a, whole in zip(self.folded.values(), data.values(), strict=True)
-            )
-        )
-        """Whether there is a short way at all: kernels see the arrays as they lie, nothing is copied."""
 
     def addresses(self, *arrays: Array | None) -> list[int] | None:
         """Where arrays lie, 0 for None; or None where they are not like the earlier ones."""
@@ -65,12 +51,27 @@ class _Like:
         )
 
 
+Arrays = dict[str, Array | None]
+
+
+def _seen_by_kernels(layout: Layout, data: Arrays, numbers: Arrays) -> tuple[Arrays, Arrays] | None:
+    """The arrays of a call as its kernels take them; None where something has to be copied, or channels are on several
+    axes: such calls go the documented way.
+    """
+    if len(layout.kept_shape) != 1 or 0 in layout.folded:
+        return None
+    folded = {name: None if a is None else folded_view(layout, a) for name, a in data.items()}
+    viewed = all((folded[name] is None) == (a is None) for name, a in data.items())
+    plain = all(a is None or (a.shape == layout.kept_shape and a.strides[0] == a.itemsize) for a in numbers.values())
+    return (folded, numbers) if viewed and plain else None
+
+
 def _allocator(x: Array) -> Callable[[], Array]:
-    """Makes arrays like x: the constructor takes half the time of empty_like."""
+    """Makes arrays like x, a result in its order; of x nothing is kept."""
+    ndarray, shape, dtype, strides, nbytes, alloc = cupy.ndarray, x.shape, x.dtype, x.strides, x.nbytes, cupy.cuda.alloc
     if x.flags.c_contiguous:
-        ndarray, shape, dtype = cupy.ndarray, x.shape, x.dtype
         return lambda: ndarray(shape, dtype)
-    return lambda: empty_like(x)
+    return lambda: ndarray(shape, dtype, alloc(nbytes), strides)
 
 
 def _runner(plan: plans.Plan) -> Callable[..., None]:
@@ -79,17 +80,18 @@ def _runner(plan: plans.Plan) -> Callable[..., None]:
 
 
 def forward_again(
-    layout: Layout, saved: Saved, x: Array, beta: Array | None, eps: float, residual: Array | None, out: Array | None
-) -> Call | None:
+    layout: Layout, saved: Saved, x: Array, y: Array, beta: Array | None, eps: float, residual: Array | None,
+    out: Array | None,
+) -> Call | None:  # fmt: skip
     """``call(x, gamma, beta, residual, out)`` does what `batch_norm` does."""
-    y = empty_like(x) if out is None else out
-    like = _Like(layout, {"x": x, "residual": residual, "y": y}, {"gamma": saved.gamma, "beta": beta})
-    if not like.usable:
+    numbers = {"gamma": saved.gamma, "beta": beta}
+    seen = _seen_by_kernels(layout, {"x": x, "residual": residual, "y": y}, numbers)
+    if seen is None:
         return None
     relu, channel_axis, activation = saved.activation is not None, saved.channel_axis, saved.activation
-    problem = problem_of(like.folded, None, like.numbers, relu, residual is not None, eps=eps)
-    plan, make = plans.forward(problem), _allocator(x)
-    run, results = _runner(plan), Results(4, layout.kept_shape[0], plan)
+    plan = plans.forward(problem_of(seen[0], None, seen[1], relu, residual is not None, eps=eps))
+    like = _Like((x, residual, y), (saved.gamma, beta))
+    run, results, make = _runner(plan), Results(4, layout.kept_shape[0], plan), _allocator(y)
 
     def call(
         x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, out: Array | None
@@ -108,24 +110,23 @@ def forward_again(
     return call
 
 
-def backward_again(layout: Layout, saved: Saved, dy: Array, out: Array | None) -> Call | None:
+def backward_again(layout: Layout, saved: Saved, dy: Array, gradients: Gradients, out: Array | None) -> Call | None:
     """``call(dy, saved, out)`` does what `batch_norm_backward` does, without dmean and dvar."""
-    x, has_residual, frozen = saved.x, saved.has_residual, saved.moments is None
-    if saved.weight is not None:
-        return None
-    dx = empty_like(x) if out is None else out
-    dresidual = empty_like(x) if has_residual else None
+    x, y, dx, dresidual, has_residual = saved.x, saved.y, gradients.x, gradients.residual, saved.has_residual
+    frozen = saved.moments is None
+    data = {"x": x, "y": y, "dy": dy, "dx": dx, "dresidual": dresidual}
     numbers = {"gamma": saved.gamma, "mean": saved.mean, "spread": saved.rstd, "count": None if frozen else saved.count}
-    like = _Like(layout, {"x": x, "y": saved.y, "dy": dy, "dx": dx, "dresidual": dresidual}, numbers)
-    if not like.usable:
+    seen = None if saved.weight is not None else _seen_by_kernels(layout, data, numbers)
+    if seen is None:
         return None
-    problem = problem_of(like.folded, None, like.numbers, saved.y is not None, has_residual, frozen=frozen)
-    plan, make = plans.backward(problem), _allocator(x)
+    plan = plans.backward(problem_of(seen[0], None, seen[1], y is not None, has_residual, frozen=frozen))
+    like = _Like(tuple(data.values()), tuple(numbers.values()))
     run, results = _runner(plan), Results(2, layout.kept_shape[0], plan)
+    make, make_residual = _allocator(dx), None if dresidual is None else _allocator(dresidual)
 
     def call(dy: Array, saved: Saved, out: Array | None) -> Gradients | None:
         dx = make() if out is None else out
-        dresidual = make() if has_residual else None
+        dresidual = None if make_residual is None else make_residual()
         count = None if frozen else saved.count
         at = like.addresses(saved.x, saved.y, dy, dx, dresidual, saved.gamma, saved.mean, saved.rstd, count)
         if at is None or (out is not None and not like.apart(3, at)):
@@ -141,17 +142,17 @@ def backward_again(layout: Layout, saved: Saved, dy: Array, out: Array | None) -
 
 
 def inference_again(
-    layout: Layout, x: Array, mean: Array, var: Array, gamma: Array | None, beta: Array | None, eps: float,
+    layout: Layout, x: Array, y: Array, mean: Array, var: Array, gamma: Array | None, beta: Array | None, eps: float,
     residual: Array | None, relu: bool, out: Array | None,
 ) -> Call | None:  # fmt: skip
     """``call(x, mean, var, gamma, beta, residual, out)`` does what `batch_norm_inference` does."""
-    y = empty_like(x) if out is None else out
     numbers = {"mean": mean, "spread": var, "gamma": gamma, "beta": beta}
-    like = _Like(layout, {"x": x, "residual": residual, "y": y}, numbers)
-    if not like.usable:
+    seen = _seen_by_kernels(layout, {"x": x, "residual": residual, "y": y}, numbers)
+    if seen is None:
         return None
-    problem = problem_of(like.folded, None, like.numbers, relu, residual is not None, eps=eps, spread_is_variance=True)
-    run, make = _runner(plans.normalize(problem)), _allocator(x)
+    problem = problem_of(seen[0], None, seen[1], relu, residual is not None, eps=eps, spread_is_variance=True)
+    like = _Like((x, residual, y), (mean, var, gamma, beta))
+    run, make = _runner(plans.normalize(problem)), _allocator(y)
 
     def call(
         x: Array, mean: Array, var: Array, gamma: Array | None, beta: Array | None, residual: Array | None,

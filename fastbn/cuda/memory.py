@@ -100,6 +100,16 @@ def vector(layout: Layout, parameter: Array | None, default: float) -> Array | N
     return cupy.ascontiguousarray(layout.laid_out(cupy, parameter)).reshape(-1)
 
 
+def folded_view(layout: Layout, a: Array) -> Array | None:
+    """An array as kernels see it; None where that takes a copy."""
+    view = a.transpose(layout.order)
+    try:
+        view.shape = layout.folded
+    except (AttributeError, ValueError):  # as the library's version has it
+        return None
+    return view
+
+
 def empty_like(a: Array) -> Array:
     """An uninitialised array in the element order of another."""
     return cupy.empty_like(a)
