@@ -1,0 +1,276 @@
+"""What calls on CuPy arrays launch, do besides and allocate; what they leave behind."""
+
+import collections
+import weakref
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import repeated
+from fastbn.cuda import launch, plans
+from tests.simt import cuda, host_cupy
+from tests.support import LAYOUTS, OPTIONS, make_case
+from tests.test_bad_input import GOOD, batch, data, label
+from tests.test_cuda_errors import on_device
+
+CASES = {"NCHW": "affine residual relu", "NHWC": "plain", "NC": "plain", "NCHW short rows": "plain"}
+by_case = pytest.mark.parametrize(("layout", "options"), CASES.items(), ids=lambda value: value)
+by_layout = pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+
+# All functions with arguments that they take.
+EVERY = GOOD | {
+    fastbn.std: GOOD[fastbn.var],
+    fastbn.mean_var: lambda: {"x": data(), "axis": (0, 2), "where": data((4, 3, 5), bool)},
+    fastbn.Moments.var: lambda: {"self": batch(), "correction": 1},
+    fastbn.Moments.std: lambda: {"self": batch()},
+    fastbn.Moments.rstd: lambda: {"self": batch()},
+}
+by_function = pytest.mark.parametrize("function", EVERY, ids=label)
+
+
+def leaves(value):
+    """What results consist of."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+@pytest.fixture(autouse=True)
+def nothing_waits(cuda_device, monkeypatch):
+    """No call brings anything to the host or waits for the device."""
+    import cupy
+
+    def waited(*_args, **_keywords):
+        raise AssertionError("a call waited for the device")
+
+    for name in ("deviceSynchronize", "streamSynchronize", "memcpy"):
+        monkeypatch.setattr(cupy.cuda.runtime, name, waited)
+    monkeypatch.setattr(cupy.cuda.Stream, "synchronize", waited)
+    monkeypatch.setattr(cupy.cuda.Device, "synchronize", waited)
+    yield
+    assert host_cupy.operations["get"] == 0
+
+
+class Counted:
+    """What a call launched, did besides, and allocated."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def __call__(self, function, /, *args, **keywords):
+        assert host_cupy.operations["get"] == 0
+        self.device.launches.clear()
+        host_cupy.operations.clear()
+        host_cupy.allocations.clear()
+        return function(*args, **keywords)
+
+    @property
+    def kernels(self):
+        return [step.kernel for step in self.device.launches]
+
+    @property
+    def operations(self):
+        return dict(host_cupy.operations)
+
+    @property
+    def allocations(self):
+        return list(host_cupy.allocations)
+
+
+@pytest.fixture
+def counted(cuda_device):
+    """Runs calls with nothing planned before, nor after the test."""
+    cuda.forget()
+    yield Counted(cuda_device)
+    cuda.forget()
+
+
+def arguments_of(layout, options):
+    """Of a training step: x, dy and the keywords of `batch_norm`, as CuPy arrays."""
+    case = make_case(LAYOUTS[layout], "float32", OPTIONS[options])
+    parameters = {} if case.gamma is None else {"gamma": case.gamma, "beta": case.beta}
+    return on_device((case.x, case.dy, parameters | case.keywords | case.epilogue))
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parameters", ["float32", "float16", None])
+@by_case
+def test_one_launch_each(counted, layout, options, parameters):
+    """And nothing else: no conversion of parameters, no transfer, on first calls and on others."""
+    x, dy, keywords = arguments_of(layout, options)
+    given = {}
+    if parameters:
+        n = x.shape[keywords["channel_axis"]]
+        given = {name: on_device(data((n,), parameters)) for name in ("gamma", "beta")}
+    keywords |= {"gamma": None, "beta": None} | given
+    epilogue = {name: keywords[name] for name in ("residual", "activation") if name in keywords}
+    axis = keywords["channel_axis"]
+    mean, var = on_device((data((x.shape[axis],)), data((x.shape[axis],), seed=1)))
+    frozen = fastbn.Saved.frozen(x, mean, var, keywords["gamma"], channel_axis=axis)
+    for _ in range(3):
+        _, saved = counted(fastbn.batch_norm, x, **keywords)
+        assert (counted.kernels, counted.operations) == (["forward"], {})
+        counted(fastbn.batch_norm_backward, dy, saved)
+        assert (counted.kernels, counted.operations) == (["backward"], {})
+        counted(fastbn.batch_norm_inference, x, mean, var, **given, channel_axis=axis, **epilogue)
+        assert (counted.kernels, counted.operations) == (["normalize"], {})
+        counted(fastbn.batch_norm_backward, dy, frozen)
+        assert (counted.kernels, counted.operations) == (["backward"], {})
+
+
+@pytest.mark.parametrize("layout", ["NHWC as NCHW", "channel slice", "instance NCHW", "reversed rows", "ghost"])
+def test_one_launch_each_of_arrays_that_can_be_viewed(counted, layout):
+    x, dy, keywords = arguments_of(layout, "plain")
+    for _ in range(2):
+        _, saved = counted(fastbn.batch_norm, x, **keywords)
+        assert (counted.kernels, counted.operations) == (["forward"], {})
+        counted(fastbn.batch_norm_backward, dy, saved)
+        assert (counted.kernels, counted.operations) == (["backward"], {})
+
+
+@pytest.mark.parametrize("options", ["where", "weights relu", "where weights residual"])
+def test_one_launch_each_with_weights(counted, options):
+    """Which are given the shape that kernels read before."""
+    x, dy, keywords = arguments_of("NCHW", options)
+    for _ in range(2):
+        _, saved = counted(fastbn.batch_norm, x, **keywords)
+        assert counted.kernels == ["forward"]
+        counted(fastbn.batch_norm_backward, dy, saved)
+        assert counted.kernels == ["backward"]
+
+
+def test_what_cannot_be_viewed_is_copied_once(counted):
+    x, dy, keywords = arguments_of("spatial slice", "plain")
+    for _ in range(2):
+        _, saved = counted(fastbn.batch_norm, x, **keywords)
+        assert (counted.kernels, counted.operations) == (["forward"], {"copy": 1})
+        counted(fastbn.batch_norm_backward, dy, saved)
+        assert (counted.kernels, counted.operations) == (["backward"], {"copy": 2})
+
+
+def test_cooperative_launches_clear_their_counters(counted, monkeypatch):
+    monkeypatch.setitem(plans.FORCED, "strategy", "cooperative")
+    x, _, keywords = arguments_of("NCHW", "plain")
+    for _ in range(2):
+        counted(fastbn.batch_norm, x, **keywords)
+        assert (counted.kernels, counted.operations) == (["forward"], {"memset": 1})
+
+
+@by_function
+def test_calls_can_be_captured(counted, monkeypatch, function):
+    """In a CUDA graph, after one call to warm up: what is loaded and allocated then serves later ones."""
+    arguments = on_device(EVERY[function]())
+    counted(function, **arguments)
+    kernels, before = counted.kernels, collections.Counter(counted.allocations)
+
+    def loaded(*_args):
+        raise AssertionError("a kernel was loaded")
+
+    monkeypatch.setattr(launch, "function", loaded)
+    monkeypatch.setattr(launch, "blocks_per_processor", loaded)
+    for _ in range(2):
+        counted(function, **arguments)
+        assert counted.kernels == kernels
+        assert not collections.Counter(counted.allocations) - before
+        assert not {"get", "set"} & counted.operations.keys()
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@by_case
+def test_allocations(counted, layout, options):
+    """One for each array like x, and one for all results of channels with the scratch behind them."""
+    x, dy, keywords = arguments_of(layout, options)
+    axis = keywords["channel_axis"]
+    row, residual = x.shape[axis] * 8, "residual" in keywords
+    for _ in range(3):
+        _, saved = counted(fastbn.batch_norm, x, **keywords)
+    size, block = counted.allocations
+    assert size == x.nbytes
+    assert 4 * row <= block <= 4 * row * 5  # parts of four blocks
+    numbers = (*saved.moments, saved.mean, saved.rstd, saved.count)
+    assert len({a.data.mem.ptr for a in numbers}) == 1
+    assert {a.data.mem.size for a in numbers} == {block}
+    for _ in range(3):
+        grads = counted(fastbn.batch_norm_backward, dy, saved)
+    *sizes, block = counted.allocations
+    assert sizes == [x.nbytes] * (1 + residual)
+    assert 2 * row <= block <= 2 * row * 5
+    assert grads.gamma.data.mem is grads.beta.data.mem
+    for _ in range(3):
+        counted(fastbn.batch_norm_inference, x, saved.mean, saved.rstd, channel_axis=axis)
+    assert counted.allocations == [x.nbytes]
+
+
+def test_out_is_not_allocated(counted):
+    x, dy, keywords = arguments_of("NCHW", "plain")
+    y, dx = x.copy(), x.copy()
+    for _ in range(3):
+        _, saved = counted(fastbn.batch_norm, x, **keywords, out=y)
+        assert counted.allocations == [4 * 8 * 6]
+        counted(fastbn.batch_norm_backward, dy, saved, out=dx)
+        assert counted.allocations == [2 * 8 * 6]
+        counted(fastbn.batch_norm_inference, x, saved.mean, saved.rstd, out=y)
+        assert counted.allocations == []
+
+
+@by_layout
+def test_first_calls_allocate_no_more(counted, layout):
+    x, dy, keywords = arguments_of(layout, "plain")
+    for _ in range(2):
+        _, saved = counted(fastbn.batch_norm, x, **keywords)
+        assert len(counted.allocations) == 2
+        counted(fastbn.batch_norm_backward, dy, saved)
+        assert len(counted.allocations) == 2
+
+
+@pytest.fixture
+def buffers(cuda_device):
+    """Weak references to all memory that is allocated, on the device that is the current one then."""
+    import cupy
+
+    found, pointer = [], type(host_cupy._allocate(0))
+
+    def allocate(size):
+        buffer = np.full(size + 512, host_cupy.POISON, np.uint8)
+        found.append(weakref.ref(buffer))
+        start = buffer.ctypes.data + -buffer.ctypes.data % 512
+        return pointer(cupy.cuda.UnownedMemory(start, size, buffer, cupy.cuda.runtime.getDevice()), 0)
+
+    before = cupy.cuda.get_allocator()
+    cupy.cuda.set_allocator(allocate)
+    yield found
+    cupy.cuda.set_allocator(before)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NHWC as NCHW"])
+def test_nothing_stays_alive(counted, buffers, layout):
+    """What is remembered of a call does not hold its arrays: neither inputs nor results."""
+    x, dy, keywords = arguments_of(layout, "affine residual relu")
+    for _ in range(2):
+        inputs = [a.copy() for a in (x, dy)]
+        y, saved = fastbn.batch_norm(inputs[0], **keywords)
+        grads = fastbn.batch_norm_backward(inputs[1], saved)
+        z = fastbn.batch_norm_inference(inputs[0], saved.mean, saved.rstd, channel_axis=keywords["channel_axis"])
+        assert any(buffer() is not None for buffer in buffers)
+        del inputs, y, saved, grads, z
+        assert all(buffer() is None for buffer in buffers)
+
+
+@by_function
+def test_results_alone_hold_memory(counted, buffers, function):
+    """Functions that have no short way keep nothing either, and scratch lives no longer than results."""
+    arguments = on_device(EVERY[function]())
+    repeated.forget()
+    results = function(**arguments)
+    repeated.forget()  # see the test before
+    held = {a.data.mem.ptr for a in leaves(results) if hasattr(a, "data")}
+    assert sum(buffer() is not None for buffer in buffers) <= len(held)
+    del results
+    assert all(buffer() is None for buffer in buffers)

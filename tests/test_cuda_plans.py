@@ -1,0 +1,219 @@
+"""Plans of CUDA kernels decide speed, never results: every strategy, tuning and order of threads."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn.cuda import launch, plans
+from tests import test_matrix
+from tests.on_cupy import OnCupy
+from tests.simt import cuda
+from tests.support import LAYOUTS, OPTIONS, Layout, make_case
+
+ROWS = Layout((3, 3, 9, 60))  # a channel has 405 vectors
+ODD_ROWS = Layout((5, 3, 7, 11))  # 385, of one element
+COLUMNS = Layout((91, 20))  # tiles of four lanes, of which the last has one
+WITHOUT_WORK = Layout((1, 3, 1))  # one vector, less than there are blocks for it
+
+LITTLE = {"threads": 32, "held": 2, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1, "passes": 2}
+SHAPES = {"rows": ROWS, "columns": COLUMNS}
+SCHEDULES = (0, 1, 2, 7)
+CHECKS = ("moments", "backward", "frozen", "parts", "statistics")
+
+pytestmark = pytest.mark.usefixtures("on_cupy")
+
+
+@pytest.fixture
+def on_cupy(cuda_device, monkeypatch):
+    monkeypatch.setattr(test_matrix, "fastbn", OnCupy())
+    monkeypatch.setattr(test_matrix, "SAME_BITS", False)
+    monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**LITTLE))
+    cuda.forget()
+    yield
+    monkeypatch.undo()  # before plans are made for others
+    cuda.forget()
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Splits, and vectors to be split, of every launch that is planned."""
+    found, plan = [], plans._launch
+
+    def noted(problem, geometry, *args, splits, **options):
+        found.append((splits, geometry.vectors))
+        return plan(problem, geometry, *args, splits=splits, **options)
+
+    monkeypatch.setattr(plans, "_launch", noted)
+    return found
+
+
+def results(case):
+    """Of a training step, as bytes."""
+    on_cupy = OnCupy(fastbn)
+    y, saved = on_cupy.batch_norm(case.x, case.gamma, case.beta, **case.keywords, **case.epilogue)
+    grads = on_cupy.batch_norm_backward(case.dy, saved)
+    arrays = (y, *saved.moments, saved.rstd, *grads)
+    return [a.tobytes() for a in arrays if a is not None]
+
+
+def strategies(launches):
+    """What the launches of a training step tell of their plans."""
+    found = set()
+    for step in launches:
+        if step.cooperative:
+            found.add("cooperative")
+        elif step.macros["CLUSTER"] > 1:
+            found.add("cluster")
+        else:
+            found.add("block" if step.kernel in ("forward", "backward") else "two passes")
+    return found
+
+
+# --- strategies -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("strategy", plans.STRATEGIES)
+def test_bits_do_not_depend_on_the_order_of_threads(cuda_device, monkeypatch, planned, strategy, shape):
+    monkeypatch.setitem(plans.FORCED, "strategy", strategy)
+    case = make_case(SHAPES[shape], "float32", OPTIONS["affine residual relu"])
+    cuda_device.launches.clear()
+    test_matrix.check_backward(case)
+    assert strategies(cuda_device.launches) == {strategy}
+    assert strategy == "block" or any(splits > 1 and vectors % splits for splits, vectors in planned)
+    expected = results(case)
+    for schedule in (*SCHEDULES, SCHEDULES[0]):
+        monkeypatch.setattr(cuda_device, "schedule", schedule)
+        assert results(case) == expected, f"schedule {schedule}"
+
+
+@pytest.mark.parametrize("strategy", plans.STRATEGIES)
+def test_more_blocks_than_work(cuda_device, monkeypatch, strategy):
+    monkeypatch.setitem(plans.FORCED, "strategy", strategy)
+    cuda_device.launches.clear()
+    test_matrix.check_backward(make_case(WITHOUT_WORK, "float32"))
+    assert strategies(cuda_device.launches) == {strategy}
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        (ODD_ROWS, "where weights residual"),
+        pytest.param(COLUMNS, "where weights residual", marks=pytest.mark.slow),
+        pytest.param(ODD_ROWS, "weights relu", marks=pytest.mark.slow),
+        pytest.param(COLUMNS, "plain", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("strategy", plans.STRATEGIES)
+def test_strategies_of_other_options(monkeypatch, strategy, layout, options):
+    monkeypatch.setitem(plans.FORCED, "strategy", strategy)
+    test_matrix.check_backward(make_case(layout, "float32", OPTIONS[options]))
+
+
+def test_sizes_choose_strategies(cuda_device, monkeypatch):
+    monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**LITTLE | {"cluster": 2}))
+    chosen = []
+    for shape in ((2, 1, 4, 8), (5, 1, 20, 20), (24, 1, 20, 20), (80, 1, 20, 20)):
+        cuda_device.launches.clear()
+        OnCupy(fastbn.batch_norm)(make_case(Layout(shape), "float32").x)
+        chosen.append(strategies(cuda_device.launches))
+    assert chosen == [{strategy} for strategy in plans.STRATEGIES]
+
+
+# --- numbers that tune ------------------------------------------------------------------------------------------------
+
+
+TUNINGS = {
+    "narrow": {"threads": 32, "held": 1, "cluster": 1},
+    "middling": {"threads": 128, "held": 4, "along_channels": 128, "waves": 2},
+    "wide": {"threads": 256, "held": 8, "along_channels": 32, "shared_share": 0.1, "passes": 8},
+    "long": {"threads": 32, "held": 8, "cluster": 8},
+    "short": {"threads": 256, "held": 1, "along_channels": 16},
+    "as for users": {},
+}
+OFTEN = (("narrow", "rows"), ("middling", "columns"), ("wide", "rows"))
+
+
+@pytest.mark.parametrize(
+    ("tuning", "shape"),
+    [
+        pytest.param(*pair, marks=[] if pair in OFTEN else [pytest.mark.slow])
+        for pair in itertools.product(TUNINGS, SHAPES)
+    ],
+)
+def test_tunings(cuda_device, monkeypatch, tuning, shape):
+    chosen = TUNINGS[tuning]
+    base = LITTLE if chosen else {"cluster": 8}
+    monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**base | chosen))
+    cuda_device.launches.clear()
+    test_matrix.check_backward(make_case(SHAPES[shape], "float32", OPTIONS["affine residual relu"]))
+    assert max(step.macros["HELD"] for step in cuda_device.launches) == chosen.get("held", 8)
+    assert all(step.threads <= chosen.get("threads", 256) for step in cuda_device.launches)
+
+
+@pytest.mark.parametrize(("processors", "shared"), [(1, 2 << 10), (132, 227 << 10)])
+def test_devices(monkeypatch, processors, shared):
+    device = launch.Device(0, cuda.ARCHITECTURE, processors, shared)
+    monkeypatch.setattr(launch, "device", lambda _number: device)
+    test_matrix.check_backward(make_case(ROWS, "float32", OPTIONS["affine residual relu"]))
+
+
+def test_architectures_without_clusters(cuda_device, monkeypatch):
+    """Before compute capability 9 groups of blocks are those of a cooperative launch."""
+    device = launch.Device(0, 80, 3, 16 << 10)
+    monkeypatch.setattr(launch, "device", lambda _number: device)
+    small = plans.Tuning(**LITTLE | {"cluster": 1})
+    monkeypatch.setitem(plans.TUNING, 80, small)
+    cuda_device.launches.clear()
+    test_matrix.check_backward(make_case(Layout((20, 1, 20, 20)), "float32"))
+    assert strategies(cuda_device.launches) == {"cooperative"}
+
+
+# --- indices ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "checks"),
+    [
+        ("NCHW", "affine residual relu", ("backward", "frozen")),
+        ("NHWC", "plain", ("backward", "parts")),
+        ("reversed rows", "plain", ("backward", "statistics")),
+        pytest.param("NCHW long rows", "where weights residual", tuple(CHECKS), marks=pytest.mark.slow),
+        pytest.param("instance NHWC", "weights relu", tuple(CHECKS), marks=pytest.mark.slow),
+    ],
+)
+def test_indices_of_64_bits(cuda_device, monkeypatch, layout, options, checks):
+    """Those of arrays with 2^31 vectors in a channel, on small ones."""
+    monkeypatch.setattr(plans, "WIDE_FROM", 0)
+    cuda_device.launches.clear()
+    case = make_case(LAYOUTS[layout], "float32", OPTIONS[options])
+    for check in checks:
+        getattr(test_matrix, f"check_{check}")(case)
+    assert {step.macros["WIDE"] for step in cuda_device.launches} == {1}
+
+
+def test_when_indices_have_64_bits():
+    for vectors, wide in (((1 << 31) - 1, 0), (1 << 31, 1)):
+        geometry = plans.Geometry(False, 1, 1, vectors, 1, 1, 1)
+        problem = plans.Problem(
+            launch.Device(0, 90, 132, 227 << 10), (1, 1, 1, vectors), 2, 4, (), 0, (), (), False, False
+        )
+        macros = dict(plans._macros(problem, geometry, "forward", 256, 8))
+        assert macros["WIDE"] == wide
+
+
+def test_division():
+    """By multiplication and shift: exact for every vector that 32 bits number."""
+    rng = np.random.default_rng(0)
+    last = (1 << 31) - 1
+    divisors = {2, 3, 5, 7, 12, 641, 1 << 16, (1 << 16) + 1, 1 << 30, (1 << 30) + 1, last - 1, last}
+    for by in divisors | set(rng.integers(2, last, 200).tolist()):
+        multiplier, shift = plans._division(last, by)
+        assert 0 < multiplier < 1 << 32
+        near = [k * by + d for k in (0, 1, 2, last // by - 1, last // by) for d in (-1, 0, 1)]
+        for v in (*near, last, *rng.integers(0, last, 20).tolist()):
+            if 0 <= v <= last:
+                assert (v * multiplier >> 32) >> shift == v // by
+    assert plans._division(last, 1) == (0, 0)
