@@ -247,7 +247,8 @@ def batch_norm_backward(
         came, went = ("a hook", "without one") if gather is not None else ("None", "with one")
         raise ValueError(f"gather: expected what the forward pass had, which ran {went}, got {came}")
     with device_of(dy):
-        kind = one_kind({"dy": dy, "saved.x": x}, dmean=dmean, dvar=dvar, out=out)
+        others = {f"saved.{name}": getattr(saved, name) for name in ("y", "gamma", "weight", "mean", "rstd", "count")}
+        kind = one_kind({"dy": dy, "saved.x": x}, dmean=dmean, dvar=dvar, out=out, **others)
         backend = backend_of(kind)
         xp = backend.xp
         layout = arguments.layout_for(x, saved.channel_axis)
@@ -592,13 +593,15 @@ class _Target:
     def __init__(self, backend: Any, layout: Layout, result: Any, given: bool, *inputs: Any) -> None:
         self.layout, self.result = layout, arguments.plain(result)
         result = self.result
-        self.array = layout.fold(result)
-        in_place = backend.overlap(self.array, result) or result.size == 0
+        view = backend.folded_view(layout, result)
+        in_place = view is not None
         if given and in_place:
             # Kernels read and write element by element: an input may be the output, but not lie askew to it.
             in_place = all(backend.same_or_apart(result, a) for a in inputs if a is not None)
-        self.in_place = in_place and backend.writable_in_place(self.array)
-        if not self.in_place:
+        self.in_place = in_place and backend.writable_in_place(view)
+        if self.in_place:
+            self.array = view
+        else:
             self.array = backend.xp.empty(layout.folded, result.dtype.newbyteorder("="))
 
     def deliver(self) -> None:

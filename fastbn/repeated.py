@@ -68,12 +68,13 @@ def forward_key(
 def backward_key(dy: Any, saved: Any, out: Any) -> Any:
     """The same of `batch_norm_backward`."""
     try:
-        x, y, gamma, weight, moments, mean, _, _, channel_axis, activation, has_residual, gathered = saved
+        x, y, gamma, weight, moments, mean, rstd, count, channel_axis, activation, has_residual, gathered = saved
         if weight is not None or gathered or type(saved) is not Saved or type(channel_axis) is not int:
             return None
         return (
             moments is None, type(dy), dy.shape, dy.strides, dy.dtype, type(x), x.shape, x.strides, x.dtype,
-            _data(y), _parameter(gamma), _parameter(mean), channel_axis, activation, has_residual, _data(out),
+            _data(y), _parameter(gamma), _parameter(mean), _parameter(rstd), _parameter(count),
+            channel_axis, activation, has_residual, _data(out),
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError):
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def mean(
         return np.mean(x, axis, dtype, out, keepdims, where=where)
     _check_out(x, axis, keepdims, dtype, out)
     count, centre, _, shape = _reduced(_precise(x, dtype, out), axis, keepdims, where)
-    _warn_if(count == 0, "Mean of empty slice.", 4)
+    _warn_if(lambda: count == 0, count, "Mean of empty slice.", 4)
     return _result(centre.reshape(shape), x, dtype, out)
 
 
@@ -197,7 +198,7 @@ def mean_var(
             x, axis, None, None, correction, keepdims, where=where
         )
     count, centre, m2, shape = _reduced(x, axis, keepdims, where)
-    _warn_if(count == 0, "Mean of empty slice.", 4)
+    _warn_if(lambda: count == 0, count, "Mean of empty slice.", 4)
     variance = _divided(m2, count, correction, 5)
     return _result(centre.reshape(shape), x, None, None), _result(variance.reshape(shape), x, None, None)
 
@@ -372,14 +373,14 @@ def _variance(
 
 def _divided(m2: Any, count: Any, ddof: float, stacklevel: int) -> Any:
     """m2 / max(count - ddof, 0), with NumPy's warning where nothing is left."""
-    _warn_if(count - ddof <= 0, "Degrees of freedom <= 0 for slice.", stacklevel)
+    _warn_if(lambda: count - ddof <= 0, count, "Degrees of freedom <= 0 for slice.", stacklevel)
     with np.errstate(divide="ignore", invalid="ignore"):
         return m2 / np.maximum(count - ddof, 0)
 
 
-def _warn_if(condition: Any, message: str, stacklevel: int) -> None:
+def _warn_if(condition: Callable[[], Any], count: Any, message: str, stacklevel: int) -> None:
     """NumPy's warnings, which CuPy does not have: to ask a device would be to wait for it."""
-    if isinstance(condition, (np.ndarray, np.generic)) and condition.any():
+    if isinstance(count, (np.ndarray, np.generic)) and condition().any():
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
 
 

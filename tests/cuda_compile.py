@@ -399,7 +399,7 @@ def sizeof_params_is(nbytes: int) -> bool:
     from fastbn.cuda import launch
 
     text = f'{launch.source("finish_sums")}\nstatic_assert(sizeof(Params) == {nbytes}, "another size");'
-    sizes = {"VECTOR": 1, "LANES": 1, "THREADS": 32, "HELD": 1, "CLUSTER": 1}
+    sizes = {"VECTOR": 1, "LANES": 1, "THREADS": 32, "HELD": 1, "CLUSTER": 1, "BLOCKS": 1}
     others = ("DTYPE", "ALONG_CHANNELS", "WIDE", "WEIGHT", "RELU", "RESIDUAL")
     options = (f"-D{name}={sizes.get(name, 0)}" for name in (*sizes, *others))
     try:

@@ -232,6 +232,7 @@ def cupy_array(monkeypatch):
             self.shape, self.dtype, self.ndim = shape, np.dtype(dtype), len(shape)
             self.size = int(np.prod(shape))
             self.strides = np.empty(shape, dtype).strides
+            self.data = types.SimpleNamespace(device_id=0)
 
         def __array__(self, dtype=None, copy=None):
             raise TypeError("Implicit conversion to a NumPy array is not allowed.")
@@ -239,6 +240,7 @@ def cupy_array(monkeypatch):
     ndarray.__module__ = "cupy"
     module = types.ModuleType("cupy")
     module.ndarray = ndarray
+    module.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDevice=lambda: 0))
     monkeypatch.setitem(sys.modules, "cupy", module)
     return lambda like: ndarray(like.shape, like.dtype)
 

@@ -218,5 +218,21 @@ def test_arrays_of_a_later_call_are_looked_at(short_ways, cuda_arrays):
     np.testing.assert_array_equal(cuda_arrays.batch_norm_inference(x, mean, spread[::2]), expected)
 
 
+def test_numbers_of_a_later_saved_are_looked_at(cuda_arrays):
+    """They may have become others since, of another dtype or one for all channels."""
+    x, dy = np.random.default_rng(0).standard_normal((2, 7, 4)).astype(np.float32)
+    _, saved = cuda_arrays.batch_norm(x)
+    cuda_arrays.batch_norm_backward(dy, saved)
+    for name in ("rstd", "count"):
+        one = saved._replace(**{name: getattr(saved, name)[:1].copy()})
+        every = saved._replace(**{name: np.repeat(getattr(one, name), 4)})
+        ours, theirs = (cuda_arrays.batch_norm_backward(dy, s) for s in (one, every))
+        np.testing.assert_array_equal(ours.x, theirs.x)
+    halves = [saved._replace(rstd=saved.rstd.astype(DTYPES[name])) for name in ("float16", "bfloat16")]
+    for half in (*halves, halves[0]):
+        grads = cuda_arrays.batch_norm_backward(dy, half)
+        np.testing.assert_allclose(grads.gamma / cuda_arrays.batch_norm_backward(dy, saved).gamma, 1, rtol=0.01)
+
+
 def test_memory_of_programs_without_repetition_is_flat(monkeypatch):
     test_repeated.test_programs_without_repetition_keep_memory_flat(monkeypatch)

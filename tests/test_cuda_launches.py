@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import repeated
 from fastbn.cuda import launch, plans
 from tests.simt import cuda, host_cupy
 from tests.support import LAYOUTS, OPTIONS, make_case
@@ -153,6 +152,16 @@ def test_what_cannot_be_viewed_is_copied_once(counted):
         assert (counted.kernels, counted.operations) == (["backward"], {"copy": 2})
 
 
+def test_what_alternates_too_often_is_copied_once(counted):
+    """Each input to its folded form, and the output from there."""
+    x, dy, keywords = arguments_of("alternating", "plain")
+    for _ in range(2):
+        _, saved = counted(fastbn.batch_norm, x, **keywords)
+        assert (counted.kernels, counted.operations) == (["forward"], {"copy": 2})
+        counted(fastbn.batch_norm_backward, dy, saved)
+        assert (counted.kernels, counted.operations) == (["backward"], {"copy": 3})
+
+
 def test_cooperative_launches_clear_their_counters(counted, monkeypatch):
     monkeypatch.setitem(plans.FORCED, "strategy", "cooperative")
     x, _, keywords = arguments_of("NCHW", "plain")
@@ -265,11 +274,9 @@ def test_nothing_stays_alive(counted, buffers, layout):
 
 @by_function
 def test_results_alone_hold_memory(counted, buffers, function):
-    """Functions that have no short way keep nothing either, and scratch lives no longer than results."""
+    """Scratch lives no longer than results."""
     arguments = on_device(EVERY[function]())
-    repeated.forget()
     results = function(**arguments)
-    repeated.forget()  # see the test before
     held = {a.data.mem.ptr for a in leaves(results) if hasattr(a, "data")}
     assert sum(buffer() is not None for buffer in buffers) <= len(held)
     del results

@@ -17,7 +17,7 @@ by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def by_dtype_and_options(*options):
-    """float32 with all the options but the last of many, the other dtypes with one: the rest, compilation, is slow.
+    """float32 with the first three options, the other dtypes with one: the rest, compilation, is slow.
 
     A dtype's kernels are compiled by one worker.
     """
@@ -25,9 +25,7 @@ def by_dtype_and_options(*options):
     for dtype in DTYPES:
         one = options[0] if dtype == "float16" else "plain"
         for name in options:
-            left_out = (
-                name == options[4] if dtype == "float32" and len(options) > 4 else dtype != "float32" and name != one
-            )
+            left_out = name in options[3:] if dtype == "float32" else name != one
             slow = [pytest.mark.slow] if left_out else []
             cases.append(pytest.param(dtype, name, marks=[pytest.mark.xdist_group(dtype), *slow]))
     return pytest.mark.parametrize(("dtype", "options"), cases)

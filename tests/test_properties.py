@@ -176,7 +176,9 @@ def test_saved_is_immutable():
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "instance NCHW", "NCHW long rows"])
-@pytest.mark.parametrize("options", ["plain", "affine residual relu", "where weights residual"])
+@pytest.mark.parametrize(
+    "options", ["plain", "affine residual relu", pytest.param("where weights residual", marks=pytest.mark.slow)]
+)
 def test_gradients_of_the_statistics(layout, options):
     """dmean and dvar against the oracle, whose own are held by finite differences."""
     case = make_case(LAYOUTS[layout], "float64", OPTIONS[options])
@@ -197,7 +199,9 @@ RANKS = {"even": (2, 2, 2), "uneven": (1, 3, 2), "one empty": (3, 0, 3), "first 
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("options", ["plain", "affine residual relu", "where weights residual"])
+@pytest.mark.parametrize(
+    "options", ["plain", "affine residual relu", pytest.param("where weights residual", marks=pytest.mark.slow)]
+)
 def test_gather(ranks, layout, options):
     """Ranks that share statistics give what one process gives on the whole batch, each its own rows."""
     layout = LAYOUTS[layout]

@@ -90,6 +90,14 @@ def flat(a: Any) -> tuple[Any, Any]:
     return np.asarray(_Span(a, start, count, dtype)), (start, *steps[:3])
 
 
+def folded_view(layout: Layout, a: Array) -> Array | None:
+    """An array as kernels see it; None where that takes a copy."""
+    try:
+        return a.transpose(layout.order).reshape(layout.folded, copy=False)
+    except ValueError:
+        return None
+
+
 def vector(layout: Layout, parameter: Any, default: float) -> Array:
     """A parameter as kernels take it: a float64 vector; the default for None."""
     if parameter is None:
