@@ -240,8 +240,8 @@ def _threads(geometry: Geometry, vectors: int, most: int) -> int:
 
 def _held(problem: Problem, tuning: Tuning, geometry: Geometry, arrays: int) -> int:
     held = max(1, tuning.held // arrays)
-    if geometry.along_channels and geometry.vector >= 8:
-        held = max(1, held // 2)  # eight channels of a thread have as many accumulators
+    if geometry.along_channels and geometry.vector * problem.itemsize >= 16:
+        held = max(1, held // 2)  # each channel of a thread takes registers of its own
     return min(held, 2) if problem.weight else held
 
 
