@@ -194,7 +194,7 @@ RUNS = {
     "moments, rows, outliers without weight": Run(moments, ROWS, "where", alter=without_weight(1e15)),
     "moments, outliers first": Run(moments, ONE_ROW, alter=outliers_first, settings={"tuning": {"held": 8}}),
     "moments, columns": Run(moments, COLUMNS),
-    "moments, columns, weights": Run(moments, COLUMNS, "weights relu"),
+    "moments, columns, weights": Run(moments, COLUMNS, "weights relu", settings={"tuning": {"held": 4}}),
     "statistics, columns, a mask of each channel": Run(
         test_matrix.check_statistics, COLUMNS, alter=mask_of_each_channel
     ),
