@@ -1,14 +1,7 @@
 """Batch-normalization kernels for people who hold arrays: NumPy arrays on the CPU, CuPy arrays on the GPU."""
 
-from fastbn.functional import (
-    batch_norm,
-    batch_norm_backward,
-    batch_norm_inference,
-    fold,
-    grad_input,
-    grad_sums,
-    normalize,
-)
+from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_inference
+from fastbn.kernels import fold, grad_input, grad_sums, normalize
 from fastbn.merging import Moments, merge, population, update_running
 from fastbn.saved import Gradients, Saved
 from fastbn.statistics import mean, mean_var, moments, std, var

@@ -1,38 +1,25 @@
-"""The kernels by themselves (`normalize`, `grad_sums`, `grad_input`) and batch normalization in one call.
+"""Batch normalization in one call: forward, backward, and inference.
 
 Every function goes the same way: check the arguments, fold the arrays into the kernels' view, call the backend, give
-the results the caller's shape.
+the results the caller's shape. A call like an earlier one goes a short way (``repeated.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
-from typing import Any, Literal
+from typing import Any
 
 from fastbn import arguments, repeated
-from fastbn.dispatch import backend_of, device_of, on_device, one_kind
-from fastbn.formulas import batch_rstd, input_numbers, reciprocal_std
-from fastbn.layout import Layout
+from fastbn.dispatch import backend_of, device_of, one_kind
+from fastbn.formulas import batch_rstd, input_numbers
+from fastbn.kernels import Activation, Axes, normalized
 from fastbn.merging import Moments, merge
+from fastbn.operands import Target, float64_vector, vector
 from fastbn.saved import Gradients, Saved
 
-__all__ = [
-    "batch_norm",
-    "batch_norm_backward",
-    "batch_norm_inference",
-    "fold",
-    "grad_input",
-    "grad_sums",
-    "normalize",
-]
+__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_inference"]
 
-Axes = int | tuple[int, ...]
-Activation = Literal["relu"] | None
 Gather = Callable[[Any], Any]
-
-
-# --- one call ---------------------------------------------------------------------------------------------------------
 
 
 def batch_norm(
@@ -125,14 +112,14 @@ def batch_norm(
         x = arguments.data("x", x)
         layout = arguments.layout_for(x, channel_axis)
         eps, relu = arguments.epsilon(eps), arguments.is_relu(activation)
-        scale = _vector("gamma", gamma, layout, backend, 1.0)
-        shift = _vector("beta", beta, layout, backend)
+        scale = vector("gamma", gamma, layout, backend, 1.0)
+        shift = vector("beta", beta, layout, backend)
         residual = arguments.like("residual", residual, x)
         out, gather = arguments.output("out", out, x), arguments.hook(gather)
         weight = arguments.combined_weight(backend.xp, where, weights, x.shape, layout.kept)
 
         y = backend.empty_like(x) if out is None else out
-        target = _Target(backend, layout, y, out is not None, x, residual, gamma, beta)
+        target = Target(backend, layout, y, out is not None, x, residual, gamma, beta)
         x_ = layout.fold(x)
         w_ = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
         r_ = None if residual is None else layout.fold(residual)
@@ -258,7 +245,7 @@ def batch_norm_backward(
             raise ValueError("dmean, dvar: expected None with frozen statistics, which do not depend on x")
         given = dmean, dvar
         # Synchronised sums come back as arrays, which formulas take.
-        numbers_of = _vector if gather is None else _float64
+        numbers_of = vector if gather is None else float64_vector
         dmean = numbers_of("dmean", dmean, layout, backend)
         dvar = numbers_of("dvar", dvar, layout, backend)
         gamma = numbers_of("saved.gamma", saved.gamma, layout, backend, 1.0)
@@ -267,11 +254,11 @@ def batch_norm_backward(
 
         dx = backend.empty_like(x) if out is None else out
         dresidual = backend.empty_like(x) if saved.has_residual else None
-        target = _Target(
+        target = Target(
             backend, layout, dx, out is not None, x, dy, saved.y, saved.weight, saved.gamma, saved.mean, saved.rstd,
             saved.count, *given,
         )  # fmt: skip
-        residual_target = None if dresidual is None else _Target(backend, layout, dresidual, False)
+        residual_target = None if dresidual is None else Target(backend, layout, dresidual, False)
         into = (target.array, None if residual_target is None else residual_target.array)
         x_, dy_ = layout.fold(x), layout.fold(dy)
         y_ = layout.fold(saved.y) if relu else None
@@ -346,8 +333,8 @@ def batch_norm_inference(
         x = arguments.data("x", x)
         layout = arguments.layout_for(x, channel_axis)
         eps = arguments.epsilon(eps)
-        spread = _vector("var", var, layout, backend)
-        y = _normalize(backend, x, layout, mean, spread, gamma, beta, eps, residual, activation, out)
+        spread = vector("var", var, layout, backend)
+        y = normalized(backend, x, layout, mean, spread, gamma, beta, eps, residual, activation, out)
         if key is not None:
             again = backend.inference_again(
                 layout, x, y, mean, var, gamma, beta, eps, residual, activation is not None, out
@@ -356,294 +343,8 @@ def batch_norm_inference(
         return y
 
 
-# --- the three kernels by themselves ----------------------------------------------------------------------------------
-
-
-@on_device
-def normalize(
-    x: Any,
-    mean: Any,
-    rstd: Any,
-    gamma: Any = None,
-    beta: Any = None,
-    *,
-    channel_axis: Axes = 1,
-    residual: Any = None,
-    activation: Activation = None,
-    out: Any = None,
-) -> Any:
-    """Normalise, scale and shift: ``act((x - mean) * rstd * gamma + beta + residual)``.
-
-    Parameters
-    ----------
-    x, gamma, beta, channel_axis, residual, activation, out
-        As for `batch_norm`; `out` may be `x`.
-    mean, rstd : array
-        Of any float dtype, broadcasting to the shape of the channel axes.
-
-    Returns
-    -------
-    y : array
-        x's dtype and element order.
-
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        As `batch_norm`.
-
-    Examples
-    --------
-    >>> import numpy as np, fastbn
-    >>> fastbn.normalize(np.array([[3.0], [5.0]]), np.array([4.0]), np.array([2.0]))
-    array([[-2.],
-           [ 2.]])
-    """
-    kind = one_kind({"x": x, "mean": mean, "rstd": rstd}, gamma=gamma, beta=beta, residual=residual, out=out)
-    backend = backend_of(kind)
-    x = arguments.data("x", x)
-    layout = arguments.layout_for(x, channel_axis)
-    rstd = _vector("rstd", rstd, layout, backend)
-    return _normalize(backend, x, layout, mean, rstd, gamma, beta, None, residual, activation, out)
-
-
-@on_device
-def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: Axes = 1) -> tuple[Any, Any]:
-    """The two sums of the backward pass: ``dgamma = sum(dy * (x - mean) * rstd)`` and ``dbeta = sum(dy)``.
-
-    Parameters
-    ----------
-    dy, x : array
-        Of one shape and dtype: float16, bfloat16, float32 or float64.
-    mean, rstd : array
-        Of any float dtype, broadcasting to the shape of the channel axes.
-    channel_axis : int or tuple of ints
-        The axes kept.
-
-    Returns
-    -------
-    dgamma, dbeta : array
-        Float64, of the channel axes' shape.
-
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        As `batch_norm`.
-
-    Examples
-    --------
-    >>> import numpy as np, fastbn
-    >>> x = np.array([[3.0], [5.0]])
-    >>> fastbn.grad_sums(np.array([[1.0], [2.0]]), x, np.array([4.0]), np.array([2.0]))
-    (array([2.]), array([3.]))
-    """
-    backend = backend_of(one_kind({"dy": dy, "x": x, "mean": mean, "rstd": rstd}))
-    x = arguments.data("x", x)
-    layout = arguments.layout_for(x, channel_axis)
-    dy = arguments.like("dy", dy, x)
-    mean = _vector("mean", mean, layout, backend)
-    rstd = _vector("rstd", rstd, layout, backend)
-    dgamma, dbeta = backend.grad_sums(layout.fold(dy), layout.fold(x), None, mean, rstd)
-    return layout.kept_array(backend.xp, dgamma), layout.kept_array(backend.xp, dbeta)
-
-
-@on_device
-def grad_input(
-    dy: Any,
-    x: Any,
-    mean: Any,
-    rstd: Any,
-    gamma: Any,
-    dgamma: Any,
-    dbeta: Any,
-    count: Any,
-    *,
-    channel_axis: Axes = 1,
-    where: Any = None,
-    weights: Any = None,
-    out: Any = None,
-) -> Any:
-    """The gradient of x from the two sums: ``gamma * rstd * (dy - w/count * (dbeta + xhat * dgamma))``.
-
-    Parameters
-    ----------
-    dy, x : array
-        Of one shape and dtype: float16, bfloat16, float32 or float64.
-    mean, rstd, gamma, dgamma, dbeta : array
-        Of any float dtype, broadcasting to the shape of the channel axes; `gamma` may be None.
-    count : array or number
-        The sum of the weights: for a synchronised batch norm over all ranks, as are `dgamma` and `dbeta`.
-    channel_axis, where, weights
-        As for `batch_norm`.
-    out : array, optional
-        Written and returned; x's shape and dtype. It may be `dy` or `x`.
-
-    Returns
-    -------
-    dx : array
-        x's dtype and element order.
-
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        As `batch_norm`.
-
-    Examples
-    --------
-    >>> import numpy as np, fastbn
-    >>> x, dy, one = np.array([[-1.0], [1.0]]), np.array([[0.0], [2.0]]), np.ones(1)
-    >>> fastbn.grad_input(dy, x, 0 * one, one, one, 2 * one, 2 * one, 2)
-    array([[0.],
-           [0.]])
-    """
-    required = {"dy": dy, "x": x, "mean": mean, "rstd": rstd, "dgamma": dgamma, "dbeta": dbeta}
-    if not isinstance(count, Real):
-        required["count"] = count
-    kind = one_kind(required, gamma=gamma, where=where, weights=weights, out=out)
-    backend = backend_of(kind)
-    xp = backend.xp
-    x = arguments.data("x", x)
-    layout = arguments.layout_for(x, channel_axis)
-    dy = arguments.like("dy", dy, x)
-    out = arguments.output("out", out, x)
-    mean, rstd = _float64("mean", mean, layout, backend), _float64("rstd", rstd, layout, backend)
-    gamma = _float64("gamma", gamma, layout, backend, 1.0)
-    dgamma, dbeta = _float64("dgamma", dgamma, layout, backend), _float64("dbeta", dbeta, layout, backend)
-    count = xp.full(mean.shape, float(count)) if isinstance(count, Real) else _float64("count", count, layout, backend)
-    weight = arguments.combined_weight(xp, where, weights, x.shape, layout.kept)
-
-    dx = backend.empty_like(x) if out is None else out
-    target = _Target(backend, layout, dx, out is not None, x, dy, weight, mean)
-    w_ = None if weight is None else layout.fold_weight(xp, weight, x.shape)
-    numbers = input_numbers(gamma, rstd, dgamma, dbeta, count, 0.0, 0.0)
-    backend.grad_input(layout.fold(dy), layout.fold(x), None, w_, mean, *numbers, target.array, None)
-    target.deliver()
-    return dx
-
-
-@on_device
-def fold(
-    kernel: Any,
-    kernel_bias: Any,
-    mean: Any,
-    var: Any,
-    gamma: Any = None,
-    beta: Any = None,
-    *,
-    eps: float = 1e-5,
-    axis: int = 0,
-) -> tuple[Any, Any]:
-    """Fold inference's batch normalization into the linear layer before it, whose work then includes it.
-
-    Parameters
-    ----------
-    kernel : array
-        Weights of a dense or convolution layer, of any float dtype.
-    kernel_bias : array or None
-        Its bias, of shape ``(kernel.shape[axis],)``.
-    mean, var, gamma, beta : array
-        The batch norm's, each broadcasting to that shape; gamma and beta may be None.
-    eps : float
-        Added to the variance.
-    axis : int
-        The kernel's axis of output channels: 0 for PyTorch's (out, in, ...), -1 for Keras' and JAX's (..., in, out).
-
-    Returns
-    -------
-    kernel, bias : array
-        ``kernel * s`` and ``(kernel_bias - mean) * s + beta`` with ``s = gamma / sqrt(var + eps)``, in the kernel's
-        dtype, computed in float64.
-
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        As `batch_norm`.
-
-    Examples
-    --------
-    >>> import numpy as np, fastbn
-    >>> kernel = np.array([[1.0, 2.0], [3.0, 4.0]])
-    >>> fastbn.fold(kernel, None, np.array([1.0, 1.0]), np.array([4.0, 1.0]), eps=0)
-    (array([[0.5, 1. ],
-           [3. , 4. ]]), array([-0.5, -1. ]))
-    """
-    kind = one_kind({"kernel": kernel, "mean": mean, "var": var}, kernel_bias=kernel_bias, gamma=gamma, beta=beta)
-    backend = backend_of(kind)
-    kernel = arguments.data("kernel", kernel)
-    layout = arguments.layout_for(kernel, axis, "axis")
-    if len(layout.kept_shape) != 1:
-        raise TypeError(f"axis: expected an int, got {axis!r}")
-    eps = arguments.epsilon(eps)
-    bias, shift = _float64("kernel_bias", kernel_bias, layout, backend), _float64("beta", beta, layout, backend)
-    mean, var = _float64("mean", mean, layout, backend), _float64("var", var, layout, backend)
-    scale = _float64("gamma", gamma, layout, backend, 1.0) * reciprocal_std(var, eps)
-    along = [-1 if i in layout.kept else 1 for i in range(kernel.ndim)]
-    folded = kernel.astype(backend.xp.float64) * scale.reshape(along)
-    return folded.astype(kernel.dtype), ((bias - mean) * scale + shift).astype(kernel.dtype)
-
-
-# --- what they share --------------------------------------------------------------------------------------------------
-
-
-class _Target:
-    """The folded array that kernels write for a result, and the way from there to the caller's array.
-
-    It is a view of the caller's array where that can be viewed and kernels can write it, else an array of its own.
-    """
-
-    def __init__(self, backend: Any, layout: Layout, result: Any, given: bool, *inputs: Any) -> None:
-        self.layout, self.result = layout, arguments.plain(result)
-        result = self.result
-        view = backend.folded_view(layout, result)
-        in_place = view is not None
-        if given and in_place:
-            # Kernels read and write element by element: an input may be the output, but not lie askew to it.
-            in_place = all(backend.same_or_apart(result, a) for a in inputs if a is not None)
-        self.in_place = in_place and backend.writable_in_place(view)
-        if self.in_place:
-            self.array = view
-        else:
-            self.array = backend.xp.empty(layout.folded, result.dtype.newbyteorder("="))
-
-    def deliver(self) -> None:
-        if not self.in_place:
-            self.layout.unfold(self.array, self.result)
-
-
-def _normalize(
-    backend: Any, x: Any, layout: Layout, mean: Any, spread: Any, gamma: Any, beta: Any, eps: float | None,
-    residual: Any, activation: Activation, out: Any,
-) -> Any:  # fmt: skip
-    """The common end of `normalize` and `batch_norm_inference`; spread, the rstd or the variance, is a vector."""
-    relu = arguments.is_relu(activation)
-    mean = _vector("mean", mean, layout, backend)
-    scale = _vector("gamma", gamma, layout, backend, 1.0)
-    shift = _vector("beta", beta, layout, backend)
-    residual = arguments.like("residual", residual, x)
-    out = arguments.output("out", out, x)
-    y = backend.empty_like(x) if out is None else out
-    target = _Target(backend, layout, y, out is not None, x, residual, mean, spread, gamma, beta)
-    r_ = None if residual is None else layout.fold(residual)
-    backend.normalize(layout.fold(x), mean, spread, scale, shift, eps, r_, relu, target.array)
-    target.deliver()
-    return y
-
-
-def _vector(name: str, parameter: Any, layout: Layout, backend: Any, default: float = 0.0) -> Any:
-    """A checked parameter as the backend's kernels take it."""
-    if parameter is not None:
-        arguments.parameter(name, parameter, layout)
-    return backend.vector(layout, parameter, default)
-
-
-def _float64(name: str, parameter: Any, layout: Layout, backend: Any, default: float = 0.0) -> Any:
-    """A checked parameter as a float64 vector for formulas, which kernels take as well."""
-    if parameter is None:
-        return backend.xp.full(layout.folded[0] * layout.folded[2], default)
-    return layout.vector(backend.xp, arguments.parameter(name, parameter, layout))
-
-
 def _merged_over_ranks(xp: Any, gather: Gather, local: Moments) -> Moments:
     """All ranks' moments, merged in rank order."""
-    vector = xp.concatenate([a.ravel() for a in local])
-    rows = arguments.gathered(xp, gather(vector), vector.size)
+    packed = xp.concatenate([a.ravel() for a in local])
+    rows = arguments.gathered(xp, gather(packed), packed.size)
     return merge(*(Moments(*row.reshape(3, *local.count.shape)) for row in rows))

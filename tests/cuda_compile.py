@@ -62,7 +62,7 @@ REGISTERS = 65536  # of a multiprocessor
 def available() -> str | None:
     """None, or why kernels cannot be compiled and read here."""
     try:
-        import cupy  # noqa: F401
+        import cupy  # noqa: F401 - whether it can be
         from cupy_backends.cuda.libs import nvrtc
     except ImportError as error:
         return f"CuPy cannot be imported: {error}"
@@ -102,7 +102,7 @@ def options_of_cupy(architecture: int) -> tuple[str, ...]:
     """The options that a `cupy.RawKernel` adds to its own, asked of CuPy: they change rounding and registers."""
     from cupy.cuda import compiler
 
-    class Found(Exception):  # noqa: N818
+    class Found(Exception):  # noqa: N818 - no error: it carries the options out
         pass
 
     class Recorder:

@@ -198,8 +198,8 @@ FAULTS = [
 
 
 def use(monkeypatch, backend):
-    monkeypatch.setattr("fastbn.functional.backend_of", lambda kind: backend)
-    monkeypatch.setattr("fastbn.statistics.backend_of", lambda kind: backend)
+    for module in ("functional", "kernels", "statistics"):
+        monkeypatch.setattr(f"fastbn.{module}.backend_of", lambda kind: backend)
 
 
 @pytest.mark.parametrize(

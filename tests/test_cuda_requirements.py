@@ -11,7 +11,7 @@ cupy = pytest.importorskip("cupy")
 if int(cupy.__version__.partition(".")[0]) < 13:
     pytest.skip("CuPy is older than 13", allow_module_level=True)
 
-from fastbn import cuda  # noqa: E402
+from fastbn import cuda  # noqa: E402 - after CuPy is known to be there
 from fastbn.cuda import requirements  # noqa: E402
 
 

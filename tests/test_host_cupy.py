@@ -163,7 +163,7 @@ def test_operators_of_integers_and_bools(host):
         np.testing.assert_array_equal(to_numpy(operate(to_cupy(a), to_cupy(a[::-1]))), operate(a, a[::-1]))
     np.testing.assert_array_equal(to_numpy(~to_cupy(mask) & to_cupy(mask[::-1])), ~mask & mask[::-1])
     np.testing.assert_array_equal(to_numpy(-abs(-to_cupy(a))), -a)
-    assert not (to_cupy(a) == None).any()  # noqa: E711
+    assert not (to_cupy(a) == None).any()  # noqa: E711 - elementwise, as in NumPy
     c = to_cupy(mask.copy())
     c &= to_cupy(mask[::-1])
     np.testing.assert_array_equal(to_numpy(c), mask & mask[::-1])
@@ -315,7 +315,7 @@ def test_what_cupy_has_not_is_refused(host, cupy):
         with pytest.raises(TypeError):
             call()
     with pytest.raises(AttributeError):
-        c.flags.writeable  # noqa: B018
+        c.flags.writeable  # noqa: B018 - reading it raises
     with pytest.raises(ValueError, match="ambiguous"):
         bool(c)
     with pytest.raises(ValueError, match="Unsupported dtype"):

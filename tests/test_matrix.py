@@ -503,7 +503,7 @@ def test_wrong_backend_is_rejected(monkeypatch, layout, check, function, change)
     case = make_case(LAYOUTS[layout], "float32", OPTIONS["affine residual relu"])
     CHECKS[check](case)
     wrong = broken(function, change)
-    monkeypatch.setattr("fastbn.functional.backend_of", lambda kind: wrong)
-    monkeypatch.setattr("fastbn.statistics.backend_of", lambda kind: wrong)
+    for module in ("functional", "kernels", "statistics"):
+        monkeypatch.setattr(f"fastbn.{module}.backend_of", lambda kind: wrong)
     with pytest.raises(AssertionError):
         CHECKS[check](case)

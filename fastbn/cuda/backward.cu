@@ -3,11 +3,7 @@
 //
 // Groups of blocks as in forward.cu.
 
-KERNEL
-#if CLUSTER > 1
-    __cluster_dims__(CLUSTER, 1, 1)
-#endif
-    backward(const Params p) {
+KERNEL backward(const Params p) {
     Packed* kept = reinterpret_cast<Packed*>(dynamic_shared() + SUM_BYTES) + threadIdx.x;
     const unsigned splits = static_cast<unsigned>(p.splits), split = blockIdx.x % splits;
     unsigned round = 0;

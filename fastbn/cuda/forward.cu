@@ -5,11 +5,7 @@
 // parts through global memory. Groups take tile after tile.
 // After: Ioffe & Szegedy (2015), Algorithm 1; kept on the chip as in NVIDIA Apex's groupbn.
 
-KERNEL
-#if CLUSTER > 1
-    __cluster_dims__(CLUSTER, 1, 1)
-#endif
-    forward(const Params p) {
+KERNEL forward(const Params p) {
     Packed* kept = reinterpret_cast<Packed*>(dynamic_shared() + MERGE_BYTES) + threadIdx.x;
     const unsigned splits = static_cast<unsigned>(p.splits), split = blockIdx.x % splits;
     unsigned round = 0;

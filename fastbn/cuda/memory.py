@@ -82,8 +82,11 @@ class Results:
         start = memory.ptr
         ndarray, shape = cupy.ndarray, self.shape
         results = [ndarray(shape, float, memory)] if self.any else []
-        for at in self.rows:
-            results.append(ndarray(shape, float, memory + at))
+        if self.rows:
+            owner, pointer = memory.mem, type(memory)
+            base = start - owner.ptr
+            for at in self.rows:  # half the time of memory + at
+                results.append(ndarray(shape, float, pointer(owner, base + at)))
         partials, counters = self.partials, self.counters
         return (
             results,

@@ -40,7 +40,11 @@ typedef float real;
 #define WIDTH (LANES * CHANNELS)  // channels of a tile
 #define ROWS (THREADS / LANES)    // threads along the reduced axes
 #define WARPS (THREADS / 32)
+#if CLUSTER > 1
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(CLUSTER, 1, 1)
+#else
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+#endif
 
 #if WIDE
 typedef i64 Index;  // of a vector among those of a channel

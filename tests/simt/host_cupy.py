@@ -503,7 +503,7 @@ def _array(
 
     order = order or "K"
     if subok:
-        raise NotImplementedError
+        raise NotImplementedError  # as CuPy itself
     if isinstance(obj, cupy.ndarray):
         result = obj._astype(dtype or obj.dtype, order=order, copy=copy)
         return result.reshape((1,) * (ndmin - result.ndim) + result.shape) if result.ndim < ndmin else result
