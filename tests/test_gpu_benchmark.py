@@ -412,6 +412,7 @@ CONFTEST = "def pytest_addoption(parser): parser.addoption('--require-cuda', act
 def test_the_matrix_runs_in_a_process(tmp_path, monkeypatch):
     find = gpu_tests.importlib.util.find_spec
     monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda name: None if name == "xdist" else find(name))
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # its options may be of this project's conftest
     (tmp_path / "tests").mkdir()
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / gpu_tests.TESTS).write_text(MATRIX)
