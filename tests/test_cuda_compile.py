@@ -29,14 +29,8 @@ def check(architecture, kernel, variants):
 
 
 def each(architectures, kernels=KERNELS, *marks):
-    """One worker for an architecture: planning takes seconds too."""
-    return pytest.mark.parametrize(
-        ("architecture", "kernel"),
-        [
-            pytest.param(n, kernel, marks=[pytest.mark.xdist_group(f"cuda compile {n}"), *marks])
-            for n, kernel in itertools.product(architectures, kernels)
-        ],
-    )
+    cases = [pytest.param(n, kernel, marks=marks) for n, kernel in itertools.product(architectures, kernels)]
+    return pytest.mark.parametrize(("architecture", "kernel"), cases)
 
 
 @each(BY_DEFAULT)
@@ -44,8 +38,8 @@ def test_some_pairs_of_choices(architecture, kernel):
     """A part of them for either architecture, those of clusters where there are clusters; all of them are slow."""
     some = {n: [] for n in BY_DEFAULT}
     for i, variant in enumerate(sorted(cuda_compile.pairwise(90))):
-        if i % 5 < 2:
-            some[90 if variant["CLUSTER"] > 1 or i % 5 == 0 else 80].append(variant)
+        if i % 8 < 2:
+            some[90 if variant["CLUSTER"] > 1 or i % 8 == 0 else 80].append(variant)
     check(architecture, kernel, some[architecture])
 
 
@@ -59,9 +53,7 @@ def test_widest_kernels_with_each_option(architecture, kernel):
     check(architecture, kernel, cuda_compile.hot(architecture))
 
 
-@pytest.mark.parametrize(
-    "architecture", [pytest.param(n, marks=pytest.mark.xdist_group(f"cuda compile {n}")) for n in BY_DEFAULT]
-)
+@pytest.mark.parametrize("architecture", BY_DEFAULT)
 def test_all_that_is_planned_is_chosen_from(architecture):
     from fastbn.cuda import launch, plans
 

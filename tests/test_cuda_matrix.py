@@ -30,7 +30,7 @@ def by_case(*options, others=True):
             chosen.append((other, options[(i // 3) % len(options)]))
         for dtype, name in itertools.product(DTYPES, options):
             marks = [] if (dtype, name) in chosen else [pytest.mark.slow]
-            cases.append(pytest.param(layout, dtype, name, marks=[pytest.mark.xdist_group(f"cuda {dtype}"), *marks]))
+            cases.append(pytest.param(layout, dtype, name, marks=marks))
     return pytest.mark.parametrize(("layout", "dtype", "options"), cases)
 
 

@@ -654,25 +654,18 @@ def assert_right(run: Run, schedules: Iterable[int]) -> None:
             run(emulated, schedule)
 
 
-def group(kernel: str) -> Any:
-    """Two workers that compile different kernels."""
-    several = kernel.startswith(("forward", "backward", "grad", "finish_sums", "parts"))
-    return pytest.mark.xdist_group(f"cuda mutations {several:d}")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=group(name)) for name in RUNS])
+@pytest.mark.parametrize("name", RUNS)
 def test_without_a_fault(name):
     assert_right(RUNS[name], SCHEDULES)
 
 
-@pytest.mark.parametrize("fault", [pytest.param(f, id=f"{f.kernel}: {f.name}", marks=group(f.kernel)) for f in FAULTS])
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{f.kernel}: {f.name}" for f in FAULTS])
 def test_fault_is_found(fault):
     result = found(fault)
     assert result is not None, f"{fault.run}: passes"
     assert_right(RUNS[fault.run], result[:1])
 
 
-@group("all")
 def test_every_run_finds_something():
     assert {fault.run for fault in FAULTS} == RUNS.keys()
 

@@ -17,17 +17,13 @@ by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def by_dtype_and_options(*options):
-    """float32 with the first three options, the other dtypes with one: the rest, compilation, is slow.
-
-    A dtype's kernels are compiled by one worker.
-    """
+    """float32 with the first three options, the other dtypes with one: the rest, compilation, is slow."""
     cases = []
     for dtype in DTYPES:
-        one = options[0] if dtype == "float16" else "plain"
+        one = "plain" if dtype == "bfloat16" else options[0]
         for name in options:
             left_out = name in options[3:] if dtype == "float32" else name != one
-            slow = [pytest.mark.slow] if left_out else []
-            cases.append(pytest.param(dtype, name, marks=[pytest.mark.xdist_group(dtype), *slow]))
+            cases.append(pytest.param(dtype, name, marks=[pytest.mark.slow] if left_out else []))
     return pytest.mark.parametrize(("dtype", "options"), cases)
 
 
@@ -238,7 +234,6 @@ def test_statistics(dtype, layout, options):
 # --- strategies: tuning is not correctness ----------------------------------------------------------------------------
 
 
-@pytest.mark.xdist_group("float32 in parallel")
 @pytest.mark.parametrize("options", [TRAINING[0], *(pytest.param(o, marks=pytest.mark.slow) for o in TRAINING[1:3])])
 @pytest.mark.parametrize(
     ("serial_below", "whole_channels", "streaming"), [(0, True, True), (0, False, True), (1 << 60, False, True)]
@@ -493,7 +488,6 @@ FAULTS = {
 }
 
 
-@pytest.mark.xdist_group("float32")
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize(
     ("check", "function", "change"),

@@ -47,7 +47,6 @@ def calls(case, out=False):
     return [a for a in arrays if a is not None], (saved.channel_axis, saved.activation, saved.has_residual)
 
 
-@pytest.mark.xdist_group("float32")
 @pytest.mark.parametrize("out", [False, True])
 @pytest.mark.parametrize("options", ["plain", "affine residual relu"])
 @pytest.mark.parametrize("layout", ["NC", "NCHW", "NHWC", "NHWC as NCHW", "NCHW short rows", "NCHW long rows"])

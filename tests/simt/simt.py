@@ -138,7 +138,8 @@ def compile_kernel(text: str, name: str, macros: Mapping[str, object], flags: Se
         ]
     )
     # The scheduler lies beside the kernel, and launches also one that calls nothing of it.
-    link = ("-x", "none", "-Wl,--no-as-needed", str(runtime), "-Wl,-rpath,$ORIGIN")
+    # It brings the system's libraries, which to search would be a third of a compilation.
+    link = ("-x", "none", "-nodefaultlibs", "-Wl,--no-as-needed", str(runtime), "-Wl,-rpath,$ORIGIN", "-lgcc")
     return Kernel(name, built(name, source, (*KERNEL_FLAGS, *flags), link))
 
 
