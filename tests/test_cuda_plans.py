@@ -41,9 +41,9 @@ def planned(monkeypatch):
     """Splits, and vectors to be split, of every launch that is planned."""
     found, plan = [], plans._launch
 
-    def noted(problem, geometry, *args, splits, **options):
-        found.append((splits, geometry.vectors))
-        return plan(problem, geometry, *args, splits=splits, **options)
+    def noted(work, *args, splits, **options):
+        found.append((splits, work.geometry.vectors))
+        return plan(work, *args, splits=splits, **options)
 
     monkeypatch.setattr(plans, "_launch", noted)
     return found
@@ -202,7 +202,7 @@ def test_when_indices_have_64_bits():
         problem = plans.Problem(
             launch.Device(0, 90, 132, 227 << 10), (1, 1, 1, vectors), 2, 4, (), 0, (), (), False, False
         )
-        macros = dict(plans._macros(problem, geometry, "forward", 256, 8))
+        macros = dict(plans._macros(plans.Work(problem, plans.Tuning(), geometry), "forward", 256, 8))
         assert macros["WIDE"] == wide
 
 

@@ -91,6 +91,11 @@ class Problem(NamedTuple):
     """Fields of the kernels' argument."""
     eps: float = -1.0
 
+    @property
+    def kept(self) -> int:
+        """Kept indices, each with statistics of its own."""
+        return self.shape[0] * self.shape[2]
+
 
 class Plan(NamedTuple):
     """Launches in order, and the float64 numbers of scratch that they need behind the results."""
@@ -150,7 +155,20 @@ class Geometry(NamedTuple):
     tiles: int
 
 
-def _geometry(problem: Problem, tuning: Tuning, resident: bool = False) -> Geometry:
+class Work(NamedTuple):
+    """A call on a device: what the choices of threads, blocks and macros depend on."""
+
+    problem: Problem
+    tuning: Tuning
+    geometry: Geometry
+
+
+def _work(problem: Problem, resident: bool = False) -> Work:
+    tuning = tuning_of(problem.device.architecture)
+    return Work(problem, tuning, _geometry(problem, tuning, resident))
+
+
+def _geometry(problem: Problem, tuning: Tuning, resident: bool) -> Geometry:
     batch, outer, channel, inner = problem.shape
     strides = problem.operands[0][1].strides
     along = channel > 1 and (inner == 1 or abs(strides[2]) < abs(strides[3]))
@@ -180,10 +198,11 @@ def _division(vectors: int, by: int) -> tuple[int, int]:
 
 
 def _launch(
-    problem: Problem, geometry: Geometry, kernel: str, grid: int, threads: int, held: int, *, splits: int,
+    work: Work, kernel: str, grid: int, threads: int, held: int, *, splits: int,
     shared: int = 0, cluster: int = 1, cooperative: bool = False, fields: Mapping[str, int] = NOTHING,
 ) -> Launch:  # fmt: skip
-    macros = _macros(problem, geometry, kernel, threads, held, cluster)
+    problem, _, geometry = work
+    macros = _macros(work, kernel, threads, held, cluster)
     magic, shift = _division(geometry.vectors, geometry.row_vectors)
     everything = {
         **dict(problem.options),
@@ -208,9 +227,8 @@ def _launch(
     return Launch(compiled, grid, threads, shared, cooperative, everything, problem.eps)
 
 
-def _macros(
-    problem: Problem, geometry: Geometry, kernel: str, threads: int, held: int, cluster: int = 1
-) -> launch.Macros:
+def _macros(work: Work, kernel: str, threads: int, held: int, cluster: int = 1) -> launch.Macros:
+    problem, _, geometry = work
     options = {"WEIGHT": problem.weight, "RELU": int(problem.relu), "RESIDUAL": int(problem.residual)}
     return (
         ("DTYPE", problem.dtype),
@@ -238,7 +256,9 @@ def _threads(geometry: Geometry, vectors: int, most: int) -> int:
     return min(most, max(32, _power(vectors * geometry.lanes)))
 
 
-def _held(problem: Problem, tuning: Tuning, geometry: Geometry, arrays: int) -> int:
+def _held(work: Work, arrays: int) -> int:
+    """Vectors of each array that a thread holds in registers."""
+    problem, tuning, geometry = work
     held = max(1, tuning.held // arrays)
     if geometry.along_channels and geometry.vector * problem.itemsize >= 16:
         held = max(1, held // 2)  # each channel of a thread takes registers of its own
@@ -248,12 +268,11 @@ def _held(problem: Problem, tuning: Tuning, geometry: Geometry, arrays: int) -> 
 # --- one launch -------------------------------------------------------------------------------------------------------
 
 
-def _resident(
-    problem: Problem, geometry: Geometry, tuning: Tuning, kernel: str, arrays: int, partial: int, forced: str | None
-) -> Plan | None:
+def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | None) -> Plan | None:
     """The plan that keeps `arrays` arrays of a tile on the chip; None where they do not fit."""
+    problem, tuning, geometry = work
     device, vectors, lanes = problem.device, max(1, geometry.vectors), geometry.lanes
-    held = _held(problem, tuning, geometry, arrays)
+    held = _held(work, arrays)
     vector_bytes = geometry.vector * problem.itemsize
     budget = int(device.shared * tuning.shared_share)
 
@@ -269,11 +288,9 @@ def _resident(
         if (fit := fitted(-(-vectors // splits))) is None:
             return None
         threads, kept = fit
-        step = _launch(
-            problem, geometry, kernel, geometry.tiles * splits, threads, held,
-            splits=splits, shared=kept, cluster=splits,
-        )  # fmt: skip
-        slots = problem.shape[0] * problem.shape[2] * splits * partial if splits > 1 else 0
+        grid = geometry.tiles * splits
+        step = _launch(work, kernel, grid, threads, held, splits=splits, shared=kept, cluster=splits)
+        slots = problem.kept * splits * partial if splits > 1 else 0
         return Plan((step,), slots, 0, strategy)
 
     if forced in (None, "block"):
@@ -294,15 +311,15 @@ def _resident(
                 return plan
             splits *= 2
     if forced in (None, "cooperative"):
-        return _cooperative(problem, geometry, kernel, held, partial, fitted)
+        return _cooperative(work, kernel, held, partial, fitted)
     return None
 
 
 def _cooperative(
-    problem: Problem, geometry: Geometry, kernel: str, held: int, partial: int,
-    fitted: Callable[[int], tuple[int, int] | None],
-) -> Plan | None:  # fmt: skip
+    work: Work, kernel: str, held: int, partial: int, fitted: Callable[[int], tuple[int, int] | None]
+) -> Plan | None:
     """Groups of blocks, all on the device at once, that take tile after tile."""
+    problem, _, geometry = work
     device, vectors = problem.device, max(1, geometry.vectors)
     splits = 1
     while fitted(-(-vectors // splits)) is None:
@@ -312,63 +329,47 @@ def _cooperative(
     fit = fitted(-(-vectors // splits))
     assert fit is not None  # for the type checker: the loop ended
     threads, kept = fit
-    macros = _macros(problem, geometry, kernel, threads, held)
+    macros = _macros(work, kernel, threads, held)
     shared = kept + scratch_bytes(kernel, geometry, threads)
     blocks = device.processors * launch.blocks_per_processor(device.number, kernel, macros, threads, shared)
     if splits > blocks:
         return None
     groups = min(geometry.tiles, blocks // splits)
     splits = min(blocks // groups, max(splits, -(-vectors // (threads // geometry.lanes * held))))
-    step = _launch(
-        problem, geometry, kernel, groups * splits, threads, held,
-        splits=splits, shared=kept, cooperative=True,
-    )  # fmt: skip
-    slots = problem.shape[0] * problem.shape[2] * splits * partial
+    step = _launch(work, kernel, groups * splits, threads, held, splits=splits, shared=kept, cooperative=True)
+    slots = problem.kept * splits * partial
     return Plan((step,), slots, 4 * groups, "cooperative")
 
 
 # --- passes that keep nothing -----------------------------------------------------------------------------------------
 
 
-def _splits(geometry: Geometry, tuning: Tuning, device: Device, rows: int, held: int) -> int:
-    """Blocks for each tile, so that the device is full and a block has enough to do."""
-    wanted = -(-tuning.passes * device.processors // max(1, geometry.tiles))
-    return max(1, min(wanted, geometry.vectors // (2 * rows * held)))
-
-
-def _pass(
-    problem: Problem,
-    geometry: Geometry,
-    tuning: Tuning,
-    kernel: str,
-    arrays: int,
-    fields: Mapping[str, int] = NOTHING,
-) -> tuple[Launch, int]:
-    threads = _threads(geometry, geometry.vectors, tuning.threads)
-    held = _held(problem, tuning, geometry, arrays)
-    splits = _splits(geometry, tuning, problem.device, threads // geometry.lanes, held)
-    step = _launch(problem, geometry, kernel, geometry.tiles * splits, threads, held, splits=splits, fields=fields)
+def _pass(work: Work, kernel: str, arrays: int, fields: Mapping[str, int] = NOTHING) -> tuple[Launch, int]:
+    """A launch, and its blocks for each tile: the device is full, and a block has enough to do."""
+    problem, tuning, geometry = work
+    threads, held = _threads(geometry, geometry.vectors, tuning.threads), _held(work, arrays)
+    wanted = -(-tuning.passes * problem.device.processors // max(1, geometry.tiles))
+    splits = max(1, min(wanted, geometry.vectors // (2 * threads // geometry.lanes * held)))
+    step = _launch(work, kernel, geometry.tiles * splits, threads, held, splits=splits, fields=fields)
     return step, splits
 
 
-def _reduction(
-    problem: Problem, geometry: Geometry, tuning: Tuning, kernel: str, arrays: int, finish: str, partial: int
-) -> Plan:
+def _reduction(work: Work, kernel: str, arrays: int, finish: str, partial: int) -> Plan:
     """A pass that reduces, and the merge of its parts."""
-    first, splits = _pass(problem, geometry, tuning, kernel, arrays)
+    problem, tuning, geometry = work
+    first, splits = _pass(work, kernel, arrays)
     if splits == 1:
         return Plan((first,), 0, 0, "one pass")
     threads = _threads(geometry, splits, tuning.threads)
-    second = _launch(problem, geometry, finish, geometry.tiles, threads, 1, splits=splits, fields={"summed": splits})
-    return Plan((first, second), problem.shape[0] * problem.shape[2] * splits * partial, 0, "one pass")
+    second = _launch(work, finish, geometry.tiles, threads, 1, splits=splits, fields={"summed": splits})
+    return Plan((first, second), problem.kept * splits * partial, 0, "one pass")
 
 
-def _two_passes(
-    problem: Problem, geometry: Geometry, tuning: Tuning, kernels: tuple[str, str], arrays: int, partial: int
-) -> Plan:
-    first, splits = _pass(problem, geometry, tuning, kernels[0], arrays)
-    second, _ = _pass(problem, geometry, tuning, kernels[1], arrays, {"summed": splits, "backwards": 1})
-    return Plan((first, second), problem.shape[0] * problem.shape[2] * splits * partial, 0, "two passes")
+def _two_passes(work: Work, kernels: tuple[str, str], arrays: int, partial: int) -> Plan:
+    """A pass that reduces; the next merges its parts and goes backwards, through what the cache still holds."""
+    first, splits = _pass(work, kernels[0], arrays)
+    second, _ = _pass(work, kernels[1], arrays, {"summed": splits, "backwards": 1})
+    return Plan((first, second), work.problem.kept * splits * partial, 0, "two passes")
 
 
 # --- the functions ----------------------------------------------------------------------------------------------------
@@ -379,33 +380,25 @@ FORCED: dict[str, str | None] = {"strategy": None}  # for tests and tuning: one 
 @lru_cache(maxsize=4096)
 def moments(problem: Problem) -> Plan:
     """Count, mean and M2: one pass, and the merge of its parts where it was split."""
-    tuning = tuning_of(problem.device.architecture)
-    geometry = _geometry(problem, tuning)
-    return _reduction(problem, geometry, tuning, "statistics", 1, "finish_moments", 4)
+    return _reduction(_work(problem), "statistics", 1, "finish_moments", 4)
 
 
 @lru_cache(maxsize=4096)
 def grad_sums(problem: Problem) -> Plan:
     """Likewise dgamma and dbeta."""
-    tuning = tuning_of(problem.device.architecture)
-    geometry = _geometry(problem, tuning)
-    return _reduction(problem, geometry, tuning, "grad_sums", 2, "finish_sums", 2)
+    return _reduction(_work(problem), "grad_sums", 2, "finish_sums", 2)
 
 
 @lru_cache(maxsize=4096)
 def normalize(problem: Problem) -> Plan:
     """One elementwise pass with given statistics."""
-    tuning = tuning_of(problem.device.architecture)
-    step, _ = _pass(problem, _geometry(problem, tuning), tuning, "normalize", 1)
-    return Plan((step,), 0, 0, "one pass")
+    return Plan((_pass(_work(problem), "normalize", 1)[0],), 0, 0, "one pass")
 
 
 @lru_cache(maxsize=4096)
 def grad_input(problem: Problem) -> Plan:
     """One elementwise pass with given numbers."""
-    tuning = tuning_of(problem.device.architecture)
-    step, _ = _pass(problem, _geometry(problem, tuning), tuning, "grad_input", 2)
-    return Plan((step,), 0, 0, "one pass")
+    return Plan((_pass(_work(problem), "grad_input", 2)[0],), 0, 0, "one pass")
 
 
 @lru_cache(maxsize=4096)
@@ -421,10 +414,9 @@ def backward(problem: Problem) -> Plan:
 
 
 def _either(problem: Problem, kernel: str, arrays: int, passes: tuple[str, str], partial: int) -> Plan:
-    tuning, forced = tuning_of(problem.device.architecture), FORCED["strategy"]
+    forced = FORCED["strategy"]
     if forced != "two passes":
-        geometry = _geometry(problem, tuning, resident=True)
-        plan = _resident(problem, geometry, tuning, kernel, arrays, partial, forced)
+        plan = _resident(_work(problem, resident=True), kernel, arrays, partial, forced)
         if plan is not None:
             return plan
-    return _two_passes(problem, _geometry(problem, tuning), tuning, passes, arrays, partial)
+    return _two_passes(_work(problem), passes, arrays, partial)
