@@ -63,7 +63,8 @@ def mean(
     Notes
     -----
     Infinities of one sign give that infinity, NaN and infinities of both signs NaN. An empty slice gives NaN and
-    NumPy's RuntimeWarning. Extended precision (longdouble) and an integer `dtype` are left to NumPy.
+    NumPy's RuntimeWarning. Extended precision (longdouble) and an integer `dtype` are left to NumPy, and errors for
+    CuPy arrays.
 
     Examples
     --------
@@ -394,8 +395,8 @@ def _dtype(x: Any, dtype: Any) -> Any:
 def _check_out(x: Any, axis: Any, keepdims: bool, dtype: Any, out: Any) -> None:
     """What `out` must be, before anything is computed."""
     wanted = np.dtype(_dtype(x, dtype))
-    if wanted.char == "g":  # NumPy's own were left to it
-        raise TypeError(f"dtype: expected one that CuPy has, got {wanted}")
+    if not arguments.is_float(wanted):  # of NumPy's arrays, these were left to it
+        raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {wanted}")
     if out is None:
         return
     shape = _shape(x, _kept(x, axis), keepdims)
