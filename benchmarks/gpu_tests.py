@@ -39,7 +39,7 @@ def matrix_arguments() -> list[str]:
     """Arguments of pytest, with several workers where pytest-xdist is installed."""
     arguments = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "not slow", "--require-cuda", TESTS]
     if importlib.util.find_spec("xdist") is not None:
-        return [*arguments, "-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
+        return [*arguments, "-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadfile"]
     return [*arguments, "-W", "ignore::pytest.PytestUnknownMarkWarning"]  # the marks of its groups
 
 

@@ -20,15 +20,15 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 class ByKernels(LoadScopeScheduling):
-    """A file's tests, or those of one of its dtypes, go to one worker: two would compile the same kernels at a time.
+    """A file's tests of one dtype or architecture go to one worker: two would compile the same kernels at a time.
 
     Names are asked, not marks of groups: pytest-xdist 3.8 does not see the marks under pytest 9.2, and says nothing.
     """
 
     def _split_scope(self, nodeid):
         path, _, name = nodeid.partition("::")
-        dtypes = [dtype for dtype in DTYPES if dtype in re.split(r"\W", name)]
-        return f"{path} {dtypes}"
+        words = re.split(r"\W", name)
+        return " ".join([path, *(word for word in words if word in DTYPES or word.startswith("sm_"))])
 
 
 def pytest_addoption(parser):

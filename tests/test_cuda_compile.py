@@ -29,7 +29,8 @@ def check(architecture, kernel, variants):
 
 
 def each(architectures, kernels=KERNELS, *marks):
-    cases = [pytest.param(n, kernel, marks=marks) for n, kernel in itertools.product(architectures, kernels)]
+    pairs = itertools.product(architectures, kernels)
+    cases = [pytest.param(n, kernel, marks=marks, id=f"sm_{n}-{kernel}") for n, kernel in pairs]
     return pytest.mark.parametrize(("architecture", "kernel"), cases)
 
 
@@ -53,7 +54,7 @@ def test_widest_kernels_with_each_option(architecture, kernel):
     check(architecture, kernel, cuda_compile.hot(architecture))
 
 
-@pytest.mark.parametrize("architecture", BY_DEFAULT)
+@pytest.mark.parametrize("architecture", BY_DEFAULT, ids="sm_{}".format)
 def test_all_that_is_planned_is_chosen_from(architecture):
     from fastbn.cuda import launch, plans
 
