@@ -240,6 +240,7 @@ def batch_norm_backward(
         xp = backend.xp
         layout = arguments.layout_for(x, saved.channel_axis)
         dy = arguments.like("dy", dy, x)
+        arguments.like("saved.y", saved.y, x, "saved.x")
         out = arguments.output("out", out, x)
         if frozen and not (dmean is None and dvar is None):
             raise ValueError("dmean, dvar: expected None with frozen statistics, which do not depend on x")

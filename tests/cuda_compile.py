@@ -176,7 +176,7 @@ def planned(architecture: int) -> tuple[Variant, ...]:
 
     found: set[tuple[str, launch.Macros]] = set()
 
-    def function(_number: int, kernel: str, macros: launch.Macros, _shared: int) -> None:
+    def function(_number: int, kernel: str, macros: launch.Macros) -> None:
         found.add((kernel, macros))
 
     with (

@@ -11,8 +11,10 @@ import types
 import numpy as np
 import pytest
 
+import fastbn
 from fastbn.check import NIST
 from tests import test_matrix, test_numerics, test_properties, test_repeated
+from tests.simt import host_cupy
 from tests.support import DTYPES, LAYOUTS, OPTIONS
 from tests.test_cuda_matrix import ON_A_DEVICE
 from tests.test_properties import RANKS
@@ -187,6 +189,15 @@ SAME = test_repeated.test_same_bits
     calls(test_repeated.test_other_dtypes, slow, dtype=["float16"]),
     calls(test_repeated.test_unusual_arrays_go_the_documented_way, layout=["instance NCHW", "spatial slice"]),
     calls(test_repeated.test_in_place_forward_has_no_backward_however_often),
+    calls(test_repeated.test_a_gathered_forward_is_another_call),
+    calls(
+        test_repeated.test_every_argument_counts, function=["batch_norm", "batch_norm_inference"],
+        change=["eps", "activation", "out"],
+    ),
+    calls(
+        test_repeated.test_every_argument_counts, slow, function=["batch_norm", "batch_norm_inference"],
+        change=[name for name in test_repeated.CHANGES if name not in ("eps", "activation", "out")],
+    ),
 )  # fmt: skip
 def test_repeated_calls(short_ways, call):
     call(short_ways)
@@ -232,6 +243,26 @@ def test_numbers_of_a_later_saved_are_looked_at(cuda_arrays):
     for half in (*halves, halves[0]):
         grads = cuda_arrays.batch_norm_backward(dy, half)
         np.testing.assert_allclose(grads.gamma / cuda_arrays.batch_norm_backward(dy, saved).gamma, 1, rtol=0.01)
+
+
+@pytest.mark.parametrize("name", ["mean", "rstd", "count"])
+def test_numbers_of_other_dtypes_are_taken_again(cuda_device, name):
+    """In a `Saved` made by hand: integers go the documented way, where they are cast."""
+    x = host_cupy.to_cupy(np.arange(24.0).reshape(4, 6))
+    _, saved = fastbn.batch_norm(x)
+    whole, real = (saved._replace(**{name: host_cupy.to_cupy(np.full(6, 4, dtype))}) for dtype in (int, float))
+    expected = fastbn.batch_norm_backward(x, real)
+    for _ in range(3):
+        for a, b in zip(fastbn.batch_norm_backward(x, whole)[:3], expected[:3], strict=True):
+            np.testing.assert_array_equal(host_cupy.to_numpy(a), host_cupy.to_numpy(b))
+
+
+def test_y_of_another_dtype_is_refused(cuda_device):
+    """Its bytes would be read as if they were x's."""
+    x = host_cupy.to_cupy(np.arange(24.0).reshape(4, 6))
+    y, saved = fastbn.batch_norm(x, activation="relu")
+    with pytest.raises(ValueError, match=r"^saved\.y: expected saved\.x's shape"):
+        fastbn.batch_norm_backward(x, saved._replace(y=y.astype(np.float32)))
 
 
 def test_memory_of_programs_without_repetition_is_flat(monkeypatch):

@@ -280,3 +280,19 @@ def test_a_hook_returns_arrays_of_another_kind(wrong):
     with pytest.raises(error, match=message):
         fastbn.batch_norm(**arguments | {"gather": gather})
     assert (arguments["out"] == before).all()
+
+
+@pytest.mark.parametrize("function", [fastbn.batch_norm, fastbn.moments, fastbn.var], ids=label)
+@pytest.mark.parametrize("askew", ["address", "strides"])
+def test_elements_off_multiples_of_their_size(cuda_device, function, askew):
+    """A GPU cannot read them."""
+    raw = host_cupy.to_cupy(np.zeros(4 * 5 * 6, np.uint8))
+    if askew == "address":
+        x = raw[1:81].view(np.float32).reshape(4, 5)
+    else:
+        x = type(raw)((4, 5), np.float32, raw.data, (30, 6))
+    options = {"axis": 0} if function is fastbn.var else {}
+    launched = len(cuda_device.launches)
+    with pytest.raises(ValueError, match=r"^x: expected elements at multiples of their 4 bytes, got address "):
+        function(x, **options)
+    assert len(cuda_device.launches) == launched

@@ -1,7 +1,11 @@
 """What calls on CuPy arrays launch, do besides and allocate; what they leave behind."""
 
 import collections
+import contextlib
+import functools
+import types
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -281,3 +285,77 @@ def test_results_alone_hold_memory(counted, buffers, function):
     assert sum(buffer() is not None for buffer in buffers) <= len(held)
     del results
     assert all(buffer() is None for buffer in buffers)
+
+
+# --- what a launch may ask for ----------------------------------------------------------------------------------------
+
+INSTALLED_FUNCTION = launch.function.__wrapped__  # imported before kernels are executed on the CPU
+H200 = launch.Device(0, 90, 132, 227 << 10)
+
+
+ALLOWED: dict[Any, int] = {}
+ASKED = collections.defaultdict(set)
+
+
+class Function:
+    """A `cupy.RawKernel` and its function, which kernels of one text and one set of options share with its limit."""
+
+    shared_size_bytes = 16
+
+    def __init__(self, *key, options):
+        self.key = (*key, options)
+        ALLOWED.setdefault(self.key, 48 << 10)
+
+    @property
+    def max_dynamic_shared_size_bytes(self):
+        return ALLOWED[self.key]
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, value):
+        assert value + self.shared_size_bytes <= H200.shared
+        ALLOWED[self.key] = value
+
+    @property
+    def kernel(self):
+        def run(grid, block, args, shared_mem, **_options):
+            assert shared_mem <= ALLOWED[self.key], "more shared memory than allowed"
+            ASKED[self.key].add(shared_mem)
+
+        return run
+
+
+def test_shared_memory_is_allowed_whatever_came_before(monkeypatch):
+    """One function serves shapes that keep different amounts on the chip, in any order: as an epoch's last batch."""
+    context = types.SimpleNamespace(Device=lambda number: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "cupy", types.SimpleNamespace(RawKernel=Function, cuda=context))
+    monkeypatch.setattr(launch, "function", functools.lru_cache(INSTALLED_FUNCTION))
+    monkeypatch.setattr(launch, "device", lambda number: H200)
+    for samples in (32, 24, 32, 8, 32):
+        operand = plans.Operand((0, 512 * 784, 784, 1), 0)
+        problem = plans.Problem(
+            H200, (1, samples, 512, 784), 2, 4, (("x", operand), ("y", operand)), 0, (), (), False, False
+        )
+        plans.forward.__wrapped__(problem).run(*[0] * len(launch.POINTERS))
+    assert max(map(len, ASKED.values())) > 1
+
+
+def test_more_blocks_than_a_grid_has():
+    with pytest.raises(ValueError, match=r"^x: expected channels for 2147483647 blocks of threads at most"):
+        launch.Launch(None, 1 << 31, 32, 0, False, {}, -1.0)
+    launch.Launch(None, (1 << 31) - 1, 32, 0, False, {}, -1.0)
+
+
+def test_the_second_pass_goes_backwards(monkeypatch):
+    """Through what the cache still holds of the first."""
+    monkeypatch.setitem(plans.FORCED, "strategy", "two passes")
+    x, dy, keywords = arguments_of("NCHW", "plain")
+    found, launched = [], launch.Launch.__call__
+
+    def noted(self, *pointers):
+        found.append(dict(zip(launch.FIELDS, launch._fields.unpack(self.fixed), strict=False))["backwards"])
+        launched(self, *pointers)
+
+    monkeypatch.setattr(launch.Launch, "__call__", noted)
+    _, saved = fastbn.batch_norm(x, **keywords)
+    fastbn.batch_norm_backward(dy, saved)
+    assert found == [0, 1, 0, 1]

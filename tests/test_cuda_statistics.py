@@ -11,8 +11,9 @@ import pytest
 
 import fastbn
 from fastbn import reference
+from fastbn.cuda import plans
 from tests import test_like_numpy
-from tests.simt import host_cupy
+from tests.simt import cuda, host_cupy
 from tests.support import DTYPES
 from tests.test_cuda_again import by_call, calls, slow
 from tests.test_cuda_errors import on_device
@@ -228,3 +229,22 @@ def test_a_dtype_that_is_not_computed_in(cuda_device, function, dtype):
     with pytest.raises(TypeError, match=f"^dtype: expected float16, .* or float64, got {np.dtype(dtype)}"):
         getattr(fastbn, function)(on_device(numbers((3, 4))), dtype=dtype)
     assert len(cuda_device.launches) == launched
+
+
+@pytest.mark.parametrize("n", [2, 3, 16])
+def test_squares_that_overflow_about_the_first_value(cuda_device, monkeypatch, n):
+    """But not about the mean: one thread, which takes all values of a channel, then takes them one by one."""
+    tuning = cuda.SMALL | {"threads": 32, "along_channels": 512}
+    monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**tuning))
+    cuda.forget()
+    rng = np.random.default_rng(n)
+    x = np.full((n, 64), 1e154)
+    x[rng.integers(0, n, 64), np.arange(64)] = 0.0
+    x[0, :32], x[1:, :32] = 0.0, 1e154
+    mean, var = (host_cupy.to_numpy(a) for a in fastbn.mean_var(on_device(x), 0))
+    monkeypatch.undo()
+    cuda.forget()
+    assert {step.threads for step in cuda_device.launches[-1:]} == {32}
+    assert (((x - x[0]) / 1e154) ** 2).sum(0).max() > 1.8 or n == 2  # times 1e308
+    np.testing.assert_allclose(var, reference.var(x, 0), rtol=1e-13)
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-15)

@@ -145,6 +145,79 @@ def test_errors_stay_errors(short_ways):
             fastbn.batch_norm_inference(x, one, one, **wrong)
 
 
+CHANGES = {
+    "dtype of x": lambda a: a | {"x": a["x"].astype(np.float64)},
+    "order of x": lambda a: a | {"x": np.asfortranarray(a["x"])},
+    "shape of x": lambda a: a | {"x": a["x"][:3]},
+    "dtype of gamma": lambda a: a | {"gamma": a["gamma"].astype(np.float32) + np.float32(1)},
+    "gamma": lambda a: a | {"gamma": None},
+    "beta": lambda a: a | {"beta": a["beta"][::-1].astype(np.float16)},
+    "channel_axis": lambda a: a | {"channel_axis": 2},
+    "eps": lambda a: a | {"eps": 0.1},
+    "activation": lambda a: a | {"activation": None},
+    "residual": lambda a: a | {"residual": a["x"] * 2},
+    "out": lambda a: a | {"out": np.zeros_like(a["x"])},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("function", ["batch_norm", "batch_norm_inference"])
+def test_every_argument_counts(short_ways, function, change):
+    """A call that differs in one argument gives what it gives without a call before it."""
+    rng = np.random.default_rng(0)
+    usual = {"x": rng.standard_normal((4, 6, 6)).astype(np.float32), "activation": "relu", "eps": 1e-5}
+    usual |= {"gamma": rng.random(6) + 0.5, "beta": rng.random(6), "channel_axis": 1}
+    if function == "batch_norm_inference":
+        usual |= {"mean": rng.random(6), "var": rng.random(6) + 0.5}
+
+    def results(arguments):
+        y = getattr(fastbn, function)(**arguments)
+        if function == "batch_norm_inference":
+            return [y]
+        grads = fastbn.batch_norm_backward(arguments["x"], y[1])
+        return [y[0], y[1].mean, y[1].rstd, *(g for g in grads if g is not None)]
+
+    changed = CHANGES[change](usual)
+    expected = [a.copy("K") for a in results(changed)]
+    forget()
+    for arguments in (usual, usual, changed, changed):
+        found = results(arguments)
+    assert any(way is not None for way in short_ways)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
+
+
+def test_a_gathered_forward_is_another_call(short_ways):
+    x = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+    for _ in range(2):
+        fastbn.batch_norm_backward(x, fastbn.batch_norm(x)[1])
+    _, saved = fastbn.batch_norm(x, gather=lambda local: local[None])
+    with pytest.raises(ValueError, match="gather: expected what the forward pass had"):
+        fastbn.batch_norm_backward(x, saved)
+
+
+@pytest.mark.parametrize("name", ["mean", "rstd", "count"])
+def test_numbers_of_other_dtypes(short_ways, name):
+    """In a `Saved` made by hand."""
+    x = np.arange(24.0).reshape(4, 6)
+    _, saved = fastbn.batch_norm(x)
+    whole = saved._replace(**{name: np.full(6, 4.0)})
+    expected = fastbn.batch_norm_backward(x, whole)
+    for _ in range(3):
+        found = fastbn.batch_norm_backward(x, whole._replace(**{name: np.full(6, 4)}))
+        for a, b in zip(found[:3], expected[:3], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_y_of_another_dtype():
+    x = np.arange(24.0).reshape(4, 6)
+    y, saved = fastbn.batch_norm(x, activation="relu")
+    for wrong in (y.astype(np.float32), y[:3]):
+        with pytest.raises(ValueError, match=r"^saved\.y: expected saved\.x's shape \(4, 6\) and dtype float64, got"):
+            fastbn.batch_norm_backward(x, saved._replace(y=wrong))
+
+
 def test_other_threads_are_another_division(short_ways, monkeypatch):
     """A plan for so many threads serves only these."""
     x = np.random.default_rng(0).standard_normal((8, 16, 40, 40)).astype(np.float32)

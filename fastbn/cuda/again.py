@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fastbn.arguments import is_float
 from fastbn.cuda import launch, plans
 from fastbn.cuda.memory import Array, Results, extent, folded_view, problem_of
 from fastbn.layout import Layout
@@ -62,7 +63,10 @@ def _seen_by_kernels(layout: Layout, data: Arrays, numbers: Arrays) -> tuple[Arr
         return None
     folded = {name: None if a is None else folded_view(layout, a) for name, a in data.items()}
     viewed = all((folded[name] is None) == (a is None) for name, a in data.items())
-    plain = all(a is None or (a.shape == layout.kept_shape and a.strides[0] == a.itemsize) for a in numbers.values())
+    plain = all(
+        a is None or (is_float(a.dtype) and a.shape == layout.kept_shape and a.strides[0] == a.itemsize)
+        for a in numbers.values()
+    )
     return (folded, numbers) if viewed and plain else None
 
 

@@ -70,21 +70,23 @@ def device(number: int) -> Device:
 
 
 @lru_cache(maxsize=4096)
-def function(number: int, kernel: str, macros: Macros, shared: int) -> Any:
-    """A compiled kernel on a device: ``f(grid, block, args, shared_mem, stream, enable_cooperative_groups)``."""
+def function(number: int, kernel: str, macros: Macros) -> Any:
+    """A compiled kernel on a device: ``f(grid, block, args, shared_mem, stream, enable_cooperative_groups)``.
+
+    It may have all shared memory that a block can have. CUDA keeps one limit for a function, not for a launch.
+    """
     options = OPTIONS + tuple(f"-D{name}={value}" for name, value in macros)
     with cupy.cuda.Device(number):
         raw = cupy.RawKernel(source(kernel), kernel, options=options)
         compiled = requirements.compiled(raw)
-        if shared > 48 << 10:  # more than every device gives without being asked
-            raw.max_dynamic_shared_size_bytes = shared
+        raw.max_dynamic_shared_size_bytes = device(number).shared - raw.shared_size_bytes
         return compiled
 
 
 @lru_cache(maxsize=4096)
 def blocks_per_processor(number: int, kernel: str, macros: Macros, threads: int, shared: int) -> int:
     """How many blocks of a kernel run on one multiprocessor at once."""
-    compiled = function(number, kernel, macros, shared)
+    compiled = function(number, kernel, macros)
     with cupy.cuda.Device(number):
         return int(cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(compiled.ptr, threads, shared))
 
@@ -122,6 +124,9 @@ _fields = struct.Struct(f"<{len(FIELDS)}qd")
 _argument = np.dtype(f"V{_pointers.size + _fields.size}")
 
 
+MOST_BLOCKS = (1 << 31) - 1  # of a grid
+
+
 class Launch:
     """One kernel with all that does not change from call to call."""
 
@@ -132,6 +137,8 @@ class Launch:
     ) -> None:
         self.compiled, self.grid, self.block = compiled, (grid, 1, 1), (threads, 1, 1)
         self.shared, self.cooperative = shared, cooperative
+        if grid > MOST_BLOCKS:
+            raise ValueError(f"x: expected channels for {MOST_BLOCKS} blocks of threads at most, got {grid}")
         unknown = fields.keys() - set(FIELDS)
         if unknown:
             raise KeyError(f"kernels have no fields {unknown}")

@@ -132,11 +132,11 @@ struct Running {  // of one channel
         if (origin != origin) origin = value;
 #if DTYPE == 3
         // Even distances may overflow: a running mean of shares, which cannot.
-        const double mean = before > 0 ? origin + away * reciprocal(before) : value;
+        const double shift = before > 0 ? away * reciprocal(before) : 0, mean = before > 0 ? origin + shift : value;
         const double share = weight * reciprocal(before + weight);
+        squares = (squares - away * shift) + (value - mean) * (value - mean) * (before * share);
         origin = mean + (value * share - mean * share);
         away = 0;
-        squares = squares + (value - mean) * (value - mean) * weight;
 #else
         const double distance = static_cast<double>(value) - origin;
         away += weight * distance;

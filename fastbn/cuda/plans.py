@@ -223,7 +223,7 @@ def _launch(
         everything |= {f"{name}_strides_{axis}": s for axis, s in zip(launch.AXES, operand.strides, strict=True)}
     everything |= {f"{name}_type": dtype for name, dtype in problem.types}
     shared += scratch_bytes(kernel, geometry, threads)
-    compiled = launch.function(problem.device.number, kernel, macros, shared)
+    compiled = launch.function(problem.device.number, kernel, macros)
     return Launch(compiled, grid, threads, shared, cooperative, everything, problem.eps)
 
 

@@ -42,13 +42,15 @@ class Emulated:
     """The device that kernels believe to run on, and what they did."""
 
     schedule: int = 0
+    shared: int = 16 << 10
+    """Bytes that a block may have."""
     blocks: int = 2
     """Resident on one multiprocessor."""
     change: Callable[[str, str], str] = lambda kernel, text: text
     """Of a kernel's text, for tests that break it."""
     launches: list[Launched] = field(default_factory=list)
 
-    def function(self, _number: int, kernel: str, macros: Any, shared: int) -> Any:
+    def function(self, _number: int, kernel: str, macros: Any) -> Any:
         """What `launch.function` gives: a function to launch a kernel with."""
         from fastbn.cuda import launch
 
@@ -58,7 +60,7 @@ class Emulated:
 
         def run(grid, block, args, shared_mem=0, stream=None, enable_cooperative_groups=False):
             (argument,) = args
-            assert shared_mem == shared
+            assert shared_mem <= self.shared
             self.launches.append(
                 Launched(kernel, dict(macros), grid[0], block[0], shared_mem, enable_cooperative_groups)
             )
@@ -79,7 +81,7 @@ def installed(
     """
     from fastbn.cuda import launch, plans
 
-    emulated = Emulated(**settings)
+    emulated = Emulated(shared=shared, **settings)
     device = launch.Device(0, ARCHITECTURE, processors, shared)
     chosen = plans.Tuning(**(SMALL | (tuning or {})))
     with pytest.MonkeyPatch.context() as patch, host_cupy.installed():
