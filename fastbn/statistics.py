@@ -218,7 +218,7 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
         Elements to include; broadcasts to `x`, with size 1 on the channel axes.
     weights : array, optional
         Finite real weights >= 0, shaped like `where`: how often each element counts. Both given, they multiply. What
-        weighs zero is skipped, NaN or not.
+        weighs zero is skipped, NaN or not. Rounded to the type that sums run in: float32, but for float64 arrays.
 
     Returns
     -------

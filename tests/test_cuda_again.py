@@ -189,6 +189,7 @@ SAME = test_repeated.test_same_bits
     calls(test_repeated.test_other_dtypes, slow, dtype=["float16"]),
     calls(test_repeated.test_unusual_arrays_go_the_documented_way, layout=["instance NCHW", "spatial slice"]),
     calls(test_repeated.test_in_place_forward_has_no_backward_however_often),
+    calls(test_repeated.test_inference_without_eps),
     calls(test_repeated.test_a_gathered_forward_is_another_call),
     calls(
         test_repeated.test_every_argument_counts, function=["batch_norm", "batch_norm_inference"],

@@ -196,6 +196,35 @@ def test_indices_of_64_bits(cuda_device, monkeypatch, layout, options, checks):
     assert {step.macros["WIDE"] for step in cuda_device.launches} == {1}
 
 
+WIDTHS = {
+    "as wide as can be": ({}, 4),
+    "half a vector on": ({"off": 8}, 2),
+    "an element on": ({"off": 4}, 1),
+    "every other element": ({"strides": (0, 1 << 20, 1 << 10, 2)}, 1),
+    "backwards": ({"strides": (0, 1 << 20, 1 << 10, -1)}, 1),
+    "broadcast": ({"strides": (0, 1 << 20, 1 << 10, 0)}, 1),
+    "channels apart by odd numbers": ({"strides": (0, 1 << 20, 1023, 1)}, 1),
+    "samples apart by pairs": ({"strides": (0, (1 << 20) + 2, 1 << 10, 1)}, 2),
+    "one sample": ({"strides": (0, 3, 1 << 10, 1), "shape": (1, 1, 8, 64)}, 4),
+    "rows of whole pairs": ({"shape": (1, 4, 8, 62)}, 2),
+    "odd rows": ({"shape": (1, 4, 8, 63)}, 1),
+}
+
+
+@pytest.mark.parametrize(("change", "width"), WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("which", [0, 1])
+def test_width_of_loads(change, width, which):
+    """What any of the arrays does not allow, none is read by."""
+    usual = {"strides": (0, 1 << 20, 1 << 10, 1), "off": 0}
+    operands = [plans.Operand(**usual)] * 2
+    operands[which] = plans.Operand(**usual | {name: v for name, v in change.items() if name != "shape"})
+    problem = plans.Problem(
+        launch.Device(0, 90, 132, 227 << 10), change.get("shape", (1, 4, 8, 64)), 2, 4,
+        tuple(zip(("x", "y"), operands, strict=True)), 0, (), (), False, False,
+    )  # fmt: skip
+    assert plans._vector(problem, 3, 4) == width
+
+
 def test_when_indices_have_64_bits():
     for vectors, wide in (((1 << 31) - 1, 0), (1 << 31, 1)):
         geometry = plans.Geometry(False, 1, 1, vectors, 1, 1, 1)

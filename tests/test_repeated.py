@@ -188,6 +188,15 @@ def test_every_argument_counts(short_ways, function, change):
         assert (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
 
 
+def test_inference_without_eps(short_ways):
+    """Zero is an eps like others."""
+    x = np.arange(24.0).reshape(4, 6)
+    for _ in range(3):
+        y = fastbn.batch_norm_inference(x, np.full(6, 3.0), np.full(6, 4.0), eps=0.0)
+        np.testing.assert_array_equal(y, (x - 3) / 2)
+    assert len(short_ways) == 2
+
+
 def test_a_gathered_forward_is_another_call(short_ways):
     x = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
     for _ in range(2):

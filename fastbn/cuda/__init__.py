@@ -3,7 +3,7 @@
 Every function describes its call as a `plans.Problem`, asks for the plan and launches it on the current stream; callers
 make the arrays' device the current one. Per-channel numbers stay in their dtypes, and absent ones None: the kernels
 convert. Results of a call and the scratch behind them are one allocation, so that a captured graph may be replayed as
-long as the results live.
+long as the results live, unless callers copied something first.
 """
 
 from __future__ import annotations
