@@ -189,6 +189,10 @@ SAME = test_repeated.test_same_bits
     calls(test_repeated.test_other_dtypes, slow, dtype=["float16"]),
     calls(test_repeated.test_unusual_arrays_go_the_documented_way, layout=["instance NCHW", "spatial slice"]),
     calls(test_repeated.test_in_place_forward_has_no_backward_however_often),
+    calls(
+        test_repeated.test_out_of_a_later_call_overlaps_an_input,
+        **{"function,over": [("forward", "x"), ("backward", "x"), ("backward", "dy")]},
+    ),
     calls(test_repeated.test_inference_without_eps),
     calls(test_repeated.test_a_gathered_forward_is_another_call),
     calls(

@@ -109,6 +109,26 @@ def test_arrays_of_a_later_call_are_looked_at(short_ways):
     np.testing.assert_array_equal(mine, expected)
 
 
+@pytest.mark.parametrize(("function", "over"), [("forward", "x"), ("backward", "x"), ("backward", "dy")])
+def test_out_of_a_later_call_overlaps_an_input(short_ways, function, over):
+    """All but a sample of it, which would be written before it is read."""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal((4, 6, 8, 8)).astype(np.float32) for name in ("x", "dy")}
+
+    def result(out, x, dy):
+        if function == "forward":
+            return fastbn.batch_norm(x, out=out)[0]
+        return fastbn.batch_norm_backward(dy, fastbn.batch_norm(x)[1], out=out).x
+
+    for _ in range(2):
+        expected = result(np.zeros((4, 6, 8, 8), np.float32), **arrays)
+    both = np.zeros((5, 6, 8, 8), np.float32)
+    both[:4] = arrays[over]
+    found = result(both[1:], **arrays | {over: both[:4]})
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert short_ways[-1] is None
+
+
 def test_in_place_forward_has_no_backward_however_often(short_ways):
     for _ in range(3):
         x = np.ones((4, 6), np.float32)
