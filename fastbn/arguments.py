@@ -57,6 +57,8 @@ def output(name: str, array: Any, x: Any, of: str = "x") -> Any:
     like(name, array, x, of)
     if array is not None and isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"{name}: expected a writable array, got a read-only one")
+    if array is not None and any(s == 0 and n > 1 for s, n in zip(array.strides, array.shape, strict=True)):
+        raise ValueError(f"{name}: expected a place for each element, got strides {array.strides}")
     return array
 
 

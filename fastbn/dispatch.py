@@ -30,10 +30,21 @@ def kind_of(name: str, array: Any) -> str:
         return "numpy"
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
+        _check_places(name, array)
         return "cupy"
     raise TypeError(
         f"{name}: expected a numpy.ndarray or a cupy.ndarray, got {_type_name(kind)}; {_what_to_call(array)}"
     )
+
+
+def _check_places(name: str, array: Any) -> None:
+    """A GPU reads elements at multiples of their size alone, also to copy them elsewhere."""
+    size = array.itemsize
+    if any(place % size for place in (array.data.ptr, *array.strides)):
+        raise ValueError(
+            f"{name}: expected elements at multiples of their {size} bytes, got address {array.data.ptr} and strides "
+            f"{array.strides}"
+        )
 
 
 def one_kind(required: dict[str, Any], **optional: Any) -> str:

@@ -231,8 +231,8 @@ def cupy_array(monkeypatch):
         def __init__(self, shape, dtype=np.float32):
             self.shape, self.dtype, self.ndim = shape, np.dtype(dtype), len(shape)
             self.size = int(np.prod(shape))
-            self.strides = np.empty(shape, dtype).strides
-            self.data = types.SimpleNamespace(device_id=0)
+            self.strides, self.itemsize = np.empty(shape, dtype).strides, self.dtype.itemsize
+            self.data = types.SimpleNamespace(device_id=0, ptr=0)
 
         def __array__(self, dtype=None, copy=None):
             raise TypeError("Implicit conversion to a NumPy array is not allowed.")
@@ -542,6 +542,17 @@ TABLE = {
 @pytest.mark.parametrize(("function", "changes", "error", "message"), TABLE.values(), ids=TABLE)
 def test_refused(function, changes, error, message):
     assert_refused(function, GOOD[function]() | changes, error, message)
+
+
+@pytest.mark.parametrize("function", ["batch_norm", "batch_norm_inference", "normalize"])
+def test_out_without_a_place_for_each_element(function):
+    out = np.lib.stride_tricks.as_strided(np.zeros((1, 3, 5)), (4, 3, 5), (0, 40, 8))
+    given = {} if function == "batch_norm" else {"mean": np.zeros(3), "var": np.ones(3)}
+    if function == "normalize":
+        given["rstd"] = given.pop("var")
+    with pytest.raises(ValueError, match=r"^out: expected a place for each element, got strides \(0, 40, 8\)"):
+        getattr(fastbn, function)(np.ones((4, 3, 5)), **given, out=out)
+    assert not out.any()
 
 
 LOCAL = {

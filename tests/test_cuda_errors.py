@@ -282,6 +282,14 @@ def test_a_hook_returns_arrays_of_another_kind(wrong):
     assert (arguments["out"] == before).all()
 
 
+def test_out_without_a_place_for_each_element(cuda_device):
+    """CuPy's broadcast arrays are writable, unlike NumPy's."""
+    out = np.lib.stride_tricks.as_strided(np.zeros((1, 3, 5)), (4, 3, 5), (0, 40, 8))
+    with pytest.raises(ValueError, match=r"^out: expected a place for each element, got strides \(0, 40, 8\)"):
+        fastbn.batch_norm(on_device(np.ones((4, 3, 5))), out=on_device(out))
+    assert not out.any()
+
+
 @pytest.mark.parametrize("function", [fastbn.batch_norm, fastbn.moments, fastbn.var], ids=label)
 @pytest.mark.parametrize("askew", ["address", "strides"])
 def test_elements_off_multiples_of_their_size(cuda_device, function, askew):
@@ -295,4 +303,9 @@ def test_elements_off_multiples_of_their_size(cuda_device, function, askew):
     launched = len(cuda_device.launches)
     with pytest.raises(ValueError, match=r"^x: expected elements at multiples of their 4 bytes, got address "):
         function(x, **options)
+    if function is fastbn.batch_norm:
+        usual = on_device(np.ones((4, 5), np.float32))
+        for name in ("out", "residual"):
+            with pytest.raises(ValueError, match=f"^{name}: expected elements at multiples"):
+                function(usual, **{name: x})
     assert len(cuda_device.launches) == launched

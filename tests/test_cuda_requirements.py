@@ -12,7 +12,7 @@ if int(cupy.__version__.partition(".")[0]) < 13:
     pytest.skip("CuPy is older than 13", allow_module_level=True)
 
 from fastbn import cuda  # noqa: E402 - after CuPy is known to be there
-from fastbn.cuda import requirements  # noqa: E402
+from fastbn.cuda import requirements  # noqa: E402 - likewise
 
 
 def test_backends_define_the_same_functions():

@@ -26,16 +26,10 @@ def type_of(dtype: Any) -> int:
     return known
 
 
-def strides_of(name: str, a: Array) -> Strides:
+def strides_of(a: Array) -> Strides:
     """Strides in elements; 0 where there is one element, so that arrays of one layout have one plan."""
     itemsize = a.itemsize
-    strides = tuple(s if n > 1 else 0 for s, n in zip(a.strides, a.shape, strict=True))
-    if any(place % itemsize for place in (a.data.ptr, *strides)):  # which a GPU cannot read, to copy it either
-        raise ValueError(
-            f"{name}: expected elements at multiples of their {itemsize} bytes, got address {a.data.ptr} and strides "
-            f"{a.strides}"
-        )
-    return tuple(s // itemsize for s in strides)
+    return tuple(s // itemsize if n > 1 else 0 for s, n in zip(a.strides, a.shape, strict=True))
 
 
 def problem_of(
@@ -50,9 +44,9 @@ def problem_of(
         shape=first.shape,
         dtype=type_of(first.dtype),
         itemsize=first.itemsize,
-        operands=tuple((name, Operand(strides_of(name, a), a.data.ptr % 16)) for name, a in present.items()),
+        operands=tuple((name, Operand(strides_of(a), a.data.ptr % 16)) for name, a in present.items()),
         weight=0 if weight is None else 1 if weight.dtype == np.bool_ else 2,
-        weight_strides=() if weight is None else strides_of("where, weights", weight),
+        weight_strides=() if weight is None else strides_of(weight),
         types=tuple((name, type_of(a.dtype)) for name, a in (numbers or {}).items() if a is not None),
         relu=relu,
         residual=residual,
@@ -125,8 +119,8 @@ def empty_like(a: Array) -> Array:
 
 
 def writable_in_place(a: Array) -> bool:
-    """Whether kernels can write an array as it lies in memory: each element has a place of its own."""
-    return all(s != 0 or n <= 1 for s, n in zip(a.strides, a.shape, strict=True))
+    """Whether kernels can write an array as it lies in memory: whatever its strides."""
+    return True
 
 
 class _Shadow:
