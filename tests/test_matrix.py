@@ -268,23 +268,26 @@ def test_forced_strategies(monkeypatch, fresh_plans, options, serial_below, whol
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("offset", [0, 1, 5, 15])
-@pytest.mark.parametrize("shape", [(9, 13, 7, 7), (2, 5, 33, 31), (3, 50, 4, 4)])
-def test_out_anywhere_in_memory(monkeypatch, fresh_plans, shape, offset):
+@pytest.mark.parametrize("offset", [0, 1, 4, 5, 12, 15])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((9, 13, 7, 7), 1), ((2, 5, 33, 31), 1), ((3, 50, 4, 4), 1), ((7, 9, 96), -1), ((40, 3), -1)]
+)
+def test_out_anywhere_in_memory(monkeypatch, fresh_plans, shape, axis, offset):
     """Stores past the caches need whole lines; what lies before and behind an `out` that starts between two stays."""
     monkeypatch.setattr(memory, "CACHE_SHARE", 0)
     monkeypatch.setattr(plans, "STREAMED_ROW", 0)
     rng = np.random.default_rng(offset)
     x = rng.standard_normal(shape, dtype=np.float32)
-    gamma, beta = rng.random((2, shape[1]))
+    gamma, beta = rng.random((2, shape[axis]))
     buffer = np.full(x.size + 64, 7, np.float32)
     first = 16 + offset - buffer.ctypes.data % 64 // 4
     out = buffer[first : first + x.size].reshape(shape)
-    y, saved = fastbn.batch_norm(x, gamma, beta)
+    y, saved = fastbn.batch_norm(x, gamma, beta, channel_axis=axis)
     mean, var = saved.mean, saved.moments.var()
+    given = {"gamma": gamma, "beta": beta, "channel_axis": axis}
     calls = {
-        "forward": (lambda out: fastbn.batch_norm(x, gamma, beta, out=out)[0], y),
-        "inference": (lambda out: fastbn.batch_norm_inference(x, mean, var, gamma, beta, out=out), y),
+        "forward": (lambda out: fastbn.batch_norm(x, **given, out=out)[0], y),
+        "inference": (lambda out: fastbn.batch_norm_inference(x, mean, var, **given, out=out), y),
         "backward": (lambda out: fastbn.batch_norm_backward(x, saved, out=out).x, None),
     }
     for what, (call, expected) in calls.items():
