@@ -24,11 +24,11 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_device import Call, Machine
+from benchmarks.gpu_device import Machine
 from benchmarks.gpu_figures import NO_TIME, Cell, cells_of, goals, line, markdown, print_summary, timing, title
 from benchmarks.gpu_tests import ROOT, SANITIZED, SANITIZERS, TEST_SECONDS, WORKERS, bounded, run_tests, sanitize
-from benchmarks.gpu_workloads import BYTES, QUICK, Data, Job, TooLargeError, described, noted, planned
-from benchmarks.peers import DTYPES, LAYOUTS
+from benchmarks.gpu_workloads import OPERATIONS, QUICK, Job, planned
+from benchmarks.workloads import DTYPES, LAYOUTS, Call, Data, TooLargeError, described, noted
 from fastbn import environment
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def run(
             else:
                 with _no_longer_than(LONGEST, cell, cells, save):
                     try:
-                        data = data or Data(machine, job)
+                        data = data or Data(machine, job.shape, job.dtype, job.layout)
                     except TooLargeError as error:
                         refused = cell.state, cell.message = "skipped", str(error)
                     except Exception as error:
@@ -257,7 +257,7 @@ def first_calls(machine: Machine, jobs: Sequence[Job]) -> int:
             continue
         for what in job.operations:
             try:
-                Data(machine, job, count=1).ours(what)(0)
+                Data(machine, job.shape, job.dtype, job.layout, count=1).ours(what)(0)
                 machine.release()
             except Exception as error:
                 print(f"{job} {what}: {described(error)}")
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.shape or (QUICK if options.quick else ()),
         [dtype for dtype in dtypes if dtype in environment.float_dtypes()],
         options.layout or LAYOUTS,
-        options.operation or tuple(BYTES),
+        options.operation or OPERATIONS,
     )
     if options.compile:
         return first_calls(machine, jobs)
@@ -399,7 +399,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="of turns of every contender (5)")
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--layout", action="append", choices=LAYOUTS)
-    parser.add_argument("--operation", action="append", choices=list(BYTES))
+    parser.add_argument("--operation", action="append", choices=OPERATIONS)
     parser.add_argument("--shape", action="append", type=lambda text: tuple(map(int, text.split(","))))
     return parser
 

@@ -9,7 +9,6 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +16,8 @@ import numba
 import numpy as np
 
 import fastbn
+from benchmarks.workloads import Call
 from fastbn import environment
-from fastbn.cuda import requirements
-
-Call = Callable[[int], object]
 
 HOLD = """
 extern "C" __global__ void hold(long long nanoseconds) {
@@ -38,6 +35,8 @@ class Machine:
     """One GPU, its clock, and PyTorch on it where that is installed with CUDA."""
 
     def __init__(self) -> None:
+        from fastbn.cuda import requirements  # which needs CuPy: this module is also read where there is none
+
         self.attributes = requirements.attributes(0)  # or an error that says what the machine lacks
         self.xp: Any = requirements.cupy()
         cuda = self.xp.cuda
@@ -89,6 +88,10 @@ class Machine:
 
     def free_bytes(self) -> int:
         return int(self.xp.cuda.runtime.memGetInfo()[0])
+
+    def copy(self, x: Any, out: Any) -> None:
+        """Within the device; the host does not wait."""
+        out.data.copy_from_device_async(x.data, x.nbytes)
 
     def release(self) -> None:
         """Give back the memory that both libraries keep."""

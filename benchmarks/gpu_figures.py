@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.gpu_tests import OUTCOMES
-from benchmarks.gpu_workloads import BYTES, PRIMARY, TINY_BYTES, Job
-from benchmarks.peers import DTYPES, LAYOUTS, geometric_mean
+from benchmarks.gpu_workloads import OPERATIONS, PRIMARY, TINY_BYTES, Job
+from benchmarks.peers import geometric_mean
+from benchmarks.workloads import DTYPES, LAYOUTS, TRIPS
 
 NO_TIME = "no time left"
 
@@ -78,7 +79,7 @@ class Cell:
         """The share of the copy's speed at which the counted bytes move; with what two passes read again, or not."""
         if self.seconds is None or "copy" not in self.times:
             return None
-        return BYTES[self.what][again] / 2 * self.times["copy"].median / self.seconds
+        return TRIPS[self.what][again] / 2 * self.times["copy"].median / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -167,7 +168,7 @@ def goals(cells: Iterable[Cell]) -> list[Goal]:
             ("backward", "NCHW", 0.80), ("forward", "NHWC", 0.88), ("backward", "NHWC", 0.88),
         ):  # fmt: skip
             again = layout == "NHWC"
-            name = f"{what} {layout} from 64 MB, {BYTES[what][again]}S at the copy's speed"
+            name = f"{what} {layout} from 64 MB, {TRIPS[what][again]}S at the copy's speed"
             chosen = [c for c in large if (c.what, c.layout) == (what, layout)]
             ask(name, bound, "each", partial(Cell.of_copy, again=again), chosen)
         for what, bound in (("forward", 1.3), ("backward", 1.3), ("inference", 0.95)):
@@ -187,7 +188,7 @@ def _times_torch(cell: Cell) -> float | None:
 
 
 def title() -> str:
-    counted = ", ".join(f"{once}S {what}" for what, (once, _) in BYTES.items())
+    counted = ", ".join(f"{TRIPS[what].once}S {what}" for what in OPERATIONS)
     return f"""\
 us       median of a call, and half of what its rounds lie apart
 GB/s     {counted}: S are the bytes of x
@@ -208,7 +209,7 @@ def line(cell: Cell) -> str:
     text = f"{name}{1e6 * ours.median:9.2f} us +-{50 * (ours.high - ours.low) / ours.median:3.0f}%"
     share, again = cell.of_copy(), cell.of_copy(True)
     if share is not None and again is not None:
-        text += f" {BYTES[cell.what][0] * cell.nbytes / ours.median / 1e9:6.0f} GB/s  copy {share:4.2f} ({again:4.2f})"
+        text += f" {TRIPS[cell.what][0] * cell.nbytes / ours.median / 1e9:6.0f} GB/s  copy {share:4.2f} ({again:4.2f})"
     for name, theirs in cell.times.items():
         text += f"  {name} {theirs.median / ours.median:5.2f}x" if name.startswith("torch") else ""
     for name, message in cell.notes.items():
@@ -249,7 +250,7 @@ def markdown(record: dict[str, Any]) -> str:
             lines.append("")
 
     for dtype in DTYPES:
-        for operations in (PRIMARY, [what for what in BYTES if what not in PRIMARY]):
+        for operations in (PRIMARY, [what for what in OPERATIONS if what not in PRIMARY]):
             chosen = {
                 (c.shape, c.what, c.layout): c
                 for c in cells

@@ -22,18 +22,11 @@ import numba
 import numpy as np
 
 import fastbn
+from benchmarks.workloads import DTYPES, LAYOUTS, SHAPES, trips_at_best
 from fastbn import bench, environment
 from fastbn.__main__ import _in_turn as in_turn
 
-WORKLOADS = (
-    *((bench.BATCH, *layer) for layer in bench.RESNET50),
-    (4096, 512), (256, 1024),  # dense layers
-    (8, 32, 32, 32, 32),  # volumes
-    (2, 3, 1024, 1024),  # few channels
-    (1, 8, 16), (64, 128, 1),  # small calls
-)  # fmt: skip
-LAYOUTS = ("NCHW", "NHWC")
-DTYPES = ("float32", "float16", "bfloat16", "float64")
+WORKLOADS = tuple(SHAPES.values())
 LARGE = 12_000_000  # bytes of x from which the limit is asked for
 
 
@@ -66,19 +59,6 @@ class Case(NamedTuple):
         return self.result.as_dict() | {"limit_passes": self.passes, "limit": self.limit, "of_limit": self.of_limit}
 
 
-def passes_at_best(shape: Sequence[int], itemsize: int, layout: str, what: str) -> int:
-    """Trips of x's size over memory: one more for each array read twice that does not stay in a core's cache between.
-
-    What a core reads twice is a channel's slab of x, in the backward pass of x and dy; channels-last it is the core's
-    share of all channels. It counts as staying where it takes at most 75 % of one core's second-level cache.
-    """
-    counted = bench.OPERATIONS[what]
-    twice = {"forward": 1, "backward": 2}.get(what, 0)
-    nbytes = math.prod(shape) * itemsize
-    slab = nbytes // shape[1] if layout == "NCHW" else nbytes // numba.get_num_threads()
-    return counted + twice * (twice * slab > 0.75 * environment.core_cache())
-
-
 def run(options: argparse.Namespace) -> list[Case]:
     """Measure every case, printing as they come."""
     work = [
@@ -88,11 +68,13 @@ def run(options: argparse.Namespace) -> list[Case]:
         for dtype in options.dtype
     ]
     _print_title()
+    cache = environment.core_cache()
     cases: list[Case] = []
     for results in in_turn(work, options.progress):
         for result in results:
             itemsize = environment.float_dtypes()[result.dtype].itemsize
-            cases.append(Case(result, passes_at_best(result.shape, itemsize, result.layout, result.what)))
+            trips = trips_at_best(result.shape, itemsize, result.layout, result.what, cache, numba.get_num_threads())
+            cases.append(Case(result, trips))
             print(_line(cases[-1]), flush=True)
     return cases
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,17 +173,15 @@ class Data:
         nbytes = math.prod(shape) * itemtype.itemsize
         count = min(BUFFERS, max(2, -(-max(2 * last_cache(), 64 << 20) // nbytes)))
 
-        rng = np.random.default_rng(0)
-        normal = (rng.standard_normal(math.prod(shape), np.float32) + np.float32(0.5)).astype(itemtype).reshape(shape)
         self.raw_x, self.raw_out = ([_aligned(nbytes) for _ in range(count)] for _ in range(2))
         self.x, self.dy, self.out = (
             [raw.view(np.uint8)[:nbytes].view(itemtype).reshape(shape) for raw in raws]
             for raws in (self.raw_x, [_aligned(nbytes) for _ in range(count)], self.raw_out)
         )
-        for i, array in enumerate(self.x + self.dy):
-            array[...] = np.roll(normal, i + 1, axis=0)
+        for number, array in enumerate(self.x + self.dy):
+            fill(array, number)
         parameter: Any = np.float64 if dtype == "float64" else np.float32
-        self.gamma, self.beta = rng.random((2, self.channels)).astype(parameter) + parameter(0.5)
+        self.gamma, self.beta = np.random.default_rng(0).random((2, self.channels)).astype(parameter) + parameter(0.5)
         self.mean, self.var = self.beta, self.gamma
         self.dtype = dtype
 
@@ -280,6 +279,17 @@ class Data:
         return lambda i: backward(
             dy[i % n], x[i % n], gamma, None, None, *saved[i % n], True, EPS, [True, True, True]
         )  # fmt: skip
+
+
+def fill(array: Array, number: int) -> None:
+    """Write the normal numbers about 0.5 of the array of this number; each array's are others."""
+    array.reshape(-1)[...] = np.resize(np.roll(_normal(), -7919 * number), array.size)
+
+
+@lru_cache
+def _normal() -> Array:
+    """Repeated throughout an array: an odd number of them, so that channels differ."""
+    return np.random.default_rng(0).standard_normal(1_000_003, np.float32) + np.float32(0.5)
 
 
 def _aligned(nbytes: int) -> Array:

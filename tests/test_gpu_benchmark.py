@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fastbn import bench, environment
+from fastbn import environment
 from tests.conftest import missing
 from tests.simt import cuda, host_cupy
 
@@ -19,6 +19,7 @@ gpu = pytest.importorskip("benchmarks.gpu", reason="installed without the benchm
 gpu_device, gpu_figures, gpu_tests, gpu_workloads = (
     sys.modules[f"benchmarks.gpu_{part}"] for part in ("device", "figures", "tests", "workloads")
 )
+workloads = sys.modules["benchmarks.workloads"]
 
 TOY = (2, 4, 3, 5)
 NAME = "Toy GPU"
@@ -148,7 +149,7 @@ def test_a_run(device, tmp_path, capsys):
     assert [c["message"] for c in record["cells"] if c["state"] != "ok"] == []
     assert status == 0
     assert {(c["what"], c["kind"]) for c in record["cells"]} == {
-        *((what, "device") for what in gpu_workloads.BYTES),
+        *((what, "device") for what in gpu_workloads.OPERATIONS),
         *((what, kind) for what in gpu_workloads.PRIMARY for kind in ("host", "graph")),
     }
     assert record["environment"]["device"] == NAME
@@ -198,7 +199,7 @@ def test_without_torch(device, monkeypatch, tmp_path, capsys):
 
 
 def test_errors_are_recorded(device, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu_workloads.fastbn, "batch_norm_inference", fails)
+    monkeypatch.setattr(workloads.fastbn, "batch_norm_inference", fails)
     path = tmp_path / "run.json"
     operations = ["--operation", "inference", "--operation", "moments", "--layout", "NCHW"]
     assert gpu.main(arguments(path, *operations)) == 1
@@ -216,7 +217,7 @@ def test_what_peers_raise_is_noted(device, monkeypatch, tmp_path, part):
     if part == "call":
         monkeypatch.setattr(torch, "var_mean", fails)
     else:
-        monkeypatch.setattr(gpu_workloads._Torch, part, fails)
+        monkeypatch.setattr(workloads.Torch, part, fails)
     path = tmp_path / "run.json"
     assert gpu.main(arguments(path, "--operation", "moments", "--layout", "NCHW")) == 0
     (cell,) = recorded(path)["cells"]
@@ -261,7 +262,7 @@ def test_pytorchs_two_ways(device, monkeypatch, tmp_path):
         return batch_norm(*args)
 
     monkeypatch.setattr(torch.nn.functional, "batch_norm", watched)
-    monkeypatch.setattr(gpu_workloads._Torch, "has_cudnn", lambda *_: True)
+    monkeypatch.setattr(workloads.Torch, "has_cudnn", lambda *_: True)
     path = tmp_path / "run.json"
     operations = ["--operation", "backward", "--operation", "forward", "--layout", "NHWC"]
     assert gpu.main(arguments(path, *operations)) == 0
@@ -274,7 +275,7 @@ def test_pytorchs_two_ways(device, monkeypatch, tmp_path):
 
 
 def test_a_machine_without_a_gpu(device, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_device.requirements, "attributes", fails)
+    monkeypatch.setattr("fastbn.cuda.requirements.attributes", fails)
     assert gpu.main([]) == gpu.EXIT_NO_DEVICE
     assert "nothing to measure: no" in capsys.readouterr().err
 
@@ -390,7 +391,7 @@ def test_kernels_are_compiled_ahead(device, monkeypatch, tmp_path, capsys):
     device.launches.clear()
     assert gpu.main(command[2:]) == 0
     assert {launched.kernel for launched in device.launches} == {"statistics"}
-    monkeypatch.setattr(gpu_workloads.fastbn, "moments", fails)
+    monkeypatch.setattr(workloads.fastbn, "moments", fails)
     assert gpu.main(command[2:]) == 1
     assert "moments: RuntimeError: no luck" in capsys.readouterr().out
     monkeypatch.setattr(gpu_device.Machine, "free_bytes", lambda self: 0)
@@ -586,14 +587,14 @@ def test_lines_show_what_happened():
 
 
 def test_workloads():
-    jobs = gpu_workloads.planned((), gpu.DTYPES, gpu.LAYOUTS, tuple(gpu_workloads.BYTES))
+    jobs = gpu_workloads.planned((), gpu.DTYPES, gpu.LAYOUTS, gpu_workloads.OPERATIONS)
     assert len(set(jobs)) == len(jobs)
-    assert jobs[0].shape == (bench.BATCH, *bench.RESNET50[0])
+    assert jobs[0].shape == (workloads.BATCH, *workloads.RESNET50[0])
     for dtype in gpu.DTYPES:
         for layout in gpu.LAYOUTS:
             assert gpu_workloads.LARGE in {j.shape for j in jobs if (j.dtype, j.layout) == (dtype, layout)}
     single = {j.shape for j in jobs if j.dtype == "float32"}
-    layers = {*bench.RESNET50, *gpu_workloads.RESNET50_V15}
+    layers = {*workloads.RESNET50, *workloads.RESNET50_V15}
     assert single == {
         *((batch, *layer) for batch in (32, 256) for layer in layers),
         gpu_workloads.LARGE,
@@ -605,9 +606,9 @@ def test_workloads():
 def test_inputs_are_normal_and_differ(device):
     machine = types.SimpleNamespace(xp=sys.modules["cupy"], cache_bytes=600, free_bytes=lambda: 1 << 30, torch=None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_workloads, "TILE", 101)
+        patch.setattr(workloads, "TILE", 101)
         for dtype in ("float32", "float64"):
-            data = gpu_workloads.Data(machine, gpu_workloads.Job((4, 8, 8, 8), dtype, "NHWC", ()), 2)
+            data = workloads.Data(machine, (4, 8, 8, 8), dtype, "NHWC", 2)
             arrays = [host_cupy.to_numpy(a) for a in (*data.x, *data.dy)]
             for i, array in enumerate(arrays):
                 assert array.shape == (4, 8, 8, 8)
