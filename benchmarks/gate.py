@@ -61,7 +61,7 @@ def compare(base: str, head: str, bench: Sequence[str], factor: float, rounds: i
         settings.write_text(json.dumps(settings_of(ROOT / "asv.conf.json", Path(folder))), encoding="utf-8")
         command = [
             sys.executable, "-m", "asv", "--config", str(settings), "continuous", "--interleave-rounds",
-            "--factor", str(factor), "--attribute", f"rounds={rounds}", "--machine", "gate",
+            "--factor", str(factor), "--attribute", f"rounds={rounds}",
             *(word for name in bench for word in ("--bench", name)), base, head,
         ]  # fmt: skip
         printed = []

@@ -35,13 +35,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--require-cuda-harness", action="store_true", help="fail where CUDA kernels cannot be compiled or executed"
     )
+    parser.addoption("--require-browser", action="store_true", help="fail where published pages cannot be opened")
     parser.addoption("--require-cuda", action="store_true", help="run the matrix of CuPy arrays on a GPU, or fail")
 
 
-def missing(request, reason):
-    """Skip, visibly; fail where the harness is required."""
-    if request.config.getoption("require_cuda_harness"):
-        pytest.fail(f"--require-cuda-harness: {reason}")
+def missing(request, reason, option="--require-cuda-harness"):
+    """Skip, visibly; fail where what is missing is required."""
+    if request.config.getoption(option.removeprefix("--").replace("-", "_")):
+        pytest.fail(f"{option}: {reason}")
     pytest.skip(reason)
 
 

@@ -1,0 +1,291 @@
+"""asv's suite at toy size, the gate, and what all benchmarks share."""
+
+import inspect
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from fastbn import bench, environment
+
+kernels = pytest.importorskip("benchmarks.kernels", reason="installed without the benchmarks")
+from benchmarks import calls, gate, host, workloads  # noqa: E402
+
+TOY = (2, 4, 3, 5)
+PREFIXES = ("time_", "track_", "peakmem_", "timeraw_")
+
+
+def functions(cls):
+    return [name for name in dir(cls) if name.startswith(PREFIXES)]
+
+
+CLASSES = [
+    cls
+    for module in (kernels, calls)
+    for name, cls in vars(module).items()
+    if inspect.isclass(cls) and not name.startswith("_") and functions(cls)
+]
+
+
+def combinations(cls):
+    params = getattr(cls, "params", ())
+    params = [p if isinstance(p, tuple) else (p,) for p in params]
+    return itertools.product(*params)
+
+
+# --- asv's suite ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Workloads, caches and times so small that all is run at once."""
+    for name, shape in {kernels.LARGE: TOY, kernels.MIDDLE: TOY, calls.SMALL: TOY[:3]}.items():
+        monkeypatch.setitem(workloads.SHAPES, name, shape)
+    for name, value in {"SECONDS": 0, "PAIRS": 2, "BURST_SECONDS": 1e-5, "PAUSE": 0.01}.items():
+        monkeypatch.setattr(kernels, name, value)
+    monkeypatch.setattr(calls, "BURST", 2)
+    monkeypatch.setattr(host, "cache", lambda *_: 1000)
+    monkeypatch.setattr(calls, "FIRST", "{shape}, {axis}\nprint(0.25, 0.5)")
+    yield
+    kernels.case.cache_clear()
+
+
+def value_of(result):
+    return float(np.median(result["samples"])) if isinstance(result, dict) else result
+
+
+@pytest.mark.parametrize(("cls", "name"), [(cls, name) for cls in CLASSES for name in functions(cls)])
+def test_the_suite_runs(toy, cls, name):
+    cached = [cls().setup_cache()] if hasattr(cls, "setup_cache") else []
+    ran = 0
+    for params in combinations(cls):
+        case = cls()
+        if "cupy" in params or (cls is kernels.BesidePyTorch and not environment.optional("torch")):
+            with pytest.raises(NotImplementedError):
+                case.setup(*params)
+            continue
+        if hasattr(case, "setup"):
+            case.setup(*params)
+        result = getattr(case, name)(*cached, *params)
+        ran += 1
+        if name.startswith("track_"):
+            assert 0 <= value_of(result) < math.inf
+            assert getattr(cls, name).unit
+        elif name == "timeraw_import":
+            assert result == "import fastbn"
+        else:
+            assert result is None
+    assert ran or cls is kernels.BesidePyTorch
+
+
+def test_every_operation_is_in_the_suite():
+    assert {cls.operation for cls in CLASSES if issubclass(cls, kernels._Operation)} == set(workloads.TRIPS)
+
+
+def test_benchmarks_have_versions():
+    """Without one asv takes the text of the class, and forgets the history when a comment changes."""
+    assert all(cls.version == "1" for cls in CLASSES)
+
+
+def test_a_case_is_made_once_a_process(toy):
+    """asv sets up before each sample."""
+    case = kernels.Forward()
+    for _ in range(2):
+        case.setup("numpy", kernels.LARGE, "NCHW", "float32")
+    assert kernels.case.cache_info().misses == 1
+
+
+def test_ratios(toy, monkeypatch):
+    """Of one call's time to another's, whichever has its turn first."""
+    case = kernels.case("moments", "numpy", TOY, "NCHW", "float32")
+    monkeypatch.setattr(kernels, "PAIRS", 4)
+    ratios = case.ratios(lambda _: time.sleep(0.02), lambda _: time.sleep(0.005))
+    assert len(ratios) == 4
+    assert np.median(ratios) == pytest.approx(4, rel=0.5)
+
+
+def test_the_limit_is_the_copy_of_what_must_move(toy, monkeypatch):
+    """A kernel as slow as a copy of x moves three trips' bytes in two thirds of the time that a machine needs."""
+    case = kernels.case("fused", "numpy", TOY, "NCHW", "float32")
+    monkeypatch.setattr(case, "ratios", lambda ours, theirs: [1.0] if theirs == case.data.copy else None)
+    assert case.times_limit() == [pytest.approx(2 / 3)]
+
+
+@pytest.mark.slow
+def test_first_calls_compile_and_then_load():
+    first = calls.FirstCall().setup_cache()
+    for layout in workloads.LAYOUTS:
+        compiling, cached = first[layout]
+        assert compiling["forward"] > cached["forward"] > 0
+
+
+def test_asv_accepts_the_suite():
+    pytest.importorskip("asv")
+    command = [sys.executable, "-m", "asv", "check", "--environment", "existing:same"]
+    run = subprocess.run(command, cwd=gate.ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "No problems found." in run.stdout
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+TABLE = """\
+[100.00%] ··· kernels.Forward.track_times_limit                              ok
+
+| Change   | Before [7604a13c] <main>   | After [0123abcd] <slower>   |   Ratio | Benchmark (Parameter) |
+|----------|----------------------------|-----------------------------|---------|-----------------------|
+| +        | 1.02±0.05                  | 1.35±0.04                   |    1.32 | {} |
+| !        | 0.0001                     | failed                      |     n/a | {} |
+| -        | 1.9±0.05                   | 1.1±0.04                    |    0.58 | kernels.Backward.time_call('numpy') |
+"""
+SLOWER = "kernels.Forward.track_times_limit('numpy', 'resnet50_56x56x256', 'NCHW', 'float32')"
+FAILS = "calls.Memory.track_beside_results('forward', 'NCHW')"
+
+
+def answers(monkeypatch, *found):
+    """Have asv answer so, and note what it was asked."""
+    asked, left = [], list(found)
+
+    def compare(base, head, bench, factor, rounds):
+        asked.append((base, head, list(bench), factor, rounds))
+        return left.pop(0)
+
+    monkeypatch.setattr(gate, "compare", compare)
+    return asked
+
+
+def test_the_gate_names_what_is_slower_each_time(monkeypatch, capsys):
+    slower = (1, TABLE.format(SLOWER, FAILS))
+    asked = answers(monkeypatch, slower, slower, slower)
+    assert gate.main(["main", "change"]) == 1
+    printed = capsys.readouterr().out
+    assert "change is slower than main" in printed
+    assert SLOWER in printed
+    assert FAILS in printed
+    assert "Backward" not in printed
+    assert [rounds for *_, rounds in asked] == list(gate.ROUNDS)
+    assert asked[0][2] == list(gate.CHOSEN)
+    for pattern, name in zip(asked[1][2], (FAILS, SLOWER), strict=True):
+        assert gate.re.search(pattern, name)
+
+
+def test_what_is_slower_once_is_not_slower(monkeypatch, capsys):
+    asked = answers(monkeypatch, (1, TABLE.format(SLOWER, FAILS)), (0, "no change"))
+    assert gate.main(["main", "HEAD", "--factor", "1.3", "--bench", "kernels"]) == 0
+    assert asked[0][2:] == (["kernels"], 1.3, gate.ROUNDS[0])
+    assert len(asked) == 2
+    assert "HEAD is not slower than main" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "found", [(2, ""), (1, "Unknown commit"), (1, TABLE.replace("| +", "| -").replace("| !", "| -"))]
+)
+def test_a_comparison_that_fails_is_no_pass(monkeypatch, capsys, found):
+    answers(monkeypatch, found)
+    assert gate.main(["main"]) == 2
+    assert f"asv ended with status {found[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("index", "count"), [(0, 28), (1, 3), (2, 8)])
+def test_what_the_gate_compares(index, count):
+    names = [
+        f"{cls.__module__.removeprefix('benchmarks.')}.{cls.__name__}.{name}({', '.join(map(repr, params))})"
+        for cls in CLASSES
+        for name in functions(cls)
+        for params in combinations(cls)
+    ]
+    assert sum(gate.re.search(gate.CHOSEN[index], name) is not None for name in names) == count
+
+
+def test_asvs_settings(tmp_path):
+    settings = gate.settings_of(gate.ROOT / "asv.conf.json", tmp_path)
+    assert settings["results_dir"] == str(tmp_path)
+    assert settings["benchmark_dir"] == str(gate.ROOT / "benchmarks")
+    json.dumps(settings)
+
+
+# --- what all share ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "what", "trips"),
+    [
+        ((32, 512, 28, 28), "NCHW", "forward", 2),  # a channel's slab is 100 kB
+        ((32, 512, 28, 28), "NCHW", "backward", 3),  # of x and dy 200 kB
+        ((32, 256, 56, 56), "NCHW", "forward", 3),  # 401 kB: more than 75 % of 512 kB
+        ((32, 256, 56, 56), "NCHW", "backward", 5),
+        ((32, 512, 28, 28), "NHWC", "forward", 3),  # half of the array a thread
+        ((1, 8, 16), "NHWC", "backward", 3),
+        ((32, 256, 56, 56), "NHWC", "inference", 2),
+        ((32, 256, 56, 56), "NCHW", "fused", 3),
+        ((32, 256, 56, 56), "NCHW", "moments", 1),
+        ((32, 512, 28, 28), "NCHW", "fused backward", 5),  # of x, dy and y 301 kB
+        ((32, 256, 56, 56), "NCHW", "fused backward", 8),
+    ],
+)
+def test_trips_over_memory(shape, layout, what, trips):
+    assert workloads.trips_at_best(shape, 4, layout, what, 512 << 10, 2) == trips
+
+
+def test_the_packages_own_measurement_has_the_same_workloads():
+    """`python -m fastbn bench` runs where there is no benchmarks folder."""
+    assert (bench.BATCH, bench.RESNET50, bench.EPS) == (workloads.BATCH, workloads.RESNET50, workloads.EPS)
+    assert bench.OPERATIONS.items() <= {what: trips.once for what, trips in workloads.TRIPS.items()}.items()
+
+
+@pytest.mark.parametrize("dtype", list(environment.float_dtypes()))
+def test_the_packages_own_measurement_has_the_same_inputs(monkeypatch, dtype):
+    for number in (0, 3, 200):
+        ours, theirs = (np.empty((3, 500_000), workloads.dtype_of(dtype)) for _ in range(2))
+        workloads.fill(ours, number)
+        bench.fill(theirs, number)
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.astype(np.float32).mean() == pytest.approx(0.5, abs=0.01)
+        assert ours.astype(np.float32).std() == pytest.approx(1, abs=0.01)
+
+
+def test_names_of_workloads():
+    assert workloads.SHAPES["resnet50_56x56x256"] == (32, 256, 56, 56)
+    assert len(workloads.SHAPES) == 15
+
+
+@pytest.mark.parametrize("operation", list(workloads.TRIPS))
+@pytest.mark.parametrize("layout", workloads.LAYOUTS)
+def test_contenders_compute_the_same(operation, layout):
+    """Written to `out`, allocated, and PyTorch's."""
+    pytest.importorskip("torch")
+    data = workloads.Data(host.Host(), (4, 8, 6, 5), "float32", layout, 2)
+
+    def arrays(result):
+        found = result if isinstance(result, tuple) else (result,)
+        return [np.asarray(a) for a in found[: 3 if "backward" in operation else 1]]
+
+    if operation == "moments":
+        moments, (var, mean) = data.ours(operation)(1), data.torchs(operation)(1)
+        np.testing.assert_allclose(moments.mean, mean, rtol=1e-5)
+        np.testing.assert_allclose(moments.var(), var, rtol=1e-5)
+        return
+    new, given, theirs = (f(1) for f in (data.ours(operation), data.ours(operation, out=True), data.torchs(operation)))
+    for a, b, c in zip(arrays(new), arrays(given), arrays(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+        c = np.moveaxis(c, 1, -1) if layout == "NHWC" and c.ndim > 1 else c
+        np.testing.assert_allclose(a, c, rtol=1e-4, atol=1e-5)
+    first = arrays(given)[0]
+    assert np.shares_memory(first, data.out[1])
+
+
+@pytest.mark.parametrize("offset", [0, 3, 16, 63])
+@pytest.mark.parametrize("nbytes", [64, 100, 4096, 100_001])
+def test_the_hosts_copy(offset, nbytes):
+    """Whole, and nothing beside."""
+    x = np.random.default_rng(0).integers(0, 255, nbytes, np.uint8)
+    buffer = np.full(nbytes + 256, 7, np.uint8)
+    start = 64 + offset
+    host.Host().copy(x, buffer[start : start + nbytes])
+    np.testing.assert_array_equal(buffer[start : start + nbytes], x)
+    np.testing.assert_array_equal(np.delete(buffer, np.s_[start : start + nbytes]), 7)
