@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 _INSTEAD = {
-    "torch": "pass t.detach().numpy() (CPU) or cupy.from_dlpack(t) (CUDA)",
+    "torch": "use fastbn.torch, or pass t.detach().numpy() (CPU) or cupy.from_dlpack(t) (CUDA)",
     "jax": "pass numpy.asarray(a)",
     "jaxlib": "pass numpy.asarray(a)",
     "tensorflow": "pass t.numpy()",

@@ -1,0 +1,27 @@
+"""Batch norm for PyTorch by fastbn's kernels: functions, modules, and `convert`, which swaps those of a model.
+
+The meaning is PyTorch's own: momentum weighs the new batch, running variances are unbiased, state dicts are the same.
+Tensors are not copied. Statistics are kept in float64 from the forward to the backward pass.
+
+=====================  ===============================================================================================
+`batch_norm`           as `torch.nn.functional.batch_norm`, and fused with a residual and relu
+`BatchNorm1d` 2d, 3d   as `torch.nn`'s, which they extend
+`BatchNormAct2d`       batch norm, residual and relu in one pass over memory
+`SyncBatchNorm`        statistics over all processes of a group; on the CPU too, with uneven and empty batches
+`convert`              gives every batch norm of a model these kernels
+=====================  ===============================================================================================
+
+`torch.ops.fastbn` has the operators: they compile and export in one graph and differentiate twice.
+"""
+
+try:
+    import torch as _torch
+except ImportError as error:
+    raise ImportError("fastbn.torch needs PyTorch, which is not installed: pip install 'fastbn[torch]'") from error
+
+from fastbn.torch.functional import batch_norm
+from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d, SyncBatchNorm, convert
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct2d", "SyncBatchNorm", "batch_norm", "convert"]
+
+del _torch
