@@ -21,7 +21,7 @@ ICML 2015, section 4.1 and Algorithms 1 and 2. The paper's digits are MNIST.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -88,15 +88,22 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 * np.tanh(0.5 * x) + 0.5  # 1 / (1 + exp(-x)) would overflow
 
 
-def train_step(layers: list[Layer], images: np.ndarray, labels: np.ndarray, rate: float) -> None:
-    """One step down the gradient of the mean cross-entropy, in place; the running statistics follow the batch."""
+def train_step(
+    layers: list[Layer], images: np.ndarray, labels: np.ndarray, rate: float,
+    batch: int | None = None, gather: Callable | None = None, summed: Callable = lambda array: array,
+) -> None:  # fmt: skip
+    """One step down the gradient of the mean cross-entropy, in place; the running statistics follow the batch.
+
+    Of several processes each gives its part of the batch, `batch` images in all; `gather` exchanges statistics, and
+    `summed` adds gradients over all of them.
+    """
     z, saved = [images], []
     for layer in layers[:-1]:
         x = z[-1] @ layer.weight
         if layer.gamma is None:
             x += layer.bias
         else:
-            x, for_backward = fastbn.batch_norm(x, layer.gamma, layer.bias, channel_axis=1)
+            x, for_backward = fastbn.batch_norm(x, layer.gamma, layer.bias, channel_axis=1, gather=gather)
             layer.mean, layer.var = fastbn.update_running(layer.mean, layer.var, for_backward.moments)
             saved.append(for_backward)
         z.append(sigmoid(x))
@@ -104,16 +111,16 @@ def train_step(layers: list[Layer], images: np.ndarray, labels: np.ndarray, rate
     logits = z[-1] @ layers[-1].weight + layers[-1].bias
     softmax = np.exp(logits - logits.max(axis=1, keepdims=True))
     softmax /= softmax.sum(axis=1, keepdims=True)
-    dx = (softmax - np.eye(10, dtype=np.float32)[labels]) / np.float32(len(labels))
+    dx = (softmax - np.eye(10, dtype=np.float32)[labels]) / np.float32(batch or len(labels))
     for layer, inputs in zip(reversed(layers), reversed(z), strict=True):
         if layer.gamma is None:
             dbias = dx.sum(axis=0)
         else:
-            dx, dgamma, dbias, _ = fastbn.batch_norm_backward(dx, saved.pop())
-            layer.gamma -= rate * dgamma
+            dx, dgamma, dbias, _ = fastbn.batch_norm_backward(dx, saved.pop(), gather=gather)
+            layer.gamma -= rate * summed(dgamma)
         dz = dx @ layer.weight.T
-        layer.weight -= rate * (inputs.T @ dx)
-        layer.bias -= rate * dbias
+        layer.weight -= rate * summed(inputs.T @ dx)
+        layer.bias -= rate * summed(dbias)
         dx = dz * inputs * (1 - inputs)  # through the sigmoid that gave the inputs; unused below the first layer
 
 
