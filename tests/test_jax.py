@@ -1,0 +1,221 @@
+"""`fastbn.jax` beside formulas in JAX itself, under its transformations; XLA's way to the host."""
+
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+import jax.numpy as jnp  # noqa: E402
+
+import fastbn  # noqa: E402
+import fastbn.jax as fj  # noqa: E402
+from fastbn.jax import functional, xla  # noqa: E402
+
+SHAPES = {"last": ((4, 5, 6, 3), -1), "first": ((4, 3, 5, 6), 1), "dense": ((20, 3), 1), "zeroth": ((3, 7), 0)}
+CLOSE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 4e-2, "float64": 1e-12}
+
+
+@pytest.fixture(params=CLOSE)
+def dtype(request):
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+def case(shape, axis, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    x, residual, dy = (jnp.asarray(rng.standard_normal(shape)).astype(dtype) for _ in range(3))
+    kind = "float64" if dtype == "float64" else "float32"
+    gamma, beta, mean, var = (jnp.asarray(rng.random(shape[axis]) + 0.5).astype(kind) for _ in range(4))
+    return x, residual, dy, gamma, beta, mean, var
+
+
+def formula(x, gamma=1.0, beta=0.0, mean=None, var=None, residual=None, activation=None, axis=-1, eps=1e-5):
+    """In float32 or wider, as plainly as JAX allows."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    axes = tuple(a for a in range(x.ndim) if a != axis % x.ndim)
+    shape = [-1 if a == axis % x.ndim else 1 for a in range(x.ndim)]
+    mean = wide.mean(axes) if mean is None else mean
+    var = wide.var(axes) if var is None else var
+    rows = [jnp.reshape(a, shape) if jnp.ndim(a) else a for a in (mean, var, gamma, beta)]
+    y = (wide - rows[0]) / jnp.sqrt(rows[1] + eps) * rows[2] + rows[3]
+    y = y if residual is None else y + residual
+    return (jax.nn.relu(y) if activation else y).astype(x.dtype)
+
+
+def assert_close(ours, theirs, dtype):
+    assert ours.dtype == theirs.dtype
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=CLOSE[dtype] * max(1, np.abs(theirs).max(initial=0)))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", SHAPES)
+def test_values_and_gradients(dtype, name, training, fused):
+    shape, axis = SHAPES[name]
+    x, residual, dy, gamma, beta, mean, var = case(shape, axis, dtype)
+    extra = {"residual": residual, "activation": "relu"} if fused else {}
+
+    def ours(x, gamma, beta, mean, var, residual):
+        fused_with = extra and {"residual": residual, "activation": "relu"}
+        return fj.batch_norm(x, gamma, beta, mean, var, training=training, channel_axis=axis, **fused_with)[0]
+
+    def theirs(x, gamma, beta, mean, var, residual):
+        statistics = {} if training else {"mean": mean, "var": var}
+        fused_with = extra and {"residual": residual, "activation": "relu"}
+        return formula(x, gamma, beta, axis=axis, **statistics, **fused_with)
+
+    arguments = x, gamma, beta, mean, var, residual
+    answers = []
+    for function in (ours, theirs):
+        y, pull = jax.vjp(jax.jit(function), *arguments)
+        answers.append((y, *pull(dy)))
+    for a, b in zip(*answers, strict=True):
+        assert_close(a, b, dtype)
+
+
+def test_running_statistics():
+    """As PyTorch's with correction 1, as Flax' with 0; new arrays, in the dtypes given, without a gradient."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 5, 3)), jnp.float32)
+    mean, var = jnp.full(3, 2.0), jnp.full(3, 3.0, jnp.bfloat16)
+    for correction in (0, 1):
+        _, (new_mean, new_var) = jax.jit(partial(fj.batch_norm, rate=0.25, correction=correction))(
+            x, running_mean=mean, running_var=var
+        )
+        assert (new_mean.dtype, new_var.dtype) == (mean.dtype, var.dtype)
+        np.testing.assert_allclose(new_mean, 1.5 + 0.25 * x.mean((0, 1)), rtol=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(new_var, np.float32), 2.25 + 0.25 * x.var((0, 1), ddof=correction), rtol=1e-2
+        )
+    gradient = jax.grad(lambda x: fj.batch_norm(x, running_mean=mean, running_var=var)[1][0].sum())(x)
+    assert not gradient.any()
+    np.testing.assert_array_equal(mean, 2.0)
+
+
+def test_batches_that_tell_nothing():
+    mean, var = jnp.full(3, 2.0), jnp.full(3, 3.0)
+    y, found = fj.batch_norm(jnp.zeros((0, 3)), running_mean=mean, running_var=var)
+    assert y.shape == (0, 3)
+    np.testing.assert_array_equal(found, [mean, var])
+    _, (_, found) = fj.batch_norm(jnp.ones((1, 3)), running_mean=mean, running_var=var)
+    np.testing.assert_array_equal(found, var)
+
+
+def test_vmap():
+    xs = jnp.asarray(np.random.default_rng(0).standard_normal((3, 6, 4)), jnp.float32)
+    np.testing.assert_array_equal(
+        jax.vmap(lambda x: fj.batch_norm(x)[0])(xs), jnp.stack([fj.batch_norm(x)[0] for x in xs])
+    )
+    gradients = jax.vmap(jax.grad(lambda x: (fj.batch_norm(x)[0] ** 3).sum()))(xs)
+    expected = jnp.stack([jax.grad(lambda x: (formula(x) ** 3).sum())(x) for x in xs])
+    assert_close(gradients, expected, "float32")
+
+
+def test_a_training_loop():
+    """`lax.scan` carries the running statistics."""
+    xs = jnp.asarray(np.random.default_rng(0).standard_normal((5, 16, 3)) + 2, jnp.float32)
+
+    def step(running, x):
+        y, running = fj.batch_norm(x, None, None, *running)
+        return running, y.mean()
+
+    (mean, _), _ = jax.jit(lambda running: jax.lax.scan(step, running, xs))((jnp.zeros(3), jnp.ones(3)))
+    expected = np.zeros(3)
+    for x in xs:
+        expected = 0.9 * expected + 0.1 * np.asarray(x).mean(0)
+    np.testing.assert_allclose(mean, expected, rtol=1e-5)
+
+
+def test_statistics_keep_float64_on_their_way_back():
+    """A mean of 50 000 standard deviations: its rounding to float32 alone would move dgamma by a hundredth of one."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((4096, 2)) + 50_000).astype(np.float32), rng.standard_normal((4096, 2))
+    dy = dy.astype(np.float32)
+    _, pull = jax.vjp(lambda x, g: fj.batch_norm(x, g)[0], jnp.asarray(x), jnp.ones(2))
+    dx, dgamma = pull(jnp.asarray(dy))
+    _, saved = fastbn.batch_norm(x, np.ones(2, np.float32))
+    expected = fastbn.batch_norm_backward(dy, saved)
+    np.testing.assert_array_equal(dx, expected.x)
+    np.testing.assert_array_equal(dgamma, expected.gamma.astype(np.float32))
+
+
+def test_the_way_of_other_devices(monkeypatch):
+    """By a callback, with the same bits."""
+    x, residual, dy, gamma, beta, mean, var = case((4, 5, 3), -1, "float32")
+    answers = []
+    for there in (False, True):
+        if there:
+            monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+            jax.clear_caches()
+        for training in (True, False):
+            call = partial(fj.batch_norm, residual=residual, activation="relu", training=training)
+            y, pull = jax.vjp(lambda x, g, call=call: call(x, g, beta, mean, var)[0], x, gamma)
+            answers.append((y, *pull(dy)))
+    for ours, theirs in zip(answers[:2], answers[2:], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a, b)
+    jax.clear_caches()
+
+
+# --- XLA's interface --------------------------------------------------------------------------------------------------
+
+
+def test_buffers_are_xlas_own(monkeypatch):
+    """Inputs and outputs of a call on the host lie where XLA has them."""
+    seen = []
+    x = jnp.ones((4, 3))
+
+    def watched(attributes, inputs, outputs):
+        seen.append((attributes, inputs[0].ctypes.data, outputs[0].shape))
+        outputs[0][...] = inputs[0]
+
+    xla.register("fastbn_test_watched", watched)
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    found = jax.ffi.ffi_call("fastbn_test_watched", out)(x, one=np.int64(-5), two=np.float64(0.1))
+    np.testing.assert_array_equal(found, x)
+    assert seen == [({"one": -5, "two": 0.1}, x.unsafe_buffer_pointer(), (4, 3))]
+
+
+def test_what_the_host_raises_is_xlas_error():
+    def fails(attributes, inputs, outputs):
+        raise ValueError("no luck")
+
+    xla.register("fastbn_test_fails", fails)
+    call = jax.ffi.ffi_call("fastbn_test_fails", jax.ShapeDtypeStruct((), jnp.float32), has_side_effect=True)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="ValueError: no luck"):
+        jax.block_until_ready(call())
+
+
+def test_names_of_functions():
+    assert set(functional.HOST) == {"forward", "inference", "backward", "frozen"}
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "given"),
+    [
+        (TypeError, "x: expected float16, bfloat16, float32 or float64, got int32", {"x": jnp.ones((2, 3), int)}),
+        (ValueError, "channel_axis: expected an axis of 2 dimensions, got 2", {"channel_axis": 2}),
+        (ValueError, r"gamma: expected shape \(3,\), got \(2,\)", {"gamma": jnp.ones(2)}),
+        (ValueError, r"beta: expected shape \(3,\), got \(\)", {"beta": jnp.ones(())}),
+        (ValueError, r"mean: expected shape \(3,\), got \(3, 1\)", {"running_mean": jnp.ones((3, 1))}),
+        (TypeError, "gamma: expected float16", {"gamma": jnp.ones(3, int)}),
+        (ValueError, "running_mean, running_var: expected both with training=False", {"training": False}),
+        (ValueError, "residual: expected", {"residual": jnp.ones((2, 3), jnp.float16)}),
+        (ValueError, "activation: expected None or 'relu', got 'gelu'", {"activation": "gelu"}),
+    ],
+)
+def test_errors(error, match, given):
+    with pytest.raises(error, match=match):
+        fj.batch_norm(**({"x": jnp.ones((2, 3))} | given))
+
+
+def test_without_jax():
+    program = "import sys; sys.modules['jax'] = None\nimport fastbn\nimport fastbn.jax"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "fastbn.jax needs JAX, which is not installed: pip install 'fastbn[jax]'" in run.stderr
