@@ -72,8 +72,6 @@ class Case:
 
     def times_torch(self) -> list[float]:
         """How many times PyTorch's time; both allocate what they return."""
-        if self.machine.torch is None:
-            raise NotImplementedError("PyTorch finds no GPU")
         return self.ratios(self.data.ours(self.operation), self.data.torchs(self.operation), PAUSE)
 
     def ratios(self, ours: Call, theirs: Call, pause: float = 0.0) -> list[float]:
@@ -174,6 +172,8 @@ class BesidePyTorch:
         if importlib.util.find_spec("torch") is None:
             raise NotImplementedError("PyTorch is not installed")
         self.case = case(operation, backend, SHAPES[workload], layout, "float32")
+        if self.case.machine.torch is None:
+            raise NotImplementedError("PyTorch finds no GPU")
 
     def track_times_torch(self, *_: str) -> dict[str, Any]:
         return samples(self.case.times_torch())

@@ -14,7 +14,7 @@ import pytest
 from fastbn import bench, environment
 
 kernels = pytest.importorskip("benchmarks.kernels", reason="installed without the benchmarks")
-from benchmarks import calls, gate, host, workloads  # noqa: E402
+from benchmarks import calls, frameworks, gate, host, workloads  # noqa: E402
 
 TOY = (2, 4, 3, 5)
 PREFIXES = ("time_", "track_", "peakmem_", "timeraw_")
@@ -207,6 +207,19 @@ def test_asvs_settings(tmp_path):
     assert settings["results_dir"] == str(tmp_path)
     assert settings["benchmark_dir"] == str(gate.ROOT / "benchmarks")
     json.dumps(settings)
+
+
+# --- beside the adapters ----------------------------------------------------------------------------------------------
+
+
+def test_the_costs_of_adapters(monkeypatch, capsys):
+    monkeypatch.setattr(frameworks, "SHAPES", {"small": (2, 3, 4, 4), "large": (4, 3, 4, 4)})
+    monkeypatch.setattr(frameworks, "ROUNDS", 1)
+    monkeypatch.setattr(frameworks, "BURST_SECONDS", 0.0)
+    assert frameworks.main() == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header == "| call, us | 2x3x4x4 | 4x3x4x4 |"
+    assert len(rows) == 2 + 4 * bool(environment.optional("torch")) + 3 * bool(environment.optional("jax"))
 
 
 # --- what all share ---------------------------------------------------------------------------------------------------

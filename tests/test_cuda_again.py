@@ -143,18 +143,19 @@ def nearly(on_cupy, monkeypatch):
 WRITABLE = [name for name in ON_A_DEVICE if LAYOUTS[name].writable]
 
 
-def anywhere(shape, offset):
+def anywhere(shape, axis, offset):
     """Which changes memory of the CPU's kernels too."""
     with pytest.MonkeyPatch.context() as patch:
-        test_matrix.test_out_anywhere_in_memory(patch, None, shape, offset)
+        test_matrix.test_out_anywhere_in_memory(patch, None, shape, axis, offset)
 
 
 @by_call(
     calls(test_matrix.test_out, layout=["NCHW"], out_layout=["same", "C", "Fortran", "spatial slice"]),
     calls(test_matrix.test_out, layout=["spatial slice", "alternating"], out_layout=["same", "C"]),
     calls(test_matrix.test_out, slow, layout=WRITABLE, out_layout=["same", "C", "Fortran", "spatial slice"]),
-    calls(anywhere, shape=[(3, 50, 4, 4)], offset=[0, 1, 5]),
-    calls(anywhere, slow, shape=[(9, 13, 7, 7), (2, 5, 33, 31)], offset=[0, 1, 5, 15]),
+    calls(anywhere, shape=[(3, 50, 4, 4)], axis=[1], offset=[0, 1, 5]),
+    calls(anywhere, slow, shape=[(9, 13, 7, 7), (2, 5, 33, 31)], axis=[1], offset=[0, 1, 4, 5, 15]),
+    calls(anywhere, slow, shape=[(7, 9, 96), (40, 3)], axis=[-1], offset=[0, 1, 4, 15]),
 )
 def test_outputs(nearly, call):
     call()

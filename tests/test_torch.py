@@ -25,8 +25,17 @@ CLOSE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2, torch.
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def device(request):
+    """Where all tensors of the tests are made: the CPU, with ``--require-cuda`` a GPU."""
+    found = "cpu"
+    if request.config.getoption("require_cuda"):
+        if not torch.cuda.is_available():
+            pytest.fail("--require-cuda: PyTorch finds no GPU")
+        found = "cuda"
+    torch.set_default_device(found)
     torch.manual_seed(0)
+    yield found
+    torch.set_default_device(None)
 
 
 def assert_close(ours, theirs, dtype=None):
@@ -68,13 +77,13 @@ def both(x, arguments, keywords):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pytorchs_own_samples(dtype):
+def test_pytorchs_own_samples(dtype, device):
     """Those of its OpInfo for batch_norm."""
     pytest.importorskip("expecttest", reason="PyTorch's own tests need it")
     from torch.testing._internal.common_methods_invocations import op_db
 
     (info,) = (op for op in op_db if op.name == "nn.functional.batch_norm" and not op.variant_test_name)
-    samples = list(info.sample_inputs("cpu", dtype, requires_grad=True))
+    samples = list(info.sample_inputs(device, dtype, requires_grad=True))
     assert len(samples) > 5
     for sample in samples:
         for ours, theirs in zip(*both(sample.input, sample.args, sample.kwargs), strict=True):
@@ -124,7 +133,7 @@ def test_memory_is_shared():
         for memory_format in FORMATS:
             x = torch.randn(2, 3, 4, 5).to(dtype).to(memory_format=memory_format)
             a = array(x)
-            assert a.ctypes.data == x.data_ptr()
+            assert (a.data.ptr if x.is_cuda else a.ctypes.data) == x.data_ptr()
             assert [s // a.itemsize for s in a.strides] == list(x.stride())
             back = tensor(a)
             assert (back.data_ptr(), back.stride(), back.dtype) == (x.data_ptr(), x.stride(), x.dtype)
@@ -221,7 +230,7 @@ def test_gradients_that_are_not_asked_for():
             "bias: expected float16, bfloat16, float32 or float64, got torch.int64",
             {"bias": torch.ones(3).long()},
         ),
-        (RuntimeError, "weight: expected a tensor on cpu", {"weight": torch.ones(3, device="meta")}),
+        (RuntimeError, "weight: expected a tensor on", {"weight": torch.ones(3, device="meta")}),
         (ValueError, "batch_norm eps must be positive during training, but got 0", {"eps": 0.0}),
         (ValueError, "residual: expected", {"residual": torch.ones(2, 3)}),
         (ValueError, "activation: expected None or 'relu', got 'gelu'", {"activation": "gelu"}),
@@ -230,6 +239,9 @@ def test_gradients_that_are_not_asked_for():
 def test_errors(error, match, given):
     given = {"x": (4, 3, 2), "training": True, "mean": None, "var": None} | given
     x = torch.ones(given.pop("x"))
+    given = {
+        k: v.to(x.device) if isinstance(v, torch.Tensor) and v.device.type != "meta" else v for k, v in given.items()
+    }
     running = [given.pop("mean"), given.pop("var")]
     before = [None if r is None else r.clone() for r in running]
     with pytest.raises(error, match=match):
@@ -400,11 +412,11 @@ def test_grad_modes():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
+def test_autocast(dtype, device):
     ours, theirs = ft.convert(network()), network()
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(4, 3, 8, 8)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device, dtype):
         y, z = ours(x), theirs(x)
     assert y.dtype == z.dtype == dtype
     assert_close(y, z)
