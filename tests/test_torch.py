@@ -189,6 +189,7 @@ def test_modes_and_transforms_see_operators():
         assert ft.batch_norm(mode.from_tensor(x), None, None, training=True).shape == x.shape
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap has no rule of its own here
 def test_function_transforms():
     x, dy = torch.randn(4, 3, 2), torch.randn(4, 3, 2)
 
@@ -285,6 +286,7 @@ def operator_arguments(dtype, memory_format, relu):
     }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of opcheck's own, from PyTorch 2.15 on
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("name", ["batch_norm", "batch_norm_inference", "batch_norm_backward"])
