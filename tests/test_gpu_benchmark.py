@@ -128,6 +128,7 @@ def device(request, monkeypatch):
         if torch is not None:
             assert hasattr(torch.cuda.CUDAGraph, "replay")
             monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)  # which looks for a device where it can
             monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
             monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
             monkeypatch.setattr(torch, "as_tensor", lambda a, device: torch.from_numpy(host_cupy.to_numpy(a)))
