@@ -82,6 +82,8 @@ def test_pytorchs_own_samples(dtype, device):
     pytest.importorskip("expecttest", reason="PyTorch's own tests need it")
     from torch.testing._internal.common_methods_invocations import op_db
 
+    torch.backends.__allow_nonbracketed_mutation_flag = True  # its import forbids settings to the whole process
+
     (info,) = (op for op in op_db if op.name == "nn.functional.batch_norm" and not op.variant_test_name)
     samples = list(info.sample_inputs(device, dtype, requires_grad=True))
     assert len(samples) > 5
