@@ -36,6 +36,8 @@ def device(request):
     torch.manual_seed(0)
     yield found
     torch.set_default_device(None)
+    # PyTorch's test helpers forbid all later changes of its settings.
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 
 def assert_close(ours, theirs, dtype=None):
@@ -81,8 +83,6 @@ def test_pytorchs_own_samples(dtype, device):
     """Those of its OpInfo for batch_norm."""
     pytest.importorskip("expecttest", reason="PyTorch's own tests need it")
     from torch.testing._internal.common_methods_invocations import op_db
-
-    torch.backends.__allow_nonbracketed_mutation_flag = True  # its import forbids settings to the whole process
 
     (info,) = (op for op in op_db if op.name == "nn.functional.batch_norm" and not op.variant_test_name)
     samples = list(info.sample_inputs(device, dtype, requires_grad=True))
