@@ -40,7 +40,7 @@ def train(communicator: MPI.Comm | None, steps: int) -> list[Layer]:
         mine = slice(sum(sizes[: communicator.rank]), sum(sizes[: communicator.rank + 1]))
 
         def summed(array: np.ndarray) -> np.ndarray:
-            return communicator.allreduce(array)  # type: ignore[no-any-return]
+            return communicator.allreduce(array)
 
     for _ in range(steps):
         batch = rng.choice(len(images), BATCH, replace=False)  # the same on every rank

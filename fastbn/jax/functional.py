@@ -226,7 +226,7 @@ def _call(name: str, static: Static, outputs: Sequence[Any], *inputs: Any) -> tu
 
         return tuple(jax.pure_callback(on_host, tuple(outputs), *arrays, vmap_method="sequential"))
 
-    return jax.lax.platform_dependent(*present, cpu=in_place, default=by_callback)  # type: ignore[no-any-return]
+    return jax.lax.platform_dependent(*present, cpu=in_place, default=by_callback)  # type: ignore[no-any-return]  # JAX is not typed here
 
 
 def _given(attributes: dict[str, Any], inputs: Sequence[Any], count: int) -> list[Any]:

@@ -111,7 +111,8 @@ def register(name: str, function: Function) -> None:
         except BaseException as error:
             message = f"{type(error).__name__}: {error}".encode()
             described = _Error(ctypes.sizeof(_Error), None, message, _INTERNAL)
-            return frame.api.contents.create_error(ctypes.byref(described))  # type: ignore[no-any-return]
+            pointer_to_error: int = frame.api.contents.create_error(ctypes.byref(described))
+            return pointer_to_error
         return None
 
     _kept.append(_Handler(handle))

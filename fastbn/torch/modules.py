@@ -31,7 +31,7 @@ class _Mixin:
             return None, None, True, momentum
         return module.running_mean, module.running_var, training, momentum
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # PyTorch's name
         module: Any = self
         module._check_input_dim(input)
         mean, var, training, momentum = self._step()
@@ -77,7 +77,7 @@ class BatchNormAct2d(BatchNorm2d):
         super().__init__(num_features, *arguments, **keywords)
         self.activation = activation
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002  # PyTorch's name
         self._check_input_dim(input)
         mean, var, training, momentum = self._step()
         return batch_norm(
@@ -97,7 +97,7 @@ class SyncBatchNorm(_Mixin, nn.SyncBatchNorm):
     is `BatchNorm2d` for any number of axes.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # PyTorch's name
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         mean, var, training, momentum = self._step()

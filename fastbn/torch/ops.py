@@ -201,7 +201,7 @@ batch_norm_backward.register_autograd(_second_gradients, setup_context=_save_bac
 
 
 class Forward(torch.autograd.Function):
-    """The operator `batch_norm` where nothing but differentiation looks on: a small call takes half the time."""
+    """The operator `batch_norm` where nothing but differentiation looks on: fewer steps, and `torch.func` works."""
 
     forward = staticmethod(_forward)
     setup_context = staticmethod(_save)
@@ -261,7 +261,7 @@ def _of_parameters(ctx: Any, weight: Tensor | None, dweight: Tensor, dbias: Tens
     """In the parameters' dtypes, those that are asked for."""
     needed = ctx.needs_input_grad[at : at + 2]
     kind = dbias.dtype if weight is None else weight.dtype
-    return tuple(g.to(kind) if need else None for g, need in zip((dweight, dbias), needed, strict=True))  # type: ignore[return-value]
+    return dweight.to(kind) if needed[0] else None, dbias.to(kind) if needed[1] else None
 
 
 def _of_residual(ctx: Any, dy: Tensor, dz: Tensor) -> Tensor | None:

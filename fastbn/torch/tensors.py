@@ -35,7 +35,8 @@ def on_stream(tensor: Tensor) -> AbstractContextManager[Any]:
     if not tensor.is_cuda:
         return nullcontext()
     stream = torch.cuda.current_stream(tensor.device)
-    return _cupy().cuda.ExternalStream(stream.cuda_stream, tensor.device.index)  # type: ignore[no-any-return]
+    context: AbstractContextManager[Any] = _cupy().cuda.ExternalStream(stream.cuda_stream, tensor.device.index)
+    return context
 
 
 def _bfloat16() -> Any:
