@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastbn
-from fastbn.cpu import jit
+from fastbn.cpu import threads
 from fastbn.cpu.simd import load, stream
 from fastbn.environment import float_dtypes, last_cache, torch_with_our_threads
 
@@ -187,7 +187,7 @@ class Data:
 
     def copy(self, i: int) -> None:
         i %= len(self.x)
-        _copy.run(self.raw_x[i].size // BLOCK, jit.shares_of(self.raw_x[i].size), self.raw_x[i], self.raw_out[i])
+        _copy.run(self.raw_x[i].size // BLOCK, threads.shares_of(self.raw_x[i].size), self.raw_x[i], self.raw_out[i])
 
     def ours(self, what: str) -> dict[str, Call]:
         """The plain call, which allocates its result, and the one that writes to ``out``."""
@@ -307,4 +307,4 @@ def _stream_blocks(share, first, last, x, out):  # type: ignore[no-untyped-def] 
         stream(out, i, load(x, i, 64))
 
 
-_copy: Any = jit.kernel(_stream_blocks)
+_copy: Any = threads.kernel(_stream_blocks)

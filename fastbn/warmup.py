@@ -11,7 +11,8 @@ import numba
 import numpy as np
 
 import fastbn
-from fastbn.cpu import columns, columns_gradients, jit, rows, rows_gradients, slab
+from fastbn.cpu import columns, columns_gradients, rows, rows_gradients, slab
+from fastbn.cpu.threads import LAUNCHERS, PARALLEL_FROM, kernel
 from fastbn.environment import float_dtypes
 
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -42,7 +43,7 @@ def jobs(dtypes: Sequence[str]) -> list[Job]:
     """Every combination of dtype, layout, serial or parallel, few or many channels, and options."""
     threads = numba.get_num_threads()
     many = 4 * threads  # from here on, channels-first kernels give each thread whole channels
-    rows_of = {"serial": 8, "parallel": jit.PARALLEL_FROM} if threads > 1 else {"serial": 8}
+    rows_of = {"serial": 8, "parallel": PARALLEL_FROM} if threads > 1 else {"serial": 8}
     work = []
     for dtype, layout, (size, elements) in itertools.product(dtypes, ("NCHW", "NHWC"), rows_of.items()):
         for channels, options in itertools.product((many, 2) if layout == "NCHW" else (many,), OPTIONS):
@@ -87,8 +88,8 @@ def _call_all(dtype: str, layout: str, shape: tuple[int, ...], options: tuple[st
 def counts() -> Counts:
     """How many compiled forms this process has loaded and compiled so far."""
     modules = (rows, rows_gradients, columns, columns_gradients, slab)
-    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, jit.kernel)]
-    statistics = [compiled.stats for compiled in (*jit.LAUNCHERS, *(kernel.compiled for kernel in kernels))]
+    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, kernel)]
+    statistics = [compiled.stats for compiled in (*LAUNCHERS, *(k.compiled for k in kernels))]
     loaded = sum(sum(s.cache_hits.values()) for s in statistics)
     compiled = sum(sum(s.cache_misses.values()) for s in statistics)
     return Counts(loaded, compiled)

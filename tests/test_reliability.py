@@ -22,8 +22,8 @@ PRELUDE = """
     import numpy as np
     import numba
     import fastbn
-    from fastbn.cpu import jit
-    jit.PARALLEL_FROM = 0
+    from fastbn.cpu import threads
+    threads.PARALLEL_FROM = 0
     rng = np.random.default_rng(0)
     shapes = (4, 6, 30, 30), (8, 40), (20, 9, 5, 5), (500, 33), (1, 8, 16)
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]

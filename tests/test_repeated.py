@@ -5,7 +5,7 @@ import pytest
 
 import fastbn
 from fastbn import repeated
-from fastbn.cpu import jit
+from fastbn.cpu import threads
 from tests.conftest import forget
 from tests.support import LAYOUTS, OPTIONS, make_case
 
@@ -251,9 +251,9 @@ def test_other_threads_are_another_division(short_ways, monkeypatch):
     """A plan for so many threads serves only these."""
     x = np.random.default_rng(0).standard_normal((8, 16, 40, 40)).astype(np.float32)
     expected = fastbn.batch_norm(x)[0]
-    monkeypatch.setattr(jit, "PARALLEL_FROM", 1 << 60)
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 1 << 60)
     np.testing.assert_array_equal(fastbn.batch_norm(x)[0], expected)
-    assert short_ways == [None] or jit.shares_of(1 << 61) == 1
+    assert short_ways == [None] or threads.shares_of(1 << 61) == 1
 
 
 def test_programs_without_repetition_keep_memory_flat(monkeypatch):

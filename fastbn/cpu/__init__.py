@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastbn.cpu import jit, plans
+from fastbn.cpu import plans, threads
 from fastbn.cpu.again import backward_again, forward_again, inference_again
 from fastbn.cpu.memory import (
     Array,
@@ -53,7 +53,7 @@ def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array]:
     """Count, mean and M2."""
     table = np.empty((4, x.shape[0] * x.shape[2]))
     (x_, xs), (w_, ws) = flat(x), flat_weight(weight)
-    plans.moments(x.shape, xs, ws, x.itemsize, jit.shares_of(x.size))(x_, w_, table.reshape(-1), 0.0)
+    plans.moments(x.shape, xs, ws, x.itemsize, threads.shares_of(x.size))(x_, w_, table.reshape(-1), 0.0)
     return table[0], table[2], table[1]
 
 
@@ -73,7 +73,7 @@ def normalize(
     ``spread`` is the variance, to which eps is added, or without eps the rstd.
     """
     (x_, xs), (y_, ys), (r_, rs) = flat(x), flat(y), flat(residual)
-    run = plans.normalize(x.shape, xs, ys, rs, x.itemsize, jit.shares_of(x.size))
+    run = plans.normalize(x.shape, xs, ys, rs, x.itemsize, threads.shares_of(x.size))
     numbers = np.concatenate((mean, spread, gamma, beta))
     run(x_, y_, r_, numbers, -1.0 if eps is None else eps, relu or None, past_caches(y))
 
@@ -97,7 +97,7 @@ def forward(
         flat(y),
         flat(residual),
     )
-    run = plans.forward(x.shape, xs, ws, ys, rs, x.itemsize, jit.shares_of(x.size))
+    run = plans.forward(x.shape, xs, ws, ys, rs, x.itemsize, threads.shares_of(x.size))
     run(x_, w_, y_, r_, table.reshape(-1), eps, relu or None, past_caches(y))
     return table[0], table[2], table[1], table[3]
 
@@ -107,7 +107,7 @@ def grad_sums(dy: Array, x: Array, y: Array | None, mean: Array, rstd: Array) ->
     out = np.zeros((2, x.shape[0] * x.shape[2]))
     if x.size > 0:  # the empty sum is 0, though rstd is NaN
         (dy_, dys), (x_, xs), (y_, ys) = flat(dy), flat(x), flat(y)
-        run = plans.grad_sums(x.shape, dys, xs, ys, x.itemsize, jit.shares_of(x.size))
+        run = plans.grad_sums(x.shape, dys, xs, ys, x.itemsize, threads.shares_of(x.size))
         run(dy_, x_, y_, np.concatenate((mean, rstd)), out.reshape(-1), np.empty(0), False)
     return out[0], out[1]
 
@@ -127,7 +127,7 @@ def grad_input(
     """``dx = scale * dz - weight * (offset + slope * (x - mean))``, without x ``scale * dz``; dresidual = dz."""
     (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = flat(dy), flat(x), flat(y), flat_weight(weight)
     (dx_, dxs), (dr_, drs) = flat(dx), flat(dresidual)
-    run = plans.grad_input(dy.shape, dys, xs, ys, ws, dxs, drs, dy.itemsize, jit.shares_of(dy.size))
+    run = plans.grad_input(dy.shape, dys, xs, ys, ws, dxs, drs, dy.itemsize, threads.shares_of(dy.size))
     run(dy_, x_, y_, w_, dx_, dr_, np.concatenate((mean, scale, offset, slope)), past_caches(dx, dresidual))
 
 
@@ -156,7 +156,7 @@ def backward(
             flat_weight(weight),
         )
         (dx_, dxs), (dr_, drs) = flat(dx), flat(dresidual)
-        run = plans.backward(x.shape, dys, xs, ys, ws, dxs, drs, x.itemsize, jit.shares_of(x.size), frozen)
+        run = plans.backward(x.shape, dys, xs, ys, ws, dxs, drs, x.itemsize, threads.shares_of(x.size), frozen)
         numbers = np.concatenate((mean, rstd, gamma, count, dmean, dvar))
         run(dy_, x_, y_, w_, dx_, dr_, numbers, past_caches(dx, dresidual), out.reshape(-1))
     return out[0], out[1]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from fastbn.cpu import memory, plans
-from fastbn.cpu.jit import shares_of
 from fastbn.cpu.memory import Array, Strides, empty_like, past_caches, stored
+from fastbn.cpu.threads import shares_of
 from fastbn.layout import Layout
 from fastbn.merging import Moments
 from fastbn.saved import Gradients, Saved

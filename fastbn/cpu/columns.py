@@ -43,7 +43,7 @@ from fastbn.cpu.cells import (
     task_at,
     width_of_last_row,
 )
-from fastbn.cpu.jit import inner, kernel
+from fastbn.cpu.jit import inner
 from fastbn.cpu.simd import (
     any_greater,
     any_nan,
@@ -76,6 +76,7 @@ from fastbn.cpu.slab import (
     positive_or_nan,
     put,
 )
+from fastbn.cpu.threads import kernel
 
 PEEK = 64  # values of a channel from whose mean the first guess comes: off by an eighth of the deviation
 

@@ -20,7 +20,7 @@ from fastbn.cpu.cells import (
     task_at,
     width_of_last_row,
 )
-from fastbn.cpu.jit import inner, kernel
+from fastbn.cpu.jit import inner
 from fastbn.cpu.simd import (
     converted,
     fma,
@@ -46,6 +46,7 @@ from fastbn.cpu.slab import (
     linear_vectors,
     put,
 )
+from fastbn.cpu.threads import kernel
 
 LINEAR, SUMS = 4, 2  # arrays of a share: the numbers of dx of every column; in float64 the sums
 

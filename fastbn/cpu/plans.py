@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.cpu import cells, columns, columns_gradients, jit, rows, rows_gradients, slab
+from fastbn.cpu import cells, columns, columns_gradients, rows, rows_gradients, slab, threads
 from fastbn.cpu.memory import CACHE_SHARE, Array, Strides
 
 Shape = tuple[int, ...]
@@ -70,7 +70,7 @@ def _fused_tile(shape: Shape, itemsize: int, twice: int, shares: int) -> int:
     """Cells of a tile whose rows all stay in a core's cache between two passes over ``twice`` arrays, or 0."""
     batch, outer, channel, inner = shape
     tile = _tile(channel, inner, itemsize, min(TILE, FUSED_BYTES // max(1, outer * itemsize * twice)))
-    if shares == 1 and math.prod(shape) < jit.PARALLEL_FROM:
+    if shares == 1 and math.prod(shape) < threads.PARALLEL_FROM:
         return tile
     width = tile * inner * itemsize
     narrowest = FUSED_WIDTH if math.prod(shape) * itemsize >= CACHE_SHARE else FUSED_WIDTH // 8

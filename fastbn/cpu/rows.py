@@ -20,7 +20,7 @@ side by side in all arrays, and how far apart the tables of channels in ``work``
 
 import numpy as np
 
-from fastbn.cpu.jit import inner, kernel
+from fastbn.cpu.jit import inner
 from fastbn.cpu.simd import (
     address,
     blended,
@@ -53,6 +53,7 @@ from fastbn.cpu.slab import (
     positive_or_nan,
     put,
 )
+from fastbn.cpu.threads import kernel
 
 WIDE = 128  # bytes of a vector where weights cost precision: fewer additions a lane
 NARROW, SINGLE = 32, 4  # bytes at the ends of rows, where masked stores would be slow on AMD processors

@@ -3,7 +3,7 @@
 Memory, chunks, geometry and bytes moved are described there.
 """
 
-from fastbn.cpu.jit import inner, kernel
+from fastbn.cpu.jit import inner
 from fastbn.cpu.rows import (
     NARROW,
     SEGMENT,
@@ -42,6 +42,7 @@ from fastbn.cpu.slab import (
     linear_vectors,
     put,
 )
+from fastbn.cpu.threads import kernel
 
 
 @inner

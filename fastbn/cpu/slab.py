@@ -6,7 +6,7 @@ four integers of the family, then ``(start, batch, outer, channel)`` strides of 
 
 import numpy as np
 
-from fastbn.cpu.jit import inner, kernel
+from fastbn.cpu.jit import inner
 from fastbn.cpu.simd import (
     converted,
     fma,
@@ -22,6 +22,7 @@ from fastbn.cpu.simd import (
     zero_where_not_positive,
     zero_where_zero,
 )
+from fastbn.cpu.threads import kernel
 
 WIDTH = 64  # bytes of a vector: one cache line of float32
 
