@@ -25,6 +25,7 @@ import fastbn
 from benchmarks.workloads import DTYPES, LAYOUTS, SHAPES, trips_at_best
 from fastbn import bench, environment
 from fastbn.__main__ import _in_turn as in_turn
+from fastbn.caches import core_cache
 
 WORKLOADS = tuple(SHAPES.values())
 LARGE = 12_000_000  # bytes of x from which the limit is asked for
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> list[Case]:
         for dtype in options.dtype
     ]
     _print_title()
-    cache = environment.core_cache()
+    cache = core_cache()
     cases: list[Case] = []
     for results in in_turn(work, options.progress):
         for result in results:
@@ -228,7 +229,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 def _print_title() -> None:
     torch = environment.torch_with_our_threads()
     print(
-        f"""{environment.cpu_model()}, {numba.get_num_threads()} threads, {environment.core_cache() >> 10} kB of cache a core
+        f"""{environment.cpu_model()}, {numba.get_num_threads()} threads, {core_cache() >> 10} kB of cache a core
   limit      the rule (2S, 3S, 5S: trips of x's bytes over memory) and how many times that time fastbn takes with out=
   ms, GB/s   with out=; counted are 2S forward and inference, 3S backward and fused (inference + residual + relu), 1S moments
   plain      ms of the call that allocates its result; PyTorch {torch.__version__ if torch else "(not installed)"} and NumPy beside it: how many times faster it is

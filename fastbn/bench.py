@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastbn
+from fastbn.caches import last_cache
 from fastbn.cpu import threads
 from fastbn.cpu.simd import load, stream
-from fastbn.environment import float_dtypes, last_cache, torch_with_our_threads
+from fastbn.environment import float_dtypes, torch_with_our_threads
 
 EPS = 1e-5
 OPERATIONS = {"forward": 2, "backward": 3, "inference": 2, "moments": 1, "fused": 3}

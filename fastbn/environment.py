@@ -17,8 +17,7 @@ import numpy as np
 
 import fastbn
 from fastbn import dispatch
-
-ASSUMED_CACHE, ASSUMED_CORE_CACHE = 32 << 20, 512 << 10  # bytes, where the system does not tell
+from fastbn.caches import last_cache
 
 
 def describe() -> dict[str, Any]:
@@ -109,37 +108,16 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def last_cache() -> int:
-    """Bytes of the last level of cache."""
-    return _cache("SC_LEVEL4_CACHE_SIZE", "SC_LEVEL3_CACHE_SIZE") or ASSUMED_CACHE
-
-
-def core_cache() -> int:
-    """Bytes of one core's second-level cache."""
-    return _cache("SC_LEVEL2_CACHE_SIZE") or ASSUMED_CORE_CACHE
-
-
-def _cache(*names: str) -> int:
-    """The first of these that the system tells, or 0."""
-    for name in names:
-        try:
-            size = os.sysconf(name)
-        except (ValueError, OSError, AttributeError):
-            continue
-        if size > 0:
-            return size
-    return 0
-
-
 def threading_layer() -> str:
-    """Numba's threading layer; it is chosen by the first parallel call, which is made here."""
+    """Whose threads run kernels. Numba's layer is chosen by the first parallel call, which is made here."""
+    from fastbn.cpu import threads
+
     if numba.get_num_threads() == 1:
         return "none: one thread"
+    if threads.pytorchs_team():
+        return "PyTorch's OpenMP"
     fastbn.mean(np.zeros(1 << 16, np.float32))
-    try:
-        return str(numba.threading_layer())
-    except ValueError:
-        return "none: calls run serially"
+    return str(threads.numbas_layer() or "none: calls run serially")
 
 
 def kernel_cache() -> str | None:

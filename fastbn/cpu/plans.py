@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastbn.cpu import cells, columns, columns_gradients, rows, rows_gradients, slab, threads
-from fastbn.cpu.memory import CACHE_SHARE, Array, Strides
+from fastbn.cpu.memory import Array, Strides
 
 Shape = tuple[int, ...]
 Run = Callable[..., None]
@@ -33,6 +33,7 @@ FOLDED_ROWS = 256  # rows of few channels are folded only while so many remain
 TILE = 1024  # columns, at most, of which a task makes sums; 512 read half as fast, 2048 short rows slower
 ROW = 2048  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
 FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least: from memory, narrow tiles are slower than two passes
+FROM_MEMORY = 4 << 20  # bytes of x from which it is taken to come from there
 FUSED_BYTES = 192 << 10  # about so many are read twice by a thread; the next tile's are asked for meanwhile
 FUSED_FROM = 2 << 20  # bytes of x from which fusing pays, if threads share it: two passes over less stay in cache
 FUSED_MOST = 384 << 10  # what stays in a second-level cache of 512 kB beside the output
@@ -73,7 +74,7 @@ def _fused_tile(shape: Shape, itemsize: int, twice: int, shares: int) -> int:
     if shares == 1 and math.prod(shape) < threads.PARALLEL_FROM:
         return tile
     width = tile * inner * itemsize
-    narrowest = FUSED_WIDTH if math.prod(shape) * itemsize >= CACHE_SHARE else FUSED_WIDTH // 8
+    narrowest = FUSED_WIDTH if math.prod(shape) * itemsize >= FROM_MEMORY else FUSED_WIDTH // 8
     if (
         math.prod(shape) * itemsize < FUSED_FROM
         or width < narrowest

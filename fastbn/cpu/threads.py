@@ -1,13 +1,19 @@
 """How kernels run: `kernel`, `shares_of`.
 
 A kernel is a function of a range of tasks, compiled once, on first use. A serial call gives it all of them; a parallel
-one shares them among Numba's threads, each of which calls the same machine code. So both give the same bits, and a
+one shares them among a team of threads, each of which calls the same machine code. So both give the same bits, and a
 parallel call costs no second compilation, which would take at least as long as the first.
+
+The team is Numba's, or in a process that has loaded PyTorch that of PyTorch's OpenMP: threads wait for their next work
+by spinning, and two teams in turn on the same cores hold each other up.
 """
 
+import ctypes
 import os
+import sys
 import threading
 import warnings
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -20,25 +26,66 @@ from fastbn.cpu.jit import compiled, machine_code
 
 PARALLEL_FROM = 1 << 15  # elements; below, two threads lose to one (measured: 8k 1.7x slower, 64k 1.5x faster)
 
+
+# --- which team -------------------------------------------------------------------------------------------------------
+
 # One parallel call at a time: a second Python thread runs serially meanwhile. Numba's workqueue layer aborts the
 # process when entered twice, and on the other layers two teams of threads only slow each other down.
 _team = threading.Lock()
 _lost_team = False
 
+# PyTorch's team: the address of its OpenMP's entry point, 0 where there is none, None before PyTorch is seen.
+_openmp = None
 
-def _layer():
-    """Numba's threading layer, or None before the first parallel call of the process."""
+
+def numbas_layer():
+    """Numba's threading layer, or None before its first parallel call in the process."""
     try:
         return numba.threading_layer()
     except ValueError:
         return None
 
 
+def pytorchs_team():
+    """The address of ``GOMP_parallel`` in the OpenMP library that PyTorch runs on; 0 without it.
+
+    On Linux the libraries of GNU, LLVM and Intel have it. A threading layer that the user has chosen stays.
+    """
+    global _openmp
+    if _openmp is None:
+        torch = sys.modules.get("torch")
+        if not hasattr(torch, "get_num_threads"):  # not there, or still being imported
+            return 0
+        _openmp = _entry_of_openmp(torch) if numba.config.THREADING_LAYER in ("default", "omp") else 0
+    return _openmp
+
+
+def _entry_of_openmp(torch):
+    """Looked up as PyTorch's own library finds it, whatever other OpenMP the process has loaded."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+def shares_of(elements):
+    """How many threads share so much work: Numba's number, and on PyTorch's team at most PyTorch's."""
+    if elements < PARALLEL_FROM:
+        return 1
+    threads = numba.get_num_threads()
+    return min(threads, sys.modules["torch"].get_num_threads()) if pytorchs_team() else threads
+
+
 def _after_fork():
-    """GNU OpenMP kills a child that calls in after its parent did."""
-    global _team, _lost_team
+    """GNU OpenMP's threads do not survive a fork: it kills or blocks a child that calls in after its parent did.
+
+    PyTorch's may have been called by whoever, so the child takes Numba's instead.
+    """
+    global _team, _lost_team, _openmp
     _team = threading.Lock()
-    _lost_team = _layer() == "omp"
+    _lost_team = numbas_layer() == "omp"
+    _openmp = 0
     if _lost_team:
         warnings.warn(
             "fastbn runs serially in this forked process: Numba's OpenMP threads do not survive a fork. Start processes"
@@ -50,6 +97,9 @@ def _after_fork():
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+# --- starting a team --------------------------------------------------------------------------------------------------
 
 
 @intrinsic
@@ -79,15 +129,10 @@ def _share_out(typing, run_shares, kernel, tasks, shares, arguments):
     The kernel's arguments wait in memory for the threads, so that one parallel loop, compiled once, serves all kernels.
     """
     word = types.int64
-    kinds = [word, word, word, *arguments.types]
 
     def codegen(context, builder, signature, values):
         target, address, tasks, shares, arguments = values
-        unpacked = [address, *cgutils.unpack_tuple(builder, arguments)]
-        block = cgutils.alloca_once(builder, ir.LiteralStructType([v.type for v in unpacked]))
-        for i, value in enumerate(unpacked):
-            builder.store(value, cgutils.gep_inbounds(builder, block, 0, i))
-        entry = _entry_of(context, builder.module, kinds, block.type)
+        entry, block = _waiting_call(context, builder, address, signature.args[-1], arguments)
         started = [builder.ptrtoint(entry, address.type), tasks, shares, builder.ptrtoint(block, address.type)]
         _call(context, builder, target, [word] * 4, started)
         return context.get_dummy_value()
@@ -95,19 +140,72 @@ def _share_out(typing, run_shares, kernel, tasks, shares, arguments):
     return types.none(word, word, word, word, arguments), codegen
 
 
-def _entry_of(context, module, kinds, block):
-    """A function of (share, first, last, block) that calls a kernel with the arguments in the block."""
-    word = context.get_value_type(types.int64)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [word] * 4), module.get_unique_name("entry"))
-    function.linkage = "internal"
-    builder = ir.IRBuilder(function.append_basic_block())
+@intrinsic
+def _share_out_by_openmp(typing, openmp, kernel, tasks, shares, arguments):
+    """The same by ``GOMP_parallel(function, data, threads, flags)`` at an address, which calls a function per thread.
+
+    It takes shares until none is left: fewer threads than shares may come, and one that comes late holds up nobody.
+    """
+    word = types.int64
+
+    def codegen(context, builder, signature, values):
+        openmp, address, tasks, shares, arguments = values
+        entry, block = _waiting_call(context, builder, address, signature.args[-1], arguments)
+        taken = ir.Constant(address.type, 0)
+        work = cgutils.alloca_once(builder, ir.LiteralStructType([address.type] * 3 + [block.type]))
+        for i, value in enumerate((taken, tasks, shares, block)):
+            builder.store(value, cgutils.gep_inbounds(builder, work, 0, i))
+        worker = _worker(builder.module, entry, work.type)
+        unsigned = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [worker.type, work.type, unsigned, unsigned])
+        started = [worker, work, builder.trunc(shares, unsigned), ir.Constant(unsigned, 0)]
+        builder.call(builder.inttoptr(openmp, kind.as_pointer()), started)
+        return context.get_dummy_value()
+
+    return types.none(word, word, word, word, arguments), codegen
+
+
+def _waiting_call(context, builder, address, kinds, arguments):
+    """A function of (share, first, last, block) that calls a kernel, and the block with its arguments."""
+    word = types.int64
+    values = [address, *cgutils.unpack_tuple(builder, arguments)]
+    block = cgutils.alloca_once(builder, ir.LiteralStructType([v.type for v in values]))
+    for i, value in enumerate(values):
+        builder.store(value, cgutils.gep_inbounds(builder, block, 0, i))
+
+    function = _internal_function(builder.module, "entry", [address.type] * 3 + [block.type])
+    inside = ir.IRBuilder(function.append_basic_block())
     *share, place = function.args
-    stored = builder.inttoptr(place, block)
-    address, *arguments = (
-        builder.load(cgutils.gep_inbounds(builder, stored, 0, i)) for i in range(len(block.pointee.elements))
-    )
-    _call(context, builder, address, kinds, [*share, *arguments])
+    kernel, *rest = (inside.load(cgutils.gep_inbounds(inside, place, 0, i)) for i in range(len(values)))
+    _call(context, inside, kernel, [word, word, word, *kinds.types], [*share, *rest])
+    inside.ret_void()
+    return function, block
+
+
+def _worker(module, entry, work):
+    """A function of ``{shares taken, tasks, shares, block}*`` that takes and runs shares."""
+    function = _internal_function(module, "worker", [work])
+    begin, take, run, end = (function.append_basic_block() for _ in range(4))
+    builder = ir.IRBuilder(begin)
+    taken, tasks, shares, block = (cgutils.gep_inbounds(builder, function.args[0], 0, i) for i in range(4))
+    tasks, shares, block = (builder.load(place) for place in (tasks, shares, block))
+    one = ir.Constant(tasks.type, 1)
+    builder.branch(take)
+    builder.position_at_end(take)
+    k = builder.atomic_rmw("add", taken, one, "monotonic")
+    builder.cbranch(builder.icmp_signed("<", k, shares), run, end)
+    builder.position_at_end(run)
+    first, last = (builder.sdiv(builder.mul(n, tasks), shares) for n in (k, builder.add(k, one)))
+    builder.call(entry, [k, first, last, block])
+    builder.branch(take)
+    builder.position_at_end(end)
     builder.ret_void()
+    return function
+
+
+def _internal_function(module, name, kinds):
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), module.get_unique_name(name))
+    function.linkage = "internal"
     return function
 
 
@@ -121,7 +219,18 @@ def _launch(run_shares, kernel, tasks, shares, arguments):
     _share_out(run_shares, kernel, tasks, shares, arguments)
 
 
-LAUNCHERS = _parallel, _launcher = compiled(_run_shares, parallel=True), compiled(_launch)
+def _launch_by_openmp(openmp, kernel, tasks, shares, arguments):
+    _share_out_by_openmp(openmp, kernel, tasks, shares, arguments)
+
+
+LAUNCHERS = _parallel, _launcher, _openmp_launcher = (
+    compiled(_run_shares, parallel=True),
+    compiled(_launch),
+    compiled(_launch_by_openmp),
+)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 class kernel:
@@ -141,8 +250,12 @@ class kernel:
             self.compiled(0, 0, tasks, *arguments)
             return
         try:
-            team = machine_code(_parallel, (types.int64,) * 4)
-            _launcher(team, self._place(arguments), tasks, shares, arguments)
+            openmp = pytorchs_team()
+            if openmp:
+                _openmp_launcher(openmp, self._place(arguments), tasks, shares, arguments)
+            else:
+                team = machine_code(_parallel, (types.int64,) * 4)
+                _launcher(team, self._place(arguments), tasks, shares, arguments)
         finally:
             _team.release()
 
@@ -154,8 +267,3 @@ class kernel:
             kinds = (types.int64, types.int64, types.int64, *map(numba.typeof, arguments))
             place = self._places[key] = machine_code(self.compiled, kinds)
         return place
-
-
-def shares_of(elements):
-    """How many threads share so much work."""
-    return 1 if elements < PARALLEL_FROM else numba.get_num_threads()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastbn.torch import ops
+from fastbn.torch.tensors import array, on_stream
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -75,6 +76,7 @@ def batch_norm(
             [ 1.,  1.]])
     """
     check(input, running_mean, running_var, weight, bias, residual, activation)
+    seen = ops.onlookers(input, running_mean, running_var, weight, bias, residual)
     relu = activation is not None
     if input.ndim < 2:
         return input.clone()
@@ -83,9 +85,7 @@ def batch_norm(
             raise RuntimeError("running_mean, running_var: expected both with training=False, got None")
         if eps < 0.0:
             raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-        plain = ops.is_plain(input, running_mean, running_var, weight, bias, residual)
-        infer = ops.Inference.apply if plain else ops.batch_norm_inference
-        return infer(input, running_mean, running_var, weight, bias, residual, relu, eps)
+        return ops.infer(seen, input, running_mean, running_var, weight, bias, residual, relu, eps)
     values = input.shape[0]
     for size in input.shape[2:]:
         values *= size
@@ -93,10 +93,10 @@ def batch_norm(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    forward = ops.Forward.apply if ops.is_plain(input, weight, bias, residual) else ops.batch_norm
-    y, mean, m2, _ = forward(input, weight, bias, residual, relu, eps)
+    y, mean, m2 = ops.train(seen, input, weight, bias, residual, relu, eps)
     if values:
-        update_running(running_mean, running_var, mean, m2, values, momentum)
+        update = update_running if seen else update_in_place
+        update(running_mean, running_var, mean, m2, values, momentum)
     return y
 
 
@@ -109,6 +109,23 @@ def update_running(
             running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
         if running_var is not None:
             running_var.mul_(1 - momentum).add_(m2, alpha=momentum / (count - 1))
+
+
+def update_in_place(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Any, m2: Any, count: float, momentum: float
+) -> None:
+    """The same with arrays of a batch."""
+    if running_mean is not None:
+        _move(running_mean, mean, momentum, momentum)
+    if running_var is not None:
+        _move(running_var, m2, momentum, momentum / (count - 1))
+
+
+def _move(running: Tensor, batch: Any, momentum: float, rate: float) -> None:
+    with on_stream(running):
+        numbers = array(running)
+        numbers[...] = (1 - momentum) * numbers + rate * batch
+    torch.autograd.graph.increment_version(running)  # whoever saved the old ones is to be told
 
 
 def check(
