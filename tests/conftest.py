@@ -1,6 +1,8 @@
-"""How tests are shared among workers."""
+"""How tests are shared among workers; what several test files ask for."""
 
+import importlib
 import re
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +72,15 @@ def cuda_arrays(request):
         return OnGpu()
     request.getfixturevalue("cuda_device")
     return OnCupy()
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Import a program of the examples by its name."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    return importlib.import_module
 
 
 @pytest.fixture
