@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +63,19 @@ def run(program, layer=None, timeout=300, **environment):
     return done.stdout.split()
 
 
-@pytest.mark.parametrize("layer", ["omp", *(pytest.param(layer, marks=pytest.mark.slow) for layer in LAYERS[1:])])
+@pytest.mark.parametrize(
+    "layer", ["omp", "PyTorch", *(pytest.param(layer, marks=pytest.mark.slow) for layer in LAYERS[1:])]
+)
 def test_eight_threads_of_a_thousand_calls(layer):
-    """One thread has Numba's team, the others run alone meanwhile; all are right."""
+    """One thread has the team, the others run alone meanwhile; all are right."""
+    if layer == "PyTorch":
+        pytest.importorskip("torch")
     program = """
+        if os.environ.get("BESIDE"):
+            import torch
+        from fastbn.cpu import threads
         expected = [answer(x) for x in arrays]
-        print(numba.threading_layer())
+        print(threads.numbas_layer() or "PyTorch")
         failures = []
 
         def work(start):
@@ -85,7 +93,10 @@ def test_eight_threads_of_a_thousand_calls(layer):
             thread.join()
         print(len(failures))
     """
-    assert run(program, layer) == [layer, "0"]
+    if layer == "PyTorch":
+        assert run(program, BESIDE="1", NUMBA_NUM_THREADS="2") == [layer, "0"]
+    else:
+        assert run(program, layer) == [layer, "0"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -137,6 +148,80 @@ def test_beside_pytorch(first):
     """
     program = "import torch\n" + textwrap.dedent(program) if first == "torch" else program
     assert run(program, NUMBA_NUM_THREADS="2") == ["True", "2"]
+
+
+BESIDE_PYTORCH = """
+    import torch
+    from fastbn.cpu import threads
+    expected = [answer(x) for x in arrays]
+
+    def started():
+        return threads.numbas_layer() is not None
+"""
+
+
+def beside_pytorch(program, layer=None, **environment):
+    pytest.importorskip("torch")
+    program = textwrap.dedent(BESIDE_PYTORCH) + textwrap.dedent(program)
+    return run(program, layer, **{"NUMBA_NUM_THREADS": "2"} | environment)
+
+
+def test_pytorchs_threads_run_kernels():
+    """Where PyTorch is, Numba's own threads never start; its number of threads counts."""
+    program = """
+        torch.set_num_threads(2)
+        shares = [threads.shares_of(1 << 20)]
+        ran = [all(same(answer(x), y) for x, y in zip(arrays, expected))]
+        torch.set_num_threads(1)
+        shares.append(threads.shares_of(1 << 20))
+        ran.append(all(same(answer(x), y) for x, y in zip(arrays, expected)))
+        print(threads.pytorchs_team() > 0, started(), *shares, *ran)
+    """
+    assert beside_pytorch(program) == ["True", "False", "2", "1", "True", "True"]
+
+
+def test_fewer_threads_than_shares():
+    """OpenMP may give a team fewer threads than asked for: all shares are done."""
+    program = """
+        torch.set_num_threads(2)
+        print(all(same(answer(x), y) for x, y in zip(arrays, expected)), threads.shares_of(1 << 20))
+    """
+    assert beside_pytorch(program, OMP_THREAD_LIMIT="1") == ["True", "2"]
+
+
+@pytest.mark.parametrize("layer", ["workqueue", "tbb"])
+def test_a_chosen_layer_stays_beside_pytorch(layer):
+    assert beside_pytorch("print(threads.pytorchs_team(), numba.threading_layer())", layer) == ["0", layer]
+
+
+def test_a_pytorch_without_openmp(tmp_path):
+    """Numba's threads it is, as on systems whose PyTorch has another library, or none."""
+    from fastbn.cpu import threads
+
+    assert threads._entry_of_openmp(types.SimpleNamespace(__file__=str(tmp_path / "__init__.py"))) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_forked_child_of_a_process_with_pytorch(threads):
+    """PyTorch's threads do not survive, whoever used them: serially, which on one thread, as in a DataLoader's worker,
+    is nothing to be told.
+    """
+    program = f"""
+        a = torch.ones(1 << 20)
+        a += a  # on PyTorch's threads
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads({threads})
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                right = all(same(answer(x), y) for _ in range(3) for x, y in zip(arrays, expected))
+            told = [w for w in caught if w.category is RuntimeWarning and "fastbn" in str(w.message)]
+            os._exit(10 * (not right) + len(told))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(status, started(), all(same(answer(x), y) for x, y in zip(arrays, expected)))
+    """
+    assert beside_pytorch(program) == [str(threads - 1), "False", "True"]
 
 
 @pytest.mark.slow

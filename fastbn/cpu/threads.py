@@ -32,7 +32,7 @@ PARALLEL_FROM = 1 << 15  # elements; below, two threads lose to one (measured: 8
 # One parallel call at a time: a second Python thread runs serially meanwhile. Numba's workqueue layer aborts the
 # process when entered twice, and on the other layers two teams of threads only slow each other down.
 _team = threading.Lock()
-_lost_team = False
+_lost_team = _told = False  # after a fork
 
 # PyTorch's team: the address of its OpenMP's entry point, 0 where there is none, None before PyTorch is seen.
 _openmp = None
@@ -73,23 +73,35 @@ def shares_of(elements):
     """How many threads share so much work: Numba's number, and on PyTorch's team at most PyTorch's."""
     if elements < PARALLEL_FROM:
         return 1
-    threads = numba.get_num_threads()
-    return min(threads, sys.modules["torch"].get_num_threads()) if pytorchs_team() else threads
+    if pytorchs_team():
+        # Asking Numba starts its threads.
+        threads = numba.config.NUMBA_NUM_THREADS if numbas_layer() is None else numba.get_num_threads()
+        threads = min(threads, sys.modules["torch"].get_num_threads())
+    else:
+        threads = numba.get_num_threads()
+    if threads > 1 and _lost_team:
+        _tell()
+        return 1
+    return threads
 
 
 def _after_fork():
-    """GNU OpenMP's threads do not survive a fork: it kills or blocks a child that calls in after its parent did.
+    """OpenMP's threads do not survive a fork: GNU's kills or blocks a child that calls in after its parent did.
 
-    PyTorch's may have been called by whoever, so the child takes Numba's instead.
+    PyTorch's team may have run for anyone. Numba's is no way out: it finds PyTorch's library, which is loaded globally.
     """
-    global _team, _lost_team, _openmp
+    global _team, _lost_team
     _team = threading.Lock()
-    _lost_team = numbas_layer() == "omp"
-    _openmp = 0
-    if _lost_team:
+    _lost_team = numbas_layer() == "omp" or pytorchs_team() != 0
+
+
+def _tell():
+    global _told
+    if not _told:
+        _told = True
         warnings.warn(
-            "fastbn runs serially in this forked process: Numba's OpenMP threads do not survive a fork. Start processes"
-            " with the 'spawn' method, or install tbb and set NUMBA_THREADING_LAYER=tbb.",
+            "fastbn runs serially in this forked process: OpenMP threads do not survive a fork. Start processes with"
+            " the 'spawn' method, or install tbb and set NUMBA_THREADING_LAYER=tbb.",
             RuntimeWarning,
             stacklevel=2,
         )
