@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402, N812
 from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastbn  # noqa: E402
 import fastbn.torch as ft  # noqa: E402
@@ -189,6 +190,73 @@ def test_modes_and_transforms_see_operators():
         assert_close(graph(x), ft.batch_norm(x, None, None, training=True))
     with FakeTensorMode() as mode:
         assert ft.batch_norm(mode.from_tensor(x), None, None, training=True).shape == x.shape
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of Python's ifs
+@pytest.mark.parametrize("training", [True, False])
+def test_a_trace_sees_operators(training):
+    """With `torch.no_grad` too, where results of the short way would be constants to it."""
+    x, other = torch.randn(4, 3, 2), torch.randn(4, 3, 2)
+    mean, var = torch.zeros(3), torch.ones(3)
+
+    def f(x):
+        return ft.batch_norm(x, None if training else mean, None if training else var, training=training)
+
+    with torch.no_grad():
+        traced = torch.jit.trace(f, x)
+        assert "fastbn::batch_norm" in str(traced.graph)
+        assert_close(traced(other), f(other))
+
+
+def test_meta_tensors():
+    x = torch.empty(4, 3, 2, device="meta")
+    for training in (True, False):
+        y = ft.batch_norm(x, torch.empty(3, device="meta"), torch.empty(3, device="meta"), training=training)
+        assert y.is_meta
+        assert y.shape == x.shape
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_forward_differentiation_is_refused():
+    """Not lost silently, with or without a gradient to come."""
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.randn(4, 3), torch.ones(4, 3))
+        for training in (True, False):
+            with pytest.raises(Exception, match="forward"):
+                ft.batch_norm(x, torch.zeros(3), torch.ones(3), training=training)
+
+
+def test_changes_in_place_are_noticed():
+    """Of what the backward pass needs; running statistics, written by NumPy, count as changed as well."""
+    x, mean, var = leaf(4, 3), torch.zeros(3), torch.ones(3)
+    h = x * 1
+    y = ft.batch_norm(h, mean, var, training=True)
+    h += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = ft.batch_norm(x, mean, var, training=False)
+    ft.batch_norm(x, mean, var, training=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_checkpoints_and_hooks_of_saved_tensors():
+    """What is saved goes by PyTorch's books: it can be dropped and computed again, or packed."""
+    x, w, dy = leaf(4, 3, 5), leaf(3), torch.randn(4, 3, 5)
+
+    def f(x):
+        return ft.batch_norm(x * 2, None, None, w, None, True, activation="relu")
+
+    expected = torch.autograd.grad(f(x), (x, w), dy)
+    again = checkpoint(f, x, use_reentrant=False)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t.clone(), lambda t: t):
+        hooked = f(x)
+    assert len(packed) >= 3
+    for y in (again, hooked):
+        for a, b in zip(torch.autograd.grad(y, (x, w), dy), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap has no rule of its own here

@@ -221,7 +221,7 @@ def onlookers(*tensors: Tensor | None) -> int:
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _modes():
         return OTHERS
     for t in tensors:
-        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+        if t is not None and ((type(t) is not Tensor and type(t) is not torch.nn.Parameter) or t.is_meta):
             return OTHERS
     if not torch._C._are_functorch_transforms_active():
         return NOBODY
