@@ -285,7 +285,10 @@ class Training(torch.autograd.Function):
         with on_stream(x):
             y = tensor(_batch_norm(saved, x, weight, bias, residual, relu, eps))
         ctx.save_for_backward(x, y if relu else None, weight)
-        ctx.statistics = saved[0][3:]  # what is no tensor of PyTorch's
+        (made,) = saved
+        if residual is not None and not relu:
+            made = made._replace(has_residual=False)  # its gradient is dy itself
+        ctx.statistics = made[3:]  # what is no tensor of PyTorch's
         ctx.relu, ctx.has_residual, ctx.eps = relu, residual is not None, eps
         ctx.set_materialize_grads(False)
         return y
@@ -295,9 +298,8 @@ class Training(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         x, y, weight = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled() or onlookers(dy, x, y, weight) != NOBODY
-        ):  # they are to see where statistics come from
+        if torch.is_grad_enabled() or onlookers(dy, x, y, weight) != NOBODY:
+            # They are to see where the statistics come from.
             _, mean, _, rstd = batch_norm(x, None, None, None, False, ctx.eps)
             return None, *_gradients_of(ctx, (x, y, weight, mean, rstd), dy, None, None)
         with on_stream(x):
