@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -28,7 +30,7 @@ SHADES = {
 
 def options(doc: str | None, output: str) -> argparse.ArgumentParser:
     """A parser with what every program takes: ``--quick``, ``--seed`` and ``--output``."""
-    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="seconds, for a test: fewer and smaller of everything")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random; %(default)s")
     parser.add_argument("--output", default=output, help="the picture; %(default)s")
@@ -42,9 +44,35 @@ def one_blas_thread() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Products and kernels on one thread each: small arrays gain nothing from a second, and times can be compared."""
+    threads = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        with one_blas_thread():
+            yield
+    finally:
+        numba.set_num_threads(threads)
+
+
+def medians(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call on one thread: the processor's, so that what else the machine does hardly counts."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with one_thread():
+        for call in calls.values():
+            call()  # compiles, and fills the caches
+        for _ in range(rounds):
+            for name, call in calls.items():
+                start = time.process_time()
+                call()
+                seconds[name].append(time.process_time() - start)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
 def progress(text: str) -> None:
-    """On one line of standard error, over the last."""
-    print(f"\r{text:<72}", end="", file=sys.stderr, flush=True)
+    """On one line of standard error, over the last; no text clears it."""
+    print(f"\r{text:<72}", end="" if text else "\r", file=sys.stderr, flush=True)
 
 
 def digits(images: bool = False) -> tuple[Array, Array, Array, Array]:
@@ -67,7 +95,9 @@ def digits(images: bool = False) -> tuple[Array, Array, Array, Array]:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows of text or numbers under their columns' names, wide enough for both."""
-    cells = [[*columns], *([f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in rows)]
+    progress("")
+    floats = float, np.floating
+    cells = [[*columns], *([f"{v:.3g}" if isinstance(v, floats) else str(v) for v in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

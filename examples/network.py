@@ -8,6 +8,7 @@ leaves the gradients of its parameters in ``gradients``. Channels are the last a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,10 @@ class Dense(Layer):
 
     def forward(self, x: Array, training: bool) -> Array:
         self.x = x
-        return x @ self.weight + self.bias if "bias" in self.names else x @ self.weight
+        y = x @ self.weight
+        if "bias" in self.names:
+            y += self.bias
+        return y
 
     def backward(self, dy: Array) -> Array:
         self.gradients = {"weight": self.x.T @ dy, "bias": dy.sum(axis=0)}
@@ -86,15 +90,62 @@ class BatchNorm(Layer):
     def forward(self, x: Array, training: bool) -> Array:
         options: dict[str, Any] = {"channel_axis": -1, "activation": self.activation}
         if not training:
-            return fastbn.batch_norm_inference(x, self.mean, self.var, self.gamma, self.beta, **options)
+            y = fastbn.batch_norm_inference(x, self.mean, self.var, self.gamma, self.beta, **options)
+            self.saved = partial(fastbn.Saved.frozen, x, self.mean, self.var, self.gamma, y=y, **options)
+            return y
         y, self.saved = fastbn.batch_norm(x, self.gamma, self.beta, gather=self.gather, **options)
         fastbn.update_running(self.mean, self.var, self.saved.moments, out=(self.mean, self.var))
         return y
 
     def backward(self, dy: Array) -> Array:
-        dx, dgamma, dbeta, _ = fastbn.batch_norm_backward(dy, self.saved, gather=self.gather)
+        saved = self.saved() if callable(self.saved) else self.saved  # of inference only where a backward pass asks
+        gather = self.gather if saved.gathered else None
+        dx, dgamma, dbeta, _ = fastbn.batch_norm_backward(dy, saved, gather=gather)
         self.gradients = {"gamma": dgamma, "beta": dbeta}
         return dx
+
+
+def whiten(x: Array, eps: float, mean: Any = None, cov: Any = None) -> tuple[Array, ...]:
+    """ZCA whitening, ``(x - mean) S^(-1/2)`` with ``S = cov + eps I = V diag(s^2) V'``, of the batch or as given.
+
+    Returns the whitened x, then mean, cov, x - mean, V and s.
+    """
+    mean = fastbn.mean(x, axis=0) if mean is None else mean
+    centered = x - mean
+    cov = centered.T @ centered / len(x) if cov is None else cov
+    eigenvalues, v = np.linalg.eigh(cov)
+    s = np.sqrt(np.maximum(eigenvalues, 0) + eps)
+    return centered @ ((v / s) @ v.T), mean, cov, centered, v, s
+
+
+class Whitening(BatchNorm):
+    """Batch norm of all features together, of rows (samples, units).
+
+    The gradient goes through the eigendecomposition (Huang et al., "Decorrelated Batch Normalization", CVPR 2018);
+    with `constants` it takes mean and covariance for constants.
+    """
+
+    def __init__(self, features: int, eps: float, constants: bool = False) -> None:
+        super().__init__(features)
+        self.cov, self.eps, self.constants = np.eye(features, dtype=np.float32), eps, constants
+
+    def forward(self, x: Array, training: bool) -> Array:
+        given = () if training else (self.mean, self.cov)
+        self.xhat, mean, cov, *self.rest = whiten(x, self.eps, *given)
+        self.mean += 0.1 * (mean - self.mean)
+        self.cov += 0.1 * (cov - self.cov)
+        return self.xhat * self.gamma + self.beta
+
+    def backward(self, dy: Array) -> Array:
+        self.gradients = {"gamma": (dy * self.xhat).sum(axis=0), "beta": dy.sum(axis=0)}
+        dxhat, (centered, v, s) = dy * self.gamma, self.rest
+        dx = dxhat @ ((v / s) @ v.T)
+        if self.constants:
+            return dx
+        f = -1 / (np.outer(s, s) * (s[:, None] + s))  # d S^(-1/2) = V [f o (V' dS V)] V'
+        dcov = v @ (f * (v.T @ (centered.T @ dxhat) @ v)) @ v.T
+        dx += centered @ (dcov + dcov.T) / len(dy)
+        return dx - dx.mean(axis=0)
 
 
 class Sigmoid(Layer):
@@ -137,6 +188,27 @@ class Dropout(Layer):
 
     def backward(self, dy: Array) -> Array:
         return dy * self.kept
+
+
+class Noise(Layer):
+    """Santurkar et al. (2018), appendix A: ``y = s x + m`` for each value, from distributions that change all the time.
+
+    Each pass draws every channel's sigma from U(1, 1.25) and mu from U(-0.5, 0.5), then every value's s from
+    N(sigma, 0.1) and m from U(mu - 0.1, mu + 0.1). Inference takes the expectation, 1.125 x.
+    """
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+
+    def forward(self, x: Array, training: bool) -> Array:
+        if not training:
+            return x * x.dtype.type(1.125)
+        sigma, mu = self.rng.uniform(1, 1.25, x.shape[-1]), self.rng.uniform(-0.5, 0.5, x.shape[-1])
+        self.s = self.rng.normal(sigma, 0.1, x.shape).astype(x.dtype)
+        return self.s * x + self.rng.uniform(mu - 0.1, mu + 0.1, x.shape).astype(x.dtype)
+
+    def backward(self, dy: Array) -> Array:
+        return dy * self.s
 
 
 class MeanPool(Layer):
@@ -185,9 +257,9 @@ class Network:
             dy = layer.backward(dy)
         return dy
 
-    def loss(self, x: Array, labels: Array) -> float:
-        """Of a batch, as in training; leaves its gradients in the layers."""
-        value, dlogits = softmax_loss(self.forward(x, training=True), labels)
+    def loss(self, x: Array, labels: Array, batch: int | None = None) -> float:
+        """Of a batch, or its part (see `softmax_loss`), as in training; leaves its gradients in the layers."""
+        value, dlogits = softmax_loss(self.forward(x, training=True), labels, batch)
         self.backward(dlogits)
         return value
 
@@ -217,3 +289,21 @@ class SGD:
             v *= self.momentum
             v += g
             w -= self.rate * v
+
+
+def vgg(normalization: Callable[[int], Iterable[Layer]], rng: np.random.Generator) -> Network:
+    """Twice two 3x3 convolutions and a pool, then a dense layer: Simonyan & Zisserman's kind, for (8, 8, 1) images.
+
+    ``normalization(channels)`` gives the layers between a convolution and its relu. Weights start as He et al.'s, with
+    variance 2 / inputs.
+    """
+    layers: list[Layer] = []
+    channels = 1
+    for to in (16, 16, 32, 32):
+        between = list(normalization(to))
+        std = float(np.sqrt(2 / (9 * channels)))
+        layers += [Convolution(channels, to, std, rng, bias=not between), *between, ReLU()]
+        if channels == to:
+            layers.append(MeanPool())
+        channels = to
+    return Network([*layers, Flatten(), Dense(4 * channels, 10, float(np.sqrt(2 / (4 * channels))), rng)])
