@@ -121,7 +121,7 @@ def share_of_batch_norm(step: Callable[[], None]) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train the networks in both layouts, and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="of the square images, in pixels; 224 are the paper's")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="two steps on small images")
