@@ -209,6 +209,21 @@ def test_a_trace_sees_operators(training):
         assert_close(traced(other), f(other))
 
 
+def test_a_pytorch_that_does_not_tell(monkeypatch):
+    """Who looks on is not public; without an answer everyone is shown operators, with the same results."""
+    x, w, dy = leaf(4, 3, 5), leaf(3), torch.randn(4, 3, 5)
+    answers = []
+    for blind in (False, True):
+        monkeypatch.setattr(ft.ops, "_BLIND", blind)
+        mean, var = torch.zeros(3), torch.ones(3)
+        y = ft.batch_norm(x, mean, var, w, None, True)
+        assert ("Training" in str(y.grad_fn)) != blind
+        z = ft.batch_norm(x, mean, var, w, None, False)
+        answers.append([y, z, mean, var, *torch.autograd.grad((y, z), (x, w), (dy, dy))])
+    for ours, others in zip(*answers, strict=True):
+        assert_close(ours, others)
+
+
 def test_meta_tensors():
     x = torch.empty(4, 3, 2, device="meta")
     for training in (True, False):

@@ -218,18 +218,23 @@ def onlookers(*tensors: Tensor | None) -> int:
     """Who is to see an operator, as far as PyTorch tells: nobody but automatic differentiation; `torch.func.grad`,
     which wants functions of a form that costs more; others, as compilers, exporters, tracers, modes and `vmap`.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _modes():
+    if _BLIND or torch.compiler.is_compiling() or _tracing() is not None or _modes():
         return OTHERS
     for t in tensors:
         if t is not None and ((type(t) is not Tensor and type(t) is not torch.nn.Parameter) or t.is_meta):
             return OTHERS
-    if not torch._C._are_functorch_transforms_active():
+    if not _transformed():
         return NOBODY
     return GRAD if all(transform.key().name == "Grad" for transform in _transforms() or ()) else OTHERS
 
 
-_modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._functorch.get_interpreter_stack
+_tracing: Any = getattr(torch._C, "_get_tracing_state", None)
+_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_transformed: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
+_transforms: Any = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", None)
+_dual_level = getattr(torch.autograd.forward_ad, "_current_level", None)
+# PyTorch has no public way to ask. A version that does not answer is shown operators, which are always right.
+_BLIND = None in (_tracing, _modes, _transformed, _transforms, _dual_level)
 
 
 def train(
