@@ -1,0 +1,47 @@
+"""Stores past the caches, as LLVM was asked for them, are there in the machine code: it may forget the hint."""
+
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+PROGRAM = """
+    import re, sys
+    import ml_dtypes
+    import numpy as np
+    import fastbn
+    from fastbn.cpu import columns, columns_gradients, memory, rows, rows_gradients, slab, threads
+    memory.CACHE_SHARE = 0  # all outputs are streamed
+    dtype = np.dtype(getattr(ml_dtypes, sys.argv[1]) if sys.argv[1] == "bfloat16" else sys.argv[1])
+    for shape, axis in ((32, 64, 14, 14), 1), ((32, 14, 14, 64), -1):
+        x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+        for options in ({}, {"activation": "relu", "residual": x}):
+            y, saved = fastbn.batch_norm(x, channel_axis=axis, **options)
+            fastbn.batch_norm_backward(x, saved)
+            fastbn.batch_norm_inference(x, saved.mean, saved.moments.var(), channel_axis=axis, **options)
+    size = {"half": 2, "i16": 2, "float": 4, "double": 8}
+    asked = re.compile(r"store <(\\d+) x (\\w+)>[^\\n]*!nontemporal")
+    for module in (columns, columns_gradients, rows, rows_gradients, slab):
+        for name, kernel in vars(module).items():
+            if isinstance(kernel, threads.kernel):
+                for code in kernel.compiled.overloads.values():
+                    found = asked.findall(code.library.get_llvm_str())
+                    stores = sum(int(lanes) * size[kind] // 16 for lanes, kind in found)  # of 16 bytes, as aligned
+                    print(name, stores, len(re.findall(r"\\bv?movnt\\w+", code.library.get_asm_str())))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions are named as on x86-64")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_every_one_is_there(dtype, tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), dtype]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}  # code from the cache on disk has no text
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    kernels = [line.split() for line in done.stdout.splitlines()]
+    assert sum(int(asked) > 0 for _, asked, _ in kernels) >= 4
+    assert [(name, asked) for name, asked, there in kernels if asked != there] == []
