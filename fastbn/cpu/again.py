@@ -21,7 +21,7 @@ def forward_again(
     layout: Layout, saved: Saved, x: Any, y: Any, beta: Any, eps: float, residual: Any, out: Any
 ) -> Call | None:
     """``call(x, gamma, beta, residual, out)`` does what `batch_norm` does."""
-    dense = _dense(layout, x, residual, out)
+    dense = _dense(layout, out is None, x, residual, out)
     if dense is None or len(layout.kept_shape) != 1:
         return None
     flat, usable, empty_like, past_caches, small = dense
@@ -50,7 +50,7 @@ def forward_again(
 def backward_again(layout: Layout, saved: Saved, dy: Any, gradients: Gradients, out: Any) -> Call | None:
     """``call(dy, saved, out)`` does what `batch_norm_backward` does, without dmean and dvar."""
     x, y = saved.x, saved.y
-    dense = _dense(layout, x, dy, y, out)
+    dense = _dense(layout, out is None, x, dy, y, out)
     if dense is None or len(layout.kept_shape) != 1 or saved.weight is not None:
         return None
     flat, usable, empty_like, past_caches, small = dense
@@ -92,7 +92,7 @@ def inference_again(
     out: Any,
 ) -> Call | None:
     """``call(x, mean, var, gamma, beta, residual, out)`` does what `batch_norm_inference` does."""
-    dense = _dense(layout, x, residual, out)
+    dense = _dense(layout, out is None, x, residual, out)
     if dense is None or len(layout.kept_shape) != 1:
         return None
     flat, usable, empty_like, past_caches, small = dense
@@ -118,11 +118,12 @@ def inference_again(
 # --- what they share --------------------------------------------------------------------------------------------------
 
 
-def _dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Any, ...] | None:
+def _dense(layout: Layout, own: bool, x: Array, *others: Array | None) -> tuple[Any, ...] | None:
     """For plain arrays of one layout without gaps: what a repeated call does with them; else None.
 
     Functions that give an array's flat memory, tell whether arrays of a later call may go the short way, allocate a
-    result, and `past_caches`; and whether they are so small that one thread does all.
+    result, and `past_caches`; and whether they are so small that one thread does all. `own` says whether results are
+    allocated here.
     """
     arrays = [a for a in (x, *others) if a is not None]
     if not all(type(a) is np.ndarray and a.strides == x.strides and a.dtype == x.dtype for a in arrays):
@@ -144,11 +145,12 @@ def _dense(layout: Layout, x: Array, *others: Array | None) -> tuple[Any, ...] |
         return out.flags.behaved and not any(np.may_share_memory(out, a) for a in inputs)
 
     small = x.nbytes < memory.CACHE_SHARE
+    cached = x.nbytes < memory.CACHE_SHARE * (memory.OWN_TIMES if own else 1)
     return (
         np.ndarray.ravel if in_order and dtype == x.dtype else in_other_order,
         usable,
         np.empty_like if small else empty_like,
-        (lambda *_: 0) if small else past_caches,
+        (lambda *_: 0) if cached else past_caches,
         shares == 1 and small,
     )
 
