@@ -7,6 +7,7 @@ leaves the gradients of its parameters in ``gradients``. Channels are the last a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -18,17 +19,17 @@ import fastbn
 Array = np.ndarray[Any, Any]
 
 
-class Layer:
+class Layer(ABC):
     """No parameters; those that have some name them."""
 
     names: tuple[str, ...] = ()
     gradients: dict[str, Array]
 
-    def forward(self, x: Array, training: bool) -> Array:
-        raise NotImplementedError
+    @abstractmethod
+    def forward(self, x: Array, training: bool) -> Array: ...
 
-    def backward(self, dy: Array) -> Array:
-        raise NotImplementedError
+    @abstractmethod
+    def backward(self, dy: Array) -> Array: ...
 
 
 class Dense(Layer):

@@ -5,7 +5,7 @@ import pytest
 
 import fastbn
 from fastbn import repeated
-from fastbn.cpu import threads
+from fastbn.cpu import again, memory, threads
 from tests.conftest import forget
 from tests.support import LAYOUTS, OPTIONS, make_case
 
@@ -299,3 +299,20 @@ def test_kept_buffers_are_bounded(monkeypatch):
     del arrays
     assert 0 < sum(b.nbytes for b in memory._kept.values()) <= memory.KEPT
     memory._kept.clear()
+
+
+@pytest.mark.parametrize(("kilobytes", "own", "given"), [(3, False, False), (6, False, True), (9, True, True)])
+def test_what_may_be_streamed(monkeypatch, fresh_plans, kilobytes, own, given):
+    """Results that are allocated from twice the size on from which an `out` is."""
+    monkeypatch.setattr(memory, "CACHE_SHARE", 4 << 10)
+    monkeypatch.setattr(memory, "OWN_TIMES", 2)
+    asked = []
+    monkeypatch.setattr(again, "past_caches", lambda *arrays: asked.append(arrays) or 0)
+    x = np.random.default_rng(0).standard_normal((kilobytes * 256 // 4, 4), dtype=np.float32)
+    for out, expected in ((None, own), (np.empty_like(x), given)):
+        asked.clear()
+        for _ in range(2):  # the second goes the short way
+            _, saved = fastbn.batch_norm(x, out=out)
+            fastbn.batch_norm_backward(x, saved, out=out)
+            fastbn.batch_norm_inference(x, np.zeros(4), np.ones(4), out=out)
+        assert len(asked) == 3 * expected

@@ -15,8 +15,8 @@ Strides = tuple[int, ...]  # in elements: where the first one is, then of batch,
 
 CACHE_SHARE = 4 << 20  # bytes of output; below, streaming stores lose to plain ones, whose lines are still in cache
 # How many times as much of a result that is allocated here, in memory that was in use a moment ago: plain stores of
-# 6 MB are 1.1 to 1.4 times faster where the last cache has 32 MB, and 1.8 with who reads them next; into an `out` that
-# has left the caches they are 1.3 times slower. Streaming 13 MB is 1.5 times faster.
+# 6 MB are 1.1 to 1.4 times faster where the last cache has 32 MB, and up to 1.8 where it holds x as well; into an `out`
+# that has left the caches they are 1.3 times slower. Streaming 13 MB is 1.5 times faster.
 OWN_TIMES = min(max(1, last_cache() // 4 // CACHE_SHARE), 4)
 
 _AS_INTEGERS: dict[str, np.dtype[Any]] = {
