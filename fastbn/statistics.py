@@ -258,7 +258,7 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
 def _channel_moments(backend: Any, x: Any, kept: frozenset[int], weight: Any) -> Moments:
     layout = layout_of(x.shape, x.strides, kept)
     folded = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
-    count, centre, m2 = backend.moments(layout.fold(x), folded)
+    count, centre, m2, _ = backend.moments(layout.fold(x), folded)
     return Moments(*(layout.kept_array(backend.xp, vector) for vector in (count, centre, m2)))
 
 
