@@ -61,19 +61,17 @@ def test_shared_and_never_stale(tmp_path):
     assert len(list((cache / "fastbn").iterdir())) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
-def test_damaged_files(tmp_path, damage):
-    """Refused and written again."""
+def test_damaged_files(tmp_path):
+    """Refused and written again: one cut off, one changed."""
     cache = tmp_path / "cache"
     assert run(PACKAGE.parent, NUMBA_CACHE_DIR=str(cache)) == "[1. 4.]\n"
     whole = {path: path.read_bytes() for path in cache.rglob("*.nbc")}
-    for path, content in whole.items():
-        middle = len(content) // 2
-        damaged = {"cut": content[:middle], "changed": content[:middle] + b"?" + content[middle + 1 :], "empty": b""}
-        path.write_bytes(damaged[damage])
+    cut, changed = whole
+    cut.write_bytes(whole[cut][: len(whole[cut]) // 2])
+    changed.write_bytes(whole[changed][:-9] + b"?" + whole[changed][-8:])
     assert run(PACKAGE.parent, NUMBA_CACHE_DIR=str(cache)) == "[1. 4.]\n"
-    for path, content in whole.items():
-        assert len(path.read_bytes()) > len(content) // 2 + 1
+    assert len(cut.read_bytes()) > len(whole[cut]) // 2 + 1
+    assert changed.read_bytes()[-9:-8] != b"?"
 
 
 def test_a_file_is_of_its_key(tmp_path):
@@ -180,7 +178,7 @@ def test_notice(tmp_path, terminal, environment, told):
     """On a terminal alone, once, and not of what is on disk."""
     pty = pytest.importorskip("pty")
     program = PROGRAM.replace("print", "from fastbn.cpu import jit; jit.PATIENCE = 0.2\nprint")
-    for cached in (False, True):
+    for cached in (False, True) if told else (False,):
         ours, theirs = pty.openpty() if terminal else os.pipe()
         assert run(PACKAGE.parent, program, stderr=theirs, NUMBA_CACHE_DIR=str(tmp_path), **environment) == "[1. 4.]\n"
         os.close(theirs)
