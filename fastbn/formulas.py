@@ -23,10 +23,19 @@ def batch_rstd(count: Any, m2: Any, eps: float) -> Any:
         return reciprocal_std(m2 / count, eps)
 
 
+def unit_of(rstd: Any) -> Any:
+    """The power of two below rstd; 1 where rstd is 2^-30 to 2^30, 0, infinite or NaN."""
+    ordinary = (rstd >= 2.0**-30) & (rstd <= 2.0**30) | ~((rstd > 0) & (rstd < np.inf))
+    _, exponent = np.frexp(np.where(ordinary, 1.0, rstd))
+    return np.where(ordinary, 1.0, np.ldexp(1.0, exponent - 1))
+
+
 def input_numbers(
     gamma: Any, rstd: Any, dgamma: Any, dbeta: Any, count: Any, dmean: Any, dvar: Any
-) -> tuple[Any, Any, Any]:
-    """scale, offset, slope of ``dx = scale * dz - w * (offset + slope * (x - mean))``."""
+) -> tuple[Any, Any, Any, Any]:
+    """unit, scale, offset, slope of ``dx = unit * (scale * dz - w * (offset + slope * (x - mean)))``."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        scale = gamma * rstd
-        return scale, (scale * dbeta - dmean) / count, (scale * rstd * dgamma - 2.0 * dvar) / count
+        unit = unit_of(rstd)
+        scale = gamma * (rstd / unit)
+        offset = (scale * dbeta - dmean / unit) / count
+        return unit, scale, offset, (scale * rstd * dgamma - 2.0 * dvar / unit) / count

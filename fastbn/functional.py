@@ -129,7 +129,7 @@ def batch_norm(
             moments = Moments(*values)
         else:
             vectors = backend.moments(x_, w_)
-            local = Moments(*(layout.kept_array(backend.xp, v) for v in vectors))
+            local = Moments(*(layout.kept_array(backend.xp, v) for v in vectors[:3]))
             moments = _merged_over_ranks(backend.xp, gather, local)
             rstd = batch_rstd(moments.count, moments.m2, eps)
             mean_, rstd_ = layout.vector(backend.xp, moments.mean), layout.vector(backend.xp, rstd)
@@ -267,7 +267,7 @@ def batch_norm_backward(
         if gather is None:
             dgamma, dbeta = backend.backward(dy_, x_, y_, w_, mean, rstd, gamma, count, dmean, dvar, frozen, *into)
         else:
-            dgamma, dbeta = backend.grad_sums(dy_, x_, y_, mean, rstd)
+            dgamma, dbeta = backend.grad_sums(dy_, x_, y_, w_, mean, rstd)
             local = xp.concatenate([layout.kept_array(xp, v).ravel() for v in (dgamma, dbeta)])
             summed = arguments.gathered(xp, gather(local), local.size).sum(axis=0).reshape(2, *layout.kept_shape)
             all_dgamma, all_dbeta = (layout.vector(xp, a) for a in summed)

@@ -103,7 +103,7 @@ def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: Axes = 1) 
     dy = arguments.like("dy", dy, x)
     mean = vector("mean", mean, layout, backend)
     rstd = vector("rstd", rstd, layout, backend)
-    dgamma, dbeta = backend.grad_sums(layout.fold(dy), layout.fold(x), None, mean, rstd)
+    dgamma, dbeta = backend.grad_sums(layout.fold(dy), layout.fold(x), None, None, mean, rstd)
     return layout.kept_array(backend.xp, dgamma), layout.kept_array(backend.xp, dbeta)
 
 

@@ -49,12 +49,12 @@ __all__ = [
 xp = np
 
 
-def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array]:
-    """Count, mean and M2."""
+def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array, Array]:
+    """Count, mean, M2 and rstd without eps."""
     table = np.empty((4, x.shape[0] * x.shape[2]))
     (x_, xs), (w_, ws) = flat(x), flat_weight(weight)
     plans.moments(x.shape, xs, ws, x.itemsize, threads.shares_of(x.size))(x_, w_, table.reshape(-1), 0.0)
-    return table[0], table[2], table[1]
+    return table[0], table[2], table[1], table[3]
 
 
 def normalize(
@@ -102,7 +102,9 @@ def forward(
     return table[0], table[2], table[1], table[3]
 
 
-def grad_sums(dy: Array, x: Array, y: Array | None, mean: Array, rstd: Array) -> tuple[Array, Array]:
+def grad_sums(
+    dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array
+) -> tuple[Array, Array]:
     """``dgamma = sum(dz * xhat)`` and ``dbeta = sum(dz)``; dz = dy, or 0 where y <= 0."""
     out = np.zeros((2, x.shape[0] * x.shape[2]))
     if x.size > 0:  # the empty sum is 0, though rstd is NaN
@@ -118,17 +120,22 @@ def grad_input(
     y: Array | None,
     weight: Array | None,
     mean: Array,
+    unit: Array,
     scale: Array,
     offset: Array,
     slope: Array,
     dx: Array,
     dresidual: Array | None,
 ) -> None:
-    """``dx = scale * dz - weight * (offset + slope * (x - mean))``, without x ``scale * dz``; dresidual = dz."""
+    """``dx = unit * (scale * dz - weight * (offset + slope * (x - mean)))``, without x ``unit * scale * dz``.
+
+    And dresidual = dz.
+    """
     (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = flat(dy), flat(x), flat(y), flat_weight(weight)
     (dx_, dxs), (dr_, drs) = flat(dx), flat(dresidual)
     run = plans.grad_input(dy.shape, dys, xs, ys, ws, dxs, drs, dy.itemsize, threads.shares_of(dy.size))
-    run(dy_, x_, y_, w_, dx_, dr_, np.concatenate((mean, scale, offset, slope)), past_caches(dx, dresidual))
+    numbers = np.concatenate((mean, unit * scale, unit * offset, unit * slope))
+    run(dy_, x_, y_, w_, dx_, dr_, numbers, past_caches(dx, dresidual))
 
 
 def backward(

@@ -3,18 +3,21 @@
 //     dx = scale dz - w (offset + slope (x - mean)),   scale = gamma rstd,
 //     offset = (scale dbeta - dmean) / count,   slope = (scale rstd dgamma - 2 dvar) / count
 //
+// A position of weight 0 whose dz is 0 is skipped, whatever x holds there: it adds nothing to the sums, and its dx is 0.
+// Numbers have units where they would leave the range of the elements' type (centre.cu).
+//
 // A thread sums HELD vectors in the type of the elements' arithmetic, all else is float64 in a fixed order.
 // After: Ioffe & Szegedy (2015), section 3.
 
-struct Centre {  // of a channel; the mean is high + low
-    real high, low, rstd;
+struct Normal {  // xhat of a channel
+    Centre centre;
+    real rstd;  // per unit
 
     __device__ __forceinline__ void set(const Params& p, const Tile& tile, int ch) {
-        const double mean = number(p.mean, p.mean_type, tile.kept(p, ch), 0.0);
-        high = static_cast<real>(mean);
-        const double left = mean - static_cast<double>(high);
-        low = is_finite(left) ? static_cast<real>(left) : 0;
-        rstd = static_cast<real>(number(p.spread, p.spread_type, tile.kept(p, ch), 1.0));
+        const i64 at = tile.kept(p, ch);
+        const double value = number(p.spread, p.spread_type, at, 1.0);
+        const int exponent = centre.set(number(p.mean, p.mean_type, at, 0.0), 0.0, value);
+        rstd = static_cast<real>(value * power_of_two(-exponent));
     }
 };
 
@@ -45,8 +48,13 @@ __device__ __forceinline__ void load_dz(
 #endif
 }
 
+__device__ __forceinline__ bool skipped(const Params& p, const Tile& tile, Index v, int j, real dz) {
+    return WEIGHT && dz == 0 && !(static_cast<real>(weight_of(p, tile, v, j)) > 0);
+}
+
 __device__ __forceinline__ void add_sums(
-    Sums& sums, const Packed (&x)[HELD], const Packed (&dz)[HELD], int count, int channel, const Centre& centre
+    Sums& sums, const Packed (&x)[HELD], const Packed (&dz)[HELD], int count, int channel, const Normal& normal,
+    const Params& p, const Tile& tile, Index v
 ) {
     real plain = 0, product = 0;
 #pragma unroll
@@ -56,8 +64,9 @@ __device__ __forceinline__ void add_sums(
 #pragma unroll
             for (int j = ALONG_CHANNELS ? channel : 0; j < (ALONG_CHANNELS ? channel + 1 : VECTOR); ++j) {
                 const real g = element(dz[k], j);
+                const real product = g * (normal.centre.distance(element(x[k], j)) * normal.rstd);
                 part += g;
-                part_product += g * (((element(x[k], j) - centre.high) - centre.low) * centre.rstd);
+                part_product += skipped(p, tile, v + k * ROWS, j, g) ? 0 : product;
             }
             plain += part;
             product += part_product;
@@ -136,33 +145,53 @@ __device__ __forceinline__ void write_gradients(const Params& p, const Tile& til
     }
 }
 
-struct Linear {  // numbers of dx of a channel
-    real scale, offset, slope;
+#define LEAST_EXPONENT (-MOST_EXPONENT * 2 / 5)  // -40: products with dz of 2^-86 are normal numbers
+
+struct Linear {  // dx of a channel: unit (scale dz - w (offset + slope distance))
+    real scale, offset, slope, unit;
+
+    // From numbers that have the unit 2^exponent, distances having that of the centre.
+    __device__ __forceinline__ void set(int exponent, double scale_, double offset_, double slope_) {
+        const int most = max(exponent_of(scale_), max(exponent_of(offset_), exponent_of(slope_))), all = exponent + most;
+        int own = all > MOST_EXPONENT ? all - MOST_EXPONENT : all < LEAST_EXPONENT ? all - LEAST_EXPONENT : 0;
+        own = most == NO_EXPONENT ? 0 : max(-UNITS, min(own, UNITS));
+        const double factor = power_of_two(exponent - own);
+        scale = static_cast<real>(scale_ * factor);
+        offset = static_cast<real>(offset_ * factor);
+        slope = static_cast<real>(slope_ * factor);
+        unit = static_cast<real>(power_of_two(own));
+    }
 };
 
 __device__ __forceinline__ void set_from_sums(
-    const Params& p, const Tile& tile, const Sums (&sums)[CHANNELS], Linear (&linear)[CHANNELS]
+    const Params& p, const Tile& tile, const Sums (&sums)[CHANNELS], const Normal (&normal)[CHANNELS],
+    Linear (&linear)[CHANNELS]
 ) {
     if (!tile.active) return;
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) {
         const i64 at = tile.kept(p, ch);
         const double rstd = number(p.spread, p.spread_type, at, 1.0);
-        const double scale = number(p.gamma, p.gamma_type, at, 1.0) * rstd;
-        linear[ch].scale = static_cast<real>(scale);
-        if (p.frozen) continue;
-        const double count = number(p.count, p.count_type, at, 1.0);
-        const double dmean = number(p.dmean, p.dmean_type, at, 0.0), dvar = number(p.dvar, p.dvar_type, at, 0.0);
-        const double share = count > 0 ? reciprocal(count) : not_a_number();
-        linear[ch].offset = static_cast<real>((scale * sums[ch].dbeta - dmean) * share);
-        linear[ch].slope = static_cast<real>((scale * rstd * sums[ch].dgamma - 2.0 * dvar) * share);
+        const int exponent = exponent_of(rstd) > NO_EXPONENT ? exponent_of(rstd) : 0;
+        const double per_unit = power_of_two(-exponent);
+        const double scale = number(p.gamma, p.gamma_type, at, 1.0) * (rstd * per_unit);
+        double offset = 0, slope = 0;
+        if (!p.frozen) {
+            const double per_distance = power_of_two(-exponent_of(normal[ch].centre.unit));
+            const double count = number(p.count, p.count_type, at, 1.0);
+            const double dmean = number(p.dmean, p.dmean_type, at, 0.0), dvar = number(p.dvar, p.dvar_type, at, 0.0);
+            const double share = count > 0 ? reciprocal(count) : not_a_number();
+            offset = (scale * sums[ch].dbeta - dmean * per_unit) * share;
+            slope = (scale * (rstd * per_distance) * sums[ch].dgamma - 2.0 * dvar * per_unit * per_distance) * share;
+        }
+        linear[ch].set(exponent, scale, offset, slope);
     }
 }
 
 // Writes dx, and dz where there was a residual. Without x, or with frozen statistics, dx = scale dz.
 __device__ __forceinline__ void write_dx(
     Packed (&x)[HELD], const Packed (&dz)[HELD], const Params& p, const Tile& tile, Index v, int count,
-    const Centre (&centre)[CHANNELS], const Linear (&linear)[CHANNELS]
+    const Normal (&normal)[CHANNELS], const Linear (&linear)[CHANNELS]
 ) {
 #if RESIDUAL
     store(dz, p.dresidual, p.dresidual_strides, p, tile, v, count);
@@ -174,17 +203,18 @@ __device__ __forceinline__ void write_dx(
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 const int ch = ALONG_CHANNELS ? j : 0;
-                real g = linear[ch].scale * element(dz[k], j);
+                const real z = element(dz[k], j);
+                real g = linear[ch].scale * z;
                 if (!p.frozen) {
-                    real share =
-                        linear[ch].offset + linear[ch].slope * ((element(x[k], j) - centre[ch].high) - centre[ch].low);
+                    real share = linear[ch].offset + linear[ch].slope * normal[ch].centre.distance(element(x[k], j));
 #if WEIGHT
                     const real w = static_cast<real>(weight_of(p, tile, v + k * ROWS, j));
                     share = w > 0 ? w * share : 0;
 #endif
                     g -= share;
                 }
-                results.each[j] = encoded(g);
+                g *= linear[ch].unit;
+                results.each[j] = encoded(skipped(p, tile, v + k * ROWS, j, z) ? 0 : g);
             }
             x[k] = results.packed;
         }
