@@ -10,7 +10,8 @@ struct Affine {
         const Params& p, const Tile& tile, int ch, double mean, double rest, double rstd
     ) {
         const i64 at = tile.kept(p, ch);
-        const int exponent = centre.set(mean, rest, rstd);
+        const int exponent = distance_exponent(mean, rstd);
+        centre.set(mean, rest, exponent);
         scale = static_cast<real>(rstd * power_of_two(-exponent) * number(p.gamma, p.gamma_type, at, 1.0));
         shift = static_cast<real>(number(p.beta, p.beta_type, at, 0.0));
     }

@@ -43,7 +43,7 @@ KERNEL backward(const Params p) {
         }
         if (split == 0) write_gradients(p, tile, sums);
         Linear linear[CHANNELS];
-        set_from_sums(p, tile, sums, normal, linear);
+        set_from_sums(p, tile, sums, linear);
         while (true) {
             write_dx(x, dz, p, tile, v, count, normal, linear);
             if (chunk-- == 0) break;

@@ -24,24 +24,28 @@ __device__ __forceinline__ double power_of_two(int exponent) {  // -1022 to 1023
     return __longlong_as_double(static_cast<i64>(exponent + 1023) << 52);
 }
 
+// The exponent of the unit of a channel's distances.
+__device__ __forceinline__ int distance_exponent(double mean, double rstd) {
+    int exponent = exponent_of(rstd);
+    if (exponent == NO_EXPONENT || abs(exponent) <= ORDINARY_RSTD) exponent = 0;
+    exponent = max(-UNITS, min(exponent, min(UNITS, MOST_EXPONENT - exponent_of(mean))));
+#if DTYPE != 3
+    // Tiny elements and a larger eps: the low part of the mean would be subnormal.
+    if (exponent == 0 && mean != 0 && fabs(mean) < 0x1p-80) exponent = 32;
+#endif
+    return exponent;
+}
+
 struct Centre {  // of a channel
     real high, low, unit;  // the mean times the unit is high + low
 
-    // The mean is mean + rest. The exponent of the unit.
-    __device__ __forceinline__ int set(double mean, double rest, double rstd) {
-        int exponent = exponent_of(rstd);
-        if (exponent == NO_EXPONENT || abs(exponent) <= ORDINARY_RSTD) exponent = 0;
-        exponent = max(-UNITS, min(exponent, min(UNITS, MOST_EXPONENT - exponent_of(mean))));
-#if DTYPE != 3
-        // Tiny elements and a larger eps: the low part of the mean would be subnormal.
-        if (exponent == 0 && mean != 0 && fabs(mean) < 0x1p-80) exponent = 32;
-#endif
+    // The mean is mean + rest.
+    __device__ __forceinline__ void set(double mean, double rest, int exponent) {
         const double factor = power_of_two(exponent);
         unit = static_cast<real>(factor);
         high = static_cast<real>(mean * factor);
         const double left = (mean * factor - static_cast<double>(high)) + rest * factor;
         low = is_finite(left) ? static_cast<real>(left) : 0;
-        return exponent;
     }
 
     __device__ __forceinline__ real distance(real x) const { return fma(x, unit, -high) - low; }

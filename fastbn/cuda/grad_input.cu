@@ -1,5 +1,5 @@
-// dx = unit (scale dz - w (offset + slope (x - mean))); dz too where there was a residual. Reads dy and x, writes dx: 3S bytes;
-// with relu also reads y.
+// dx = unit (scale dz - w (offset + slope (x - mean))); dz too where there was a residual. Reads dy and x, writes dx: 3S
+// bytes; with relu also reads y.
 //
 // As the second pass of a backward pass the numbers follow from the sums that `grad_sums` left, which the first block of
 // each tile writes; else they are given, the unit in the place of rstd.
@@ -8,25 +8,27 @@ KERNEL grad_input(const Params p) {
     unsigned at, split;
     find_work(p, at, split);
     const Tile tile(p, at, split);
-    Normal normal[CHANNELS];
     Linear linear[CHANNELS];
-#pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch)
-        if (tile.active) {
-            normal[ch].set(p, tile, ch);
-            const i64 kept = tile.kept(p, ch);
-            const double unit = number(p.spread, p.spread_type, kept, 1.0);
-            const double scale = number(p.gamma, p.gamma_type, kept, 1.0);
-            const double offset = number(p.offset, p.offset_type, kept, 0.0);
-            const double slope = number(p.slope, p.slope_type, kept, 0.0);
-            linear[ch].set(exponent_of(unit), scale, offset, slope * power_of_two(-exponent_of(normal[ch].centre.unit)));
-        }
     if (p.partials != nullptr) {
         Sums sums[CHANNELS];
         read_sums(p, tile, p.summed, sums);
         if (split == 0) write_gradients(p, tile, sums);
-        set_from_sums(p, tile, sums, normal, linear);
+        set_from_sums(p, tile, sums, linear);
+    } else if (tile.active) {
+#pragma unroll
+        for (int ch = 0; ch < CHANNELS; ++ch) {
+            const i64 kept = tile.kept(p, ch);
+            const double mean = number(p.mean, p.mean_type, kept, 0.0), unit = number(p.spread, p.spread_type, kept, 1.0);
+            const double scale = number(p.gamma, p.gamma_type, kept, 1.0);
+            const double offset = number(p.offset, p.offset_type, kept, 0.0);
+            const double slope = number(p.slope, p.slope_type, kept, 0.0);
+            linear[ch].set(exponent_of(unit), scale, offset, slope * power_of_two(-distance_exponent(mean, unit)));
+        }
     }
+    Normal normal[CHANNELS];
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch)
+        if (tile.active) normal[ch].set(p, tile, ch);
     for (Index v = tile.start(); tile.within(v); v += HELD * ROWS) {
         Packed x[HELD], dz[HELD];
         const int count = tile.within(v);

@@ -15,8 +15,9 @@ struct Normal {  // xhat of a channel
 
     __device__ __forceinline__ void set(const Params& p, const Tile& tile, int ch) {
         const i64 at = tile.kept(p, ch);
-        const double value = number(p.spread, p.spread_type, at, 1.0);
-        const int exponent = centre.set(number(p.mean, p.mean_type, at, 0.0), 0.0, value);
+        const double mean = number(p.mean, p.mean_type, at, 0.0), value = number(p.spread, p.spread_type, at, 1.0);
+        const int exponent = distance_exponent(mean, value);
+        centre.set(mean, 0.0, exponent);
         rstd = static_cast<real>(value * power_of_two(-exponent));
     }
 };
@@ -152,9 +153,17 @@ struct Linear {  // dx of a channel: unit (scale dz - w (offset + slope distance
 
     // From numbers that have the unit 2^exponent, distances having that of the centre.
     __device__ __forceinline__ void set(int exponent, double scale_, double offset_, double slope_) {
-        const int most = max(exponent_of(scale_), max(exponent_of(offset_), exponent_of(slope_))), all = exponent + most;
-        int own = all > MOST_EXPONENT ? all - MOST_EXPONENT : all < LEAST_EXPONENT ? all - LEAST_EXPONENT : 0;
-        own = most == NO_EXPONENT ? 0 : max(-UNITS, min(own, UNITS));
+        const double numbers[3] = {scale_, offset_, slope_};
+        int least = MOST_EXPONENT, most = LEAST_EXPONENT;
+#pragma unroll
+        for (int i = 0; i < 3; ++i) {
+            const int its = exponent_of(numbers[i]);
+            if (its == NO_EXPONENT) continue;
+            least = min(least, exponent + its);
+            most = max(most, exponent + its);
+        }
+        const int beyond = max(most - MOST_EXPONENT, min(least - LEAST_EXPONENT, 0));
+        const int own = max(-UNITS, min(beyond, UNITS));
         const double factor = power_of_two(exponent - own);
         scale = static_cast<real>(scale_ * factor);
         offset = static_cast<real>(offset_ * factor);
@@ -164,8 +173,7 @@ struct Linear {  // dx of a channel: unit (scale dz - w (offset + slope distance
 };
 
 __device__ __forceinline__ void set_from_sums(
-    const Params& p, const Tile& tile, const Sums (&sums)[CHANNELS], const Normal (&normal)[CHANNELS],
-    Linear (&linear)[CHANNELS]
+    const Params& p, const Tile& tile, const Sums (&sums)[CHANNELS], Linear (&linear)[CHANNELS]
 ) {
     if (!tile.active) return;
 #pragma unroll
@@ -177,7 +185,8 @@ __device__ __forceinline__ void set_from_sums(
         const double scale = number(p.gamma, p.gamma_type, at, 1.0) * (rstd * per_unit);
         double offset = 0, slope = 0;
         if (!p.frozen) {
-            const double per_distance = power_of_two(-exponent_of(normal[ch].centre.unit));
+            const double mean = number(p.mean, p.mean_type, at, 0.0);
+            const double per_distance = power_of_two(-distance_exponent(mean, rstd));
             const double count = number(p.count, p.count_type, at, 1.0);
             const double dmean = number(p.dmean, p.dmean_type, at, 0.0), dvar = number(p.dvar, p.dvar_type, at, 0.0);
             const double share = count > 0 ? reciprocal(count) : not_a_number();
