@@ -644,7 +644,7 @@ FAULTS = [
     ),
     Fault(
         "dgamma without rstd", "grad_sums",
-        "(normal.centre.distance(element(x[k], j)) * normal.rstd)", "normal.centre.distance(element(x[k], j))",
+        "(xhat.centre.distance(element(x[k], j)) * xhat.rstd)", "xhat.centre.distance(element(x[k], j))",
         "parts, rows",
     ),
     Fault(
@@ -721,7 +721,7 @@ FAULTS = [
     ),
     Fault(
         "sums with what weighs nothing", "grad_sums",
-        "skipped(p, tile, v + k * ROWS, j, g) ? 0 : product", "product", "training, two passes, masked out",
+        "skipped(p, tile, v + k * ROWS, j, g) ? 0 : term", "term", "training, two passes, masked out",
     ),
     Fault(
         "sums without the gradients of what weighs nothing", "backward",

@@ -260,13 +260,14 @@ def test_gradients_of_statistics_at_any_scale(planned, cuda_arrays, layout, dtyp
 
 @by_layout
 @pytest.mark.parametrize("strategy", ["block", "two passes"])
-def test_large_gradients_of_statistics_of_large_data(planned, cuda_arrays, layout, strategy):
+@pytest.mark.parametrize(("dtype", "exponent"), [("float32", 100), ("float64", 900)])
+def test_large_gradients_of_statistics_of_large_data(planned, cuda_arrays, layout, strategy, dtype, exponent):
     """Beside which the rest of dx is nothing."""
     planned(strategy)
-    case, x, _, _ = made(layout, "float32", "plain", 100)
+    case, x, _, _ = made(layout, dtype, "plain", exponent)
     _, saved = cuda_arrays.batch_norm(x, **case.keywords)
     dx = cuda_arrays.batch_norm_backward(case.dy, saved, dvar=np.ones(layout.channels)).x
-    distance = x.astype(float) - test_matrix.spread(np.ldexp(reference.moments(case.x).mean, 100), case)
+    distance = x.astype(float) - test_matrix.spread(np.ldexp(reference.moments(case.x).mean, exponent), case)
     expected = 2 * distance / test_matrix.spread(saved.count, case)
     np.testing.assert_allclose(dx, expected, atol=1e-6 * np.abs(expected).max())
 

@@ -4,12 +4,14 @@
 // is 10^37 where deviations are 10^-37, and subnormal, which is 0, where these are 10^38; there x - mean overflows.
 
 #if DTYPE == 3
-#define MOST_EXPONENT 900  // of numbers that are multiplied with others
-#define ORDINARY_RSTD 300  // exponents up to which distances are taken as they are
-#define UNITS 1022         // the largest exponent of a unit
+#define ORDINARY_RSTD 300    // exponents up to which distances are taken as they are
+#define LEAST_EXPONENT -360  // of numbers that are multiplied with elements
+#define MOST_EXPONENT 900
+#define UNITS 1022  // the largest exponent of a unit
 #else
-#define MOST_EXPONENT 100
 #define ORDINARY_RSTD 30
+#define LEAST_EXPONENT -40
+#define MOST_EXPONENT 100
 #define UNITS 126
 #endif
 
@@ -28,7 +30,8 @@ __device__ __forceinline__ double power_of_two(int exponent) {  // -1022 to 1023
 __device__ __forceinline__ int distance_exponent(double mean, double rstd) {
     int exponent = exponent_of(rstd);
     if (exponent == NO_EXPONENT || abs(exponent) <= ORDINARY_RSTD) exponent = 0;
-    exponent = max(-UNITS, min(exponent, min(UNITS, MOST_EXPONENT - exponent_of(mean))));
+    exponent = min(exponent, MOST_EXPONENT - exponent_of(mean));  // nor may the mean get out of range
+    exponent = max(-UNITS, min(exponent, UNITS));
 #if DTYPE != 3
     // Tiny elements and a larger eps: the low part of the mean would be subnormal.
     if (exponent == 0 && mean != 0 && fabs(mean) < 0x1p-80) exponent = 32;

@@ -22,18 +22,19 @@ KERNEL grad_input(const Params p) {
             const double scale = number(p.gamma, p.gamma_type, kept, 1.0);
             const double offset = number(p.offset, p.offset_type, kept, 0.0);
             const double slope = number(p.slope, p.slope_type, kept, 0.0);
-            linear[ch].set(exponent_of(unit), scale, offset, slope * power_of_two(-distance_exponent(mean, unit)));
+            const double per_distance = power_of_two(-distance_exponent(mean, unit));
+            linear[ch].set(exponent_of(unit), {scale, offset, slope * per_distance});
         }
     }
-    Normal normal[CHANNELS];
+    Xhat xhat[CHANNELS];
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch)
-        if (tile.active) normal[ch].set(p, tile, ch);
+        if (tile.active) xhat[ch].set(p, tile, ch);
     for (Index v = tile.start(); tile.within(v); v += HELD * ROWS) {
         Packed x[HELD], dz[HELD];
         const int count = tile.within(v);
         if (!p.frozen) load(x, p.x, p.x_strides, p, tile, v, count);
         load_dz(dz, p, tile, v, count);
-        write_dx(x, dz, p, tile, v, count, normal, linear);
+        write_dx(x, dz, p, tile, v, count, xhat, linear);
     }
 }

@@ -9,7 +9,7 @@
 // A thread sums HELD vectors in the type of the elements' arithmetic, all else is float64 in a fixed order.
 // After: Ioffe & Szegedy (2015), section 3.
 
-struct Normal {  // xhat of a channel
+struct Xhat {  // of a channel: (x - mean) rstd
     Centre centre;
     real rstd;  // per unit
 
@@ -49,12 +49,13 @@ __device__ __forceinline__ void load_dz(
 #endif
 }
 
+// Whether an element has neither a weight nor a gradient.
 __device__ __forceinline__ bool skipped(const Params& p, const Tile& tile, Index v, int j, real dz) {
     return WEIGHT && dz == 0 && !(static_cast<real>(weight_of(p, tile, v, j)) > 0);
 }
 
 __device__ __forceinline__ void add_sums(
-    Sums& sums, const Packed (&x)[HELD], const Packed (&dz)[HELD], int count, int channel, const Normal& normal,
+    Sums& sums, const Packed (&x)[HELD], const Packed (&dz)[HELD], int count, int channel, const Xhat& xhat,
     const Params& p, const Tile& tile, Index v
 ) {
     real plain = 0, product = 0;
@@ -65,9 +66,9 @@ __device__ __forceinline__ void add_sums(
 #pragma unroll
             for (int j = ALONG_CHANNELS ? channel : 0; j < (ALONG_CHANNELS ? channel + 1 : VECTOR); ++j) {
                 const real g = element(dz[k], j);
-                const real product = g * (normal.centre.distance(element(x[k], j)) * normal.rstd);
+                const real term = g * (xhat.centre.distance(element(x[k], j)) * xhat.rstd);
                 part += g;
-                part_product += skipped(p, tile, v + k * ROWS, j, g) ? 0 : product;
+                part_product += skipped(p, tile, v + k * ROWS, j, g) ? 0 : term;
             }
             plain += part;
             product += part_product;
@@ -146,14 +147,11 @@ __device__ __forceinline__ void write_gradients(const Params& p, const Tile& til
     }
 }
 
-#define LEAST_EXPONENT (-MOST_EXPONENT * 2 / 5)  // -40: products with dz of 2^-86 are normal numbers
-
 struct Linear {  // dx of a channel: unit (scale dz - w (offset + slope distance))
     real scale, offset, slope, unit;
 
-    // From numbers that have the unit 2^exponent, distances having that of the centre.
-    __device__ __forceinline__ void set(int exponent, double scale_, double offset_, double slope_) {
-        const double numbers[3] = {scale_, offset_, slope_};
+    // From scale, offset and slope in the unit 2^exponent. Its own unit is as near to 1 as their range allows.
+    __device__ __forceinline__ void set(int exponent, const double (&numbers)[3]) {
         int least = MOST_EXPONENT, most = LEAST_EXPONENT;
 #pragma unroll
         for (int i = 0; i < 3; ++i) {
@@ -165,9 +163,9 @@ struct Linear {  // dx of a channel: unit (scale dz - w (offset + slope distance
         const int beyond = max(most - MOST_EXPONENT, min(least - LEAST_EXPONENT, 0));
         const int own = max(-UNITS, min(beyond, UNITS));
         const double factor = power_of_two(exponent - own);
-        scale = static_cast<real>(scale_ * factor);
-        offset = static_cast<real>(offset_ * factor);
-        slope = static_cast<real>(slope_ * factor);
+        scale = static_cast<real>(numbers[0] * factor);
+        offset = static_cast<real>(numbers[1] * factor);
+        slope = static_cast<real>(numbers[2] * factor);
         unit = static_cast<real>(power_of_two(own));
     }
 };
@@ -180,7 +178,7 @@ __device__ __forceinline__ void set_from_sums(
     for (int ch = 0; ch < CHANNELS; ++ch) {
         const i64 at = tile.kept(p, ch);
         const double rstd = number(p.spread, p.spread_type, at, 1.0);
-        const int exponent = exponent_of(rstd) > NO_EXPONENT ? exponent_of(rstd) : 0;
+        const int exponent = max(0, min(exponent_of(rstd), 1022));
         const double per_unit = power_of_two(-exponent);
         const double scale = number(p.gamma, p.gamma_type, at, 1.0) * (rstd * per_unit);
         double offset = 0, slope = 0;
@@ -193,14 +191,14 @@ __device__ __forceinline__ void set_from_sums(
             offset = (scale * sums[ch].dbeta - dmean * per_unit) * share;
             slope = (scale * (rstd * per_distance) * sums[ch].dgamma - 2.0 * dvar * per_unit * per_distance) * share;
         }
-        linear[ch].set(exponent, scale, offset, slope);
+        linear[ch].set(exponent, {scale, offset, slope});
     }
 }
 
 // Writes dx, and dz where there was a residual. Without x, or with frozen statistics, dx = scale dz.
 __device__ __forceinline__ void write_dx(
     Packed (&x)[HELD], const Packed (&dz)[HELD], const Params& p, const Tile& tile, Index v, int count,
-    const Normal (&normal)[CHANNELS], const Linear (&linear)[CHANNELS]
+    const Xhat (&xhat)[CHANNELS], const Linear (&linear)[CHANNELS]
 ) {
 #if RESIDUAL
     store(dz, p.dresidual, p.dresidual_strides, p, tile, v, count);
@@ -215,7 +213,7 @@ __device__ __forceinline__ void write_dx(
                 const real z = element(dz[k], j);
                 real g = linear[ch].scale * z;
                 if (!p.frozen) {
-                    real share = linear[ch].offset + linear[ch].slope * normal[ch].centre.distance(element(x[k], j));
+                    real share = linear[ch].offset + linear[ch].slope * xhat[ch].centre.distance(element(x[k], j));
 #if WEIGHT
                     const real w = static_cast<real>(weight_of(p, tile, v + k * ROWS, j));
                     share = w > 0 ? w * share : 0;
