@@ -79,7 +79,7 @@ def mean(
     if _is_numpys(x, dtype):
         return np.mean(x, axis, dtype, out, keepdims, where=where)
     _check_out(x, axis, keepdims, dtype, out)
-    count, centre, _, shape = _reduced(_precise(x, dtype, out), axis, keepdims, where)
+    count, centre, *_, shape = _reduced(_precise(x, dtype, out), axis, keepdims, where)
     _warn_if(lambda: count == 0, count, "Mean of empty slice.", 4)
     return _result(centre.reshape(shape), x, dtype, out)
 
@@ -161,8 +161,8 @@ def std(
     if _is_numpys(x, dtype):
         options = {} if mean is None else {"mean": mean}
         return np.std(x, axis, dtype, out, ddof, keepdims, where=where, **options)
-    value, dtype = _variance(x, axis, dtype, out, ddof, keepdims, where, mean)
-    return _result(np.sqrt(value), x, dtype, out)
+    value, dtype = _variance(x, axis, dtype, out, ddof, keepdims, where, mean, root=True)
+    return _result(value, x, dtype, out)
 
 
 @on_device
@@ -198,9 +198,11 @@ def mean_var(
         return np.mean(x, axis, None, None, keepdims, where=where), np.var(
             x, axis, None, None, correction, keepdims, where=where
         )
-    count, centre, m2, shape = _reduced(x, axis, keepdims, where)
+    count, centre, m2, rstd, shape = _reduced(x, axis, keepdims, where)
     _warn_if(lambda: count == 0, count, "Mean of empty slice.", 4)
     variance = _divided(m2, count, correction, 5)
+    if x.dtype == np.float64:
+        variance = _in_range(variance, m2, count, rstd, correction, root=False)
     return _result(centre.reshape(shape), x, None, None), _result(variance.reshape(shape), x, None, None)
 
 
@@ -252,14 +254,14 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
     backend = backend_of(kind)
     weight = arguments.combined_weight(backend.xp, where, weights, x.shape, kept)
     x = _floating(x)
-    return _channel_moments(backend, x, kept, weight)
+    return Moments(*_channel_moments(backend, x, kept, weight)[:3])
 
 
-def _channel_moments(backend: Any, x: Any, kept: frozenset[int], weight: Any) -> Moments:
+def _channel_moments(backend: Any, x: Any, kept: frozenset[int], weight: Any) -> tuple[Any, ...]:
+    """Count, mean, M2 and rstd."""
     layout = layout_of(x.shape, x.strides, kept)
     folded = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
-    count, centre, m2, _ = backend.moments(layout.fold(x), folded)
-    return Moments(*(layout.kept_array(backend.xp, vector) for vector in (count, centre, m2)))
+    return tuple(layout.kept_array(backend.xp, vector) for vector in backend.moments(layout.fold(x), folded))
 
 
 # --- what the NumPy drop-ins share ------------------------------------------------------------------------------------
@@ -304,8 +306,8 @@ def _degrees(ddof: float, correction: float | None) -> float:
     return correction
 
 
-def _reduced(x: Any, axis: Any, keepdims: bool, where: Any) -> tuple[Any, Any, Any, tuple[int, ...]]:
-    """Count, mean and M2 over the axes, and the shape that NumPy gives the result."""
+def _reduced(x: Any, axis: Any, keepdims: bool, where: Any) -> tuple[Any, Any, Any, Any, tuple[int, ...]]:
+    """Count, mean, M2 and rstd over the axes, and the shape that NumPy gives the result."""
     kept = _kept(x, axis)
     weight = None
     if where is not True:
@@ -313,8 +315,8 @@ def _reduced(x: Any, axis: Any, keepdims: bool, where: Any) -> tuple[Any, Any, A
         if weight.dtype != bool:
             raise TypeError(f"where: expected dtype bool, got {weight.dtype}")
     backend = backend_of(kind_of("x", x))
-    count, centre, m2 = _channel_moments(backend, _floating(x), kept, weight)
-    return count, centre, m2, _shape(x, kept, keepdims)
+    count, centre, m2, rstd = _channel_moments(backend, _floating(x), kept, weight)
+    return count, centre, m2, rstd, _shape(x, kept, keepdims)
 
 
 def _kept(x: Any, axis: Any) -> frozenset[int]:
@@ -353,9 +355,9 @@ def _precise(x: Any, dtype: Any, out: Any) -> Any:
 
 
 def _variance(
-    x: Any, axis: Any, dtype: Any, out: Any, ddof: float, keepdims: bool, where: Any, given: Any
+    x: Any, axis: Any, dtype: Any, out: Any, ddof: float, keepdims: bool, where: Any, given: Any, root: bool = False
 ) -> tuple[Any, Any]:
-    """The variance in float64, and the dtype that NumPy would give it."""
+    """The variance, or its root, in float64, and the dtype that NumPy would give it."""
     precise = _precise(x, dtype, out)
     if given is not None:
         axes = tuple(range(x.ndim)) if axis is None else normalize_axis_tuple(axis, x.ndim)
@@ -364,12 +366,25 @@ def _variance(
         if dtype is None and not weak:
             dtype = np.result_type(np.float64 if x.dtype.kind in "iub" else x.dtype.newbyteorder("="), given.dtype)
     _check_out(x, axis, keepdims, dtype, out)
-    count, centre, m2, shape = _reduced(precise, axis, keepdims, where)
+    count, centre, m2, rstd, shape = _reduced(precise, axis, keepdims, where)
     if given is not None:
         kept = tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
         away = np.broadcast_to(given.astype(np.float64).squeeze(axes), kept) - centre
         m2 = m2 + count * away**2
-    return _divided(m2, count, ddof, 6).reshape(shape), dtype
+    value = _divided(m2, count, ddof, 6)
+    if root:
+        value = np.sqrt(value)
+    if given is None and precise.dtype == np.float64:
+        value = _in_range(value, m2, count, rstd, ddof, root)
+    return value.reshape(shape), dtype
+
+
+def _in_range(value: Any, m2: Any, count: Any, rstd: Any, ddof: float, root: bool) -> Any:
+    """The variance, or its root, by rstd where the squares of float64 left the range."""
+    with np.errstate(all="ignore"):
+        std = np.sqrt(count / np.maximum(count - ddof, 0)) / rstd
+        lost = ((m2 < 1e-290) | (m2 == np.inf)) & (rstd > 0) & (rstd < np.inf)
+        return np.where(lost, std if root else std * std, value)
 
 
 def _divided(m2: Any, count: Any, ddof: float, stacklevel: int) -> Any:
