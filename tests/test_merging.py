@@ -143,6 +143,22 @@ def test_what_rounded_means_leave(ratio, parts):
     assert abs(merged.std()[0] / std - 1) <= 2.0**-53 * ratio / std + 1e-14
 
 
+def test_many_equal_parts():
+    """Roundings that all go the same way."""
+    part = fastbn.Moments(np.array([7.0]), np.array([0.3]), np.array([0.1]))
+    merged = fastbn.merge(*[part] * 5000)
+    assert abs(Fraction(float(merged.m2[0])) / (5000 * Fraction(0.1)) - 1) < 1e-15
+    assert merged.mean[0] == 0.3
+
+
+def test_without_channels():
+    """Zero-dimensional moments stay arrays, which can be merged again."""
+    part = fastbn.moments(np.arange(5.0), channel_axis=())
+    whole = fastbn.merge(fastbn.merge(part, part), part)
+    assert [type(a) for a in whole] == [np.ndarray] * 3
+    assert [float(a) for a in whole] == [15, 2, 30]
+
+
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
