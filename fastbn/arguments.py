@@ -98,9 +98,7 @@ def parameter(name: str, array: Any, layout: Layout) -> Any:
     return array
 
 
-def combined_weight(
-    xp: Any, where: Any, weights: Any, shape: Shape, shared: frozenset[int] = frozenset()
-) -> Any:
+def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape, shared: frozenset[int] = frozenset()) -> Any:
     """Where * weights with the dimensions of x, and size 1 on the axes ``shared``: None, bool or float64."""
     if where is not None:
         if where.dtype != bool:

@@ -53,7 +53,7 @@ def test_public_names():
 SIGNATURES = {
     "mean": "(x, axis=None, dtype=None, out=None, keepdims=False, *, where=True)",
     "var": "(x, axis=None, dtype=None, out=None, ddof=0, keepdims=False, *, where=True, mean=None, correction=None)",
-    "mean_var": "(x, axis=None, *, correction=0, keepdims=False, where=True)",
+    "mean_var": "(x, axis=None, *, correction=0, keepdims=False, where=True, weights=None)",
     "moments": "(x, *, channel_axis=1, where=None, weights=None)",
     "merge": "(*moments)",
     "update_running": "(mean, var, moments, *, rate=0.1, correction=1, skip_nonfinite=False, out=None)",
