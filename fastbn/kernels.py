@@ -5,13 +5,14 @@ Every function goes the way of those in ``functional.py``.
 
 from __future__ import annotations
 
+import operator
 from numbers import Real
 from typing import Any, Literal
 
 from fastbn import arguments
 from fastbn.dispatch import backend_of, on_device, one_kind
 from fastbn.formulas import input_numbers, reciprocal_std
-from fastbn.layout import Layout
+from fastbn.layout import Layout, Shape, layout_of
 from fastbn.operands import Target, float64_vector, vector
 
 __all__ = ["fold", "grad_input", "grad_sums", "normalize"]
@@ -204,6 +205,7 @@ def fold(
     *,
     eps: float = 1e-5,
     axis: int = 0,
+    groups: int = 1,
 ) -> tuple[Any, Any]:
     """Fold inference's batch normalization into the linear layer before it, whose work then includes it.
 
@@ -212,13 +214,20 @@ def fold(
     kernel : array
         Weights of a dense or convolution layer, of any float dtype.
     kernel_bias : array or None
-        Its bias, of shape ``(kernel.shape[axis],)``.
+        Its bias, one number for each output channel.
     mean, var, gamma, beta : array
-        The batch norm's, each broadcasting to that shape; gamma and beta may be None.
+        The batch norm's, each broadcasting to the shape of the output channels; gamma and beta may be None.
     eps : float
         Added to the variance.
     axis : int
-        The kernel's axis of output channels: 0 for PyTorch's (out, in, ...), -1 for Keras' and JAX's (..., in, out).
+        The kernel's axis of output channels: 0 for PyTorch's (out, in, ...), 1 for its transposed convolutions'
+        (in, out, ...), -1 for Keras' and JAX's (..., in, out).
+    groups : int
+        Of a layer whose `axis` has the output channels of one group, and the axis before it the input channels of all
+        groups, one group after the other: PyTorch's transposed convolutions, (in, out / groups, ...). There are
+        ``groups * kernel.shape[axis]`` output channels then, group by group. A depthwise kernel of Keras,
+        (..., in, multiplier), is one with as many groups as inputs. On axis 0, as in PyTorch's other convolutions,
+        are the output channels of all groups whatever their number; leave it 1 where they are on the last one.
 
     Returns
     -------
@@ -229,7 +238,7 @@ def fold(
     Raises
     ------
     TypeError, ValueError, numpy.exceptions.AxisError
-        As `batch_norm`.
+        As `batch_norm`; `groups` that is no int >= 1 or does not divide the channels that it divides into groups.
 
     Examples
     --------
@@ -238,23 +247,47 @@ def fold(
     >>> fastbn.fold(kernel, None, np.array([1.0, 1.0]), np.array([4.0, 1.0]), eps=0)
     (array([[0.5, 1. ],
            [3. , 4. ]]), array([-0.5, -1. ]))
+
+    Two groups of two inputs and one output:
+
+    >>> fastbn.fold(np.ones((4, 1)), None, np.zeros(2), np.array([4.0, 1.0]), eps=0, axis=1, groups=2)[0].ravel()
+    array([0.5, 0.5, 1. , 1. ])
     """
     kind = one_kind({"kernel": kernel, "mean": mean, "var": var}, kernel_bias=kernel_bias, gamma=gamma, beta=beta)
     backend = backend_of(kind)
     kernel = arguments.data("kernel", kernel)
-    layout = arguments.layout_for(kernel, axis, "axis")
-    if len(layout.kept_shape) != 1:
+    axes = arguments.channel_axes(kernel.ndim, axis, "axis")
+    if len(axes) != 1:
         raise TypeError(f"axis: expected an int, got {axis!r}")
+    (axis,) = axes
+    groups = _checked_groups(groups, kernel.shape, axis)
     eps = arguments.epsilon(eps)
+    layout = layout_of((groups * kernel.shape[axis],), (1,), frozenset((0,)))  # of the output channels
     bias, shift = (
         float64_vector("kernel_bias", kernel_bias, layout, backend),
         float64_vector("beta", beta, layout, backend),
     )
     mean, var = float64_vector("mean", mean, layout, backend), float64_vector("var", var, layout, backend)
     scale = float64_vector("gamma", gamma, layout, backend, 1.0) * reciprocal_std(var, eps)
-    along = [-1 if i in layout.kept else 1 for i in range(kernel.ndim)]
-    folded = kernel.astype(backend.xp.float64) * scale.reshape(along)
+    spread = scale
+    if groups > 1:  # of each input channel and each output channel of its group
+        spread = backend.xp.repeat(scale.reshape(groups, -1), kernel.shape[axis - 1] // groups, axis=0)
+    folded = kernel.astype(backend.xp.float64) * spread.reshape(spread.shape + (1,) * (kernel.ndim - 1 - axis))
     return folded.astype(kernel.dtype), ((bias - mean) * scale + shift).astype(kernel.dtype)
+
+
+def _checked_groups(groups: Any, shape: Shape, axis: int) -> int:
+    """How many groups the axis before ``axis`` has; 1 on axis 0, where output channels are those of all groups."""
+    try:
+        number = operator.index(groups)
+    except TypeError:
+        raise TypeError(f"groups: expected an int, got {type(groups).__name__}") from None
+    divided = max(axis - 1, 0)
+    if number < 1 or shape[divided] % number:
+        raise ValueError(
+            f"groups: expected a divisor of kernel.shape[{divided}], which is {shape[divided]}, got {groups}"
+        )
+    return number if axis else 1
 
 
 # --- what inference does too ------------------------------------------------------------------------------------------

@@ -196,8 +196,18 @@ def batch_norm_backward(
 
 def fold(
     kernel: Array, kernel_bias: Array, mean: Array, var: Array, gamma: Array = None, beta: Array = None,
-    *, eps: float = 1e-5, axis: int = 0,
+    *, eps: float = 1e-5, axis: int = 0, groups: int = 1,
 ) -> tuple[Array, Array]:  # fmt: skip
+    axis %= kernel.ndim
+    if groups > 1 and axis > 0:
+        parts = np.split(kernel, groups, axis - 1)
+        n = groups * kernel.shape[axis]
+        each = [
+            np.split(np.broadcast_to(0.0 if a is None else _float64(a), n), groups)
+            for a in (kernel_bias, mean, var, 1.0 if gamma is None else gamma, beta)
+        ]
+        folded = [fold(part, *numbers, eps=eps, axis=axis) for part, *numbers in zip(parts, *each, strict=True)]
+        return np.concatenate([k for k, _ in folded], axis - 1), np.concatenate([b for _, b in folded])
     n = kernel.shape[axis]
     scale = np.ones(n) / np.sqrt(_float64(var) + eps) * (1.0 if gamma is None else _float64(gamma))
     bias = (0.0 if kernel_bias is None else _float64(kernel_bias)) - _float64(mean)

@@ -15,6 +15,10 @@ import fastbn.jax as fj  # noqa: E402
 from fastbn.jax import functional, xla  # noqa: E402
 
 SHAPES = {"last": ((4, 5, 6, 3), -1), "first": ((4, 3, 5, 6), 1), "dense": ((20, 3), 1), "zeroth": ((3, 7), 0)}
+SEVERAL = {
+    "instance": ((4, 5, 6, 3), (0, -1)), "instance first": ((4, 3, 5, 6), (1, 0)), "ghost": ((2, 5, 3, 4), (0, 2)),
+    "one of a tuple": ((4, 5, 3), (2,)),
+}  # fmt: skip
 CLOSE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 4e-2, "float64": 1e-12}
 
 
@@ -24,22 +28,29 @@ def dtype(request):
         yield request.param
 
 
+def kept(shape, axis):
+    """The channel axes in the order of x."""
+    return sorted(a % len(shape) for a in (axis if isinstance(axis, tuple) else (axis,)))
+
+
 def case(shape, axis, dtype, seed=0):
     rng = np.random.default_rng(seed)
     x, residual, dy = (jnp.asarray(rng.standard_normal(shape)).astype(dtype) for _ in range(3))
     kind = "float64" if dtype == "float64" else "float32"
-    gamma, beta, mean, var = (jnp.asarray(rng.random(shape[axis]) + 0.5).astype(kind) for _ in range(4))
+    channels = [shape[a] for a in kept(shape, axis)]
+    gamma, beta, mean, var = (jnp.asarray(rng.random(channels) + 0.5).astype(kind) for _ in range(4))
     return x, residual, dy, gamma, beta, mean, var
 
 
 def formula(x, gamma=1.0, beta=0.0, mean=None, var=None, residual=None, activation=None, axis=-1, eps=1e-5):
     """In float32 or wider, as plainly as JAX allows."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    axes = tuple(a for a in range(x.ndim) if a != axis % x.ndim)
-    shape = [-1 if a == axis % x.ndim else 1 for a in range(x.ndim)]
+    axes = tuple(a for a in range(x.ndim) if a not in kept(x.shape, axis))
+    shape = [n if a in kept(x.shape, axis) else 1 for a, n in enumerate(x.shape)]
+    channels = [x.shape[a] for a in kept(x.shape, axis)]
     mean = wide.mean(axes) if mean is None else mean
     var = wide.var(axes) if var is None else var
-    rows = [jnp.reshape(a, shape) if jnp.ndim(a) else a for a in (mean, var, gamma, beta)]
+    rows = [jnp.reshape(jnp.broadcast_to(a, channels), shape) for a in (mean, var, gamma, beta)]
     y = (wide - rows[0]) / jnp.sqrt(rows[1] + eps) * rows[2] + rows[3]
     y = y if residual is None else y + residual
     return (jax.nn.relu(y) if activation else y).astype(x.dtype)
@@ -55,7 +66,16 @@ def assert_close(ours, theirs, dtype):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", SHAPES)
 def test_values_and_gradients(dtype, name, training, fused):
-    shape, axis = SHAPES[name]
+    check_values_and_gradients(*SHAPES[name], dtype, training, fused)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_channel_axes(name, training):
+    check_values_and_gradients(*SEVERAL[name], "float32", training, fused=name == "ghost")
+
+
+def check_values_and_gradients(shape, axis, dtype, training, fused):
     x, residual, dy, gamma, beta, mean, var = case(shape, axis, dtype)
     extra = {"residual": residual, "activation": "relu"} if fused else {}
 
@@ -93,6 +113,127 @@ def test_running_statistics():
     gradient = jax.grad(lambda x: fj.batch_norm(x, running_mean=mean, running_var=var)[1][0].sum())(x)
     assert not gradient.any()
     np.testing.assert_array_equal(mean, 2.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (4, 1), (), (1, 1)], ids=str)
+def test_parameters_that_broadcast(shape, training, dtype):
+    """To the channel axes' shape; the gradient has the parameter's own."""
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.standard_normal((4, 5, 6, 3)), jnp.float32) for _ in range(2))
+    gamma, beta, mean, var = (jnp.asarray(rng.random(shape) + 0.5).astype(dtype) for _ in range(4))
+    running = {} if training else {"running_mean": mean, "running_var": var}
+    answers = []
+    for function, statistics in (
+        (partial(fj.batch_norm, channel_axis=(0, 3), training=training), running),
+        (partial(formula, axis=(0, 3)), {} if training else {"mean": mean, "var": var}),
+    ):
+
+        def call(gamma, beta, statistics, function=function):
+            y = function(x, gamma, beta, **statistics)
+            return y[0] if isinstance(y, tuple) else y
+
+        y, pull = jax.vjp(call, gamma, beta, statistics)
+        of_gamma, of_beta, of_statistics = pull(dy)
+        answers.append((y, of_gamma, of_beta, *of_statistics.values()))
+    for ours, theirs in zip(*answers, strict=True):
+        assert_close(ours, theirs, dtype)
+    if not training:
+        given = fj.batch_norm(x, channel_axis=(0, 3), training=False, **running)[1]
+        assert given[0] is mean
+        assert given[1] is var
+
+
+def test_running_statistics_of_several_axes():
+    """Of each sample and channel; as fastbn's own."""
+    x = np.random.default_rng(0).standard_normal((4, 5, 6, 3)).astype(np.float32)
+    mean, var = np.full((4, 3), 2.0, np.float32), np.full((4, 3), 3.0, np.float32)
+    for axis in ((0, 3), (-1, 0), [0, 3]):
+        step = partial(fj.batch_norm, rate=0.25, channel_axis=axis)
+        found = jax.jit(step)(x, running_mean=mean, running_var=var)[1]
+        np.testing.assert_allclose(found[0], 1.5 + 0.25 * x.mean((1, 2)), rtol=1e-5)
+        np.testing.assert_allclose(found[1], 2.25 + 0.25 * x.var((1, 2), ddof=1), rtol=1e-5)
+    _, (_, untouched) = fj.batch_norm(x[:, :1, :1], running_mean=mean, running_var=var, channel_axis=(0, 3))
+    np.testing.assert_array_equal(untouched, var)  # one value each has no variance
+
+
+def test_no_axis_and_every_axis():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 5)), jnp.float32)
+    y, (mean, var) = fj.batch_norm(x, running_mean=jnp.zeros(()), running_var=jnp.ones(()), channel_axis=(), rate=1)
+    np.testing.assert_allclose(y, formula(x, axis=()), atol=1e-5)
+    np.testing.assert_allclose([mean, var], [x.mean(), x.var(ddof=1)], rtol=1e-5)
+    y, _ = fj.batch_norm(x, beta=jnp.full((4, 5), 2.0), channel_axis=(0, 1))
+    np.testing.assert_array_equal(y, jnp.full((4, 5), 2.0))
+
+
+# --- a rate that is traced --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", ["float32", "bfloat16", "int32"])
+def test_traced_rate(of):
+    """As the same number known beforehand, in any dtype of either; running statistics keep theirs."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)), jnp.float32)
+    for rate in (0, 1) if of == "int32" else (0.0, 0.25, 1.0):
+        for kind in ("float32", "float16"):
+            running = jnp.full(3, 2.0, kind), jnp.full(3, 3.0, kind)
+            step = jax.jit(lambda rate, running=running: fj.batch_norm(x, None, None, *running, rate=rate)[1])
+            found = step(jnp.asarray(rate, of))
+            for ours, start, batch in zip(found, running, (x.mean(0), x.var(0, ddof=1)), strict=True):
+                assert ours.dtype == kind
+                expected = (1 - rate) * np.asarray(start, float) + rate * np.asarray(batch, float)
+                np.testing.assert_allclose(ours, expected, rtol=1e-6 if kind == "float32" else 1e-3)
+            known = fj.batch_norm(x, None, None, *running, rate=rate)[1]
+            np.testing.assert_allclose(np.asarray(found, float), np.asarray(known, float), rtol=1e-6)
+
+
+def test_a_rate_that_is_scanned():
+    """1/n makes the running mean the average of all batches."""
+    xs = jnp.asarray(np.random.default_rng(0).standard_normal((5, 16, 3)) + 2, jnp.float32)
+
+    def step(state, x):
+        n, *running = state
+        _, running = fj.batch_norm(x, None, None, *running, rate=1 / n)
+        return (n + 1, *running), None
+
+    start = (jnp.ones(()), jnp.full(3, jnp.nan), jnp.full(3, jnp.inf))
+    (_, mean, var), _ = jax.jit(lambda state: jax.lax.scan(step, state, xs))(start)
+    np.testing.assert_allclose(mean, xs.mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(var, xs.var(1, ddof=1).mean(0), rtol=1e-5)
+
+
+def test_the_derivative_by_the_rate():
+    """Batch less running, at the ends as well; and of a batch of rates."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)), jnp.float32)
+    mean, var = jnp.full(3, 2.0), jnp.full(3, 3.0)
+
+    def total(rate):
+        new_mean, new_var = fj.batch_norm(x, None, None, mean, var, rate=rate)[1]
+        return new_mean.sum() + new_var.sum()
+
+    expected = (x.mean(0) - mean).sum() + (x.var(0, ddof=1) - var).sum()
+    rates = jnp.array([0.0, 0.3, 1.0])
+    for derivative in (jax.grad, jax.jacrev):
+        np.testing.assert_allclose(jax.vmap(derivative(total))(rates), jnp.full(3, expected), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(0.5), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_what_weighs_nothing_may_be_infinite(traced):
+    x, infinite = jnp.ones((4, 3)), jnp.full(3, jnp.inf)
+    rates = [jnp.asarray(float(rate)) if traced else rate for rate in (0, 1)]
+    _, (mean, _) = fj.batch_norm(jnp.full((4, 3), jnp.inf), None, None, jnp.ones(3), jnp.ones(3), rate=rates[0])
+    np.testing.assert_array_equal(mean, jnp.ones(3))
+    _, (mean, var) = fj.batch_norm(x, None, None, infinite, -infinite, rate=rates[1])
+    np.testing.assert_array_equal([mean, var], [jnp.ones(3), jnp.zeros(3)])
+
+
+def test_eps_is_not_traced():
+    x = jnp.ones((4, 3))
+    with pytest.raises(TypeError, match=r"^eps: expected a number, got a traced one; make it static"):
+        jax.jit(lambda eps: fj.batch_norm(x, eps=eps)[0])(1e-5)
+    static = jax.jit(lambda x, eps: fj.batch_norm(x, eps=eps)[0], static_argnames="eps")
+    np.testing.assert_array_equal(static(x, eps=0.5), fj.batch_norm(x, eps=jnp.asarray(0.5))[0])
 
 
 def test_batches_that_tell_nothing():
@@ -142,16 +283,17 @@ def test_statistics_keep_float64_on_their_way_back():
     np.testing.assert_array_equal(dgamma, expected.gamma.astype(np.float32))
 
 
-def test_the_way_of_other_devices(monkeypatch):
+@pytest.mark.parametrize("axis", [-1, (0, 2)], ids=str)
+def test_the_way_of_other_devices(axis, monkeypatch):
     """By a callback, with the same bits."""
-    x, residual, dy, gamma, beta, mean, var = case((4, 5, 3), -1, "float32")
+    x, residual, dy, gamma, beta, mean, var = case((4, 5, 3), axis, "float32")
     answers = []
     for there in (False, True):
         if there:
             monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
             jax.clear_caches()
         for training in (True, False):
-            call = partial(fj.batch_norm, residual=residual, activation="relu", training=training)
+            call = partial(fj.batch_norm, residual=residual, activation="relu", training=training, channel_axis=axis)
             y, pull = jax.vjp(lambda x, g, call=call: call(x, g, beta, mean, var)[0], x, gamma)
             answers.append((y, *pull(dy)))
     for ours, theirs in zip(answers[:2], answers[2:], strict=True):
@@ -208,6 +350,32 @@ def test_names_of_functions():
         (ValueError, "running_mean, running_var: expected both with training=False", {"training": False}),
         (ValueError, "residual: expected", {"residual": jnp.ones((2, 3), jnp.float16)}),
         (ValueError, "activation: expected None or 'relu', got 'gelu'", {"activation": "gelu"}),
+        (ValueError, r"channel_axis: expected an axis of 2 dimensions, got \(0, -3\)", {"channel_axis": (0, -3)}),
+        (ValueError, "repeated axis in `channel_axis`", {"channel_axis": (1, -1)}),
+        (TypeError, "channel_axis: expected an int or a tuple of ints, got 1.0", {"channel_axis": 1.0}),
+        (TypeError, "channel_axis: expected an int or a tuple of ints, got None", {"channel_axis": None}),
+        (
+            ValueError,
+            r"gamma: expected a shape that broadcasts to \(2, 3\), got \(2,\)",
+            {"gamma": jnp.ones(2), "channel_axis": (0, 1)},
+        ),
+        (
+            ValueError,
+            r"running_var: expected shape \(2, 3\), got \(3,\)",
+            {"running_var": jnp.ones(3), "channel_axis": (0, 1)},
+        ),
+        (
+            ValueError,
+            r"running_mean: expected a shape that broadcasts to \(3,\), got \(2, 3\)",
+            {"running_mean": jnp.ones((2, 3)), "channel_axis": (1,), "training": False},
+        ),
+        (ValueError, r"rate: expected a number in \[0, 1\], got 1.5", {"rate": 1.5}),
+        (ValueError, r"rate: expected a number in \[0, 1\], got nan", {"rate": np.nan}),
+        (ValueError, r"rate: expected a number, got an array of shape \(3,\)", {"rate": jnp.ones(3)}),
+        (TypeError, "rate: expected a real number, got str", {"rate": "0.1"}),
+        (TypeError, "rate: expected a real number, got dtype complex64", {"rate": jnp.asarray(1j)}),
+        (ValueError, "eps: expected a finite number >= 0, got -1", {"eps": -1}),
+        (TypeError, "eps: expected a real number, got NoneType", {"eps": None}),
     ],
 )
 def test_errors(error, match, given):

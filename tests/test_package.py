@@ -67,7 +67,7 @@ SIGNATURES = {
     "batch_norm_backward": "(dy, saved, *, dmean=None, dvar=None, gather=None, out=None)",
     "batch_norm_inference": "(x, mean, var, gamma=None, beta=None, *, channel_axis=1, eps=1e-05, residual=None, "
     "activation=None, out=None)",
-    "fold": "(kernel, kernel_bias, mean, var, gamma=None, beta=None, *, eps=1e-05, axis=0)",
+    "fold": "(kernel, kernel_bias, mean, var, gamma=None, beta=None, *, eps=1e-05, axis=0, groups=1)",
 }
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.exceptions import AxisError
+from numpy.lib.array_utils import normalize_axis_tuple
 
 import fastbn
 from fastbn.jax import xla
@@ -20,9 +24,14 @@ BITS = jnp.uint32  # two hold a float64
 class Static(NamedTuple):
     """What a compiled call depends on beside shapes."""
 
-    axis: int
+    axes: tuple[int, ...]
+    """Those kept, in x's order."""
     eps: float
     relu: bool
+
+    def channels(self, x: Any) -> tuple[int, ...]:
+        """The shape of parameters and statistics."""
+        return tuple(x.shape[axis] for axis in self.axes)
 
 
 def batch_norm(
@@ -33,10 +42,10 @@ def batch_norm(
     running_var: Any = None,
     *,
     training: bool = True,
-    rate: float = 0.1,
+    rate: Any = 0.1,
     correction: float = 1,
     eps: float = 1e-5,
-    channel_axis: int = -1,
+    channel_axis: int | tuple[int, ...] = -1,
     residual: Any = None,
     activation: Literal["relu"] | None = None,
 ) -> tuple[Any, tuple[Any, Any]]:
@@ -47,19 +56,21 @@ def batch_norm(
     x : jax.Array
         Of any shape; float16, bfloat16, float32 or float64.
     gamma, beta : jax.Array, optional
-        (C,), C the size of the channel axis: scale and shift.
+        Scale and shift: (C,), C the size of the channel axis; with several axes, what broadcasts to their shape.
     running_mean, running_var : jax.Array, optional
-        (C,). In training what the returned ones are made of; else the statistics to normalize with.
+        (C,), or of the shape of the channel axes. In training what the returned ones are made of; else the statistics
+        to normalize with, which may broadcast as `gamma` does.
     training : bool, optional
         Whether to normalize with the batch's statistics.
-    rate : float, optional
-        The weight of the new batch in running statistics: PyTorch's momentum, 1 less Keras' and Flax'.
+    rate : float or jax.Array without dimensions, optional
+        The weight of the new batch in running statistics, in [0, 1]: PyTorch's momentum, 1 less Keras' and Flax'. It
+        may be traced, as a schedule's, and has a gradient.
     correction : float, optional
         1 for an unbiased running variance, as PyTorch has it; 0 for Keras' and Flax'.
     eps : float, optional
-        Added to the variance.
-    channel_axis : int, optional
-        The axis kept; the last, as is usual in JAX.
+        Added to the variance. Compiled into the program: not traced.
+    channel_axis : int or tuple of ints, optional
+        The axis kept; the last, as is usual in JAX. Several are taken in x's order: ``(0, -1)`` is instance norm.
     residual : jax.Array, optional
         Added before the activation; x's shape and dtype.
     activation : {'relu'}, optional
@@ -75,9 +86,10 @@ def batch_norm(
     Raises
     ------
     TypeError
-        For dtypes that are not floating point.
+        For dtypes that are not floating point, an `eps` that is traced.
     ValueError
-        For wrong shapes, an axis that x does not have, evaluation without statistics, an activation not known.
+        For wrong shapes, an axis that x does not have, evaluation without statistics, an activation not known, a `rate`
+        or `eps` out of range.
 
     Notes
     -----
@@ -93,44 +105,104 @@ def batch_norm(
     ([[-1.0, -1.0], [1.0, 1.0]], [0.20000000298023224, 2.0])
     """
     x = jnp.asarray(x)
-    axis = _checked(x, channel_axis, residual, activation, gamma=gamma, beta=beta, mean=running_mean, var=running_var)
-    static = Static(axis, float(eps), activation is not None)
+    static = _checked(x, channel_axis, eps, residual, activation)
+    channels, several = static.channels(x), not isinstance(channel_axis, (int, np.integer))
+    gamma, beta = (_parameter(n, p, channels, several) for n, p in (("gamma", gamma), ("beta", beta)))
+    mean, var = (
+        _parameter(name, statistic, channels, several and not training)
+        for name, statistic in (("running_mean", running_mean), ("running_var", running_var))
+    )
     if not training:
-        if running_mean is None or running_var is None:
+        if mean is None or var is None:
             raise ValueError("running_mean, running_var: expected both with training=False, got None")
-        return _infer(static, x, running_mean, running_var, gamma, beta, residual), (running_mean, running_var)
+        return _infer(static, x, mean, var, gamma, beta, residual), (running_mean, running_var)
+    rate = _checked_rate(rate)
     y, _, batch = _train(static, x, gamma, beta, residual)
-    count = x.size // x.shape[axis] if x.size else 0
-    divisor = count - correction
-    mean = _moved(running_mean, batch[0], rate if count else 0.0)
-    return y, (mean, _moved(running_var, batch[1] / max(divisor, 1), rate if divisor > 0 else 0.0))
+    count = x.size // math.prod(channels) if x.size else 0
+    if count > 0:
+        mean = _moved(mean, batch[0], rate)
+    if count > correction:
+        var = _moved(var, batch[1] / (count - correction), rate)
+    return y, (mean, var)
 
 
-def _moved(running: Any, batch: Any, rate: float) -> Any:
-    """Towards the batch; a batch that tells nothing is left out."""
-    if running is None or rate == 0.0:
-        return running
-    return ((1 - rate) * running + rate * jax.lax.stop_gradient(batch)).astype(running.dtype)
+def _moved(running: Any, batch: Any, rate: Any) -> Any:
+    """``(1 - rate) * running + rate * batch``; the side of weight 0 adds nothing, though it be infinite."""
+    if running is None:
+        return None
+    batch = jax.lax.stop_gradient(batch)
+    rate = rate if isinstance(rate, Real) else rate.astype(batch.dtype)
+    # Finite sides stay, whatever their weight: they are the derivative by the rate.
+    old = jnp.where((rate != 1) | jnp.isfinite(running), running, 0).astype(batch.dtype)
+    new = jnp.where((rate != 0) | jnp.isfinite(batch), batch, 0)
+    return ((1 - rate) * old + rate * new).astype(running.dtype)
 
 
-def _checked(x: Any, channel_axis: int, residual: Any, activation: Any, **vectors: Any) -> int:
-    """The channel axis; raises for arguments that cannot be computed with."""
+def _checked(x: Any, channel_axis: Any, eps: Any, residual: Any, activation: Any) -> Static:
+    """What is static; raises for arguments that cannot be computed with."""
     if x.dtype.name not in DTYPES:
         raise TypeError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
-    if not -x.ndim <= channel_axis < x.ndim:
-        raise ValueError(f"channel_axis: expected an axis of {x.ndim} dimensions, got {channel_axis}")
-    axis: int = channel_axis % x.ndim
-    for name, vector in vectors.items():
-        if vector is not None and jnp.shape(vector) != (x.shape[axis],):
-            raise ValueError(f"{name}: expected shape {(x.shape[axis],)}, got {jnp.shape(vector)}")
-        if vector is not None and jnp.result_type(vector).name not in DTYPES:
-            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {jnp.result_type(vector)}")
+    try:
+        axes = tuple(sorted(normalize_axis_tuple(channel_axis, x.ndim, "channel_axis")))
+    except AxisError:
+        raise ValueError(f"channel_axis: expected an axis of {x.ndim} dimensions, got {channel_axis}") from None
+    except TypeError:
+        raise TypeError(f"channel_axis: expected an int or a tuple of ints, got {channel_axis!r}") from None
     if residual is not None and (jnp.shape(residual) != x.shape or jnp.result_type(residual) != x.dtype):
         expected, got = f"{x.shape} {x.dtype}", f"{jnp.shape(residual)} {jnp.result_type(residual)}"
         raise ValueError(f"residual: expected {expected}, as x is, got {got}")
     if activation not in (None, "relu"):
         raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
-    return axis
+    return Static(axes, _checked_eps(eps), activation is not None)
+
+
+def _checked_eps(eps: Any) -> float:
+    """A number that the program is compiled for."""
+    if isinstance(eps, jax.core.Tracer):
+        raise TypeError("eps: expected a number, got a traced one; make it static, by static_argnames of jax.jit")
+    number = float(_number("eps", eps))
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+    return number
+
+
+def _checked_rate(rate: Any) -> Any:
+    """A number in [0, 1]; of arrays, which may be traced, the value is not looked at."""
+    number = _number("rate", rate)
+    if isinstance(rate, Real) and not 0 <= number <= 1:
+        raise ValueError(f"rate: expected a number in [0, 1], got {rate}")
+    return number
+
+
+def _number(name: str, value: Any) -> Any:
+    """A real number, Python's or NumPy's, or an array that holds one."""
+    if isinstance(value, Real):
+        return value
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
+    if value.shape != ():
+        raise ValueError(f"{name}: expected a number, got an array of shape {value.shape}")
+    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        raise TypeError(f"{name}: expected a real number, got dtype {value.dtype}")
+    return jnp.asarray(value)
+
+
+def _parameter(name: str, value: Any, channels: tuple[int, ...], broadcasts: bool) -> Any:
+    """None or a number for each channel."""
+    if value is None:
+        return None
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    sizes = zip(reversed(shape), reversed(channels), strict=False)
+    fits = len(shape) <= len(channels) and all(size in (1, channel) for size, channel in sizes)
+    if shape != channels and not (broadcasts and fits):
+        expected = f"a shape that broadcasts to {channels}" if broadcasts else f"shape {channels}"
+        raise ValueError(f"{name}: expected {expected}, got {shape}")
+    if dtype.name not in DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype}")
+    if shape == channels:
+        return value
+    # Its gradient is a sum over what it is broadcast along: not in half precision.
+    return jnp.broadcast_to(jnp.asarray(value, jnp.promote_types(dtype, jnp.float32)), channels)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -139,11 +211,11 @@ def _checked(x: Any, channel_axis: int, residual: Any, activation: Any, **vector
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _train(static: Static, x: Any, gamma: Any, beta: Any, residual: Any) -> tuple[Any, Any, Any]:
     """y; bits of (count, mean, m2, rstd); mean and m2 rounded."""
-    channels = x.shape[static.axis]
+    channels = static.channels(x)
     outputs = (
         jax.ShapeDtypeStruct(x.shape, x.dtype),
-        jax.ShapeDtypeStruct((4, 2 * channels), BITS),
-        jax.ShapeDtypeStruct((2, channels), jax.dtypes.canonicalize_dtype(np.float64)),
+        jax.ShapeDtypeStruct((4, *channels, 2), BITS),
+        jax.ShapeDtypeStruct((2, *channels), jax.dtypes.canonicalize_dtype(np.float64)),
     )
     y, table, batch = _call("forward", static, outputs, x, gamma, beta, residual)
     return y, table, batch
@@ -196,7 +268,7 @@ _infer.defvjp(_infer_forward, _infer_backward)
 
 def _backward(static: Static, dy: Any, x: Any, y: Any, gamma: Any, statistics: Any, frozen: bool) -> Any:
     """dx, dgamma, dbeta, and dy where relu let it pass."""
-    sums = jax.ShapeDtypeStruct((2, x.shape[static.axis]), jax.dtypes.canonicalize_dtype(np.float64))
+    sums = jax.ShapeDtypeStruct((2, *static.channels(x)), jax.dtypes.canonicalize_dtype(np.float64))
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
     outputs = (like, sums, like) if static.relu else (like, sums)
     given = statistics if frozen else (statistics, None)
@@ -211,11 +283,12 @@ def _call(name: str, static: Static, outputs: Sequence[Any], *inputs: Any) -> tu
     """The host's function of this name: on the CPU in place, elsewhere by way of a callback."""
     present = tuple(a for a in inputs if a is not None)
     there = sum(1 << i for i, a in enumerate(inputs) if a is not None)
-    attributes = {"there": there, "axis": static.axis, "eps": static.eps, "relu": static.relu}
+    axes = sum(1 << axis for axis in static.axes)
+    attributes = {"there": there, "axes": axes, "eps": static.eps, "relu": static.relu}
 
     def in_place(*arrays: Any) -> tuple[Any, ...]:
         call = jax.ffi.ffi_call(f"fastbn_{name}", outputs, vmap_method="sequential")
-        typed = {"there": np.int64(there), "axis": np.int64(static.axis), "eps": np.float64(static.eps)}
+        typed = {"there": np.int64(there), "axes": np.int64(axes), "eps": np.float64(static.eps)}
         return tuple(call(*arrays, **typed, relu=np.int64(static.relu)))
 
     def by_callback(*arrays: Any) -> tuple[Any, ...]:
@@ -236,7 +309,10 @@ def _given(attributes: dict[str, Any], inputs: Sequence[Any], count: int) -> lis
 
 
 def _options(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {"channel_axis": attributes["axis"], "activation": "relu" if attributes["relu"] else None}
+    bits = attributes["axes"]
+    axes = tuple(axis for axis in range(bits.bit_length()) if bits >> axis & 1)
+    one = len(axes) == 1  # calls like an earlier one are known by an int
+    return {"channel_axis": axes[0] if one else axes, "activation": "relu" if attributes["relu"] else None}
 
 
 def _forward_on_host(attributes: dict[str, Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -245,7 +321,7 @@ def _forward_on_host(attributes: dict[str, Any], inputs: Sequence[Any], outputs:
     options = _options(attributes)
     _, saved = fastbn.batch_norm(x, gamma, beta, eps=attributes["eps"], residual=residual, out=y, **options)
     assert saved.moments is not None
-    table.view(np.float64)[...] = *saved.moments, saved.rstd
+    table.view(np.float64)[..., 0] = *saved.moments, saved.rstd
     batch[...] = saved.moments.mean, saved.moments.m2
 
 
@@ -266,7 +342,7 @@ def _backward_on_host(
         saved = fastbn.Saved.frozen(x, first, second, gamma, eps=attributes["eps"], y=y, **options)
         saved = saved._replace(has_residual=relu)
     else:
-        count, mean, m2, rstd = np.ascontiguousarray(first).view(np.float64)
+        count, mean, m2, rstd = np.ascontiguousarray(first).view(np.float64)[..., 0]
         moments = fastbn.Moments(count, mean, m2)
         axis, activation = options["channel_axis"], options["activation"]
         saved = fastbn.Saved(x, y, gamma, None, moments, mean, rstd, count, axis, activation, relu, False)
