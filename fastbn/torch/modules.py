@@ -72,15 +72,16 @@ class _Mixin(_State):
             raise RuntimeError(f"input: expected floating point, got {input.dtype}; {_HINT.format('quantising')}")
         module._check_input_dim(input)
         mean, var, training, momentum = self._step()
-        given = input, mean, var, module.weight, module.bias
         if self._is_synchronised():
             return synchronised(
-                *given, momentum, module.eps, module.process_group, residual=residual, activation=self.activation
-            )
-        # An ONNX file is to have ONNX's own operators. The first two questions are quick, and rarely answered by yes.
-        if (torch.jit.is_tracing() or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export():
-            return _unfused(F.batch_norm(*given, training, momentum, module.eps), residual, self.activation)
-        return batch_norm(*given, training, momentum, module.eps, residual=residual, activation=self.activation)
+                input, mean, var, module.weight, module.bias, momentum, module.eps, module.process_group,
+                residual=residual, activation=self.activation,
+            )  # fmt: skip
+        function = unfused if _is_exported_to_onnx() else batch_norm
+        return function(
+            input, mean, var, module.weight, module.bias, training, momentum, module.eps,
+            residual=residual, activation=self.activation,
+        )  # fmt: skip
 
     def _is_synchronised(self) -> bool:
         return False
@@ -101,7 +102,21 @@ def _leaf(module: Any, *arguments: Any) -> Any:
     return tracer.create_proxy("call_module", tracer.path_of_module(module), present, {})
 
 
-def _unfused(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+def _is_exported_to_onnx() -> bool:
+    """To a file that is to have ONNX's own operators. The last question imports, the first two are quick."""
+    found: bool = (torch.jit.is_tracing() or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export()
+    return found
+
+
+def unfused(
+    input: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,  # noqa: A002
+    training: bool, momentum: float, eps: float, *, residual: Tensor | None, activation: str | None,
+) -> Tensor:  # fmt: skip
+    """`batch_norm` by PyTorch's operators. TorchScript compiles it."""
+    return _end(F.batch_norm(input, mean, var, weight, bias, training, momentum, eps), residual, activation)
+
+
+def _end(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     if residual is not None:
         y = y + residual
     return y if activation is None else F.relu(y)
@@ -247,8 +262,10 @@ class UnfusedBatchNormAct2d(_State, nn.BatchNorm2d):
                 return _leaf(self, input, residual)
         self._check_input_dim(input)
         mean, var, training, momentum = self._step()
-        y = F.batch_norm(input, mean, var, self.weight, self.bias, training, momentum, self.eps)
-        return _unfused(y, residual, self.activation)
+        return unfused(
+            input, mean, var, self.weight, self.bias, training, momentum, self.eps,
+            residual=residual, activation=self.activation,
+        )  # fmt: skip
 
 
 class UnfusedSyncBatchNormAct(_State, nn.SyncBatchNorm):
@@ -257,7 +274,7 @@ class UnfusedSyncBatchNormAct(_State, nn.SyncBatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002  # PyTorch's name
         if isinstance(input, Proxy) or isinstance(residual, Proxy):
             return _leaf(self, input, residual)
-        return _unfused(super().forward(input), residual, self.activation)
+        return _end(super().forward(input), residual, self.activation)
 
 
 SYNCHRONISED: dict[type, type] = {
