@@ -104,6 +104,18 @@ def test_a_traced_residual():
     assert_same(graph(residual), model(residual))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own, within its compiler
+def test_a_mode_set_in_a_compiled_graph():
+    """It goes through the children of modules."""
+    ours, theirs, x = pair()
+
+    def evaluated(x, model=ours):
+        model.eval()
+        return model(x)
+
+    assert_same(torch.compile(evaluated, fullgraph=True, backend="aot_eager")(x), theirs.eval()(x))
+
+
 @pytest.mark.parametrize("reverted", [False, True])
 def test_fusion_by_fx(reverted):
     """It knows PyTorch's classes; others are left in place, with the same results."""
@@ -232,14 +244,14 @@ def every_kind():
 def test_revert_is_the_inverse():
     model = every_kind()
     kinds, state = [type(m) for m in model.modules()], copy.deepcopy(model["two"].state_dict())
-    objects, before = list(model.modules()), {k: vars(m).keys() for k, m in model.items()}
+    objects, before = list(model.modules()), {k: set(vars(m)) for k, m in model.items()}
     called = []
     model["two"].register_forward_hook(lambda *_: called.append(1))
     for _ in range(2):
         assert ft.revert(ft.convert(model)) is model
         assert [type(m) for m in model.modules()] == kinds
     assert all(a is b for a, b in zip(model.modules(), objects, strict=True))
-    assert {k: vars(m).keys() for k, m in model.items()} == before
+    assert {k: set(vars(m)) for k, m in model.items()} == before
     assert_same_state(model["two"], type("", (), {"state_dict": lambda self: state})())
     model["two"](torch.randn(2, 3, 2, 2))
     assert called == [1]

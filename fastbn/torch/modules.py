@@ -48,11 +48,12 @@ class _State:
 
         That class knows neither residual nor relu, nor the CPU. There is no other moment to make it another.
         """
-        made: Any = sys._getframe(1).f_locals.get("module_output")
-        if type(made) is nn.SyncBatchNorm:
-            made.__class__ = next(SYNCHRONISED[kind] for kind in type(self).__mro__ if kind in SYNCHRONISED)
-            if "activation" in self.__dict__:
-                made.activation = self.__dict__["activation"]
+        if not torch.compiler.is_compiling():  # a compiler cannot trace the caller's frame, nor does it convert
+            made: Any = sys._getframe(1).f_locals.get("module_output")
+            if type(made) is nn.SyncBatchNorm:
+                made.__class__ = next(SYNCHRONISED[kind] for kind in type(self).__mro__ if kind in SYNCHRONISED)
+                if "activation" in self.__dict__:
+                    made.activation = self.__dict__["activation"]
         return super().named_children()  # type: ignore[misc]  # a module's
 
 
