@@ -8,7 +8,9 @@ Tensors are not copied. Statistics are kept in float64 from the forward to the b
 `BatchNorm1d` 2d, 3d   as `torch.nn`'s, which they extend
 `BatchNormAct2d`       batch norm, residual and relu in one pass over memory
 `SyncBatchNorm`        statistics over all processes of a group; on the CPU too, with uneven and empty batches
+`SyncBatchNormAct`     what `BatchNormAct2d` becomes by ``SyncBatchNorm.convert_sync_batchnorm``
 `convert`              gives every batch norm of a model these kernels
+`revert`               gives it PyTorch's again
 =====================  ===============================================================================================
 
 `torch.ops.fastbn` has the operators: they compile and export in one graph and differentiate twice.
@@ -19,9 +21,27 @@ try:
 except ImportError as error:
     raise ImportError("fastbn.torch needs PyTorch, which is not installed: pip install 'fastbn[torch]'") from error
 
+from fastbn.torch.convert import convert, revert
 from fastbn.torch.functional import batch_norm
-from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d, SyncBatchNorm, convert
+from fastbn.torch.modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct2d,
+    SyncBatchNorm,
+    SyncBatchNormAct,
+)
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct2d", "SyncBatchNorm", "batch_norm", "convert"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct2d",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
+    "batch_norm",
+    "convert",
+    "revert",
+]
 
 del _torch

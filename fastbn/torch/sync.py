@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from fastbn.torch.tensors import array, on_stream, tensor
 
 def synchronised(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    momentum: float, eps: float, group: Any,
+    momentum: float, eps: float, group: Any, *, residual: Tensor | None = None,
+    activation: Literal["relu"] | None = None,
 ) -> Tensor:  # fmt: skip
     """`batch_norm` in training, with statistics of the whole group; running ones become the same on all ranks."""
-    check(x, running_mean, running_var, weight, bias)
-    y, mean, m2, count = _Synchronised.apply(x, weight, bias, eps, group)
+    check(x, running_mean, running_var, weight, bias, residual, activation)
+    y, mean, m2, count = _Synchronised.apply(x, weight, bias, residual, activation, eps, group)
     values = float(count)
     if values == 1:
         raise ValueError("Expected more than 1 value per channel when training, over all ranks")
@@ -32,29 +33,37 @@ class _Synchronised(torch.autograd.Function):
     """An exchange among processes is no operator that a compiler may move: a graph ends here."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+        activation: Literal["relu"] | None, eps: float, group: Any,
+    ) -> Any:  # fmt: skip
         ctx.gather = torch_gather(group)
+        ctx.has_residual = residual is not None
         with on_stream(x):
-            given = (None if t is None else array(t) for t in (weight, bias))
-            y, saved = fastbn.batch_norm(array(x), *given, eps=eps, gather=ctx.gather)
+            gamma, beta, added = (None if t is None else array(t) for t in (weight, bias, residual))
+            result, saved = fastbn.batch_norm(
+                array(x), gamma, beta, eps=eps, residual=added, activation=activation, gather=ctx.gather
+            )
+            if activation is None:
+                saved = saved._replace(has_residual=False)  # its gradient is dy itself
             assert saved.moments is not None
             statistics = tensor(saved.mean), tensor(saved.moments.m2), tensor(saved.moments.count[:1])
             arrays, ctx.static = saved.arrays()
-            ctx.save_for_backward(x, weight, *map(tensor, arrays[1 + (weight is not None) :]))
+            y = tensor(result)
+            given = [t for t in (x, None if activation is None else y, weight) if t is not None]
+            ctx.save_for_backward(*given, *map(tensor, arrays[len(given) :]))
         ctx.mark_non_differentiable(*statistics)
-        return tensor(y), *statistics
+        return y, *statistics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
-        x, weight, *others = ctx.saved_tensors
-        with on_stream(x):
-            inputs = (t for t in (x, weight) if t is not None)
-            saved = fastbn.Saved.from_arrays([array(t) for t in (*inputs, *others)], ctx.static)
+        with on_stream(dy):
+            saved = fastbn.Saved.from_arrays([array(t) for t in ctx.saved_tensors], ctx.static)
             grads = fastbn.batch_norm_backward(array(dy), saved, gather=ctx.gather)
-            kind = torch.float64 if weight is None else weight.dtype
-            of_weight, of_bias = (tensor(g).to(kind) for g in (grads.gamma, grads.beta))
-            wanted = (
-                g if need else None for g, need in zip((of_weight, of_bias), ctx.needs_input_grad[1:3], strict=True)
-            )
-            return tensor(grads.x), *wanted, None, None
+            kind = grads.gamma.dtype if saved.gamma is None else saved.gamma.dtype
+            of_parameters = (tensor(g.astype(kind)) for g in grads[1:3])
+            of_residual = dy if grads.residual is None else tensor(grads.residual)
+            found = tensor(grads.x), *of_parameters, of_residual if ctx.has_residual else None
+        wanted = (g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False))
+        return *wanted, None, None, None
