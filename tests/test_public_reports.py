@@ -40,6 +40,12 @@ def exact_var(values, ddof=0):
     return float(sum((v - mean) ** 2 for v in values) / (len(values) - ddof))
 
 
+@pytest.mark.parametrize("outcome", [(1, 2), (np.nan, 1), ([1, 1 + 1e-6], 1, 1e-7), (np.inf, -np.inf)])
+def test_the_comparison_can_fail(outcome):
+    with pytest.raises(AssertionError):
+        hold(outcome)
+
+
 # --- mean, var and std ------------------------------------------------------------------------------------------------
 
 
