@@ -98,16 +98,16 @@ def parameter(name: str, array: Any, layout: Layout) -> Any:
     return array
 
 
-def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape, kept: frozenset[int]) -> Any:
-    """Where * weights with the dimensions of x: None, bool or float64."""
+def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape, shared: frozenset[int] = frozenset()) -> Any:
+    """Where * weights with the dimensions of x, and size 1 on the axes ``shared``: None, bool or float64."""
     if where is not None:
         if where.dtype != bool:
             raise TypeError(f"where: expected dtype bool, got {where.dtype}")
-        where = _reduced_only("where", where, shape, kept)
+        where = _spread("where", where, shape, shared)
     if weights is not None:
         if weights.dtype.kind not in "fiub" and not is_float(weights.dtype):
             raise TypeError(f"weights: expected a real dtype, got {weights.dtype}")
-        weights = _reduced_only("weights", weights, shape, kept).astype(xp.float64)
+        weights = _spread("weights", weights, shape, shared).astype(xp.float64)
         if xp is np and not (np.isfinite(weights) & (weights >= 0)).all():
             raise ValueError("weights: expected finite values >= 0, got others among them")
     if where is None or weights is None:
@@ -115,15 +115,14 @@ def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape, kept: froze
     return xp.where(where, weights, 0.0)
 
 
-def _reduced_only(name: str, array: Any, shape: Shape, kept: frozenset[int]) -> Any:
-    """Give a weight the dimensions of x; it must have size 1 on the channel axes."""
-    padded = (1,) * (len(shape) - array.ndim) + array.shape
-    expected = tuple(1 if axis in kept else size for axis, size in enumerate(shape))
-    if len(padded) != len(shape) or not _broadcasts(padded, expected):
-        raise ValueError(
-            f"{name}: expected a shape that broadcasts to {expected} (size 1 on the channel axes), got {array.shape}"
-        )
-    return array.reshape(padded)
+def _spread(name: str, array: Any, shape: Shape, shared: frozenset[int]) -> Any:
+    """The array with the dimensions of x, which it broadcasts to with size 1 on the axes ``shared``."""
+    expected = tuple(1 if axis in shared else size for axis, size in enumerate(shape))
+    if not _broadcasts(array.shape, expected):
+        # Sums of the backward pass know one weight for all channels of a position.
+        only = " (size 1 on the channel axes; only moments and mean_var take x's full shape)" if shared else ""
+        raise ValueError(f"{name}: expected a shape that broadcasts to {expected}{only}, got {array.shape}")
+    return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
 
 
 def _broadcasts(shape: Shape, to: Shape) -> bool:

@@ -1,20 +1,28 @@
 """Statistics of dask arrays, larger than memory: tree reductions over blocks, by fastbn's kernels.
 
 Each block gives count, mean and sum of squared distances from the mean, in float64; these are merged pair by pair (Chan
-et al. 1979) along the tree. So results are as accurate as those of an array in memory, whatever the mean and the
-chunks. All is lazy until ``compute``; a mean and a variance that are computed together read the blocks once. Blocks are
-taken one thread each: dask has as many at work as there are cores.
+et al. 1979) along the tree. The mean goes through it in two parts, whose sum has twice the digits: so results are as
+accurate as those of an array in memory, whatever the chunks and the mean: of float64 data, 13 digits of the deviation
+at means of 1e12 deviations. For that a float64 block whose mean is more than 32 deviations from 0 is looked at twice.
+
+All is lazy until ``compute``; a mean and a variance that are computed together read the blocks once. Blocks are taken
+one thread each: dask has as many at work as there are cores.
+
+Masked blocks mean what they mean to `numpy.ma`: what is masked does not count, and a result is masked where nothing is
+left. Results are masked arrays where the input is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 import fastbn
-from fastbn.merging import Moments
+from fastbn import arguments
+from fastbn.merging import Moments, united
 
 try:
     import dask.array as da
@@ -25,19 +33,22 @@ except ImportError as error:
 __all__ = ["mean", "mean_var", "moments", "std", "var"]
 
 Axes = int | tuple[int, ...] | None
-NAMES = Moments._fields
+NAMES = "count", "hi", "lo", "m2"  # the mean is hi + lo
 PACKED = np.dtype([(name, np.float64) for name in NAMES])
+FAR = 32  # standard deviations of a block's mean from 0 up to which its rounding costs less than 1e-14 of m2
 
 
-def mean(x: Any, axis: Axes = None, *, keepdims: bool = False, split_every: Any = None) -> Any:
+def mean(x: Any, axis: Axes = None, dtype: Any = None, *, keepdims: bool = False, split_every: Any = None) -> Any:
     """The mean over axes.
 
     Parameters
     ----------
     x : dask.array.Array
-        Of real numbers, chunked in any way.
+        Of real numbers, chunked in any way; blocks may be masked arrays.
     axis : int or tuple of int, optional
         The axes reduced; all.
+    dtype : dtype, optional
+        Of the result: float16, bfloat16, float32 or float64; by default float64 for integers, else that of `x`.
     keepdims : bool, optional
         Whether these stay, with size 1.
     split_every : int or dict, optional
@@ -46,12 +57,12 @@ def mean(x: Any, axis: Axes = None, *, keepdims: bool = False, split_every: Any 
     Returns
     -------
     dask.array.Array
-        In x's dtype, float64 for integers.
+        Of masked arrays where those of `x` are: masked where no element counts.
 
     Raises
     ------
     TypeError
-        For what is no dask array of real numbers.
+        For what is no dask array of real numbers, or longdouble; a `dtype` that is none of the above.
     numpy.exceptions.AxisError
         For axes that x does not have.
 
@@ -61,26 +72,43 @@ def mean(x: Any, axis: Axes = None, *, keepdims: bool = False, split_every: Any 
     >>> x = da.arange(10, chunks=4)
     >>> float(fastbn.dask.mean(x).compute())
     4.5
+    >>> float(fastbn.dask.mean(da.ma.masked_greater(x, 7)).compute())
+    3.5
     """
-    return _packed(x, axis, keepdims, split_every)["mean"].astype(_kind(x))
+    dtype = _dtype_of_result(x, dtype)
+    return _result(_mean, x, _packed(x, axis, keepdims, split_every, dtype), dtype)
 
 
-def var(x: Any, axis: Axes = None, *, correction: float = 0, keepdims: bool = False, split_every: Any = None) -> Any:
-    """The variance over axes: the sum of squared distances from the mean, divided by the count less `correction`.
+def var(
+    x: Any,
+    axis: Axes = None,
+    dtype: Any = None,
+    *,
+    ddof: float = 0,
+    keepdims: bool = False,
+    correction: float | None = None,
+    split_every: Any = None,
+) -> Any:
+    """The variance over axes: the sum of squared distances from the mean, divided by the count less `ddof`.
 
     Parameters
     ----------
-    x, axis, keepdims, split_every
+    x, axis, dtype, keepdims, split_every
         As for `mean`.
-    correction : float, optional
+    ddof : float, optional
         1 for the unbiased estimate.
+    correction : float, optional
+        The array API's name for `ddof`; give one of them.
 
     Returns
     -------
     dask.array.Array
+        As for `mean`; of masked arrays, masked where the count is `ddof` or less.
 
     Raises
     ------
+    ValueError
+        `ddof` and `correction` both given.
     TypeError, numpy.exceptions.AxisError
         As `mean`.
 
@@ -91,10 +119,20 @@ def var(x: Any, axis: Axes = None, *, correction: float = 0, keepdims: bool = Fa
     >>> fastbn.dask.var(x, axis=1).compute()
     array([1., 4.])
     """
-    return _variance(_packed(x, axis, keepdims, split_every), correction).astype(_kind(x))
+    dtype, ddof = _dtype_of_result(x, dtype), _degrees(ddof, correction)
+    return _result(_var, x, _packed(x, axis, keepdims, split_every, dtype), dtype, ddof=ddof)
 
 
-def std(x: Any, axis: Axes = None, *, correction: float = 0, keepdims: bool = False, split_every: Any = None) -> Any:
+def std(
+    x: Any,
+    axis: Axes = None,
+    dtype: Any = None,
+    *,
+    ddof: float = 0,
+    keepdims: bool = False,
+    correction: float | None = None,
+    split_every: Any = None,
+) -> Any:
     """The standard deviation over axes: the square root of `var`, with its parameters.
 
     Examples
@@ -103,7 +141,8 @@ def std(x: Any, axis: Axes = None, *, correction: float = 0, keepdims: bool = Fa
     >>> float(fastbn.dask.std(da.from_array([1.0, 5.0], chunks=1)).compute())
     2.0
     """
-    return np.sqrt(_variance(_packed(x, axis, keepdims, split_every), correction)).astype(_kind(x))
+    dtype, ddof = _dtype_of_result(x, dtype), _degrees(ddof, correction)
+    return _result(_std, x, _packed(x, axis, keepdims, split_every, dtype), dtype, ddof=ddof)
 
 
 def mean_var(
@@ -118,8 +157,9 @@ def mean_var(
     >>> float(mean), float(var)
     (3.0, 4.0)
     """
-    packed, kind = _packed(x, axis, keepdims, split_every), _kind(x)
-    return packed["mean"].astype(kind), _variance(packed, correction).astype(kind)
+    dtype, ddof = _dtype_of_result(x, None), _degrees(0, correction)
+    packed = _packed(x, axis, keepdims, split_every, dtype)
+    return _result(_mean, x, packed, dtype), _result(_var, x, packed, dtype, ddof=ddof)
 
 
 def moments(x: Any, *, channel_axis: int | tuple[int, ...] = 1, split_every: Any = None) -> Moments:
@@ -128,7 +168,7 @@ def moments(x: Any, *, channel_axis: int | tuple[int, ...] = 1, split_every: Any
     Parameters
     ----------
     x : dask.array.Array
-        As for `mean`.
+        As for `mean`. What is masked does not count: a channel without other elements has count 0, mean and m2 NaN.
     channel_axis : int or tuple of int, optional
         The axes kept.
     split_every : int or dict, optional
@@ -137,7 +177,8 @@ def moments(x: Any, *, channel_axis: int | tuple[int, ...] = 1, split_every: Any
     Returns
     -------
     fastbn.Moments
-        Of dask arrays in float64; ``dask.compute`` gives one of NumPy arrays, for `fastbn.merge` and `update_running`.
+        Of dask arrays in float64, plain ones also of masked input; ``dask.compute`` gives one of NumPy arrays, for
+        `fastbn.merge` and `update_running`. Their means are rounded to float64: see `fastbn.merge`.
 
     Raises
     ------
@@ -151,47 +192,70 @@ def moments(x: Any, *, channel_axis: int | tuple[int, ...] = 1, split_every: Any
     >>> found.mean, found.var()
     (array([2., 4.]), array([1., 4.]))
     """
-    _check(x)
+    dtype = _dtype_of_result(x, None)
     kept = np.lib.array_utils.normalize_axis_tuple(channel_axis, x.ndim, "channel_axis")
-    packed = _packed(x, tuple(axis for axis in range(x.ndim) if axis not in kept), False, split_every)
-    return Moments(*(packed[name] for name in NAMES))
+    packed = _packed(x, tuple(axis for axis in range(x.ndim) if axis not in kept), False, split_every, dtype)
+    meta = np.empty((0,) * packed.ndim)
+    return Moments(*(da.map_blocks(part, packed, dtype=np.float64, meta=meta) for part in (_count, _mean, _m2)))
 
 
 # --- the tree ---------------------------------------------------------------------------------------------------------
 
 
-def _packed(x: Any, axis: Axes, keepdims: bool, split_every: Any) -> Any:
-    """A lazy array of counts, means and sums of squares."""
-    _check(x)
+def _packed(x: Any, axis: Axes, keepdims: bool, split_every: Any, dtype: Any) -> Any:
+    """A lazy array of counts, means in two parts and sums of squares, masked if x is."""
     axes = tuple(range(x.ndim)) if axis is None else np.lib.array_utils.normalize_axis_tuple(axis, x.ndim, "axis")
+    if dtype.itemsize == 8:
+        x = x.astype(np.float64)  # sums of float32 are good to 1e-7
     return da.reduction(
-        x, _of_block, _merged, axis=axes, keepdims=keepdims, dtype=PACKED, split_every=split_every,
-        combine=_merged, name="fastbn-moments", concatenate=False, meta=np.empty((0,) * x.ndim, PACKED),
+        x, partial(_of_block, masked=_is_masked(x)), _merged, axis=axes, keepdims=keepdims, dtype=PACKED,
+        split_every=split_every, combine=_merged, name="fastbn-moments", concatenate=False,
+        meta=np.empty((0,) * (x.ndim if keepdims else x.ndim - len(axes)), PACKED),
     )  # fmt: skip
 
 
-def _of_block(block: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
+def _of_block(block: Any, axis: tuple[int, ...], keepdims: bool, masked: bool) -> Any:
     """The leaves; reduced axes stay."""
-    block = np.asarray(block)
-    values = block if block.dtype.kind in "fV" else block.astype(np.float64)
+    mask, values = np.ma.getmask(block), np.asarray(np.ma.getdata(block))
+    if not arguments.is_float(values.dtype):
+        values = values.astype(np.float64)
+    kept = tuple(a for a in range(values.ndim) if a not in axis)
     with _one_thread():
-        found = fastbn.moments(values, channel_axis=tuple(a for a in range(block.ndim) if a not in axis))
-    shape = tuple(1 if a in axis else size for a, size in enumerate(block.shape))
-    return _pack(Moments(*(np.reshape(part, shape) for part in found)))
+        parts = _in_two_parts(values, kept, None if mask is np.ma.nomask else np.asarray(~mask))
+    shape = tuple(1 if a in axis else size for a, size in enumerate(values.shape))
+    return _pack((np.reshape(part, shape) for part in parts), shape, masked or isinstance(block, np.ma.MaskedArray))
+
+
+def _in_two_parts(values: Any, kept: tuple[int, ...], where: Any) -> tuple[Any, Any, Any, Any]:
+    """Count, mean as hi + lo, m2; lo from a second look, around hi, at those blocks for which it matters."""
+    found = fastbn.moments(values, channel_axis=kept, where=where)
+    lo = np.zeros_like(found.mean)
+    if values.itemsize == 8 and (np.abs(found.mean) > FAR * found.std()).any():
+        reduced = tuple(a for a in range(values.ndim) if a not in kept)
+        with np.errstate(over="ignore", invalid="ignore"):
+            around = values - np.expand_dims(found.mean, reduced)
+        rest = fastbn.moments(around, channel_axis=kept, where=where).mean
+        lo = np.where(np.isfinite(rest), rest, 0.0)
+    return found.count, found.mean, lo, found.m2
 
 
 def _merged(parts: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
     """The branches and the root: parts in their order, whatever was ready first."""
-    listed: Iterable[Any] = flatten(parts, container=list) if isinstance(parts, list) else [parts]
-    whole = _pack(fastbn.merge(*(Moments(*(part[name] for name in NAMES)) for part in listed)))
-    return whole if keepdims else whole.reshape([n for a, n in enumerate(whole.shape) if a not in axis])
+    listed: list[Any] = list(flatten(parts, container=list)) if isinstance(parts, list) else [parts]
+    unmasked = [np.ma.getdata(part) for part in listed]
+    whole = united(np, ((part["count"], part["hi"], part["lo"], part["m2"]) for part in unmasked))
+    shape = whole[0].shape
+    if not keepdims:
+        shape = tuple(n for a, n in enumerate(shape) if a not in axis)
+    return _pack((np.reshape(part, shape) for part in whole), shape, any(map(np.ma.isMaskedArray, listed)))
 
 
-def _pack(found: Moments) -> Any:
-    packed = np.empty(np.shape(found.mean), PACKED)
-    for name, part in zip(NAMES, found, strict=True):
+def _pack(parts: Iterable[Any], shape: tuple[int, ...], masked: bool) -> Any:
+    """One array of all parts. That it is a masked one, of which nothing is masked, says that the result will be."""
+    packed = np.empty(shape, PACKED)
+    for name, part in zip(NAMES, parts, strict=True):
         packed[name] = part
-    return packed
+    return packed.view(np.ma.MaskedArray) if masked else packed
 
 
 class _one_thread:
@@ -209,22 +273,72 @@ class _one_thread:
         numba.set_num_threads(self.before)
 
 
-def _variance(packed: Any, correction: float) -> Any:
-    """NaN where nothing is left to divide by, without a warning: a lazy one would come from somewhere else."""
-    return da.map_blocks(_divided, packed, correction, dtype=np.float64)
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
-def _divided(packed: Any, correction: float) -> Any:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return packed["m2"] / np.maximum(packed["count"] - correction, 0)
+def _result(of: Callable[..., Any], x: Any, packed: Any, dtype: Any, *, ddof: float = 0) -> Any:
+    """A lazy statistic; masked where no more than ddof elements count, if x is masked."""
+    meta = np.empty((0,) * packed.ndim, dtype)
+    result = da.map_blocks(partial(_finished, of=of, ddof=ddof, kind=dtype), packed, dtype=dtype, meta=meta)
+    if _is_masked(x):
+        result._meta = meta.view(np.ma.MaskedArray)  # map_blocks itself takes no masked one without dimensions
+    return result
 
 
-def _kind(x: Any) -> Any:
-    return x.dtype if x.dtype.kind in "fV" else np.dtype(np.float64)
+def _finished(packed: Any, of: Callable[..., Any], ddof: float, kind: Any) -> Any:
+    with np.errstate(all="ignore"):  # a lazy warning would come from somewhere else
+        value = of(packed, ddof).astype(kind)
+    if isinstance(packed, np.ma.MaskedArray):
+        value = np.ma.MaskedArray(value, mask=_count(packed) <= ddof)
+    return value[()]
 
 
-def _check(x: Any) -> None:
+def _is_masked(x: Any) -> bool:
+    return isinstance(x._meta, np.ma.MaskedArray)
+
+
+def _count(packed: Any) -> Any:
+    return np.ma.getdata(packed)["count"]
+
+
+def _mean(packed: Any, ddof: float = 0) -> Any:
+    parts = np.ma.getdata(packed)
+    return np.asarray(parts["hi"] + parts["lo"])
+
+
+def _m2(packed: Any) -> Any:
+    return np.ma.getdata(packed)["m2"]
+
+
+def _var(packed: Any, ddof: float) -> Any:
+    """NaN or infinity, as NumPy's, where nothing is left to divide by."""
+    return _m2(packed) / np.maximum(_count(packed) - ddof, 0)
+
+
+def _std(packed: Any, ddof: float) -> Any:
+    return np.sqrt(_var(packed, ddof))
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _dtype_of_result(x: Any, dtype: Any) -> Any:
+    """A check of x and dtype."""
     if not isinstance(x, da.Array):
         raise TypeError(f"x: expected a dask.array.Array, got {type(x).__name__}")
-    if x.dtype.kind not in "biufV":
-        raise TypeError(f"x: expected real numbers, got {x.dtype}")
+    if x.dtype.kind not in "biu" and not arguments.is_float(x.dtype):
+        raise TypeError(f"x: expected real numbers, got {x.dtype}; known are integers and floats of up to 64 bits")
+    if dtype is None:
+        return x.dtype.newbyteorder("=") if arguments.is_float(x.dtype) else np.dtype(np.float64)
+    dtype = np.dtype(dtype)
+    if not arguments.is_float(dtype):
+        raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
+    return dtype
+
+
+def _degrees(ddof: Any, correction: Any) -> float:
+    if correction is None:
+        return arguments.real("ddof", ddof)
+    if ddof != 0:
+        raise ValueError("correction: expected ddof or correction, got both")
+    return arguments.real("correction", correction)

@@ -13,13 +13,22 @@ import numpy as np
 
 _INSTEAD = {
     "torch": "use fastbn.torch, or pass t.detach().numpy() (CPU) or cupy.from_dlpack(t) (CUDA)",
-    "jax": "pass numpy.asarray(a)",
-    "jaxlib": "pass numpy.asarray(a)",
+    "jax": "use fastbn.jax.batch_norm, or pass numpy.asarray(a)",
+    "jaxlib": "use fastbn.jax.batch_norm, or pass numpy.asarray(a)",
+    "mlx": "pass numpy.asarray(a)",
     "tensorflow": "pass t.numpy()",
-    "dask": "pass a.compute()",
+    "keras": "pass keras.ops.convert_to_numpy(t)",
+    "dask": "use fastbn.dask for statistics, or pass a.compute()",
     "pandas": "pass .to_numpy()",
+    "polars": "pass .to_numpy()",
+    "pyarrow": "pass .to_numpy()",
+    "awkward": "pass awkward.to_numpy(a)",
     "xarray": "pass .values",
+    "h5py": "pass d[...]",
+    "zarr": "pass a[...]",
     "scipy": "pass .toarray()",
+    "cupyx": "pass .toarray()",
+    "sparse": "pass .todense()",
 }
 
 
@@ -116,7 +125,8 @@ def is_foreign(value: Any) -> bool:
     """Whether a value is an array of a library other than NumPy, or a NumPy subclass with a meaning of its own."""
     if isinstance(value, (np.ndarray, np.generic)):
         return isinstance(value, np.ndarray) and type(value) not in (np.ndarray, np.memmap)
-    protocols = ("__array__", "__dlpack__", "__array_interface__", "__cuda_array_interface__")
+    # Sparse arrays of SciPy and CuPy know none of the protocols: NumPy would make one object of them.
+    protocols = ("__array__", "__dlpack__", "__array_interface__", "__cuda_array_interface__", "toarray")
     return any(hasattr(value, protocol) for protocol in protocols)
 
 

@@ -122,7 +122,8 @@ def threading_layer() -> str:
 
 def kernel_cache() -> str | None:
     """The folder that keeps compiled kernels between processes; None where no folder can be written."""
-    from fastbn.cpu import rows
+    from fastbn.cpu.jit import version
+    from fastbn.cpu.store import store_of
 
-    path = rows.normalize.compiled._cache.cache_path
-    return None if path is None else str(path)
+    store = store_of(version())
+    return None if store is None else str(store.folder)

@@ -23,10 +23,23 @@ def batch_rstd(count: Any, m2: Any, eps: float) -> Any:
         return reciprocal_std(m2 / count, eps)
 
 
+def unit_of(rstd: Any, itemsize: int) -> Any:
+    """The power of two below an rstd further than 30 binary orders from 1, else 1; kernels compute in its terms.
+
+    So neither rstd^2 nor a product with it leaves the type that elements of this size are computed in.
+    """
+    most = 1000 if itemsize == 8 else 120
+    _, exponent = np.frexp(rstd)
+    far = (rstd > 0) & (rstd < np.inf) & ((rstd < 2.0**-30) | (rstd > 2.0**30))
+    return np.where(far, np.ldexp(1.0, np.clip(exponent - 1, -most, most)), 1.0)
+
+
 def input_numbers(
-    gamma: Any, rstd: Any, dgamma: Any, dbeta: Any, count: Any, dmean: Any, dvar: Any
-) -> tuple[Any, Any, Any]:
-    """scale, offset, slope of ``dx = scale * dz - w * (offset + slope * (x - mean))``."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scale = gamma * rstd
-        return scale, (scale * dbeta - dmean) / count, (scale * rstd * dgamma - 2.0 * dvar) / count
+    gamma: Any, rstd: Any, dgamma: Any, dbeta: Any, count: Any, dmean: Any, dvar: Any, itemsize: int
+) -> tuple[Any, Any, Any, Any]:
+    """unit, scale, offset, slope of ``dx = unit * (scale * dz - w * (offset + slope * (x - mean)))``."""
+    unit = unit_of(rstd, itemsize)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scale = gamma * (rstd / unit)
+        offset = (scale * dbeta - dmean / unit) / count
+        return unit, scale, offset, (scale * rstd * dgamma - 2.0 * dvar / unit) / count

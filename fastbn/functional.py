@@ -129,7 +129,7 @@ def batch_norm(
             moments = Moments(*values)
         else:
             vectors = backend.moments(x_, w_)
-            local = Moments(*(layout.kept_array(backend.xp, v) for v in vectors))
+            local = Moments(*(layout.kept_array(backend.xp, v) for v in vectors[:3]))
             moments = _merged_over_ranks(backend.xp, gather, local)
             rstd = batch_rstd(moments.count, moments.m2, eps)
             mean_, rstd_ = layout.vector(backend.xp, moments.mean), layout.vector(backend.xp, rstd)
@@ -200,7 +200,8 @@ def batch_norm_backward(
         dbeta = sum dz      dgamma = sum dz xhat      dresidual = dz
         dx = gamma rstd (dz - w/W (dbeta + xhat dgamma)) + w/W (dmean + 2 (x - mean) dvar)
 
-    Sums run over every position. Frozen statistics: ``dx = gamma rstd dz``.
+    Sums run over every position, but where w and dz are 0: such a position contributes nothing to any sum and has
+    ``dx = 0``, whatever x holds there, NaN or infinite. Frozen statistics: ``dx = gamma rstd dz``.
 
     References
     ----------
@@ -267,11 +268,11 @@ def batch_norm_backward(
         if gather is None:
             dgamma, dbeta = backend.backward(dy_, x_, y_, w_, mean, rstd, gamma, count, dmean, dvar, frozen, *into)
         else:
-            dgamma, dbeta = backend.grad_sums(dy_, x_, y_, mean, rstd)
+            dgamma, dbeta = backend.grad_sums(dy_, x_, y_, w_, mean, rstd)
             local = xp.concatenate([layout.kept_array(xp, v).ravel() for v in (dgamma, dbeta)])
             summed = arguments.gathered(xp, gather(local), local.size).sum(axis=0).reshape(2, *layout.kept_shape)
             all_dgamma, all_dbeta = (layout.vector(xp, a) for a in summed)
-            numbers = input_numbers(gamma, rstd, all_dgamma, all_dbeta, count, dmean, dvar)
+            numbers = input_numbers(gamma, rstd, all_dgamma, all_dbeta, count, dmean, dvar, x.itemsize)
             backend.grad_input(dy_, x_, y_, w_, mean, *numbers, *into)
         target.deliver()
         if residual_target is not None:

@@ -68,7 +68,9 @@ def normalize(
 
 
 @on_device
-def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: Axes = 1) -> tuple[Any, Any]:
+def grad_sums(
+    dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: Axes = 1, where: Any = None, weights: Any = None
+) -> tuple[Any, Any]:
     """The two sums of the backward pass: ``dgamma = sum(dy * (x - mean) * rstd)`` and ``dbeta = sum(dy)``.
 
     Parameters
@@ -79,6 +81,8 @@ def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: Axes = 1) 
         Of any float dtype, broadcasting to the shape of the channel axes.
     channel_axis : int or tuple of ints
         The axes kept.
+    where, weights : array, optional
+        As for `batch_norm`. The sums run over every position, but where the weight and `dy` are 0, whatever `x` holds.
 
     Returns
     -------
@@ -97,13 +101,15 @@ def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: Axes = 1) 
     >>> fastbn.grad_sums(np.array([[1.0], [2.0]]), x, np.array([4.0]), np.array([2.0]))
     (array([2.]), array([3.]))
     """
-    backend = backend_of(one_kind({"dy": dy, "x": x, "mean": mean, "rstd": rstd}))
+    backend = backend_of(one_kind({"dy": dy, "x": x, "mean": mean, "rstd": rstd}, where=where, weights=weights))
     x = arguments.data("x", x)
     layout = arguments.layout_for(x, channel_axis)
     dy = arguments.like("dy", dy, x)
     mean = vector("mean", mean, layout, backend)
     rstd = vector("rstd", rstd, layout, backend)
-    dgamma, dbeta = backend.grad_sums(layout.fold(dy), layout.fold(x), None, mean, rstd)
+    weight = arguments.combined_weight(backend.xp, where, weights, x.shape, layout.kept)
+    w_ = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
+    dgamma, dbeta = backend.grad_sums(layout.fold(dy), layout.fold(x), None, w_, mean, rstd)
     return layout.kept_array(backend.xp, dgamma), layout.kept_array(backend.xp, dbeta)
 
 
@@ -124,6 +130,8 @@ def grad_input(
     out: Any = None,
 ) -> Any:
     """The gradient of x from the two sums: ``gamma * rstd * (dy - w/count * (dbeta + xhat * dgamma))``.
+
+    It is 0 where the weight and `dy` are, whatever `x` holds there.
 
     Parameters
     ----------
@@ -179,7 +187,7 @@ def grad_input(
     dx = backend.empty_like(x) if out is None else out
     target = Target(backend, layout, dx, out is not None, x, dy, weight, mean)
     w_ = None if weight is None else layout.fold_weight(xp, weight, x.shape)
-    numbers = input_numbers(gamma, rstd, dgamma, dbeta, count, 0.0, 0.0)
+    numbers = input_numbers(gamma, rstd, dgamma, dbeta, count, 0.0, 0.0, x.itemsize)
     backend.grad_input(layout.fold(dy), layout.fold(x), None, w_, mean, *numbers, target.array, None)
     target.deliver()
     return dx

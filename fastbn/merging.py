@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -23,17 +23,44 @@ class Moments(NamedTuple):
     What `moments` returns and `merge` combines. Counts are sums of weights where there were weights; a channel of
     count 0 has mean and m2 NaN.
 
+    ``a + b`` is ``merge(a, b)``, and `sum` takes a list of moments; ``merge(*several)`` rounds the mean but once.
+
     Examples
     --------
     >>> import numpy as np, fastbn
     >>> m = fastbn.moments(np.array([[1.0, 4.0], [3.0, 8.0]]))
     >>> m.mean, m.var(), m.var(correction=1)
     (array([2., 6.]), array([1., 4.]), array([2., 8.]))
+    >>> whole = m + fastbn.moments(np.array([[5.0, 6.0]]))
+    >>> whole.count, whole.mean
+    (array([3., 3.]), array([3., 6.]))
     """
 
     count: Any
     mean: Any
     m2: Any
+
+    @property
+    def __array_priority__(self) -> float:
+        """An array beside moments leaves the operator to them."""
+        return 1.0
+
+    def __add__(self, other: Moments) -> Moments:  # type: ignore[override]
+        return merge(self, other) if isinstance(other, Moments) else self._not_combined("+", other)
+
+    def __radd__(self, other: Any) -> Moments:
+        """`sum` starts from 0."""
+        return self if type(other) is int and other == 0 else self._not_combined("+", other)
+
+    def __mul__(self, other: Any) -> NoReturn:
+        self._not_combined("*", other)
+
+    def __rmul__(self, other: Any) -> NoReturn:
+        self._not_combined("*", other)
+
+    def _not_combined(self, operator: str, other: Any) -> NoReturn:
+        """What a tuple would do, to append and to repeat, makes no moments."""
+        raise TypeError(f"unsupported operand for {operator}: fastbn.Moments and {type(other).__name__}")
 
     @on_device
     def var(self, correction: float = 0) -> Any:
@@ -78,7 +105,13 @@ def merge(*moments: Moments) -> Moments:
     Notes
     -----
     With ``d = mean_b - mean_a`` and ``n = n_a + n_b``: ``mean = mean_a + d n_b / n`` and
-    ``m2 = m2_a + m2_b + d^2 n_a n_b / n``.
+    ``m2 = m2_a + m2_b + d^2 n_a n_b / n``. Where a mean is not finite, infinities of one sign give that infinity, NaN
+    and infinities of both signs NaN, in any order, and m2 is NaN: as `moments` of the whole.
+
+    Merging is exact to 14 digits, but of means that are rounded to float64. With r the mean in standard deviations,
+    these roundings move the standard deviation by up to ``2^-53 r`` of itself: of random data, 14 digits are left at
+    r = 1e4, 10 at 1e8 and 6 at 1e12; 12, 8 and 4 are sure. `moments` of the whole loses none, nor does `fastbn.dask`,
+    whose means have two parts on the way.
 
     References
     ----------
@@ -95,21 +128,43 @@ def merge(*moments: Moments) -> Moments:
     if not moments:
         raise ValueError("moments: expected at least one Moments, got none")
     xp = _checked_together({f"moments[{i}]": operand for i, operand in enumerate(moments)})
-    n, mean, m2 = (xp.array(a, dtype=xp.float64) for a in moments[0])
-    # Means are kept relative to the first one, so that a mean far from 0 is rounded once, at the end.
-    origin, shift = mean, xp.zeros_like(mean)
-    for count, other_mean, other_m2 in moments[1:]:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            together = n + count
-            delta = (other_mean - origin) - shift
-            share = count / together
-            both = (count != 0) & (n != 0)
-            m2 = xp.where(both, m2 + (other_m2 + delta * delta * (n * share)), xp.where(n == 0, other_m2, m2))
-            shift = xp.where(both, shift + delta * share, xp.where(n == 0, 0.0, shift))
-            origin = xp.where(n == 0, other_mean, origin)
-            n = together
-    mean = xp.where(shift == 0, origin, origin + shift)
+    n, mean, _, m2 = united(xp, ((m.count, m.mean, xp.zeros(m.mean.shape), m.m2) for m in moments))
     return Moments(n, mean, m2)
+
+
+def united(xp: Any, parts: Iterable[tuple[Any, Any, Any, Any]]) -> tuple[Any, Any, Any, Any]:
+    """Count, mean and m2 of a union whose means are each the sum of two numbers: (count, hi, lo, m2) of each part.
+
+    ``hi`` is the sum rounded to float64. So merging adds no error of the mean's size, however many parts there are.
+    """
+    first, *others = parts
+    n, hi, lo, m2 = (xp.array(a, dtype=xp.float64) for a in first)
+    rest = xp.zeros_like(m2)  # of m2: 20 000 equal parts would cost a digit and a half
+    with np.errstate(all="ignore"):
+        for count, other_hi, other_lo, other_m2 in others:
+            together = xp.asarray(n + count)
+            share = count / together
+            delta = (other_hi - hi) + (other_lo - lo)
+            high, low = _two_sum(hi, lo + delta * share)
+            # Infinities, or finite means so far apart that their difference overflows.
+            finite = xp.isfinite(delta)
+            high = xp.where(finite, high, hi * (n / together) + other_hi * share)
+            squares, left = _two_sum(m2, other_m2 + delta * delta * (n * share))
+            squares = xp.where(xp.isfinite(high), squares, np.nan)
+            both, none = (count != 0) & (n != 0), n == 0
+            hi = xp.where(both, high, xp.where(none, other_hi, hi))
+            lo = xp.where(both, xp.where(finite, low, 0.0), xp.where(none, other_lo, lo))
+            m2 = xp.where(both, squares, xp.where(none, other_m2, m2))
+            rest = rest + xp.where(both & xp.isfinite(left), left, 0.0)
+            n = together
+    return n, hi, lo, xp.where(rest == 0, m2, m2 + rest)
+
+
+def _two_sum(a: Any, b: Any) -> tuple[Any, Any]:
+    """The rounded sum and what rounding left of it (Knuth, The Art of Computer Programming 2, 4.2.2, theorem B)."""
+    total = a + b
+    shared = total - a
+    return total, (a - (total - shared)) + (b - shared)
 
 
 def _checked_together(operands: dict[str, Any], **others: Any) -> Any:
@@ -196,11 +251,12 @@ def update_running(
     if skip_nonfinite:
         update &= xp.isfinite(moments.mean) & xp.isfinite(batch_var)
     results = []
-    for array, batch in ((mean, moments.mean), (var, batch_var)):
-        running = array.astype(xp.float64)
-        # The ends are exact and take nothing of the other side, which may be infinite.
-        mixed = batch if rate == 1 else running if rate == 0 else (1.0 - rate) * running + rate * batch
-        results.append(xp.where(update, mixed, running).astype(array.dtype))
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities of both signs; what float16 cannot hold
+        for array, batch in ((mean, moments.mean), (var, batch_var)):
+            running = array.astype(xp.float64)
+            # The ends are exact and take nothing of the other side, which may be infinite.
+            mixed = batch if rate == 1 else running if rate == 0 else (1.0 - rate) * running + rate * batch
+            results.append(xp.where(update, mixed, running).astype(array.dtype))
     if out is None:
         return results[0], results[1]
     out[0][...], out[1][...] = results
@@ -246,10 +302,11 @@ def population(moments_of_batches: Iterable[Moments]) -> tuple[Any, Any]:
     with device_of(*batches):
         xp = _checked_together({f"moments_of_batches[{i}]": batch for i, batch in enumerate(batches)})
         used, mean, var = (xp.zeros(batches[0].count.shape) for _ in range(3))
-        for m in batches:
-            counts = m.count > 1
-            used += counts
-            mean += xp.where(counts, m.mean, 0.0)
-            var += xp.where(counts, m.var(correction=1), 0.0)
+        with np.errstate(invalid="ignore"):  # infinities of both signs
+            for m in batches:
+                counts = m.count > 1
+                used += counts
+                mean += xp.where(counts, m.mean, 0.0)
+                var += xp.where(counts, m.var(correction=1), 0.0)
         divisor = xp.where(used > 0, used, np.nan)
         return mean / divisor, var / divisor

@@ -108,10 +108,13 @@ def normalize(
     return np.where(z <= 0, 0.0, z) if activation == "relu" else z
 
 
-def grad_sums(dy: Array, x: Array, mean: Array, rstd: Array, *, channel_axis: Any = 1) -> tuple[Array, Array]:
+def grad_sums(
+    dy: Array, x: Array, mean: Array, rstd: Array, *, channel_axis: Any = 1, where: Array = None, weights: Array = None
+) -> tuple[Array, Array]:
     dy, axes = _float64(dy), _reduced(x, channel_axis)
     xhat = normalize(x, mean, rstd, channel_axis=channel_axis)
-    return (dy * xhat).sum(axis=axes), dy.sum(axis=axes)
+    counts = (_weight(x, where, weights) != 0) | (dy != 0)
+    return np.where(counts, dy * xhat, 0.0).sum(axis=axes), dy.sum(axis=axes)
 
 
 def grad_input(
@@ -129,7 +132,8 @@ def grad_input(
     share = w / spread(count)
     through_sums = scale * (spread(dbeta) + xhat * spread(dgamma))
     through_statistics = spread(dmean) + 2 * (x - spread(mean)) * spread(dvar)
-    return scale * dy + np.where(w == 0, 0.0, share * (through_statistics - through_sums))
+    dx = scale * dy + np.where(w == 0, 0.0, share * (through_statistics - through_sums))
+    return np.where((w == 0) & (dy == 0), 0.0, dx)
 
 
 class Forward(NamedTuple):
@@ -178,7 +182,7 @@ def batch_norm_backward(
     if forward.activation == "relu":
         dz = np.where(_float64(forward.y if y is None else y) <= 0, 0.0, dz)
     channel_axis = forward.options["channel_axis"]
-    dgamma, dbeta = grad_sums(dz, forward.x, forward.mean, forward.rstd, channel_axis=channel_axis)
+    dgamma, dbeta = grad_sums(dz, forward.x, forward.mean, forward.rstd, **forward.options)
     if forward.statistics is None:
         scale = _spread(forward.gamma, dz, channel_axis, 1.0) * _spread(forward.rstd, dz, channel_axis)
         return scale * dz, dgamma, dbeta, dz

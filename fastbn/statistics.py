@@ -75,11 +75,11 @@ def mean(
     >>> fastbn.mean([[1, 2], [3, 5]], axis=0)
     array([2. , 3.5])
     """
-    x = _array(x, out)
+    x, keepdims, where = _array(x, out), _given(keepdims, False), _given(where, True)
     if _is_numpys(x, dtype):
         return np.mean(x, axis, dtype, out, keepdims, where=where)
     _check_out(x, axis, keepdims, dtype, out)
-    count, centre, _, shape = _reduced(_precise(x, dtype, out), axis, keepdims, where)
+    count, centre, *_, shape = _reduced(_precise(x, dtype, out), axis, keepdims, where)
     _warn_if(lambda: count == 0, count, "Mean of empty slice.", 4)
     return _result(centre.reshape(shape), x, dtype, out)
 
@@ -127,6 +127,7 @@ def var(
     (np.float64(1.25), np.float64(1.6666666666666667))
     """
     x, ddof = _array(x, out), _degrees(ddof, correction)
+    keepdims, where, mean = _given(keepdims, False), _given(where, True), _given(mean, None)
     if _is_numpys(x, dtype):
         options = {} if mean is None else {"mean": mean}
         return np.var(x, axis, dtype, out, ddof, keepdims, where=where, **options)
@@ -158,16 +159,17 @@ def std(
     np.float64(2.0)
     """
     x, ddof = _array(x, out), _degrees(ddof, correction)
+    keepdims, where, mean = _given(keepdims, False), _given(where, True), _given(mean, None)
     if _is_numpys(x, dtype):
         options = {} if mean is None else {"mean": mean}
         return np.std(x, axis, dtype, out, ddof, keepdims, where=where, **options)
-    value, dtype = _variance(x, axis, dtype, out, ddof, keepdims, where, mean)
-    return _result(np.sqrt(value), x, dtype, out)
+    value, dtype = _variance(x, axis, dtype, out, ddof, keepdims, where, mean, root=True)
+    return _result(value, x, dtype, out)
 
 
 @on_device
 def mean_var(
-    x: Any, axis: Any = None, *, correction: float = 0, keepdims: bool = False, where: Any = True
+    x: Any, axis: Any = None, *, correction: float = 0, keepdims: bool = False, where: Any = True, weights: Any = None
 ) -> tuple[Any, Any]:
     """Mean and variance in one pass over the data.
 
@@ -176,7 +178,10 @@ def mean_var(
     x, axis, keepdims, where
         As for `mean`.
     correction : float
-        The variance's divisor is the number of elements less `correction`.
+        The variance's divisor is the number of elements, or the sum of their weights, less `correction`.
+    weights : array_like, optional
+        Finite real weights >= 0 that broadcast to `x`: how often each element counts, as in `moments`. Extended
+        precision is float64 then.
 
     Returns
     -------
@@ -184,8 +189,10 @@ def mean_var(
 
     Raises
     ------
-    TypeError, ValueError, numpy.exceptions.AxisError
+    TypeError, numpy.exceptions.AxisError
         As `mean`.
+    ValueError
+        As `mean`; weights that do not broadcast to `x`, negative or not finite ones.
 
     Examples
     --------
@@ -193,14 +200,17 @@ def mean_var(
     >>> fastbn.mean_var(np.array([[0.0, 1.0], [2.0, 5.0]]), axis=0)
     (array([1., 3.]), array([1., 4.]))
     """
-    x = _array(x)
-    if _is_numpys(x, None):
+    x, keepdims, where = _array(x), _given(keepdims, False), _given(where, True)
+    correction = _given(correction, 0)
+    if weights is None and _is_numpys(x, None):
         return np.mean(x, axis, None, None, keepdims, where=where), np.var(
             x, axis, None, None, correction, keepdims, where=where
         )
-    count, centre, m2, shape = _reduced(x, axis, keepdims, where)
+    count, centre, m2, rstd, shape = _reduced(x, axis, keepdims, where, weights)
     _warn_if(lambda: count == 0, count, "Mean of empty slice.", 4)
     variance = _divided(m2, count, correction, 5)
+    if x.dtype == np.float64:
+        variance = _in_range(variance, m2, count, rstd, correction, root=False)
     return _result(centre.reshape(shape), x, None, None), _result(variance.reshape(shape), x, None, None)
 
 
@@ -213,11 +223,12 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
     x : array_like
         Real numbers of any layout.
     channel_axis : int or tuple of ints
-        The axes kept.
+        The axes kept; all others are reduced. The default is that of batches of channels, ``(N, C, ...)``: of an image
+        ``(H, W, 3)`` it would give statistics of the columns, of which nothing tells; pass -1.
     where : array of bool, optional
-        Elements to include; broadcasts to `x`, with size 1 on the channel axes.
+        Elements to include; broadcasts to `x`. Channels may differ in it: each has its own count.
     weights : array, optional
-        Finite real weights >= 0, shaped like `where`: how often each element counts. Both given, they multiply. What
+        Finite real weights >= 0 that broadcast to `x`: how often each element counts. Both given, they multiply. What
         weighs zero is skipped, NaN or not. Rounded to the type that sums run in: float32, but for float64 arrays.
 
     Returns
@@ -231,7 +242,7 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
     TypeError
         As `mean`; a `where` that is not bool.
     ValueError
-        A `where` or `weights` that does not broadcast so, negative or non-finite weights.
+        A `where` or `weights` that does not broadcast to `x`, negative or non-finite weights.
     numpy.exceptions.AxisError
         A channel axis that `x` has not.
 
@@ -242,24 +253,31 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
     Examples
     --------
     >>> import numpy as np, fastbn
-    >>> x = np.array([[1.0, 10.0], [3.0, np.nan]])
-    >>> fastbn.moments(x, where=np.array([[True], [False]])).mean
-    array([ 1., 10.])
+    >>> image = np.tile(np.array([0.2, 0.5, 0.75]), (480, 640, 1))
+    >>> fastbn.moments(image, channel_axis=-1).mean
+    array([0.2 , 0.5 , 0.75])
+
+    Missing values, of each channel its own, in data that come in parts:
+
+    >>> parts = np.array([[1.0, 10.0], [3.0, np.nan]]), np.array([[np.nan, 20.0], [5.0, 60.0]])
+    >>> seen = fastbn.merge(*(fastbn.moments(x, where=np.isfinite(x)) for x in parts))
+    >>> seen.count, seen.mean
+    (array([3., 3.]), array([ 3., 30.]))
     """
     x = _array(x)
     kept = arguments.channel_axes(x.ndim, channel_axis)
     kind = one_kind({"x": x}, where=where, weights=weights)
     backend = backend_of(kind)
-    weight = arguments.combined_weight(backend.xp, where, weights, x.shape, kept)
+    weight = arguments.combined_weight(backend.xp, where, weights, x.shape)
     x = _floating(x)
-    return _channel_moments(backend, x, kept, weight)
+    return Moments(*_channel_moments(backend, x, kept, weight)[:3])
 
 
-def _channel_moments(backend: Any, x: Any, kept: frozenset[int], weight: Any) -> Moments:
+def _channel_moments(backend: Any, x: Any, kept: frozenset[int], weight: Any) -> tuple[Any, ...]:
+    """Count, mean, M2 and rstd."""
     layout = layout_of(x.shape, x.strides, kept)
     folded = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
-    count, centre, m2 = backend.moments(layout.fold(x), folded)
-    return Moments(*(layout.kept_array(backend.xp, vector) for vector in (count, centre, m2)))
+    return tuple(layout.kept_array(backend.xp, vector) for vector in backend.moments(layout.fold(x), folded))
 
 
 # --- what the NumPy drop-ins share ------------------------------------------------------------------------------------
@@ -296,7 +314,13 @@ def _floating(x: Any) -> Any:
     return x if arguments.is_float(x.dtype) else x.astype(np.float64)
 
 
+def _given(value: Any, default: Any) -> Any:
+    """A keyword's value, or its default for ``numpy._NoValue``, which NumPy's wrappers pass on for what is left out."""
+    return default if value is np._NoValue else value
+
+
 def _degrees(ddof: float, correction: float | None) -> float:
+    correction = _given(correction, None)
     if correction is None:
         return ddof
     if ddof != 0:
@@ -304,17 +328,17 @@ def _degrees(ddof: float, correction: float | None) -> float:
     return correction
 
 
-def _reduced(x: Any, axis: Any, keepdims: bool, where: Any) -> tuple[Any, Any, Any, tuple[int, ...]]:
-    """Count, mean and M2 over the axes, and the shape that NumPy gives the result."""
+def _reduced(
+    x: Any, axis: Any, keepdims: bool, where: Any, weights: Any = None
+) -> tuple[Any, Any, Any, Any, tuple[int, ...]]:
+    """Count, mean, M2 and rstd over the axes, and the shape that NumPy gives the result."""
     kept = _kept(x, axis)
-    weight = None
-    if where is not True:
-        weight = _operand("where", where, x)
-        if weight.dtype != bool:
-            raise TypeError(f"where: expected dtype bool, got {weight.dtype}")
+    where = None if where is True else _operand("where", where, x)
+    weights = None if weights is None else _operand("weights", weights, x)
     backend = backend_of(kind_of("x", x))
-    count, centre, m2 = _channel_moments(backend, _floating(x), kept, weight)
-    return count, centre, m2, _shape(x, kept, keepdims)
+    weight = arguments.combined_weight(backend.xp, where, weights, x.shape)
+    count, centre, m2, rstd = _channel_moments(backend, _floating(x), kept, weight)
+    return count, centre, m2, rstd, _shape(x, kept, keepdims)
 
 
 def _kept(x: Any, axis: Any) -> frozenset[int]:
@@ -353,9 +377,9 @@ def _precise(x: Any, dtype: Any, out: Any) -> Any:
 
 
 def _variance(
-    x: Any, axis: Any, dtype: Any, out: Any, ddof: float, keepdims: bool, where: Any, given: Any
+    x: Any, axis: Any, dtype: Any, out: Any, ddof: float, keepdims: bool, where: Any, given: Any, root: bool = False
 ) -> tuple[Any, Any]:
-    """The variance in float64, and the dtype that NumPy would give it."""
+    """The variance, or its root, in float64, and the dtype that NumPy would give it."""
     precise = _precise(x, dtype, out)
     if given is not None:
         axes = tuple(range(x.ndim)) if axis is None else normalize_axis_tuple(axis, x.ndim)
@@ -364,12 +388,25 @@ def _variance(
         if dtype is None and not weak:
             dtype = np.result_type(np.float64 if x.dtype.kind in "iub" else x.dtype.newbyteorder("="), given.dtype)
     _check_out(x, axis, keepdims, dtype, out)
-    count, centre, m2, shape = _reduced(precise, axis, keepdims, where)
+    count, centre, m2, rstd, shape = _reduced(precise, axis, keepdims, where)
     if given is not None:
         kept = tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
         away = np.broadcast_to(given.astype(np.float64).squeeze(axes), kept) - centre
         m2 = m2 + count * away**2
-    return _divided(m2, count, ddof, 6).reshape(shape), dtype
+    value = _divided(m2, count, ddof, 6)
+    if root:
+        value = np.sqrt(value)
+    if given is None and precise.dtype == np.float64:
+        value = _in_range(value, m2, count, rstd, ddof, root)
+    return value.reshape(shape), dtype
+
+
+def _in_range(value: Any, m2: Any, count: Any, rstd: Any, ddof: float, root: bool) -> Any:
+    """The variance, or its root, by rstd where the squares of float64 left the range."""
+    with np.errstate(all="ignore"):
+        std = np.sqrt(count / np.maximum(count - ddof, 0)) / rstd
+        lost = ((m2 < 1e-290) | (m2 == np.inf)) & (rstd > 0) & (rstd < np.inf)
+        return np.where(lost, std if root else std * std, value)
 
 
 def _divided(m2: Any, count: Any, ddof: float, stacklevel: int) -> Any:

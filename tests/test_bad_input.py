@@ -177,6 +177,18 @@ def foreign(module, name):
     return Foreign()
 
 
+class Sparse:
+    """SciPy's and CuPy's: with none of NumPy's protocols, so that NumPy makes one object of it."""
+
+    shape, ndim, dtype = SHAPE, len(SHAPE), np.dtype(np.float32)
+
+    def toarray(self):
+        return data()
+
+
+Sparse.__module__, Sparse.__name__ = "scipy.sparse._csr", "csr_array"
+
+
 class Own(np.ndarray):
     pass
 
@@ -185,7 +197,9 @@ KINDS = {  # kind: an array, what the message calls it, what it says to pass ins
     "list": (data().tolist(), "list", r"numpy\.asarray\(a\)"),
     "scalar": (np.float32(1), "numpy.float32", r"numpy\.asarray\(a\)"),
     "torch": (foreign("torch", "Tensor"), "torch.Tensor", r"t\.detach\(\)\.numpy\(\).*cupy\.from_dlpack\(t\)"),
-    "jax": (foreign("jaxlib._jax", "ArrayImpl"), "jaxlib._jax.ArrayImpl", r"numpy\.asarray\(a\)"),
+    "jax": (foreign("jaxlib._jax", "ArrayImpl"), "jaxlib._jax.ArrayImpl", r"fastbn\.jax.*numpy\.asarray\(a\)"),
+    "dask": (foreign("dask.array.core", "Array"), "dask.array.core.Array", r"fastbn\.dask.*a\.compute\(\)"),
+    "sparse": (Sparse(), "scipy.sparse._csr.csr_array", r"\.toarray\(\)"),
     "pandas": (foreign("pandas.core.frame", "DataFrame"), "pandas.core.frame.DataFrame", r"\.to_numpy\(\)"),
     "unheard of": (foreign("somewhere", "Array"), "somewhere.Array", "convert it"),
     "masked": (np.ma.array(data(), mask=data() > 1), "numpy.ma.MaskedArray", r"a\.data and where=~numpy\.ma\.getmask"),
@@ -208,6 +222,14 @@ def test_kind(function, name, kind):
     array, called, instead = KINDS[kind]
     message = rf"^{name}: expected a numpy\.ndarray or a cupy\.ndarray, got {re.escape(called)}; .*{instead}"
     assert_refused(function, GOOD[function]() | {name: array}, TypeError, message)
+
+
+def test_sparse_arrays_are_named():
+    sparse = pytest.importorskip("scipy.sparse")
+    for make in (sparse.csr_array, sparse.csc_matrix, sparse.coo_array, sparse.dok_array, sparse.lil_matrix):
+        for function in (fastbn.mean, fastbn.std, fastbn.mean_var, fastbn.moments, fastbn.batch_norm):
+            with pytest.raises(TypeError, match=rf"^x: expected .* got scipy.*{make.__name__}; pass \.toarray\(\)"):
+                function(make(np.eye(3)))
 
 
 OPTIONAL = {"gamma", "beta", "where", "weights", "residual", "out", "kernel_bias", "dmean", "dvar", "y"}
@@ -329,11 +351,17 @@ def shapes():
     ):
         message = rf"^{name}: expected x's shape \(4, 3, 5\) and dtype float32, got shape {re.escape(str(shape))}"
         yield function, {name: np.ones(shape, np.float32)}, ValueError, message
+    shared, own = r"\(4, 1, 5\) \(size 1 on the channel axes; only moments .*\)", r"\(4, 3, 5\)"
     for function, name, shape in product(
-        WEIGHTED, ("where", "weights"), (SHAPE, (3, 1), (2, 1, 5), (1, 4, 1, 5), (0, 1, 5))
+        WEIGHTED, ("where", "weights"), (SHAPE, (3, 1), (2, 1, 5), (1, 4, 1, 5), (0, 1, 5), (4, 2, 5))
     ):
+        each = function is fastbn.moments  # channel its own weights
+        if each and shape in (SHAPE, (3, 1)):
+            continue
         value = np.ones(shape, bool if name == "where" else np.float32)
-        message = rf"^{name}: expected a shape that broadcasts to \(4, 1, 5\).*, got {re.escape(str(shape))}"
+        message = (
+            rf"^{name}: expected a shape that broadcasts to {own if each else shared}, got {re.escape(str(shape))}"
+        )
         yield function, {name: value}, ValueError, message
     for function, shape in product((fastbn.mean, fastbn.var), ((4,), (5, 4), (4, 1, 5), (1, 5), ())):
         message = rf"^out: expected shape \(4, 5\), got {re.escape(str(shape))}"
@@ -399,7 +427,9 @@ def values():
         weights = np.ones(WEIGHTS, np.float32)
         weights[2, 0, 3] = bad
         yield function, {"weights": weights}, ValueError, "^weights: expected finite values >= 0, got "
-    yield fastbn.moments, {"weights": np.full(WEIGHTS, -1)}, ValueError, "^weights: expected finite values >= 0, got "
+    for shape in (WEIGHTS, SHAPE):
+        bad = {"weights": np.full(shape, -1)}
+        yield fastbn.moments, bad, ValueError, "^weights: expected finite values >= 0, got "
     for function in (*BATCH_NORMS, Saved.frozen):
         for activation in ("gelu", "ReLU", "", True, np.maximum):
             message = f"^activation: expected None or 'relu', got {re.escape(repr(activation))}"

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from fastbn import reference
-from tests import test_matrix
+from tests import test_cuda_scales, test_matrix
 from tests.conftest import missing
 from tests.on_cupy import OnCupy
 from tests.simt import cuda, host_cupy, simt
@@ -133,6 +133,23 @@ def check_gradients_of_statistics(case):
     test_matrix.assert_close("dx", grads.x, dx, 1e-12)
 
 
+def check_scaled(exponent):
+    """Statistics and gradients of the case times a power of two."""
+
+    def check(case):
+        x, dy, along = test_cuda_scales.put_at_scale(case, exponent)
+        test_cuda_scales.check_training(case, x, dy, exponent, along)
+
+    return check
+
+
+def check_masked_out(case):
+    """NaN, infinities and large numbers that weigh nothing."""
+    case, garbage = test_cuda_scales.masked_case(case.layout, case.dtype.name, "where")
+    y, saved, clean = test_cuda_scales.forward_over(case, garbage, test_matrix.fastbn)
+    test_cuda_scales.check_masked(case, garbage, test_matrix.fastbn.batch_norm_backward(case.dy, saved), clean, y)
+
+
 def nan_in_the_first_channel(case):
     case.x[0, 0] = np.nan
 
@@ -163,6 +180,16 @@ def outliers_first(case):
     """
     case.x[...] = 0
     case.x.reshape(-1, 8, 64, 4)[:, 0, :, 0] = 17811.176
+
+
+def symmetric(case):
+    """Channels whose mean is next to nothing."""
+    half = len(case.x) // 2
+    case.x[half : 2 * half], case.x[2 * half :] = -case.x[:half], 0
+
+
+def large_gamma(case):
+    case.gamma = np.ldexp(np.linspace(1, 2, case.layout.channels[0]), 60)
 
 
 def huge(case):
@@ -234,7 +261,32 @@ RUNS = {
     "backward, cooperative, few narrow columns": Run(backward, FEW_NARROW_COLUMNS, strategy="cooperative"),
     "backward, cooperative, blocks take several tiles": Run(backward, MANY_ROWS, strategy="cooperative"),
     "backward, two passes": Run(backward, COLUMNS, strategy="two passes"),
+    "training, block, rows, small": Run(check_scaled(-110), ROWS, strategy="block", settings=TWICE),
+    "training, block, rows, large": Run(check_scaled(123), ROWS, strategy="block", settings=TWICE),
+    "training, block, columns, large, affine": Run(
+        check_scaled(123), COLUMNS, "affine residual relu", strategy="block", settings=TWICE, alter=symmetric
+    ),
+    "training, block, rows, small, large gamma": Run(
+        check_scaled(-110), ROWS, strategy="block", settings=TWICE, alter=large_gamma
+    ),
+    "training, cooperative, float64, small": Run(check_scaled(-900), COLUMNS, dtype="float64", strategy="cooperative"),
+    "mixed scales, rows": Run(lambda case: test_cuda_scales.check_mixed("float64", "rows"), ROWS, strategy="block"),
+    "mixed scales, columns": Run(
+        lambda case: test_cuda_scales.check_mixed("float64", "columns"),
+        COLUMNS,
+        strategy="two passes",
+        settings={"tuning": {"along_channels": 128, "passes": 64}},
+    ),
+    "training, block, masked out": Run(check_masked_out, COLUMNS, strategy="block", settings=TWICE),
+    "training, block, any channel": Run(
+        lambda case: test_cuda_scales.check_whatever_a_channel_holds(case, "where"),
+        COLUMNS,
+        strategy="block",
+        settings=TWICE,
+    ),
+    "training, two passes, masked out": Run(check_masked_out, ROWS, strategy="two passes"),
     "frozen": Run(frozen, NARROW_COLUMNS),
+    "frozen, NaN": Run(frozen, NARROW_COLUMNS, alter=nan_in_the_first_channel),
     "frozen, float16 parameters": Run(frozen, NARROW_COLUMNS, "where"),
     "parts, rows": Run(parts, ROWS),
     "parts, columns": Run(parts, COLUMNS, "where", settings=TWICE),
@@ -394,7 +446,7 @@ FAULTS = [
     ),
     Fault(
         "elements of weight 0 not left out", "statistics",
-        "#define SELECTED(k, j) (w[k][j] > 0)", "#define SELECTED(k, j) true", "moments, rows, NaN without weight",
+        "return w[k][j] > 0;", "return true;", "moments, rows, NaN without weight",
     ),
     Fault(
         "pivot of weight 0", "statistics",
@@ -402,7 +454,7 @@ FAULTS = [
     ),
     Fault(
         "weights not multiplied", "statistics",
-        "#define TIMES_WEIGHT(k, j) w[k][j] *", "#define TIMES_WEIGHT(k, j)", "moments, columns, weights",
+        "return w[k][j] * value;", "return value;", "moments, columns, weights",
     ),
     Fault(
         "weights behind the last", "statistics",
@@ -411,13 +463,41 @@ FAULTS = [
     ),
     Fault(
         "last infinity alone", "statistics",
-        "away = odd ? away + value : value;", "away = value;", "moments, columns, infinities",
+        "away = odd ? away + infinite : infinite;", "away = infinite;", "moments, columns, infinities",
     ),
     Fault(
         "squares that overflow", "statistics",
-        "if (is_finite(more)) {", "if (true) {", "moments, rows, huge",
+        "is_finite(more) && unit == 1)", "unit == 1)", "moments, rows, huge",
+    ),
+    Fault(
+        "squares that underflow", "forward",
+        "more >= least && is_finite", "is_finite", "training, block, rows, small",
+    ),
+    Fault(
+        "units of a thread: none for small distances", "forward",
+        "if (squares == 0) unit = SMALL_UNIT;", "", "training, cooperative, float64, small",
+    ),
+    Fault(
+        "units of a thread: squares keep the one before", "forward",
+        "squares *= LARGE_UNIT;\n            squares *= LARGE_UNIT;", "squares *= LARGE_UNIT;", "mixed scales, rows",
     ),
     # moments.cu: several parts
+    Fault(
+        "units of parts: not written", "forward",
+        "to[4] = parts[ch].unit;", "to[4] = 1;", "training, cooperative, float64, small",
+    ),
+    Fault(
+        "units of parts: always the last", "forward",
+        "if (!found && is_finite(squares)) {", "if (is_finite(squares)) {", "training, cooperative, float64, small",
+    ),
+    Fault(
+        "units of parts: M2 taken as it is", "normalize",
+        "a.m2_in(unit) + b.m2_in(unit)", "a.m2 + b.m2", "mixed scales, columns",
+    ),
+    Fault(
+        "units of parts: rstd without", "forward",
+        "part.unit * part.unit) * part.unit;", "part.unit * part.unit);", "training, cooperative, float64, small",
+    ),
     Fault(
         "merge: share of the other part", "finish_moments",
         "share = b.n * reciprocal(n)", "share = a.n * reciprocal(n)", "moments, narrow columns",
@@ -452,7 +532,7 @@ FAULTS = [
     ),
     Fault(
         "lanes: infinities as numbers", "statistics",
-        "if (!__all_sync(0xffffffffu, is_finite(squares))) {", "if (false) {", "moments, columns, NaN",
+        "if (careful) {", "if (false) {", "moments, columns, NaN",
     ),
     Fault(
         "block: parts read before they are written", "statistics",
@@ -477,11 +557,20 @@ FAULTS = [
     ),
     Fault(
         "slots of parts overlap", "statistics",
-        "(tile.kept(p, ch) * splits + split) * 4", "(tile.kept(p, ch) * splits + split) * 3", "moments, columns",
+        "(sizeof(Part) / sizeof(double))", "(sizeof(Part) / sizeof(double) - 1)", "moments, columns",
     ),
     Fault(
         "parts of one row of threads alone", "finish_moments",
         "split < splits; split += ROWS)", "split < splits; split += splits)", "moments, narrow columns",
+    ),
+    # centre.cu
+    Fault(
+        "no units of large distances", "forward",
+        "abs(exponent) <= ORDINARY_RSTD", "exponent <= ORDINARY_RSTD", "training, block, columns, large, affine",
+    ),
+    Fault(
+        "no units of small distances", "forward",
+        "abs(exponent) <= ORDINARY_RSTD", "exponent >= -ORDINARY_RSTD", "training, block, rows, small, large gamma",
     ),
     # affine.cu
     Fault(
@@ -494,7 +583,7 @@ FAULTS = [
     ),
     Fault(
         "low part of the batch's mean, float64", "forward",
-        "(mean - static_cast<double>(high)) + rest", "(mean - static_cast<double>(high))",
+        "- static_cast<double>(high)) + rest * factor", "- static_cast<double>(high))",
         "forward, block, rows, float64, far from 0",
     ),
     Fault(
@@ -551,11 +640,12 @@ FAULTS = [
     ),
     Fault(
         "dx: low part of the mean", "backward",
-        "centre[ch].high) - centre[ch].low);", "centre[ch].high));", "backward, block, rows, far from 0",
+        "fma(x, unit, -high) - low;", "fma(x, unit, -high);", "backward, block, rows, far from 0",
     ),
     Fault(
         "dgamma without rstd", "grad_sums",
-        "- centre.low) * centre.rstd);", "- centre.low));", "parts, rows",
+        "(xhat.centre.distance(element(x[k], j)) * xhat.rstd)", "xhat.centre.distance(element(x[k], j))",
+        "parts, rows",
     ),
     Fault(
         "relu passes gradients at 0", "backward",
@@ -593,19 +683,21 @@ FAULTS = [
     ),
     Fault(
         "dx: dgamma scaled by rstd once", "grad_input",
-        "scale * rstd * sums[ch].dgamma", "scale * sums[ch].dgamma", "backward, two passes",
+        "scale * (rstd * per_distance) * sums[ch].dgamma", "scale * per_distance * sums[ch].dgamma",
+        "backward, two passes",
     ),
     Fault(
         "dx: no dmean", "backward",
-        "scale * sums[ch].dbeta - dmean", "scale * sums[ch].dbeta", "backward, block, rows, float64, statistics",
+        "scale * sums[ch].dbeta - dmean * per_unit", "scale * sums[ch].dbeta",
+        "backward, block, rows, float64, statistics",
     ),
     Fault(
         "dx: half of dvar", "backward",
-        "- 2.0 * dvar)", "- dvar)", "backward, block, rows, float64, statistics",
+        "- 2.0 * dvar", "- dvar", "backward, block, rows, float64, statistics",
     ),
     Fault(
         "dx: frozen statistics move", "backward",
-        "                if (!p.frozen) {", "                {", "frozen",
+        "                if (!p.frozen) {", "                {", "frozen, NaN",
     ),
     Fault(
         "dx: weights not multiplied", "backward",
@@ -614,6 +706,26 @@ FAULTS = [
     Fault(
         "dx: infinite share of weight 0", "backward",
         "w > 0 ? w * share : 0", "w * share", "backward, block, columns, weights",
+    ),
+    Fault(
+        "dx: left in its unit", "backward",
+        "                g *= linear[ch].unit;\n", "", "training, block, rows, large",
+    ),
+    Fault(
+        "dx: scale becomes subnormal beside large sums", "backward",
+        "min(least - LEAST_EXPONENT, 0)", "min(most - LEAST_EXPONENT, 0)", "training, block, columns, large, affine",
+    ),
+    Fault(
+        "dx of what weighs nothing", "backward",
+        "encoded(skipped(p, tile, v + k * ROWS, j, z) ? 0 : g)", "encoded(g)", "training, block, any channel",
+    ),
+    Fault(
+        "sums with what weighs nothing", "grad_sums",
+        "skipped(p, tile, v + k * ROWS, j, g) ? 0 : term", "term", "training, two passes, masked out",
+    ),
+    Fault(
+        "sums without the gradients of what weighs nothing", "backward",
+        "WEIGHT && dz == 0 && ", "WEIGHT && ", "training, block, masked out",
     ),
     # backward.cu
     Fault(

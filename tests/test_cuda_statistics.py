@@ -191,6 +191,15 @@ def test_nothing_warns(cuda_device, function):
     assert host_cupy.operations["get"] == 0
 
 
+@pytest.mark.parametrize("function", [*FUNCTIONS, "mean_var"])
+def test_what_wrappers_leave_out(cuda_arrays, function):
+    call, x = getattr(cuda_arrays, function), numbers((3, 4))
+    left_out = {"keepdims": np._NoValue, "where": np._NoValue}
+    if function != "mean":
+        left_out["correction"] = np._NoValue
+    np.testing.assert_array_equal(call(x, 0, **left_out), call(x, 0))
+
+
 def test_mean_var_and_moments(cuda_arrays):
     """Of any real dtype, with a mask and weights."""
     where = np.random.default_rng(5).random((4, 1, 5)) < 0.8

@@ -133,6 +133,35 @@ def test_positional_arguments(function):
     np.testing.assert_allclose(out, getattr(np, function)(x, *arguments), rtol=1e-6)
 
 
+@by_function
+def test_what_wrappers_leave_out(function):
+    """``numpy._NoValue`` is a keyword that was not given, in its place or by name, whoever computes."""
+    left_out = {p.name: np._NoValue for p in inspect.signature(getattr(np, function)).parameters.values()
+                if p.default is np._NoValue}  # fmt: skip
+    assert {"keepdims", "where"} <= set(left_out)
+    call = getattr(fastbn, function)
+    for x in (numbers((3, 4)), numbers((3, 4)).astype(np.longdouble), np.zeros((3, 0)), [[1, 2], [3, 5]]):
+        for options in ({}, {"axis": 0}, {"axis": 0, "keepdims": True}):
+            (result, caught), (expected, warned) = run(call, x, **left_out | options), run(call, x, **options)
+            np.testing.assert_array_equal(result, expected)
+            assert (type(result), np.shape(result), caught) == (type(expected), np.shape(expected), warned)
+            numpys = run(getattr(np, function), x, **left_out | options)[0]
+            np.testing.assert_allclose(result, numpys, rtol=1e-5)
+    x = numbers((3, 4))
+    places = (0, None, None) if function == "mean" else (0, None, None, 1)
+    np.testing.assert_array_equal(call(x, *places, np._NoValue), call(x, *places))
+    if function != "mean":
+        np.testing.assert_array_equal(call(x, ddof=1, correction=np._NoValue), call(x, ddof=1))
+        np.testing.assert_array_equal(call(x, 0, correction=1, mean=np._NoValue), call(x, 0, correction=1))
+
+
+def test_what_wrappers_leave_out_of_mean_var():
+    x = numbers((3, 4))
+    left_out = dict.fromkeys(("correction", "keepdims", "where"), np._NoValue)
+    for a in (x, x.astype(np.longdouble)):
+        np.testing.assert_array_equal(fastbn.mean_var(a, 0, **left_out), fastbn.mean_var(a, 0))
+
+
 @by_keepdims
 @pytest.mark.parametrize("axis", AXES, ids=str)
 @by_function

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastbn.cpu import plans, threads
 from fastbn.cpu.again import backward_again, forward_again, inference_again
+from fastbn.cpu.extremes import LEAST_EPS, needs_float64
 from fastbn.cpu.memory import (
     Array,
     empty_like,
@@ -26,6 +27,7 @@ from fastbn.cpu.memory import (
     vector,
     writable_in_place,
 )
+from fastbn.formulas import reciprocal_std
 
 __all__ = [
     "backward",
@@ -49,12 +51,16 @@ __all__ = [
 xp = np
 
 
-def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array]:
-    """Count, mean and M2."""
+def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array, Array]:
+    """Count, mean, M2 and the reciprocal standard deviation, right even where M2 is 0 or infinite in float64."""
+    return _moments(x, weight, 0.0)
+
+
+def _moments(x: Array, weight: Array | None, eps: float) -> tuple[Array, Array, Array, Array]:
     table = np.empty((4, x.shape[0] * x.shape[2]))
     (x_, xs), (w_, ws) = flat(x), flat_weight(weight)
-    plans.moments(x.shape, xs, ws, x.itemsize, threads.shares_of(x.size))(x_, w_, table.reshape(-1), 0.0)
-    return table[0], table[2], table[1]
+    plans.moments(x.shape, xs, ws, x.itemsize, threads.shares_of(x.size))(x_, w_, table.reshape(-1), eps)
+    return table[0], table[2], table[1], table[3]
 
 
 def normalize(
@@ -72,6 +78,11 @@ def normalize(
 
     ``spread`` is the variance, to which eps is added, or without eps the rstd.
     """
+    if needs_float64(x, spread if eps is None else reciprocal_std(spread, eps), gamma, eps):
+        wide, more = np.empty(x.shape), None if residual is None else residual.astype(np.float64)
+        normalize(x.astype(np.float64), mean, spread, gamma, beta, eps, more, relu, wide)
+        y[...] = wide
+        return
     (x_, xs), (y_, ys), (r_, rs) = flat(x), flat(y), flat(residual)
     run = plans.normalize(x.shape, xs, ys, rs, x.itemsize, threads.shares_of(x.size))
     numbers = np.concatenate((mean, spread, gamma, beta))
@@ -89,6 +100,10 @@ def forward(
     y: Array,
 ) -> tuple[Array, Array, Array, Array]:
     """Count, mean, M2 and rstd of x, and y normalised by them."""
+    if eps < LEAST_EPS and any(a is not None and np.may_share_memory(a, y) for a in (x, residual)):
+        count, mean, m2, rstd = _moments(x, weight, eps)  # before y is written, should float64 be needed
+        normalize(x, mean, rstd, gamma, beta, None, residual, relu, y)
+        return count, mean, m2, rstd
     table = np.empty((6, x.shape[0] * x.shape[2]))
     table[4], table[5] = gamma, beta
     (x_, xs), (w_, ws), (y_, ys), (r_, rs) = (
@@ -99,16 +114,23 @@ def forward(
     )
     run = plans.forward(x.shape, xs, ws, ys, rs, x.itemsize, threads.shares_of(x.size))
     run(x_, w_, y_, r_, table.reshape(-1), eps, relu or None, past_caches(y))
+    if needs_float64(x, table[3], gamma, eps):
+        normalize(x, table[2], table[3], gamma, beta, None, residual, relu, y)
     return table[0], table[2], table[1], table[3]
 
 
-def grad_sums(dy: Array, x: Array, y: Array | None, mean: Array, rstd: Array) -> tuple[Array, Array]:
-    """``dgamma = sum(dz * xhat)`` and ``dbeta = sum(dz)``; dz = dy, or 0 where y <= 0."""
+def grad_sums(
+    dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array
+) -> tuple[Array, Array]:
+    """``dgamma = sum(dz * xhat)`` and ``dbeta = sum(dz)``; dz = dy, or 0 where y <= 0.
+
+    What has weight 0 and dz 0 is left out, whatever x is there.
+    """
     out = np.zeros((2, x.shape[0] * x.shape[2]))
     if x.size > 0:  # the empty sum is 0, though rstd is NaN
-        (dy_, dys), (x_, xs), (y_, ys) = flat(dy), flat(x), flat(y)
-        run = plans.grad_sums(x.shape, dys, xs, ys, x.itemsize, threads.shares_of(x.size))
-        run(dy_, x_, y_, np.concatenate((mean, rstd)), out.reshape(-1), np.empty(0), False)
+        (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = flat(dy), flat(x), flat(y), flat_weight(weight)
+        run = plans.grad_sums(x.shape, dys, xs, ys, ws, x.itemsize, threads.shares_of(x.size))
+        run(dy_, x_, y_, w_, np.concatenate((mean, rstd)), out.reshape(-1), np.empty(0), False)
     return out[0], out[1]
 
 
@@ -118,17 +140,21 @@ def grad_input(
     y: Array | None,
     weight: Array | None,
     mean: Array,
+    unit: Array,
     scale: Array,
     offset: Array,
     slope: Array,
     dx: Array,
     dresidual: Array | None,
 ) -> None:
-    """``dx = scale * dz - weight * (offset + slope * (x - mean))``, without x ``scale * dz``; dresidual = dz."""
+    """``dx = unit * (scale * dz - weight * (offset + slope * (x - mean)))``; dresidual = dz.
+
+    Without x, ``dx = unit * scale * dz``. Where weight and dz are 0, dx is 0, whatever x is.
+    """
     (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = flat(dy), flat(x), flat(y), flat_weight(weight)
     (dx_, dxs), (dr_, drs) = flat(dx), flat(dresidual)
     run = plans.grad_input(dy.shape, dys, xs, ys, ws, dxs, drs, dy.itemsize, threads.shares_of(dy.size))
-    run(dy_, x_, y_, w_, dx_, dr_, np.concatenate((mean, scale, offset, slope)), past_caches(dx, dresidual))
+    run(dy_, x_, y_, w_, dx_, dr_, np.concatenate((mean, scale, offset, slope, unit)), past_caches(dx, dresidual))
 
 
 def backward(

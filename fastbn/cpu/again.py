@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from fastbn.cpu import memory, plans
+from fastbn.cpu.extremes import LEAST_EPS, needs_float64
 from fastbn.cpu.memory import Array, Strides, empty_like, past_caches, stored
 from fastbn.cpu.threads import shares_of
+from fastbn.formulas import reciprocal_std
 from fastbn.layout import Layout
 from fastbn.merging import Moments
 from fastbn.saved import Gradients, Saved
@@ -39,6 +41,8 @@ def forward_again(
         y = empty_like(x) if out is None else out
         rest = None if residual is None else flat(residual)
         run(flat(x), None, flat(y), rest, table.ravel(), eps, relu, past_caches(y))
+        if eps < LEAST_EPS and needs_float64(x, rstd, scale, eps):
+            return None
         return y, Saved(
             x, None if relu is None else y, gamma, None, Moments(count, mean, m2), mean, rstd, count,
             channel_axis, activation, residual is not None, False,
@@ -62,7 +66,7 @@ def backward_again(layout: Layout, saved: Saved, dy: Any, gradients: Gradients, 
         x, y, gamma = saved.x, saved.y, saved.gamma
         if not x.flags.behaved or not dy.flags.behaved or not (simple or usable(out, dy, x, y, gamma)):
             return None
-        numbers = np.empty((4, channels))
+        numbers = np.empty((5, channels))  # the last for `slab.enter_linear`
         numbers[0] = saved.mean
         numbers[1] = saved.rstd
         numbers[2] = 1.0 if gamma is None else gamma
@@ -107,6 +111,8 @@ def inference_again(
         numbers[1] = var
         numbers[2] = 1.0 if gamma is None else gamma
         numbers[3] = 0.0 if beta is None else beta
+        if eps < LEAST_EPS and needs_float64(x, reciprocal_std(numbers[1], eps), numbers[2], eps):
+            return None
         y = empty_like(x) if out is None else out
         rest = None if residual is None else flat(residual)
         run(flat(x), flat(y), rest, numbers.ravel(), eps, flag, past_caches(y))

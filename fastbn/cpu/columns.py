@@ -43,6 +43,7 @@ from fastbn.cpu.cells import (
     task_at,
     width_of_last_row,
 )
+from fastbn.cpu.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.jit import inner
 from fastbn.cpu.simd import (
     any_greater,
@@ -65,10 +66,14 @@ from fastbn.cpu.simd import (
 )
 from fastbn.cpu.slab import (
     WIDTH,
+    careful_moments,
     channel_start,
     enter_moments,
     finished,
     four,
+    is_sound,
+    least_variance,
+    marked,
     merged,
     needs_new_guess,
     normalized,
@@ -178,6 +183,7 @@ def segment(x, at, step, rows, cells, size, parts, own, centre, mean, m2, work, 
     as fast as one or as neighbouring rows.
     """
     s1, s2 = loose + pitch, loose + 2 * pitch
+    lower_underflow_flag()
     fill(parts, mean, cells, 0.0)
     fill(parts, m2, cells, 0.0)
     if size == 1:
@@ -209,6 +215,9 @@ def segment(x, at, step, rows, cells, size, parts, own, centre, mean, m2, work, 
             first += fours
             before += count
             looks = 1
+    if underflowed(parts[m2]):
+        for j in range(cells):
+            parts[m2 + j] = marked(x, parts[m2 + j])
 
 
 @inner
@@ -218,6 +227,7 @@ def weighted_segment(
     """The same of one column each, with the sum of weights at ``n_at``; ``w_across`` is 0 where channels share them."""
     n = lanes(x, WIDTH)
     guess, s1, s2 = loose, loose + pitch, loose + 2 * pitch
+    lower_underflow_flag()
     fill(work, guess, columns, 0.0)
     for i in range(columns):
         work[guess + i] = parts[own + i]
@@ -267,6 +277,9 @@ def weighted_segment(
                 work[guess + i] = parts[own + i] + parts[mean + i]
         first += high
         again = False
+    if underflowed(parts[m2]):
+        for i in range(columns):
+            parts[m2 + i] = marked(x, parts[m2 + i])
 
 
 @kernel
@@ -318,8 +331,10 @@ def enter_cells(x, x_at, x_step, channels_apart, shape, t, cells, parts, at, m2,
     one, plus, all_rows = splat(parts, 1.0, WIDTH), splat(parts, eps, WIDTH), np.float64(shape[1] * shape[3])
     if all_rows == 0.0:
         for k in range(t, t + cells):
-            enter_moments(table, k, kept, 0.0, np.nan, np.nan, eps)
+            enter_moments(table, k, kept, 0.0, np.nan, np.nan, 1.0, eps)
         return
+    least, zero = splat(parts, all_rows * least_variance(x), WIDTH), splat(parts, 0.0, WIDTH)
+    lower_underflow_flag()
     for i in range(0, cells, n):
         part = min(n, cells - i)
         mu, q = load(parts, at + i, WIDTH), load(parts, at + m2 + i, WIDTH)
@@ -337,13 +352,18 @@ def enter_cells(x, x_at, x_step, channels_apart, shape, t, cells, parts, at, m2,
         store_part(table, kept + t + i, part, q, n)
         store_part(table, 2 * kept + t + i, part, mean, n)
         store_part(table, 3 * kept + t + i, part, one / root(q / counts + plus), n)
-        if any_nan((mean - mean) + (q - q)):
+        lost = underflowed(table[kept + t + i]) and any_greater(least, q)  # between segments
+        if lost or any_greater(zero_where_zero(q, least - q), zero) or any_nan((mean - mean) + (q - q)):
             for k in range(t + i, t + i + part):
-                count, centre, spread_ = finished(
-                    x, x_at + (k - t) * channels_apart, x_step, None, 0, 0, shape,
-                    all_rows, table[2 * kept + k], table[kept + k], 0.0,
-                )  # fmt: skip
-                enter_moments(table, k, kept, count, centre, spread_, eps)
+                q_k = table[kept + k]
+                if is_sound(table[2 * kept + k], q_k, all_rows * least_variance(x)) and not (lost and q_k == 0.0):
+                    continue
+                at_k = x_at + (k - t) * channels_apart
+                count, centre, q_k, unit = careful_moments(
+                    x, at_k, x_step, None, 0, 0, shape, all_rows, pivot_of(x, at_k, None, table, 0)
+                )
+                enter_moments(table, k, kept, count, centre, q_k, unit, eps)
+            lower_underflow_flag()
 
 
 @kernel
@@ -380,8 +400,8 @@ def channel_moments(share, first, last, x, weight, geometry, pivots, parts, tabl
                 a, mu, q = merged(a, mu, q, n, parts[k], parts[results + k])
         for r in range(rows * fold, shape[1]):  # without weights: these are not folded
             a, mu, q = merged(a, mu, q, 1.0, value(x, x_at + r * xs[2]) - pivot, 0.0)
-        n, mean, m2 = finished(x, x_at, xs[2], weight, w_at, ws[2], shape, a, mu, q, pivot)
-        enter_moments(table, t, kept, n, mean, m2, eps)
+        n, mean, m2, unit = finished(x, x_at, xs[2], weight, w_at, ws[2], shape, a, mu, q, pivot)
+        enter_moments(table, t, kept, n, mean, m2, unit, eps)
 
 
 # --- normalise, scale, shift ------------------------------------------------------------------------------------------

@@ -3,9 +3,14 @@
 import hashlib
 import os
 import pickle
+import sys
 import threading
+import time
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
+import llvmlite
 import numba
 from numba import njit
 from numba.core.caching import FunctionCache
@@ -13,61 +18,124 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.serialize import dumps
 
+from fastbn.cpu.store import store_of
 
-def _fingerprint():
-    """A hash of this folder's sources: Numba's own stamp sees only the file that holds the kernel, not its helpers."""
-    digest = hashlib.sha256(numba.__version__.encode())
+
+@lru_cache
+def version():
+    """A hash of this folder's sources and of the compiler: Numba's own stamp sees only the file that holds a kernel."""
+    digest = hashlib.sha256(f"{sys.version_info[:2]} {numba.__version__} {llvmlite.__version__}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:24]
 
 
-class _CompiledFiles:
-    """Compiled kernels on disk, a file each, in the place of Numba's index of numbered files.
+class _Files:
+    """Compiled forms of one function, a file each, in the place of Numba's index of numbered files.
 
     Two processes that compile different signatures at once give both the same number there, and one of them then loads
-    the other's code. Here the name is a hash of all that the code depends on, and a file appears whole or not at all.
+    the other's code. Here the name is a hash of all that the code depends on.
     """
 
-    def __init__(self, folder, name):
-        self._folder, self._name = Path(folder), name
+    def __init__(self, store, name):
+        self._store, self._name = store, name
 
-    def _path(self, key):
-        return (
-            self._folder / f"{self._name}-{_FINGERPRINT[:12]}-{hashlib.sha256(str(key).encode()).hexdigest()[:24]}.nbc"
-        )
+    def file(self, key):
+        return f"{self._name}-{hashlib.sha256(str(key).encode()).hexdigest()[:24]}.nbc"
 
     def load(self, key):
-        try:
-            stored_key, data = pickle.loads(self._path(key).read_bytes())
-        except (OSError, EOFError, pickle.UnpicklingError, ValueError):
+        content = self._store.read(self.file(key))
+        if content is None:
             return None
+        stored_key, data = pickle.loads(content)
         return data if stored_key == str(key) else None
 
     def save(self, key, data):
-        for stale in self._folder.glob(f"{self._name}-*.nbc"):
-            if _FINGERPRINT[:12] not in stale.name:
-                stale.unlink(missing_ok=True)
-        temporary = self._path(key).with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        temporary.write_bytes(dumps((str(key), data)))
-        os.replace(temporary, self._path(key))
-
-    def flush(self):
-        for path in self._folder.glob(f"{self._name}-*.nbc"):
-            path.unlink(missing_ok=True)
+        self._store.write(self.file(key), dumps((str(key), data)))
 
 
-def _disk_cache(function):
-    """Numba's disk cache for ``function``, or None where nothing is writable."""
-    try:
-        cache = FunctionCache(function)
-        cache._cache_file = _CompiledFiles(cache.cache_path, cache._impl.filename_base)
-    except (RuntimeError, OSError):  # a read-only installation, and no home to fall back to
+class _NoFiles:
+    """For installations where nothing can be kept."""
+
+    def load(self, key):
         return None
-    return cache
+
+    def save(self, key, data):
+        pass
 
 
-_FINGERPRINT = _fingerprint()
+class _Cache(FunctionCache):
+    """Numba's cache of a function, without its search for a folder: compiled forms are those of `store_of`."""
+
+    def __init__(self, function):
+        store, name = store_of(version()), f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
+        self._name, self._py_func, self._impl = name, function, _Forms(name)
+        self._cache_path = None if store is None else str(store.folder)
+        self._cache_file = _NoFiles() if store is None else _Files(store, name)
+        self._compiling = None
+        self.enable()
+
+    def enable(self):
+        self._enabled = True
+
+    def load_overload(self, sig, target_context):
+        found = super().load_overload(sig, target_context)
+        self._compiling = Compilation(self._name, sig) if found is None else None
+        return found
+
+    def save_overload(self, sig, data):
+        if self._compiling is not None:
+            self._compiling.end()
+        super().save_overload(sig, data)
+
+
+class _Forms(FunctionCache._impl_class):
+    """How a compiled form is taken apart and put together again: as Numba does it."""
+
+    locator = SimpleNamespace(ensure_cache_path=lambda: None)  # the store's folder is there
+
+    def __init__(self, name):
+        self._filename_base = name
+
+
+# --- a word to those who wait -----------------------------------------------------------------------------------------
+
+PATIENCE = 1.0  # seconds of compilation in a process that nobody needs to be told about
+QUIET = "FASTBN_COMPILE_NOTICE"
+
+
+class Compilation:
+    """From a form that was not on disk to its code. On a terminal it is said, once a process, what takes so long."""
+
+    spent, told = 0.0, False
+
+    def __init__(self, name, signature):
+        self._what, self._began, self._timer = (name, signature), time.perf_counter(), None
+        if not Compilation.told and os.environ.get(QUIET) != "0" and sys.stderr is not None and sys.stderr.isatty():
+            self._timer = threading.Timer(max(0.0, PATIENCE - Compilation.spent), self._tell)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def end(self):
+        Compilation.spent += time.perf_counter() - self._began
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _tell(self):
+        Compilation.told = True
+        name, signature = self._what
+        kinds = {"uint16": "float16", "int16": "bfloat16", "float32": "float32", "float64": "float64"}
+        arrays = (str(kind.dtype) for kind in signature if hasattr(kind, "dtype"))
+        dtype = next((kinds[a] for a in arrays if a in kinds), "numbers")
+        kept = "once on this machine" if store_of(version()) else "in each process, as no folder can keep them"
+        print(
+            f"fastbn: compiling kernels ({name} for {dtype}, and others), some seconds, {kept}; `python -m fastbn"
+            f" warmup` does it ahead, {QUIET}=0 silences this",
+            file=sys.stderr,
+        )
+
+
+# --- compilation ------------------------------------------------------------------------------------------------------
 
 
 class _Part(JITCodeLibrary):
@@ -110,9 +178,7 @@ def inner(function):
 def compiled(function, **options):
     """The function compiled on first use, from the cache on disk where it is there."""
     found = njit(nogil=True, error_model="numpy", **options)(function)
-    cache = _disk_cache(function)
-    if cache is not None:
-        found._cache = cache
+    found._cache = _Cache(function)
     return found
 
 

@@ -277,33 +277,41 @@ def forward(
 
 
 @lru_cache(maxsize=1024)
-def grad_sums(shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, itemsize: int, shares: int) -> Run:
-    """``run(dy, x, y, numbers, out, linear, frozen)``: (dgamma, dbeta) from (mean, rstd); see `slab.enter_linear`."""
-    kept = shape[0] * shape[2]
-    if in_columns(shape, dys, xs, ys):
-        fold = folding(shape, itemsize, dys, xs, ys)
+def grad_sums(
+    shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, itemsize: int, shares: int
+) -> Run:
+    """``run(dy, x, y, weight, numbers, out, linear, frozen)``: (dgamma, dbeta) from (mean, rstd).
+
+    For linear and frozen see `slab.enter_linear`.
+    """
+    kept, weighted = shape[0] * shape[2], ws is not None
+    if in_columns(shape, dys, xs, ys, weighted=weighted):
+        fold = folding(shape, itemsize, dys, xs, ys, weighted=weighted)
         tile = _tile(shape[2] * fold, shape[3], itemsize, TILE)
-        c = _Columns(shape, fold, tile, itemsize, shares, 2)
-        geometry = _geometry(shape, c.family, dys, xs, ys)
+        c = _Columns(shape, fold, tile, itemsize, shares, 2, work=columns_gradients.SUMMED)
+        geometry = _geometry(shape, c.family, dys, xs, ys, ws)
 
         def of_columns(
-            dy: Array, x: Array, y: Array | None, numbers: Array, out: Array, linear: Array, frozen: bool
+            dy: Array, x: Array, y: Array | None, weight: Array | None, numbers: Array, out: Array, linear: Array,
+            frozen: bool,
         ) -> None:  # fmt: skip
             parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
-            columns_gradients.segment_grad_sums.run(c.tasks, shares, dy, x, y, geometry, numbers, parts, work)
+            columns_gradients.segment_grad_sums.run(c.tasks, shares, dy, x, y, weight, geometry, numbers, parts, work)
             columns_gradients.channel_grad_sums.run(
                 kept, shares, dy, x, y, geometry, numbers, parts, out, linear, frozen
             )
 
         return of_columns
-    shape, dys, xs, ys = _halved(shape, dys, xs, ys)
-    geometry, segments = _geometry(shape, _chunks(shape), dys, xs, ys), kept * rows.segment_count(shape[1], shape[3])
+    shape, dys, xs, ys, ws = _halved(shape, dys, xs, ys, ws)
+    geometry = _geometry(shape, _chunks(shape), dys, xs, ys, ws)
+    segments = kept * rows.segment_count(shape[1], shape[3])
 
     def of_rows(
-        dy: Array, x: Array, y: Array | None, numbers: Array, out: Array, linear: Array, frozen: bool
+        dy: Array, x: Array, y: Array | None, weight: Array | None, numbers: Array, out: Array, linear: Array,
+        frozen: bool,
     ) -> None:  # fmt: skip
         parts = np.empty(2 * segments)
-        rows_gradients.grad_sums_of_segments.run(segments, shares, dy, x, y, geometry, numbers, parts)
+        rows_gradients.grad_sums_of_segments.run(segments, shares, dy, x, y, weight, geometry, numbers, parts)
         rows_gradients.channel_grad_sums.run(kept, shares, x, geometry, numbers, parts, out, linear, frozen)
 
     return of_rows
@@ -314,11 +322,11 @@ def grad_input(
     shape: Shape, dys: Strides, xs: Strides | None, ys: Strides | None, ws: Strides | None, dxs: Strides,
     drs: Strides | None, itemsize: int, shares: int,
 ) -> Run:  # fmt: skip
-    """``run(dy, x, y, weight, dx, dresidual, numbers, past)``: numbers are (mean, scale, offset, slope)."""
+    """``run(dy, x, y, weight, dx, dresidual, numbers, past)``: numbers are (mean, scale, offset, slope, unit)."""
     strides = (dys, xs, ys, ws, dxs, drs)
     if shape[3] < LINE and in_columns(shape, dys, xs, ys, dxs, drs, weighted=ws is not None):
         fold = folding(shape, itemsize, dys, xs, ys, dxs, drs, weighted=ws is not None)
-        tile = _tile(shape[2] * fold, shape[3], itemsize, ROW // 2)  # with four numbers a column, not three
+        tile = _tile(shape[2] * fold, shape[3], itemsize, ROW // 2)  # with five numbers a column, not three
         c = _Columns(shape, fold, tile, itemsize, shares, work=columns_gradients.LINEAR)
         geometry, can_stream = _geometry(shape, c.family, *strides), c.streams(dxs, drs)
 
@@ -340,7 +348,7 @@ def grad_input(
         dy: Array, x: Array | None, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
         numbers: Array, past: int,
     ) -> None:  # fmt: skip
-        work = np.empty(4 * shares * r.pitch, r.compute)
+        work = np.empty(rows_gradients.LINEAR * shares * r.pitch, r.compute)
         rows_gradients.grad_input.run(
             r.tasks, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, work, past > 0 and r.streams
         )
@@ -387,7 +395,7 @@ def backward(
             )
 
         return of_columns
-    if _whole_channels(shape, shares) and not in_columns(shape, dys, xs, ys):
+    if _whole_channels(shape, shares) and not in_columns(shape, dys, xs, ys, weighted=ws is not None):
         shape, *halved = _halved(shape, *strides)
         geometry, can_stream = _geometry(shape, _chunks(shape), *halved), shape[3] * itemsize >= STREAMED_ROW
 
@@ -397,7 +405,7 @@ def backward(
         ) -> None:  # fmt: skip
             live, work = (
                 None if frozen else x,
-                np.empty(4 * shares * rows.PAD, np.float64 if itemsize == 8 else np.float32),
+                np.empty(rows_gradients.LINEAR * shares * rows.PAD, np.float64 if itemsize == 8 else np.float32),
             )
             rows_gradients.backward.run(
                 kept,
@@ -417,15 +425,15 @@ def backward(
             )
 
         return of_rows
-    first = grad_sums(shape, dys, xs, ys, itemsize, shares)
+    first = grad_sums(shape, dys, xs, ys, ws, itemsize, shares)
     second = grad_input(shape, dys, None if frozen else xs, ys, ws, dxs, drs, itemsize, shares)
 
     def of_parts(
         dy: Array, x: Array, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
         numbers: Array, past: int, out: Array,
     ) -> None:  # fmt: skip
-        live, linear = None if frozen else x, numbers[: 4 * kept]  # each channel's in the place of what it is made of
-        first(dy, x, y, numbers, out, linear, frozen)
+        live, linear = None if frozen else x, numbers[: 5 * kept]  # each channel's in the place of what it is made of
+        first(dy, x, y, weight, numbers, out, linear, frozen)
         second(dy, live, y, weight, dx, dresidual, linear, past)
 
     return of_parts

@@ -20,6 +20,7 @@ side by side in all arrays, and how far apart the tables of channels in ``work``
 
 import numpy as np
 
+from fastbn.cpu.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.jit import inner
 from fastbn.cpu.simd import (
     address,
@@ -46,6 +47,7 @@ from fastbn.cpu.slab import (
     enter_moments,
     finished,
     four,
+    marked,
     merged,
     needs_new_guess,
     normalized,
@@ -193,6 +195,7 @@ def segment_moments(x, x_at, x_step, weight, w_at, w_step, shape, grid, segment,
     """n, mean - pivot and M2 of one segment."""
     n, mean, m2 = 0.0, 0.0, 0.0
     guess = pivot
+    lower_underflow_flag()
     for k in range(segment * SEGMENT, min((segment + 1) * SEGMENT, chunk_count(shape, grid))):
         row, rows, column, columns = chunk_at(k, shape, grid)
         x_chunk = x_at + row * x_step + column
@@ -205,7 +208,7 @@ def segment_moments(x, x_at, x_step, weight, w_at, w_step, shape, grid, segment,
             shift = s1 / count
             n, mean, m2 = merged(n, mean, m2, count, guess - pivot + shift, positive_or_nan(s2 - s1 * shift))
             guess = rounded(x, pivot + mean)
-    return n, mean, m2
+    return n, mean, marked(x, m2) if underflowed(m2) else m2
 
 
 @inner
@@ -242,8 +245,8 @@ def channel_moments(share, first, last, x, weight, geometry, pivots, parts, tabl
         for k in range(t * segments, (t + 1) * segments):
             n, mean, m2 = merged(n, mean, m2, parts[3 * k], parts[3 * k + 1], parts[3 * k + 2])
         pivot = pivot_of(x, x_at, weight, pivots, t)
-        n, mean, m2 = finished(x, x_at, xs[2], weight, w_at, ws[2], shape, n, mean, m2, pivot)
-        enter_moments(table, t, kept, n, mean, m2, eps)
+        n, mean, m2, unit = finished(x, x_at, xs[2], weight, w_at, ws[2], shape, n, mean, m2, pivot)
+        enter_moments(table, t, kept, n, mean, m2, unit, eps)
 
 
 # --- normalise, scale, shift ------------------------------------------------------------------------------------------
@@ -356,8 +359,8 @@ def forward(share, first, last, x, weight, y, residual, geometry, pivots, table,
     for t in range(first, last):
         x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
         pivot = pivot_of(x, x_at, weight, pivots, t)
-        n, mean, m2 = slab_moments(x, x_at, xs[2], weight, w_at, ws[2], shape, grid, pivot)
-        enter_moments(table, t, kept, n, mean, m2, eps)
+        n, mean, m2, unit = slab_moments(x, x_at, xs[2], weight, w_at, ws[2], shape, grid, pivot)
+        enter_moments(table, t, kept, n, mean, m2, unit, eps)
         affine_vectors(table, 2 * kept + t, 1, kept, -1.0, work, own, pitch)
         y_at, r_at = channel_start(ys, t, shape), channel_start(rs, t, shape)
         for r in range(shape[1]):

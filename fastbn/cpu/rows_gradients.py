@@ -29,7 +29,9 @@ from fastbn.cpu.simd import (
     splat,
     store,
     total,
+    unit_of,
     zero_where_not_positive,
+    zero_where_uncounted,
 )
 from fastbn.cpu.slab import (
     WIDTH,
@@ -44,45 +46,60 @@ from fastbn.cpu.slab import (
 )
 from fastbn.cpu.threads import kernel
 
+LINEAR = 5  # arrays of a share: the numbers of dx of each channel
+
 
 @inner
-def chunk_grad_sums(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, rows, columns, mean):
-    """sum(dz), sum(dz * (x - hi)), with dz = dy, or 0 where y <= 0, and hi the mean in the compute type.
+def distance(x, i, weight, w, part, dz, hi, unit):
+    """A vector of (x - hi) * unit, or its first ``part`` lanes; 0 where neither weight nor dz counts the element."""
+    if part is None:
+        return zero_where_uncounted(load(weight, w, dz), dz, (load(x, i, WIDTH) - hi) * unit)
+    return zero_where_uncounted(load_first(weight, w, part, dz), dz, (load_first(x, i, part, WIDTH) - hi) * unit)
+
+
+@inner
+def chunk_grad_sums(
+    dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, weight, w_at, w_step, rows, columns, mean, rstd
+):  # fmt: skip
+    """sum(dz), sum(dz * (x - hi)) in units of 1/unit, with dz = dy, or 0 where y <= 0, and hi the mean rounded.
 
     Two rows at a time, as in `rows.chunk_sums`.
     """
     n = lanes(x, WIDTH)
-    hi = splat(x, mean, WIDTH)
+    hi, unit = splat(x, mean, WIDTH), splat(x, unit_of(x, rstd), WIDTH)
     s1 = splat(x, 0.0, WIDTH)
     s2, t1, t2 = s1, s1, s1
     pairs, whole = rows - rows % 2, columns - columns % n
     for r in range(0, pairs, 2):
-        g, i, o = dy_at + r * dy_step, x_at + r * x_step, y_at + r * y_step
+        g, i, o, w = dy_at + r * dy_step, x_at + r * x_step, y_at + r * y_step, w_at + r * w_step
         for k in range(0, whole, n):
             dz = zero_where_not_positive(load(y, o + k, WIDTH), load(dy, g + k, WIDTH))
             s1 = s1 + dz
-            s2 = fma(dz, load(x, i + k, WIDTH) - hi, s2)
+            s2 = fma(dz, distance(x, i + k, weight, w + k, None, dz, hi, unit), s2)
             dz = zero_where_not_positive(load(y, o + y_step + k, WIDTH), load(dy, g + dy_step + k, WIDTH))
             t1 = t1 + dz
-            t2 = fma(dz, load(x, i + x_step + k, WIDTH) - hi, t2)
+            t2 = fma(dz, distance(x, i + x_step + k, weight, w + w_step + k, None, dz, hi, unit), t2)
     for r in range(pairs if whole == columns else 0, rows):
-        g, i, o = dy_at + r * dy_step, x_at + r * x_step, y_at + r * y_step
+        g, i, o, w = dy_at + r * dy_step, x_at + r * x_step, y_at + r * y_step, w_at + r * w_step
         for k in range(whole if r < pairs else 0, columns, n):
             dz = load_first(dy, g + k, columns - k, WIDTH)
             dz = zero_where_not_positive(load_first(y, o + k, columns - k, WIDTH), dz)
             s1 = s1 + dz
-            s2 = fma(dz, load_first(x, i + k, columns - k, WIDTH) - hi, s2)
+            s2 = fma(dz, distance(x, i + k, weight, w + k, columns - k, dz, hi, unit), s2)
     return total(s1 + t1), total(s2 + t2)
 
 
 @inner
-def grad_segment(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, shape, grid, segment, mean):
+def grad_segment(
+    dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, weight, w_at, w_step, shape, grid, segment, mean, rstd
+):  # fmt: skip
     a, b = 0.0, 0.0
     for k in range(segment * SEGMENT, min((segment + 1) * SEGMENT, chunk_count(shape, grid))):
         row, rows, column, columns = chunk_at(k, shape, grid)
         s1, s2 = chunk_grad_sums(
             dy, dy_at + row * dy_step + column, dy_step, x, x_at + row * x_step + column, x_step,
-            y, y_at + row * y_step + column, y_step, rows, columns, mean,
+            y, y_at + row * y_step + column, y_step, weight, w_at + row * w_step + column, w_step,
+            rows, columns, mean, rstd,
         )  # fmt: skip
         a, b = a + s1, b + s2
     return a, b
@@ -90,22 +107,24 @@ def grad_segment(dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, shape, gr
 
 @inner
 def around_mean(x, mean, rstd, a, b):
-    """Dgamma from a = sum(dz) and b = sum(dz * (x - hi))."""
-    return (b - (mean - rounded(x, mean)) * a) * rstd
+    """Dgamma from a = sum(dz) and b = sum(dz * (x - hi)) in units of 1/unit."""
+    unit = unit_of(x, rstd)
+    return (b - (mean - rounded(x, mean)) * unit * a) * (rstd / unit)
 
 
 @kernel
-def grad_sums_of_segments(share, first, last, dy, x, y, geometry, numbers, parts):
-    """sum(dz) and sum(dz * (x - hi)) of every segment of every kept index; the numbers begin with the means."""
+def grad_sums_of_segments(share, first, last, dy, x, y, weight, geometry, numbers, parts):
+    """sum(dz) and sum(dz * (x - hi)) of every segment of every kept index; the numbers begin with (mean, rstd)."""
     shape, grid, dys = four(geometry, 0), four(geometry, 4), four(geometry, 8)
-    xs, ys = four(geometry, 12), four(geometry, 16)
-    segments = -(-chunk_count(shape, grid) // SEGMENT)
+    xs, ys, ws = four(geometry, 12), four(geometry, 16), four(geometry, 20)
+    segments, kept = -(-chunk_count(shape, grid) // SEGMENT), shape[0] * shape[2]
     for k in range(first, last):
         t = k // segments
-        dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
         parts[2 * k], parts[2 * k + 1] = grad_segment(
-            dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], shape, grid, k % segments, numbers[t]
-        )
+            dy, channel_start(dys, t, shape), dys[2], x, channel_start(xs, t, shape), xs[2],
+            y, channel_start(ys, t, shape), ys[2], weight, channel_start(ws, t, shape), ws[2],
+            shape, grid, k % segments, numbers[t], numbers[kept + t],
+        )  # fmt: skip
 
 
 @kernel
@@ -123,20 +142,20 @@ def channel_grad_sums(share, first, last, x, geometry, numbers, parts, out, line
             a, b = a + parts[2 * k], b + parts[2 * k + 1]
         out[t], out[kept + t] = around_mean(x, numbers[t], numbers[kept + t], a, b), a
     if linear.size > 0:
-        enter_linear(numbers, first, last, kept, frozen, out, linear)
+        enter_linear(x, numbers, first, last, kept, frozen, out, linear)
 
 
 @inner
 def grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, n, linear):
     """The n values, less than a vector, at either end of a row: by short vectors, then one by one."""
-    scale, hi, slope, offset = linear
+    scale, hi, slope, offset, unit = linear
     k = 0
     while k + lanes(dy, NARROW) <= n:
         dz = zero_where_not_positive(load(y, o + k, NARROW), load(dy, g + k, NARROW))
         x_, w_ = load(x, i + k, NARROW), converted(load(weight, w + k, dz), dz)
         out = input_gradient(
             dz, x_, w_, narrowed(dy, scale, NARROW), narrowed(dy, hi, NARROW),
-            narrowed(dy, slope, NARROW), narrowed(dy, offset, NARROW),
+            narrowed(dy, slope, NARROW), narrowed(dy, offset, NARROW), narrowed(dy, unit, NARROW),
         )  # fmt: skip
         store(dx, d + k, out)
         store(dresidual, e + k, dz)
@@ -146,7 +165,7 @@ def grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, n, linear)
         x_, w_ = load(x, i + k, SINGLE), converted(load(weight, w + k, dz), dz)
         out = input_gradient(
             dz, x_, w_, narrowed(dy, scale, SINGLE), narrowed(dy, hi, SINGLE),
-            narrowed(dy, slope, SINGLE), narrowed(dy, offset, SINGLE),
+            narrowed(dy, slope, SINGLE), narrowed(dy, offset, SINGLE), narrowed(dy, unit, SINGLE),
         )  # fmt: skip
         store(dx, d + k, out)
         store(dresidual, e + k, dz)
@@ -157,7 +176,7 @@ def grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, n, linear)
 def grad_input_run(
     dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, place, count, shape, work, at, pitch, streaming
 ):  # fmt: skip
-    """As `rows.normalize_run`, with scale, hi, slope and offset of `linear_of`."""
+    """As `rows.normalize_run`, with scale, hi, slope, offset and unit of `linear_of`."""
     n, inner = lanes(dy, WIDTH), shape[3]
     _, outer, channel, column = place
     lead = misaligned(dx, d, count) if streaming else 0
@@ -165,25 +184,26 @@ def grad_input_run(
     while k < count:
         scale, hi = splat(dy, work[at], WIDTH), splat(dy, work[at + pitch], WIDTH)
         slope, offset = splat(dy, work[at + 2 * pitch], WIDTH), splat(dy, work[at + 3 * pitch], WIDTH)
+        unit = splat(dy, work[at + 4 * pitch], WIDTH)
         at, outer, channel = row_after(at, outer, channel, shape)
         if k < lead:
             part = min(lead, edge) - k
             grad_input_end(
                 dy, g + k, x, i + k, y, o + k, weight, w + k, dx, d + k, dresidual, e + k, part,
-                (scale, hi, slope, offset),
+                (scale, hi, slope, offset, unit),
             )  # fmt: skip
             k += part
         if k >= lead:
             while k + n <= edge:
                 dz = zero_where_not_positive(load(y, o + k, WIDTH), load(dy, g + k, WIDTH))
                 x_, w_ = load(x, i + k, WIDTH), converted(load(weight, w + k, dz), dz)
-                put(dx, d + k, input_gradient(dz, x_, w_, scale, hi, slope, offset), streaming)
+                put(dx, d + k, input_gradient(dz, x_, w_, scale, hi, slope, offset, unit), streaming)
                 store(dresidual, e + k, dz)
                 k += n
             if k < edge and (inner < n or k + n > count):
                 grad_input_end(
                     dy, g + k, x, i + k, y, o + k, weight, w + k, dx, d + k, dresidual, e + k, edge - k,
-                    (scale, hi, slope, offset),
+                    (scale, hi, slope, offset, unit),
                 )  # fmt: skip
                 k = edge
             elif k < edge:
@@ -191,9 +211,10 @@ def grad_input_run(
                 hi = blended(edge - k, hi, splat(dy, work[at + pitch], WIDTH))
                 slope = blended(edge - k, slope, splat(dy, work[at + 2 * pitch], WIDTH))
                 offset = blended(edge - k, offset, splat(dy, work[at + 3 * pitch], WIDTH))
+                unit = blended(edge - k, unit, splat(dy, work[at + 4 * pitch], WIDTH))
                 dz = zero_where_not_positive(load(y, o + k, WIDTH), load(dy, g + k, WIDTH))
                 x_, w_ = load(x, i + k, WIDTH), converted(load(weight, w + k, dz), dz)
-                put(dx, d + k, input_gradient(dz, x_, w_, scale, hi, slope, offset), streaming)
+                put(dx, d + k, input_gradient(dz, x_, w_, scale, hi, slope, offset, unit), streaming)
                 store(dresidual, e + k, dz)
                 k += n
         edge = min(edge + inner, count)
@@ -201,12 +222,12 @@ def grad_input_run(
 
 @kernel
 def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, numbers, work, streaming):
-    """``dx`` (and ``dresidual = dz``), in the order of memory; the numbers are (mean, scale, offset, slope)."""
+    """``dx`` (and ``dresidual = dz``), in the order of memory; the numbers are (mean, scale, offset, slope, unit)."""
     shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
     ws, dxs, drs = four(geometry, 20), four(geometry, 24), four(geometry, 28)
     _, _, run, pitch = four(geometry, 4)
     start, end = piece_start(first, shape[3]), piece_start(last, shape[3])
-    own = 4 * share * pitch
+    own = LINEAR * share * pitch
     t, t_end = kept_range(start, end, shape)
     linear_vectors(numbers, t, t_end - t, shape[0] * shape[2], work, own, pitch)
     while start < end:
@@ -231,21 +252,23 @@ def backward(share, first, last, dy, x, y, live, weight, dx, dresidual, geometry
     xs, ys, ws = four(geometry, 12), four(geometry, 16), four(geometry, 20)
     dxs, drs = four(geometry, 24), four(geometry, 28)
     kept, pitch = shape[0] * shape[2], geometry[7]
-    own = 4 * share * pitch
+    own = LINEAR * share * pitch
     for t in range(first, last):
         dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
         w_at, dx_at, dr_at = channel_start(ws, t, shape), channel_start(dxs, t, shape), channel_start(drs, t, shape)
-        mean = numbers[t]
+        mean, rstd = numbers[t], numbers[kept + t]
         a, b = 0.0, 0.0
         for s in range(-(-chunk_count(shape, grid) // SEGMENT)):
-            s1, s2 = grad_segment(dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], shape, grid, s, mean)
+            s1, s2 = grad_segment(
+                dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], weight, w_at, ws[2], shape, grid, s, mean, rstd
+            )
             a, b = a + s1, b + s2
-        b = around_mean(x, mean, numbers[kept + t], a, b)
+        b = around_mean(x, mean, rstd, a, b)
         out[t], out[kept + t] = b, a
-        scale, offset, slope = input_numbers(numbers, t, kept, live is None, a, b)
-        work[own], work[own + pitch], work[own + 2 * pitch], work[own + 3 * pitch] = linear_of(
-            x, mean, scale, offset, slope
-        )
+        scale, offset, slope, unit = input_numbers(x, numbers, t, kept, live is None, a, b)
+        linear = linear_of(x, mean, scale, offset, slope, unit)
+        for k in range(LINEAR):
+            work[own + k * pitch] = linear[k]
         for r in range(shape[1]):
             grad_input_run(
                 dy, dy_at + r * dys[2], live, x_at + r * xs[2], y, y_at + r * ys[2], weight, w_at + r * ws[2],

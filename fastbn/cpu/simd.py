@@ -135,6 +135,20 @@ def zero_where_zero(typing, test, v):
 
 
 @intrinsic
+def zero_where_uncounted(typing, weight, dz, v):
+    """v, but 0 in the lanes where neither the weight nor dz is other than 0, whatever v is there."""
+    if weight == types.none:
+        return _absent(v, weight, dz, v)
+
+    def codegen(context, builder, sig, args):
+        test, zero = (ir.Constant(kind.llvm, [0.0] * kind.lanes) for kind in (weight, v))
+        alike = [builder.fcmp_ordered("==", args[0], test), builder.fcmp_ordered("==", args[1], zero)]
+        return builder.select(builder.and_(*alike), zero, args[2])
+
+    return v(weight, dz, v), codegen
+
+
+@intrinsic
 def first_lanes(typing, v, n):
     """v, but 0 in the lanes from n on."""
 
@@ -376,6 +390,39 @@ def rounded(typing, array, number):
         return builder.fpext(builder.fptrunc(args[1], _FLOAT), _DOUBLE)
 
     return types.float64(array, types.float64), codegen
+
+
+@intrinsic
+def unit_of(typing, array, number):
+    """The power of two below a number (or a vector of them) that is far from 1, or 1; positive in ``array``'s type.
+
+    Far are 30 binary orders: squares then still have a third of float32's range on either side.
+    """
+    count = number.lanes if isinstance(number, Vector) else 1
+    most = 1000 if array.dtype == types.float64 else 120
+
+    def codegen(context, builder, sig, args):
+        kind, integers = ir.VectorType(_DOUBLE, count), ir.VectorType(_I64, count)
+
+        def constant(value):
+            return ir.Constant(kind, [value] * count)
+
+        v = args[1]
+        if count == 1:
+            v = builder.insert_element(ir.Constant(kind, ir.Undefined), v, _I32(0))
+        exponent = ir.Constant(integers, [0x7FF0000000000000] * count)
+        power = builder.bitcast(builder.and_(builder.bitcast(v, integers), exponent), kind)
+        for compare, bound in (("<", 2.0**-most), (">", 2.0**most)):
+            power = builder.select(builder.fcmp_ordered(compare, power, constant(bound)), constant(bound), power)
+        below = builder.fcmp_ordered("<", v, constant(2.0**-30))
+        above = builder.fcmp_ordered(">", v, constant(2.0**30))
+        ordinary = builder.and_(
+            builder.fcmp_ordered(">", v, constant(0.0)), builder.fcmp_ordered("<", v, constant(float("inf")))
+        )
+        unit = builder.select(builder.and_(ordinary, builder.or_(below, above)), power, constant(1.0))
+        return unit if count > 1 else builder.extract_element(unit, _I32(0))
+
+    return number(array, number), codegen
 
 
 @intrinsic

@@ -1,5 +1,8 @@
 """Steps that both kernel families (`rows`, `columns`) share.
 
+Squares that leave the compute type's range cost the common path nothing: too large ones make M2 infinite or NaN, too
+small ones raise the processor's flag (`flags`), and `finished` takes such a channel again, value by value.
+
 Kernels take their integers as one vector, the geometry, which a caller may keep: ``(batch, outer, channel, inner)``,
 four integers of the family, then ``(start, batch, outer, channel)`` strides of each array in the order of arguments.
 """
@@ -18,13 +21,16 @@ from fastbn.cpu.simd import (
     splat,
     store,
     stream,
+    unit_of,
     value,
     zero_where_not_positive,
+    zero_where_uncounted,
     zero_where_zero,
 )
 from fastbn.cpu.threads import kernel
 
 WIDTH = 64  # bytes of a vector: one cache line of float32
+LEAST_M2 = 2.0**-930  # of what is not constant, until `finished` finds it; far below what float32's squares give
 
 
 @inner
@@ -48,13 +54,35 @@ def merged(n, mean, m2, count, part_mean, part_m2):
     together = n + count
     delta = part_mean - mean
     share = count / together
-    return together, mean + delta * share, m2 + (part_m2 + delta * delta * (n * share))
+    between = delta * delta * (n * share)
+    if between < LEAST_M2 and delta != 0.0:
+        between = LEAST_M2  # so that M2 is 0 for constants alone, as in `marked`
+    return together, mean + delta * share, m2 + (part_m2 + between)
 
 
 @inner
 def needs_new_guess(count, s1, s2):
     """Whether the guess was so far from the mean that s2 - s1^2/n loses a bit or more."""
     return s1 * s1 > 0.5 * count * s2
+
+
+@inner
+def least_variance(x):
+    """Below it some squares of deviations may have lost digits to underflow that matter, above none: by 2^-29."""
+    return 2.0**-120 if lanes(x, WIDTH) == 16 else 2.0**-900
+
+
+@inner
+def marked(x, m2):
+    """M2 of a segment in which squares underflowed, but not 0: `finished` takes 0 for that of a constant."""
+    least = least_variance(x) * 2.0**-29
+    return least if m2 < least else m2
+
+
+@inner
+def is_sound(mean, m2, least):
+    """Whether no square has left the compute type's range."""
+    return np.isfinite(mean) and np.isfinite(m2) and (m2 == 0.0 or m2 >= least)
 
 
 @inner
@@ -89,39 +117,58 @@ def find_pivots(share, first, last, x, weight, geometry, pivots):
 
 @inner
 def finished(x, x_at, x_step, weight, w_at, w_step, shape, n, mean, m2, pivot):
-    """The channel's moments from those relative to the pivot.
+    """The channel's moments from those relative to the pivot: n, mean, M2 in squares of 1/unit, and unit.
 
-    Where they are not finite, plain float64 sums decide between what overflowed on the way (a float32 square) and
-    what is infinite: like NumPy, the mean of infinities of one sign is that infinity.
+    The unit is 1, unless squares may have left the range of the compute type.
     """
     if n == 0.0:
-        return 0.0, np.nan, np.nan
-    if np.isfinite(mean) and np.isfinite(m2):
-        return n, pivot + mean, m2
-    centre, total = 0.0, 0.0
-    for look in range(2):
-        total = 0.0
-        for k in range(shape[1] * shape[3]):
-            r, i = k // shape[3], k % shape[3]
-            w = 1.0 if weight is None else value(weight, w_at + r * w_step + i)
-            if w != 0.0:
-                d = value(x, x_at + r * x_step + i) - centre
-                total += w * d if look == 0 else w * d * d
-        if look == 0:
-            centre = total / n
-            if not np.isfinite(centre):
-                return n, centre, np.nan
-    return n, centre, total
+        return 0.0, np.nan, np.nan, 1.0
+    if is_sound(mean, m2, max(n, np.float64(shape[1] * shape[3])) * least_variance(x)):
+        return n, pivot + mean, m2, 1.0
+    return careful_moments(x, x_at, x_step, weight, w_at, w_step, shape, n, pivot)
 
 
 @inner
-def enter_moments(table, t, kept, n, mean, m2, eps):
-    """Into the rows count, M2, mean, rstd of a table, which go on with gamma and beta.
+def careful_moments(x, x_at, x_step, weight, w_at, w_step, shape, n, pivot):
+    """The same in float64, in a unit that brings the largest value near 1, so that no square leaves the range.
 
-    So its last four rows are the numbers of `affine_of`.
+    Like NumPy, the mean of infinities of one sign is that infinity.
     """
-    table[t], table[kept + t], table[2 * kept + t] = n, m2, mean
-    table[3 * kept + t] = 1.0 / np.sqrt(m2 / n + eps)
+    unit, origin, shift, rest, m2 = 1.0, 0.0, 0.0, 0.0, 0.0
+    largest, infinite = 0.0, 0.0
+    for look in range(3):
+        for k in range(shape[1] * shape[3]):
+            r, i = k // shape[3], k % shape[3]
+            w = 1.0 if weight is None else value(weight, w_at + r * w_step + i)
+            if w == 0.0:
+                continue
+            v = value(x, x_at + r * x_step + i)
+            if look == 0:
+                largest = max(largest, abs(v)) if np.isfinite(v) else largest
+                infinite += 0.0 if np.isfinite(v) else v
+            elif look == 1:
+                shift += w / n * (v * unit - origin)
+            else:
+                d = (v * unit - origin) - shift
+                rest += w * d
+                m2 += w * d * d
+        if look == 0:
+            if infinite != 0.0:  # or NaN
+                return n, infinite, np.nan, 1.0
+            unit = 1.0 / unit_of(x, largest)
+            origin = pivot * unit
+    return n, (origin + (shift + rest / n)) / unit, positive_or_nan(m2 - rest * rest / n), unit
+
+
+@inner
+def enter_moments(table, t, kept, n, mean, m2, unit, eps):
+    """Into the rows count, M2, mean, rstd of a table, which go on with gamma and beta; see `finished` for the unit.
+
+    So its last four rows are the numbers of `affine_of`. M2 may be 0 or infinite where rstd is neither.
+    """
+    table[t], table[kept + t], table[2 * kept + t] = n, m2 / unit / unit, mean
+    plus = eps * unit * unit
+    table[3 * kept + t] = unit / np.sqrt(m2 / n + plus) if np.isfinite(plus) else 1.0 / np.sqrt(eps)
 
 
 @inner
@@ -179,15 +226,15 @@ def normalized(x, residual, hi, scale, shift, relu):
 
 
 @inner
-def linear_of(x, mean, scale, offset, slope):
-    """Four numbers of ``scale * dz - w * (offset + slope * (x - hi))``; hi as in `affine_of`."""
+def linear_of(x, mean, scale, offset, slope, unit):
+    """Five numbers of ``unit * (scale * dz - w * (offset + slope * (x - hi)))``; hi as in `affine_of`."""
     hi = rounded(x, mean)
-    return scale, hi, slope, offset + slope * (hi - mean)
+    return scale, hi, slope, offset + slope * (hi - mean), unit
 
 
 @inner
 def linear_vectors(numbers, t, count, kept, work, at, pitch):
-    """The same four of ``count`` indices from t on, from (mean, scale, offset, slope) of each, into ``work``."""
+    """The same five of ``count`` indices from t on, from (mean, scale, offset, slope, unit) of each, into ``work``."""
     n = lanes(numbers, WIDTH)
     for i in range(0, count, n):
         part = min(n, count - i)
@@ -199,40 +246,46 @@ def linear_vectors(numbers, t, count, kept, work, at, pitch):
         store(work, at + pitch + i, hi)
         store(work, at + 2 * pitch + i, converted(slope, hi))
         store(work, at + 3 * pitch + i, converted(offset, hi))
+        store(work, at + 4 * pitch + i, converted(load_first(numbers, 4 * kept + t + i, part, WIDTH), hi))
 
 
 @inner
-def input_gradient(dz, x, weight, scale, hi, slope, offset):
-    """``scale * dz - weight * (offset + slope * (x - hi))``; without x, ``scale * dz``."""
+def input_gradient(dz, x, weight, scale, hi, slope, offset, unit):
+    """``unit * (scale * dz - weight * (offset + slope * (x - hi)))``; without x, ``unit * (scale * dz)``.
+
+    It is 0 where weight and dz are, whatever x and the numbers are.
+    """
     if x is None:
-        return scale * dz
+        return unit * (scale * dz)
     back = fma(x - hi, slope, offset)
-    if weight is not None:
-        back = zero_where_zero(weight, weight * back)
-    return scale * dz - back
+    if weight is None:
+        return unit * (scale * dz - back)
+    back = zero_where_zero(weight, weight * back)
+    return zero_where_uncounted(weight, dz, unit * (scale * dz - back))
 
 
 @inner
-def input_numbers(numbers, t, kept, frozen, a, b):
-    """scale, offset and slope of dx from the sums a = dbeta, b = dgamma; `fastbn.formulas.input_numbers` in a kernel.
+def input_numbers(x, numbers, t, kept, frozen, a, b):
+    """scale, offset, slope and unit of dx from the sums a = dbeta, b = dgamma: `fastbn.formulas.input_numbers` here.
 
-    The numbers are (mean, rstd, gamma, count), and (dmean, dvar) if they are not 0.
+    The numbers are (mean, rstd, gamma, count, _), and (mean, rstd, gamma, count, dmean, dvar) if these are not 0.
     """
     rstd = numbers[kept + t]
-    scale = numbers[2 * kept + t] * rstd
+    unit = unit_of(x, rstd)
+    scale = numbers[2 * kept + t] * (rstd / unit)
     if frozen:
-        return scale, 0.0, 0.0
+        return scale, 0.0, 0.0, unit
     count = numbers[3 * kept + t]
-    if numbers.size == 4 * kept:
-        return scale, scale * a / count, scale * rstd * b / count
-    offset = (scale * a - numbers[4 * kept + t]) / count
-    return scale, offset, (scale * rstd * b - 2.0 * numbers[5 * kept + t]) / count
+    if numbers.size == 5 * kept:
+        return scale, scale * a / count, scale * rstd * b / count, unit
+    offset = (scale * a - numbers[4 * kept + t] / unit) / count
+    return scale, offset, (scale * rstd * b - 2.0 * numbers[5 * kept + t] / unit) / count, unit
 
 
 @inner
-def enter_linear(numbers, first, last, kept, frozen, sums, linear):
-    """Rows (mean, scale, offset, slope) of dx from those of `input_numbers` and the sums (dgamma, dbeta)."""
+def enter_linear(x, numbers, first, last, kept, frozen, sums, linear):
+    """Rows (mean, scale, offset, slope, unit) of dx from those of `input_numbers` and the sums (dgamma, dbeta)."""
     for t in range(first, last):
-        scale, offset, slope = input_numbers(numbers, t, kept, frozen, sums[kept + t], sums[t])
+        scale, offset, slope, unit = input_numbers(x, numbers, t, kept, frozen, sums[kept + t], sums[t])
         linear[t], linear[kept + t] = numbers[t], scale
-        linear[2 * kept + t], linear[3 * kept + t] = offset, slope
+        linear[2 * kept + t], linear[3 * kept + t], linear[4 * kept + t] = offset, slope, unit

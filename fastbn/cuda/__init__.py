@@ -48,10 +48,10 @@ __all__ = [
 xp = launch.cupy
 
 
-def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array]:
+def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array, Array]:
     problem = problem_of({"x": x}, weight)
-    count, m2, mean, _ = _run(plans.moments, problem, 4, x=x, weight=weight)
-    return count, mean, m2
+    count, m2, mean, rstd = _run(plans.moments, problem, 4, x=x, weight=weight)
+    return count, mean, m2, rstd
 
 
 def normalize(
@@ -89,10 +89,12 @@ def forward(
     return count, mean, m2, rstd
 
 
-def grad_sums(dy: Array, x: Array, y: Array | None, mean: Array, rstd: Array) -> tuple[Array, Array]:
+def grad_sums(
+    dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array
+) -> tuple[Array, Array]:
     arrays, numbers = {"x": x, "dy": dy, "y": y}, {"mean": mean, "spread": rstd}
-    problem = problem_of(arrays, None, numbers, y is not None)
-    dgamma, dbeta = _run(plans.grad_sums, problem, 2, **arrays, **numbers)
+    problem = problem_of(arrays, weight, numbers, y is not None)
+    dgamma, dbeta = _run(plans.grad_sums, problem, 2, weight=weight, **arrays, **numbers)
     return dgamma, dbeta
 
 
@@ -102,6 +104,7 @@ def grad_input(
     y: Array | None,
     weight: Array | None,
     mean: Array,
+    unit: Array,
     scale: Array,
     offset: Array,
     slope: Array,
@@ -109,7 +112,7 @@ def grad_input(
     dresidual: Array | None,
 ) -> None:
     arrays = {"dy": dy, "x": x, "y": y, "dx": dx, "dresidual": dresidual}
-    numbers = {"mean": mean, "gamma": scale, "offset": offset, "slope": slope}
+    numbers = {"mean": mean, "spread": unit, "gamma": scale, "offset": offset, "slope": slope}
     problem = problem_of(arrays, weight, numbers, y is not None, dresidual is not None, frozen=x is None)
     _run(plans.grad_input, problem, 0, weight=weight, **arrays, **numbers)
 

@@ -3,16 +3,16 @@
 // The mean is subtracted in two parts, since x*s + (beta - mean*s) is 7.5e-4 off where the mean is 10^4 deviations.
 
 struct Affine {
-    real high, low, scale, shift;  // the mean is high + low
+    Centre centre;
+    real scale, shift;
 
     __device__ __forceinline__ void set(
         const Params& p, const Tile& tile, int ch, double mean, double rest, double rstd
     ) {
         const i64 at = tile.kept(p, ch);
-        high = static_cast<real>(mean);
-        const double left = (mean - static_cast<double>(high)) + rest;
-        low = is_finite(left) ? static_cast<real>(left) : 0;
-        scale = static_cast<real>(rstd * number(p.gamma, p.gamma_type, at, 1.0));
+        const int exponent = distance_exponent(mean, rstd);
+        centre.set(mean, rest, exponent);
+        scale = static_cast<real>(rstd * power_of_two(-exponent) * number(p.gamma, p.gamma_type, at, 1.0));
         shift = static_cast<real>(number(p.beta, p.beta_type, at, 0.0));
     }
 };
@@ -43,7 +43,7 @@ __device__ __forceinline__ void write_normalized(
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 const Affine& a = affine[ALONG_CHANNELS ? j : 0];
-                real z = ((element(held[k], j) - a.high) - a.low) * a.scale + a.shift;
+                real z = a.centre.distance(element(held[k], j)) * a.scale + a.shift;
 #if RESIDUAL
                 z += element(added[k], j);
 #endif

@@ -9,11 +9,11 @@ KERNEL backward(const Params p) {
     unsigned round = 0;
     for (unsigned at = blockIdx.x / splits; at < p.tiles; at += gridDim.x / splits) {
         const Tile tile(p, at, split);
-        Centre centre[CHANNELS];
+        Xhat xhat[CHANNELS];
         Sums sums[CHANNELS];
 #pragma unroll
         for (int ch = 0; ch < CHANNELS; ++ch) {
-            if (tile.active) centre[ch].set(p, tile, ch);
+            if (tile.active) xhat[ch].set(p, tile, ch);
             sums[ch] = Sums{0, 0};
         }
         Packed x[HELD], dz[HELD];
@@ -23,7 +23,7 @@ KERNEL backward(const Params p) {
             load(x, p.x, p.x_strides, p, tile, v, count);
             load_dz(dz, p, tile, v, count);
 #pragma unroll
-            for (int ch = 0; ch < CHANNELS; ++ch) add_sums(sums[ch], x, dz, count, ch, centre[ch]);
+            for (int ch = 0; ch < CHANNELS; ++ch) add_sums(sums[ch], x, dz, count, ch, xhat[ch], p, tile, v);
             const int next = tile.within(v + HELD * ROWS);
             if (next == 0) break;  // the last chunk stays in registers
 #pragma unroll
@@ -45,7 +45,7 @@ KERNEL backward(const Params p) {
         Linear linear[CHANNELS];
         set_from_sums(p, tile, sums, linear);
         while (true) {
-            write_dx(x, dz, p, tile, v, count, centre, linear);
+            write_dx(x, dz, p, tile, v, count, xhat, linear);
             if (chunk-- == 0) break;
             v -= HELD * ROWS;
             count = HELD;

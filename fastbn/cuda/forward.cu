@@ -21,7 +21,7 @@ KERNEL forward(const Params p) {
         while (true) {
             load(held, p.x, p.x_strides, p, tile, v, count);
 #pragma unroll
-            for (int ch = 0; ch < CHANNELS; ++ch) running[ch].add(held, count, ch, p, tile, v, taken);
+            for (int ch = 0; ch < CHANNELS; ++ch) running[ch].add(held, count, ch, p, tile, v);
             taken += count * DEPTH;
             const int next = tile.within(v + HELD * ROWS);
             if (next == 0) break;  // the last chunk stays in registers

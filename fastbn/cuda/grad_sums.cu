@@ -7,11 +7,11 @@ KERNEL grad_sums(const Params p) {
     unsigned at, split;
     find_work(p, at, split);
     const Tile tile(p, at, split);
-    Centre centre[CHANNELS];
+    Xhat xhat[CHANNELS];
     Sums sums[CHANNELS];
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) {
-        if (tile.active) centre[ch].set(p, tile, ch);
+        if (tile.active) xhat[ch].set(p, tile, ch);
         sums[ch] = Sums{0, 0};
     }
     for (Index v = tile.start(); tile.within(v); v += HELD * ROWS) {
@@ -20,7 +20,7 @@ KERNEL grad_sums(const Params p) {
         load(x, p.x, p.x_strides, p, tile, v, count);
         load_dz(dz, p, tile, v, count);
 #pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) add_sums(sums[ch], x, dz, count, ch, centre[ch]);
+        for (int ch = 0; ch < CHANNELS; ++ch) add_sums(sums[ch], x, dz, count, ch, xhat[ch], p, tile, v);
     }
     sum_block(sums);
     if (p.partials != nullptr)

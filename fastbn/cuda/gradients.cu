@@ -3,18 +3,22 @@
 //     dx = scale dz - w (offset + slope (x - mean)),   scale = gamma rstd,
 //     offset = (scale dbeta - dmean) / count,   slope = (scale rstd dgamma - 2 dvar) / count
 //
+// A position of weight 0 whose dz is 0 is skipped, whatever x holds there: it adds nothing to the sums, and its dx is 0.
+// Numbers have units where they would leave the range of the elements' type (centre.cu).
+//
 // A thread sums HELD vectors in the type of the elements' arithmetic, all else is float64 in a fixed order.
 // After: Ioffe & Szegedy (2015), section 3.
 
-struct Centre {  // of a channel; the mean is high + low
-    real high, low, rstd;
+struct Xhat {  // of a channel: (x - mean) rstd
+    Centre centre;
+    real rstd;  // per unit
 
     __device__ __forceinline__ void set(const Params& p, const Tile& tile, int ch) {
-        const double mean = number(p.mean, p.mean_type, tile.kept(p, ch), 0.0);
-        high = static_cast<real>(mean);
-        const double left = mean - static_cast<double>(high);
-        low = is_finite(left) ? static_cast<real>(left) : 0;
-        rstd = static_cast<real>(number(p.spread, p.spread_type, tile.kept(p, ch), 1.0));
+        const i64 at = tile.kept(p, ch);
+        const double mean = number(p.mean, p.mean_type, at, 0.0), value = number(p.spread, p.spread_type, at, 1.0);
+        const int exponent = distance_exponent(mean, value);
+        centre.set(mean, 0.0, exponent);
+        rstd = static_cast<real>(value * power_of_two(-exponent));
     }
 };
 
@@ -45,8 +49,14 @@ __device__ __forceinline__ void load_dz(
 #endif
 }
 
+// Whether an element has neither a weight nor a gradient.
+__device__ __forceinline__ bool skipped(const Params& p, const Tile& tile, Index v, int j, real dz) {
+    return WEIGHT && dz == 0 && !(static_cast<real>(weight_of(p, tile, v, j)) > 0);
+}
+
 __device__ __forceinline__ void add_sums(
-    Sums& sums, const Packed (&x)[HELD], const Packed (&dz)[HELD], int count, int channel, const Centre& centre
+    Sums& sums, const Packed (&x)[HELD], const Packed (&dz)[HELD], int count, int channel, const Xhat& xhat,
+    const Params& p, const Tile& tile, Index v
 ) {
     real plain = 0, product = 0;
 #pragma unroll
@@ -56,8 +66,9 @@ __device__ __forceinline__ void add_sums(
 #pragma unroll
             for (int j = ALONG_CHANNELS ? channel : 0; j < (ALONG_CHANNELS ? channel + 1 : VECTOR); ++j) {
                 const real g = element(dz[k], j);
+                const real term = g * (xhat.centre.distance(element(x[k], j)) * xhat.rstd);
                 part += g;
-                part_product += g * (((element(x[k], j) - centre.high) - centre.low) * centre.rstd);
+                part_product += skipped(p, tile, v + k * ROWS, j, g) ? 0 : term;
             }
             plain += part;
             product += part_product;
@@ -136,8 +147,27 @@ __device__ __forceinline__ void write_gradients(const Params& p, const Tile& til
     }
 }
 
-struct Linear {  // numbers of dx of a channel
-    real scale, offset, slope;
+struct Linear {  // dx of a channel: unit (scale dz - w (offset + slope distance))
+    real scale, offset, slope, unit;
+
+    // From scale, offset and slope in the unit 2^exponent. Its own unit is as near to 1 as their range allows.
+    __device__ __forceinline__ void set(int exponent, const double (&numbers)[3]) {
+        int least = MOST_EXPONENT, most = LEAST_EXPONENT;
+#pragma unroll
+        for (int i = 0; i < 3; ++i) {
+            const int its = exponent_of(numbers[i]);
+            if (its == NO_EXPONENT) continue;
+            least = min(least, exponent + its);
+            most = max(most, exponent + its);
+        }
+        const int beyond = max(most - MOST_EXPONENT, min(least - LEAST_EXPONENT, 0));
+        const int own = max(-UNITS, min(beyond, UNITS));
+        const double factor = power_of_two(exponent - own);
+        scale = static_cast<real>(numbers[0] * factor);
+        offset = static_cast<real>(numbers[1] * factor);
+        slope = static_cast<real>(numbers[2] * factor);
+        unit = static_cast<real>(power_of_two(own));
+    }
 };
 
 __device__ __forceinline__ void set_from_sums(
@@ -148,21 +178,27 @@ __device__ __forceinline__ void set_from_sums(
     for (int ch = 0; ch < CHANNELS; ++ch) {
         const i64 at = tile.kept(p, ch);
         const double rstd = number(p.spread, p.spread_type, at, 1.0);
-        const double scale = number(p.gamma, p.gamma_type, at, 1.0) * rstd;
-        linear[ch].scale = static_cast<real>(scale);
-        if (p.frozen) continue;
-        const double count = number(p.count, p.count_type, at, 1.0);
-        const double dmean = number(p.dmean, p.dmean_type, at, 0.0), dvar = number(p.dvar, p.dvar_type, at, 0.0);
-        const double share = count > 0 ? reciprocal(count) : not_a_number();
-        linear[ch].offset = static_cast<real>((scale * sums[ch].dbeta - dmean) * share);
-        linear[ch].slope = static_cast<real>((scale * rstd * sums[ch].dgamma - 2.0 * dvar) * share);
+        const int exponent = max(0, min(exponent_of(rstd), 1022));
+        const double per_unit = power_of_two(-exponent);
+        const double scale = number(p.gamma, p.gamma_type, at, 1.0) * (rstd * per_unit);
+        double offset = 0, slope = 0;
+        if (!p.frozen) {
+            const double mean = number(p.mean, p.mean_type, at, 0.0);
+            const double per_distance = power_of_two(-distance_exponent(mean, rstd));
+            const double count = number(p.count, p.count_type, at, 1.0);
+            const double dmean = number(p.dmean, p.dmean_type, at, 0.0), dvar = number(p.dvar, p.dvar_type, at, 0.0);
+            const double share = count > 0 ? reciprocal(count) : not_a_number();
+            offset = (scale * sums[ch].dbeta - dmean * per_unit) * share;
+            slope = (scale * (rstd * per_distance) * sums[ch].dgamma - 2.0 * dvar * per_unit * per_distance) * share;
+        }
+        linear[ch].set(exponent, {scale, offset, slope});
     }
 }
 
 // Writes dx, and dz where there was a residual. Without x, or with frozen statistics, dx = scale dz.
 __device__ __forceinline__ void write_dx(
     Packed (&x)[HELD], const Packed (&dz)[HELD], const Params& p, const Tile& tile, Index v, int count,
-    const Centre (&centre)[CHANNELS], const Linear (&linear)[CHANNELS]
+    const Xhat (&xhat)[CHANNELS], const Linear (&linear)[CHANNELS]
 ) {
 #if RESIDUAL
     store(dz, p.dresidual, p.dresidual_strides, p, tile, v, count);
@@ -174,17 +210,18 @@ __device__ __forceinline__ void write_dx(
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 const int ch = ALONG_CHANNELS ? j : 0;
-                real g = linear[ch].scale * element(dz[k], j);
+                const real z = element(dz[k], j);
+                real g = linear[ch].scale * z;
                 if (!p.frozen) {
-                    real share =
-                        linear[ch].offset + linear[ch].slope * ((element(x[k], j) - centre[ch].high) - centre[ch].low);
+                    real share = linear[ch].offset + linear[ch].slope * xhat[ch].centre.distance(element(x[k], j));
 #if WEIGHT
                     const real w = static_cast<real>(weight_of(p, tile, v + k * ROWS, j));
                     share = w > 0 ? w * share : 0;
 #endif
                     g -= share;
                 }
-                results.each[j] = encoded(g);
+                g *= linear[ch].unit;
+                results.each[j] = encoded(skipped(p, tile, v + k * ROWS, j, z) ? 0 : g);
             }
             x[k] = results.packed;
         }

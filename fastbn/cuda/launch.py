@@ -16,12 +16,12 @@ cupy = requirements.cupy()
 SOURCES = {
     "statistics": ("moments",),
     "finish_moments": ("moments",),
-    "forward": ("moments", "affine"),
-    "normalize": ("moments", "affine"),
-    "grad_sums": ("gradients",),
-    "finish_sums": ("gradients",),
-    "backward": ("gradients",),
-    "grad_input": ("gradients",),
+    "forward": ("moments", "centre", "affine"),
+    "normalize": ("moments", "centre", "affine"),
+    "grad_sums": ("centre", "gradients"),
+    "finish_sums": ("centre", "gradients"),
+    "backward": ("centre", "gradients"),
+    "grad_input": ("centre", "gradients"),
 }
 """The kernels, each in a file of its name, and the files that they build on, beside tile.cu."""
 
@@ -30,7 +30,7 @@ OPTIONAL = {
     "finish_moments": (),
     "forward": ("WEIGHT", "RELU", "RESIDUAL"),
     "normalize": ("RELU", "RESIDUAL"),
-    "grad_sums": ("RELU",),
+    "grad_sums": ("WEIGHT", "RELU"),
     "finish_sums": (),
     "backward": ("WEIGHT", "RELU", "RESIDUAL"),
     "grad_input": ("WEIGHT", "RELU", "RESIDUAL"),

@@ -34,7 +34,7 @@ def strides_of(a: Array) -> Strides:
 
 def problem_of(
     arrays: dict[str, Array | None], weight: Array | None, numbers: dict[str, Array | None] | None = None,
-    relu: bool = False, residual: bool = False, eps: float = -1.0, **options: bool,
+    relu: bool = False, residual: bool = False, eps: float = 0.0, **options: bool,
 ) -> Problem:  # fmt: skip
     """The description of a call: all that a plan depends on."""
     present = {name: a for name, a in arrays.items() if a is not None}

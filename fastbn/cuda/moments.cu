@@ -7,18 +7,74 @@
 // many takes one division. Rounding then enlarges M2 by 2^-53 times the number of chunks at most, since no chunk of m
 // among n values lies further than sqrt(n/m) deviations from the mean.
 // Means are kept in two parts, origin and shift, so that float64 data far from 0 lose nothing when they are merged.
+//
+// Squares that leave the range of their type, at either end, are taken again: those of float32 in float64, those of
+// float64 of distances times a unit, 2^600, 1 or 2^-600. No distance of float64 numbers needs another.
+
+#if DTYPE == 3
+#define LEAST_SQUARES 0x1p-900  // below, sums of squares have lost digits to underflow
+#define SMALL_UNIT 0x1p600      // for small distances
+#define LARGE_UNIT 0x1p-600
+#else
+#define LEAST_SQUARES 0x1p-76  // squares below 2^-126 are 0, which is 2^-50 of it
+#define SMALL_UNIT 1.0
+#define LARGE_UNIT 1.0
+#endif
 
 struct Part {
     double n, origin, shift, m2;  // the mean is origin + shift
+#if DTYPE == 3
+    double unit = 1;  // m2 is of deviations times this
+#else
+    static constexpr double unit = 1;
+#endif
 
     __device__ __forceinline__ double mean() const { return n > 0 ? origin + shift : not_a_number(); }
+
+    __device__ __forceinline__ double per_unit() const { return unit == 1 ? 1 : unit > 1 ? LARGE_UNIT : SMALL_UNIT; }
+
+    __device__ __forceinline__ double m2_in(double other) const {
+        const double factor = other * per_unit();
+        return m2 * factor * factor;
+    }
 };
+
+// A part whose mean is origin + shift / unit, which is in range where the distance from the origin is not.
+__device__ __forceinline__ Part part_in_units(double n, double origin, double shift, double m2, double unit) {
+    m2 = m2 >= 0 || m2 != m2 ? m2 : 0;
+#if DTYPE == 3
+    if (unit != 1 && m2 != 0) {
+        Part part{n, 0, 0, m2, unit};
+        part.origin = (origin * unit + shift) * part.per_unit();
+        part.shift = ((origin * unit - part.origin * unit) + shift) * part.per_unit();
+        return part;
+    }
+#endif
+    return Part{n, origin, shift, m2};
+}
 
 // --- a thread ---------------------------------------------------------------------------------------------------------
 
+struct Weights {  // of the elements of one channel that a thread holds
+#if WEIGHT
+    real w[HELD][DEPTH];
+
+    __device__ __forceinline__ bool selects(int k, int j) const { return w[k][j] > 0; }
+    __device__ __forceinline__ real times(int k, int j, real value) const { return w[k][j] * value; }
+#else
+    __device__ __forceinline__ bool selects(int k, int j) const { return true; }
+    __device__ __forceinline__ real times(int k, int j, real value) const { return value; }
+#endif
+};
+
 struct Running {  // of one channel
-    double away, squares;  // sums of n*a and of M2 + n*a^2 of the chunks
+    double away, squares;  // sums of n*a and of M2 + n*a^2 of the chunks, with distances times the unit
     real origin;           // the first finite element; NaN before
+#if DTYPE == 3
+    double unit;
+#else
+    static constexpr double unit = 1;
+#endif
 #if WEIGHT
     double n;  // sum of the weights
 #endif
@@ -27,19 +83,22 @@ struct Running {  // of one channel
     __device__ __forceinline__ void clear() {
         away = squares = 0;
         origin = static_cast<real>(not_a_number());
+#if DTYPE == 3
+        unit = 1;
+#endif
 #if WEIGHT
         n = 0;
 #endif
     }
 
-    // One chunk; `before` is the number of elements taken before it, where weights do not tell.
+    // One chunk.
     __device__ __forceinline__ void add(
-        const Packed (&held)[HELD], int count, int channel, const Params& p, const Tile& tile, Index v, double before
+        const Packed (&held)[HELD], int count, int channel, const Params& p, const Tile& tile, Index v
     ) {
         if (count == 0) return;
         const int from = ALONG_CHANNELS ? channel : 0;
+        Weights weights;
 #if WEIGHT
-        real w[HELD][DEPTH];
         double weight = 0;
         real first = 0;
         bool some = false;
@@ -48,7 +107,7 @@ struct Running {  // of one channel
 #pragma unroll
             for (int j = 0; j < DEPTH; ++j) {
                 const double exact = k < count ? weight_of(p, tile, v + k * ROWS, from + j) : 0.0;
-                w[k][j] = static_cast<real>(exact);
+                weights.w[k][j] = static_cast<real>(exact);
                 weight += exact;
                 if (!some && exact > 0) {
                     first = element(held[k], from + j);
@@ -56,13 +115,10 @@ struct Running {  // of one channel
                 }
             }
         if (!some) return;
-#define SELECTED(k, j) (w[k][j] > 0)
-#define TIMES_WEIGHT(k, j) w[k][j] *
+        const double least = LEAST_SQUARES * (1 + weight);
 #else
-        const double weight = count * DEPTH;
+        const double weight = count * DEPTH, least = LEAST_SQUARES;
         const real first = element(held[0], from);
-#define SELECTED(k, j) true
-#define TIMES_WEIGHT(k, j)
 #endif
         real total = 0;
 #pragma unroll
@@ -71,7 +127,7 @@ struct Running {  // of one channel
                 real part = 0;
 #pragma unroll
                 for (int j = 0; j < DEPTH; ++j)
-                    if (SELECTED(k, j)) part += TIMES_WEIGHT(k, j) (element(held[k], from + j) - first);
+                    if (weights.selects(k, j)) part += weights.times(k, j, element(held[k], from + j) - first);
                 total += part;
             }
         const real inverse = reciprocal(static_cast<real>(weight)), middle = total * inverse;
@@ -82,10 +138,10 @@ struct Running {  // of one channel
                 real part = 0, part_square = 0;
 #pragma unroll
                 for (int j = 0; j < DEPTH; ++j)
-                    if (SELECTED(k, j)) {
+                    if (weights.selects(k, j)) {
                         const real e = (element(held[k], from + j) - first) - middle;
-                        part += TIMES_WEIGHT(k, j) e;
-                        part_square += TIMES_WEIGHT(k, j) (e * e);
+                        part += weights.times(k, j, e);
+                        part_square += weights.times(k, j, e * e);
                     }
                 rest += part;
                 square += part_square;
@@ -95,7 +151,7 @@ struct Running {  // of one channel
         const double distance = (static_cast<double>(first) - start) + (static_cast<double>(middle) + correction);
         const double moved = weight * distance;
         const double more = squares + ((square - rest * correction) + moved * distance);
-        if (is_finite(more)) {
+        if ((more >= least && is_finite(more) && unit == 1) || constant(held, count, from, weights, start)) {
 #if WEIGHT
             n += weight;
 #endif
@@ -103,45 +159,82 @@ struct Running {  // of one channel
             squares = more;
             origin = start;
         } else {
-            // Infinities, NaN, or squares beyond the type's range: one by one.
-#pragma unroll
-            for (int k = 0; k < HELD; ++k)
-                if (k < count)
-#pragma unroll
-                    for (int j = 0; j < DEPTH; ++j)
-                        if (SELECTED(k, j)) {
-                            add_carefully(element(held[k], from + j), TIMES_WEIGHT(k, j) 1.0, before);
-                            before += 1;
-                        }
+            add_carefully(held, count, from, weights, start);
         }
-#undef SELECTED
-#undef TIMES_WEIGHT
     }
 
-    __device__ __forceinline__ void add_carefully(real value, double weight, double before) {
+    // Whether all elements so far are one number, as in the channels that a relu has left nothing of.
+    __device__ __forceinline__ bool constant(
+        const Packed (&held)[HELD], int count, int from, const Weights& weights, real start
+    ) const {
+        bool same = squares == 0 && is_finite(start);
+#pragma unroll
+        for (int k = 0; k < HELD; ++k)
+            if (k < count)
+#pragma unroll
+                for (int j = 0; j < DEPTH; ++j)
+                    if (weights.selects(k, j)) same = same && element(held[k], from + j) == start;
+        return same;
+    }
+
+    // A chunk with infinite values, NaN, or squares beyond the type's range.
+    __device__ __forceinline__ void add_carefully(
+        const Packed (&held)[HELD], int count, int from, const Weights& weights, real start
+    ) {
+        real infinite = 0;  // the sum of all that is not finite
+#pragma unroll
+        for (int k = 0; k < HELD; ++k)
+            if (k < count)
+#pragma unroll
+                for (int j = 0; j < DEPTH; ++j)
+                    if (weights.selects(k, j)) {
+                        const real value = element(held[k], from + j);
+                        if (!is_finite(value)) infinite += value;
 #if WEIGHT
-        before = n;
-        n += weight;
+                        n += weights.w[k][j];
 #endif
+                    }
         const bool odd = squares != squares;
-        if (!is_finite(value)) {
-            away = odd ? away + value : value;
+        if (odd || infinite != 0) {
+            away = odd ? away + infinite : infinite;
             squares = not_a_number();
+            return;
         }
-        if (odd || !is_finite(value)) return;
-        if (origin != origin) origin = value;
+        origin = start;
 #if DTYPE == 3
-        // Even distances may overflow: a running mean of shares, which cannot.
-        const double shift = before > 0 ? away * reciprocal(before) : 0, mean = before > 0 ? origin + shift : value;
-        const double share = weight * reciprocal(before + weight);
-        squares = (squares - away * shift) + (value - mean) * (value - mean) * (before * share);
-        origin = mean + (value * share - mean * share);
-        away = 0;
+        if (squares == 0) unit = SMALL_UNIT;
+#pragma unroll 1
+        while (!added_in_units(held, count, from, weights) && unit > LARGE_UNIT) {
+            away *= LARGE_UNIT;
+            squares *= LARGE_UNIT;
+            squares *= LARGE_UNIT;
+            unit *= LARGE_UNIT;
+        }
 #else
-        const double distance = static_cast<double>(value) - origin;
-        away += weight * distance;
-        squares += weight * distance * distance;
+        added_in_units(held, count, from, weights);
 #endif
+    }
+
+    // Adds a chunk, but for squares that overflow.
+    __device__ __forceinline__ bool added_in_units(
+        const Packed (&held)[HELD], int count, int from, const Weights& weights
+    ) {
+        double moved = away, more = squares;
+#pragma unroll
+        for (int k = 0; k < HELD; ++k)
+            if (k < count)
+#pragma unroll
+                for (int j = 0; j < DEPTH; ++j)
+                    if (weights.selects(k, j)) {
+                        const double value = element(held[k], from + j), weight = weights.times(k, j, 1);
+                        const double distance = value * unit - origin * unit;
+                        moved += weight * distance;
+                        more += weight * distance * distance;
+                    }
+        if (!is_finite(more)) return false;
+        away = moved;
+        squares = more;
+        return true;
     }
 
     // `taken`: the number of elements, where weights do not tell.
@@ -151,14 +244,23 @@ struct Running {  // of one channel
 #endif
         if (taken == 0) return Part{0, 0, 0, 0};
         if (squares != squares) return Part{taken, away, 0, not_a_number()};
-        const double shift = away * reciprocal(taken), m2 = squares - away * shift;
-        return Part{taken, origin, shift, m2 >= 0 || m2 != m2 ? m2 : 0};
+        const double shift = away * reciprocal(taken);
+        return part_in_units(taken, origin, shift, squares - away * shift, unit);
     }
 };
 
 // --- several parts ----------------------------------------------------------------------------------------------------
 
-// Where a distance overflows, or the mean is infinite: shares of the means. Infinities of both signs make a NaN.
+// Whether squares, those of this distance among them, were added up without loss.
+__device__ __forceinline__ bool in_range(double squares, double distance) {
+#if DTYPE == 3
+    return is_finite(squares) && (squares >= LEAST_SQUARES || (squares == 0 && distance == 0));
+#else
+    return is_finite(squares);
+#endif
+}
+
+// Where the mean is infinite: shares of the means. Infinities of both signs make a NaN.
 __device__ __forceinline__ double share_of_mean(const Part& a, double n) {
     const double share = a.n * reciprocal(n);
     return a.n > 0 ? share * a.origin + share * a.shift : 0;
@@ -170,9 +272,40 @@ __device__ __forceinline__ Part merged(const Part& a, const Part& b) {
     const double n = a.n + b.n, share = b.n * reciprocal(n);
     const double delta = (b.origin - a.origin) + (b.shift - a.shift);
     const double m2 = (a.m2 + b.m2) + delta * delta * (a.n * share);
-    if (is_finite(m2)) return Part{n, a.origin, a.shift + delta * share, m2};
+    if (in_range(m2, delta) && a.unit == 1 && b.unit == 1) return Part{n, a.origin, a.shift + delta * share, m2};
+#if DTYPE == 3
+#pragma unroll 1
+    for (double unit = SMALL_UNIT; unit >= LARGE_UNIT; unit *= LARGE_UNIT) {
+        const double far = (b.origin * unit - a.origin * unit) + (b.shift * unit - a.shift * unit);
+        const double squares = (a.m2_in(unit) + b.m2_in(unit)) + far * far * (a.n * share);
+        if (is_finite(squares)) return part_in_units(n, a.origin, a.shift * unit + far * share, squares, unit);
+    }
+#endif
     const bool odd = a.m2 != a.m2 || b.m2 != b.m2;
     return Part{n, share_of_mean(a, n) + share_of_mean(b, n), 0, odd ? not_a_number() : infinity()};
+}
+
+// As merged_across, where squares leave the range of float64 or something is not finite.
+__device__ __forceinline__ Part merged_carefully(const Part& a, double n, double origin, int from, int to) {
+    const double odd = added_across(a.m2 != a.m2 ? 1 : 0, from, to);
+    const double mean = added_across(share_of_mean(a, n), from, to);
+    Part whole{n, mean, 0, odd > 0 ? not_a_number() : infinity()};
+#if DTYPE == 3
+    bool found = false;
+#pragma unroll 1
+    for (double unit = SMALL_UNIT; unit >= LARGE_UNIT; unit *= LARGE_UNIT) {
+        const double distance = a.n > 0 ? (a.origin * unit - origin * unit) + a.shift * unit : 0;
+        const double moved = a.n * distance;
+        const double away = added_across(moved, from, to);
+        const double squares = added_across(a.m2_in(unit) + moved * distance, from, to);
+        if (!found && is_finite(squares)) {
+            const double shift = away * reciprocal(n);
+            whole = part_in_units(n, origin, shift, squares - away * shift, unit);
+            found = true;
+        }
+    }
+#endif
+    return whole;
 }
 
 // The parts of lanes that differ in the bits from `from` to below `to`; `group` are the lanes of this one's merge.
@@ -185,10 +318,10 @@ __device__ __forceinline__ Part merged_across(const Part& a, int from, int to, u
     const double n = added_across(a.n, from, to);
     const double away = added_across(moved, from, to);
     const double squares = added_across(a.m2 + moved * distance, from, to);
-    if (!__all_sync(0xffffffffu, is_finite(squares))) {
-        const double odd = added_across(a.m2 != a.m2 ? 1 : 0, from, to);
-        const double mean = added_across(share_of_mean(a, n), from, to);
-        if (!is_finite(squares)) return Part{n, mean, 0, odd > 0 ? not_a_number() : infinity()};
+    const unsigned careful = __ballot_sync(0xffffffffu, !in_range(squares, distance) || a.unit != 1);
+    if (careful) {
+        const Part whole = merged_carefully(a, n, origin, from, to);
+        if (careful & group) return whole;
     }
     const double shift = n > 0 ? away * reciprocal(n) : 0, m2 = squares - away * shift;
     return Part{n, origin, shift, m2 > 0 ? m2 : 0};
@@ -233,12 +366,12 @@ __device__ __forceinline__ void merge_block(Part (&parts)[CHANNELS]) {
     for (int ch = 0; ch < CHANNELS; ++ch) parts[ch] = results[(threadIdx.x % LANES) * CHANNELS + ch];
 }
 
-#define MERGE_BYTES (sizeof(Part) * WIDTH * (WARPS + 1))
+#define MERGE_BYTES ((sizeof(Part) * WIDTH * (WARPS + 1) + 15) / 16 * 16)
 
 // --- between blocks: fixed slots in global memory, read in a fixed order ----------------------------------------------
 
 __device__ __forceinline__ double* slot(const Params& p, const Tile& tile, int ch, i64 splits, i64 split) {
-    return p.partials + (tile.kept(p, ch) * splits + split) * 4;
+    return p.partials + (tile.kept(p, ch) * splits + split) * (sizeof(Part) / sizeof(double));
 }
 
 __device__ __forceinline__ void write_parts(const Params& p, const Tile& tile, i64 split, const Part (&parts)[CHANNELS]) {
@@ -247,6 +380,9 @@ __device__ __forceinline__ void write_parts(const Params& p, const Tile& tile, i
     for (int ch = 0; ch < CHANNELS; ++ch) {
         double* to = slot(p, tile, ch, p.splits, split);
         to[0] = parts[ch].n, to[1] = parts[ch].origin, to[2] = parts[ch].shift, to[3] = parts[ch].m2;
+#if DTYPE == 3
+        to[4] = parts[ch].unit;
+#endif
     }
 }
 
@@ -261,6 +397,9 @@ __device__ __forceinline__ void read_parts(const Params& p, const Tile& tile, i6
                 const Part other{
                     read_shared_with_others(from), read_shared_with_others(from + 1),
                     read_shared_with_others(from + 2), read_shared_with_others(from + 3),
+#if DTYPE == 3
+                    read_shared_with_others(from + 4),
+#endif
                 };
                 parts[ch] = merged(parts[ch], other);
             }
@@ -270,7 +409,16 @@ __device__ __forceinline__ void read_parts(const Params& p, const Tile& tile, i6
 
 // 1 / sqrt(var + eps) of a batch; NaN without samples.
 __device__ __forceinline__ double batch_rstd(const Part& part, double eps) {
-    return part.n > 0 ? reciprocal_sqrt(part.m2 * reciprocal(part.n) + eps) : not_a_number();
+    if (part.n == 0) return not_a_number();
+    const double var = part.m2 * reciprocal(part.n);
+#if DTYPE == 3
+    const double spread = var * part.per_unit() * part.per_unit() + eps;
+    if (part.unit != 1 && !(spread >= LEAST_SQUARES && is_finite(spread)))
+        return reciprocal_sqrt(var + eps * part.unit * part.unit) * part.unit;
+    return reciprocal_sqrt(spread);
+#else
+    return reciprocal_sqrt(var + eps);
+#endif
 }
 
 // Count, M2, mean and rstd, a row of the results each.
@@ -281,8 +429,8 @@ __device__ __forceinline__ void write_moments(const Params& p, const Tile& tile,
     for (int ch = 0; ch < CHANNELS; ++ch) {
         const i64 at = tile.kept(p, ch);
         p.results[at] = parts[ch].n;
-        p.results[all + at] = parts[ch].n > 0 ? parts[ch].m2 : not_a_number();
+        p.results[all + at] = parts[ch].n > 0 ? parts[ch].m2_in(1) : not_a_number();
         p.results[2 * all + at] = parts[ch].mean();
-        if (p.eps >= 0) p.results[3 * all + at] = batch_rstd(parts[ch], p.eps);
+        p.results[3 * all + at] = batch_rstd(parts[ch], p.eps);
     }
 }

@@ -89,7 +89,7 @@ class Problem(NamedTuple):
     residual: bool
     options: tuple[tuple[str, int], ...] = ()
     """Fields of the kernels' argument."""
-    eps: float = -1.0
+    eps: float = 0.0
 
     @property
     def kept(self) -> int:
@@ -222,7 +222,7 @@ def _launch(
     for name, operand in problem.operands + weight:
         everything |= {f"{name}_strides_{axis}": s for axis, s in zip(launch.AXES, operand.strides, strict=True)}
     everything |= {f"{name}_type": dtype for name, dtype in problem.types}
-    shared += scratch_bytes(kernel, geometry, threads)
+    shared += scratch_bytes(work, kernel, threads)
     compiled = launch.function(problem.device.number, kernel, macros)
     return Launch(compiled, grid, threads, shared, cooperative, everything, problem.eps)
 
@@ -244,11 +244,18 @@ def _macros(work: Work, kernel: str, threads: int, held: int, cluster: int = 1) 
     )
 
 
-def scratch_bytes(kernel: str, geometry: Geometry, threads: int) -> int:
+def numbers_of_part(problem: Problem) -> int:
+    """Float64 numbers of a `Part` of moments.cu: float64 data have units."""
+    return 5 if problem.itemsize == 8 else 4
+
+
+def scratch_bytes(work: Work, kernel: str, threads: int) -> int:
     """Shared memory in which a block merges: MERGE_BYTES and SUM_BYTES of the kernels."""
+    problem, _, geometry = work
     width, warps = geometry.lanes * (geometry.vector if geometry.along_channels else 1), threads // 32
-    moments = "moments" in launch.SOURCES[kernel]
-    return 32 * width * (warps + 1) if moments else 16 * width * warps
+    if "moments" in launch.SOURCES[kernel]:
+        return -(-8 * numbers_of_part(problem) * width * (warps + 1) // 16) * 16
+    return 16 * width * warps
 
 
 def _threads(geometry: Geometry, vectors: int, most: int) -> int:
@@ -281,7 +288,7 @@ def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | 
         threads = _threads(geometry, share, tuning.threads)
         chunks = -(-share // (threads // lanes * held)) - 1  # the last stays in registers
         kept = chunks * held * threads * vector_bytes * arrays
-        fits = kept + scratch_bytes(kernel, geometry, threads) <= budget or kept == 0
+        fits = kept + scratch_bytes(work, kernel, threads) <= budget or kept == 0
         return (threads, kept) if fits else None
 
     def single(splits: int, strategy: str) -> Plan | None:
@@ -330,7 +337,7 @@ def _cooperative(
     assert fit is not None  # for the type checker: the loop ended
     threads, kept = fit
     macros = _macros(work, kernel, threads, held)
-    shared = kept + scratch_bytes(kernel, geometry, threads)
+    shared = kept + scratch_bytes(work, kernel, threads)
     blocks = device.processors * launch.blocks_per_processor(device.number, kernel, macros, threads, shared)
     if splits > blocks:
         return None
@@ -379,8 +386,8 @@ FORCED: dict[str, str | None] = {"strategy": None}  # for tests and tuning: one 
 
 @lru_cache(maxsize=4096)
 def moments(problem: Problem) -> Plan:
-    """Count, mean and M2: one pass, and the merge of its parts where it was split."""
-    return _reduction(_work(problem), "statistics", 1, "finish_moments", 4)
+    """Count, mean, M2 and rstd: one pass, and the merge of its parts where it was split."""
+    return _reduction(_work(problem), "statistics", 1, "finish_moments", numbers_of_part(problem))
 
 
 @lru_cache(maxsize=4096)
@@ -404,7 +411,7 @@ def grad_input(problem: Problem) -> Plan:
 @lru_cache(maxsize=4096)
 def forward(problem: Problem) -> Plan:
     """Moments and the output, in one launch or two."""
-    return _either(problem, "forward", 1, ("statistics", "normalize"), 4)
+    return _either(problem, "forward", 1, ("statistics", "normalize"), numbers_of_part(problem))
 
 
 @lru_cache(maxsize=4096)

@@ -16,7 +16,7 @@ KERNEL statistics(const Params p) {
         const int count = tile.within(v);
         load(held, p.x, p.x_strides, p, tile, v, count);
 #pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) running[ch].add(held, count, ch, p, tile, v, taken);
+        for (int ch = 0; ch < CHANNELS; ++ch) running[ch].add(held, count, ch, p, tile, v);
         taken += count * DEPTH;
     }
     Part parts[CHANNELS];

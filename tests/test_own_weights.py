@@ -1,0 +1,190 @@
+"""Masks and weights of x's full shape, so that each channel has its own: `moments` and `mean_var`, of either kind.
+
+Held by the oracle, by numpy.ma, `numpy.average` and fractions; what is left out is NaN.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+import fastbn
+from tests import test_matrix
+from tests.support import DTYPES, LAYOUTS, make_case
+from tests.test_matrix import check_moments
+
+OWN = ("where", "weights", "where weights")
+
+
+def own_case(layout, dtype, given, seed=7):
+    """A case whose channels each miss other values, some of them all."""
+    case, rng = make_case(LAYOUTS[layout], dtype, mean=3.0), np.random.default_rng(seed)
+    shape = case.layout.shape
+    where, weights = rng.random(shape) < 0.7, rng.integers(0, 4, shape) * 0.3
+    kept = case.layout.kept
+    where[tuple(0 if axis in kept else slice(None) for axis in range(len(shape)))] = False
+    if given == "where weights":
+        weights = weights[..., :1]
+    case.keywords |= {name: {"where": where, "weights": weights}[name] for name in given.split()}
+    if case.layout.writable:
+        selected = np.broadcast_to(np.float64(1), shape)
+        for array in (case.keywords.get("where", True), case.keywords.get("weights", 1.0)):
+            selected = selected * array
+        case.x[selected == 0] = np.nan
+    return case
+
+
+@pytest.fixture(params=["numpy", "cupy"])
+def kind(request, monkeypatch):
+    """The functions for either kind of array; kernels for CuPy's are executed on the CPU."""
+    if request.param == "cupy":
+        monkeypatch.setattr(test_matrix, "fastbn", request.getfixturevalue("cuda_arrays"))
+    return test_matrix.fastbn
+
+
+# --- moments ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", OWN)
+@pytest.mark.parametrize(
+    "dtype", [d if d in ("float32", "float64") else pytest.param(d, marks=pytest.mark.slow) for d in DTYPES]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_moments(layout, dtype, given):
+    check_moments(own_case(layout, dtype, given))
+
+
+ON_A_DEVICE = ("NC", "NCHW", "NHWC", "NHWC 3 channels", "NHWC as NCHW", "instance NHWC", "alternating", "one axis")
+
+
+@pytest.mark.parametrize("given", OWN)
+@pytest.mark.parametrize("layout", ON_A_DEVICE)
+def test_moments_of_cupy(layout, given, cuda_arrays, monkeypatch):
+    monkeypatch.setattr(test_matrix, "fastbn", cuda_arrays)
+    check_moments(own_case(layout, "float32", given))
+
+
+def test_the_check_sees_a_mask_that_is_not_its_channels_own():
+    case = own_case("NCHW", "float32", "where")
+    rolled = case.keywords | {"where": np.roll(case.keywords["where"], 1, axis=1)}
+    with pytest.raises(AssertionError):
+        check_moments(case, fastbn.moments(np.nan_to_num(case.x), **rolled))
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 6), (1, 3, 1), (4, 3, 1), (3, 6), (3, 1), (6,), (1, 1, 1), ()], ids=str)
+def test_what_broadcasts(shape, kind):
+    """As NumPy broadcasts: numpy.ma's count, mean and variance."""
+    rng = np.random.default_rng(1)
+    x, where = rng.standard_normal((4, 3, 6)), np.array(rng.random(shape) < 0.8)
+    where.flat[0] = True
+    found = kind.moments(x, where=where)
+    masked = np.ma.array(x, mask=~np.broadcast_to(where, x.shape))
+    np.testing.assert_array_equal(found.count, masked.count((0, 2)))
+    some = found.count > 0
+    for ours, theirs in ((found.mean, masked.mean((0, 2))), (found.m2 / found.count, masked.var((0, 2)))):
+        np.testing.assert_allclose(ours[some], theirs[some].filled(np.nan), rtol=1e-13)
+        assert np.isnan(ours[~some]).all()
+
+
+def test_streamed(kind):
+    """Parts of data whose channels miss other values merge to the moments of all that is there."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((64, 5)) + 1e3
+    x[rng.random(x.shape) < 0.3] = np.nan
+    x[:48, 1] = np.nan  # three parts without a value of this channel
+    x[:, 4] = np.nan
+    parts = [kind.moments(part, where=np.isfinite(part)) for part in np.split(x, 4)]
+    merged = kind.merge(*parts)
+    for c in range(4):
+        values = [Fraction(v) for v in x[:, c] if np.isfinite(v)]
+        mean = sum(values) / len(values)
+        m2 = sum((v - mean) ** 2 for v in values)
+        assert merged.count[c] == len(values)
+        np.testing.assert_allclose(merged.mean[c], float(mean), rtol=1e-15)
+        np.testing.assert_allclose(merged.m2[c], float(m2), rtol=1e-11)
+    assert merged.count[4] == 0
+    assert np.isnan(merged.mean[4])
+
+
+def test_running_statistics_of_them(kind):
+    """A channel without values is left alone, the others move."""
+    x = np.array([[1.0, np.nan], [3.0, np.nan]])
+    seen = kind.moments(x, where=np.isfinite(x))
+    mean, var = kind.update_running(np.zeros(2), np.ones(2), seen, rate=0.5)
+    np.testing.assert_array_equal([mean, var], [[1.0, 0.0], [1.5, 1.0]])
+
+
+def test_an_image_and_its_channels():
+    """The default's statistics are those of the columns."""
+    image = np.random.default_rng(0).random((6, 8, 3))
+    for axis, reduced in ((1, (0, 2)), (-1, (0, 1))):
+        np.testing.assert_allclose(fastbn.moments(image, channel_axis=axis).mean, image.mean(reduced), rtol=1e-14)
+    assert fastbn.moments(image).mean.shape == (8,)
+
+
+def test_batch_norm_says_where_full_masks_are_taken():
+    x = np.ones((2, 3, 4), np.float32)
+    for name, value in (("where", x > 0), ("weights", x)):
+        for function in (fastbn.batch_norm, lambda x, **w: fastbn.grad_input(x, x, *np.ones((5, 3)), 8, **w)):
+            with pytest.raises(
+                ValueError, match=rf"^{name}: .*\(2, 1, 4\) .*only moments and mean_var .* \(2, 3, 4\)$"
+            ):
+                function(x, **{name: value})
+
+
+# --- mean_var ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [None, 1, (0, 2), -1, ()], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3, 6), (3, 1), (4, 1, 1)], ids=str)
+def test_weighted_mean_var(shape, axis):
+    """`numpy.average`'s mean, and the mean squared distance from it."""
+    rng = np.random.default_rng(3)
+    x, weights = rng.standard_normal((4, 3, 6)), rng.random(shape) + 0.1
+    full = np.broadcast_to(weights, x.shape)
+    axes = tuple(range(3)) if axis is None else axis
+    expected = np.average(x, axes, weights=full, keepdims=True) if axis != () else x
+    spread = np.average((x - expected) ** 2, axes, weights=full, keepdims=True) if axis != () else np.zeros_like(x)
+    mean, var = fastbn.mean_var(x, axis, weights=weights, keepdims=True)
+    np.testing.assert_allclose(mean, expected, rtol=1e-13)
+    np.testing.assert_allclose(var, spread, rtol=1e-12, atol=1e-30)
+    flat_mean, flat_var = fastbn.mean_var(x, axis, weights=weights)
+    np.testing.assert_array_equal(np.ravel(flat_mean), np.ravel(mean))
+    np.testing.assert_array_equal(np.ravel(flat_var), np.ravel(var))
+
+
+def test_weights_are_frequencies(kind):
+    """Of integers too, with a list of weights, a correction and a mask."""
+    often, where = [1, 2, 0, 3], [True, True, True, False]
+    x = np.array([[5, -3, 100, 7], [1, 2, 1000, 8]])
+    repeated = np.repeat(x, often, axis=1)
+    mean, var = kind.mean_var(x, 1, weights=often, correction=1)
+    np.testing.assert_allclose([mean, var], [repeated.mean(1), repeated.var(1, ddof=1)], rtol=1e-15)
+    mean, var = kind.mean_var(x, 1, weights=often, where=where)
+    np.testing.assert_allclose([mean, var], [repeated[:, :3].mean(1), repeated[:, :3].var(1)], rtol=1e-15)
+
+
+def test_weights_that_select_nothing():
+    warns = pytest.warns(RuntimeWarning, match="Mean of empty slice|Degrees of freedom <= 0")
+    with warns:
+        mean, var = fastbn.mean_var(np.array([[1.0, 2.0], [np.inf, 4.0]]), 1, weights=np.array([[0.0], [1.0]]))
+    np.testing.assert_array_equal(mean, [np.nan, np.inf])
+    assert np.isnan(var).all()
+    with warns:
+        assert np.isnan(fastbn.mean_var(np.ones((0, 3), np.float32), 0, weights=np.ones((0, 1)))).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "match"),
+    [
+        (np.ones(3), ValueError, r"^weights: expected a shape that broadcasts to \(3, 4\), got \(3,\)"),
+        (np.full(4, -1.0), ValueError, "^weights: expected finite values >= 0"),
+        ([1.0, np.nan, 1.0, 1.0], ValueError, "^weights: expected finite values >= 0"),
+        (np.ones(4, complex), TypeError, "^weights: expected a real dtype, got complex128"),
+        (["a", "b", "c", "d"], TypeError, "^weights: expected real numbers, got dtype <U1"),
+        (np.ma.ones(4), TypeError, "^weights: expected a numpy.ndarray .* got numpy.ma.MaskedArray"),
+    ],
+)
+def test_wrong_weights(weights, error, match):
+    with pytest.raises(error, match=match):
+        fastbn.mean_var(np.ones((3, 4)), 0, weights=weights)
