@@ -163,7 +163,7 @@ def sample_gradients(torch, ft):
         return ft.batch_norm(x[None], norm.running_mean, norm.running_var, weight, norm.bias).pow(2).sum()
 
     found = torch.vmap(torch.func.grad(loss), (None, 0))(norm.weight.detach(), x)
-    return found, 2 * x**2 / (1 + 1e-5), 1e-9
+    return found.detach(), 2 * x**2 / (1 + 1e-5), 1e-9
 
 
 def traced(torch, ft):
@@ -184,7 +184,7 @@ def converted_to_synchronised(torch, ft):
     norm = ft.BatchNormAct2d(3)
     expected = norm(x, residual=residual).detach()
     converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(torch.nn.Sequential(norm))[0]
-    assert isinstance(converted, torch.nn.SyncBatchNorm)
+    assert "SyncBatchNorm" in type(converted).__name__
     assert expected.min() == 0
     np.testing.assert_allclose(converted(x, residual=residual).detach(), expected, rtol=0, atol=1e-5)
 
