@@ -232,16 +232,6 @@ def test_meta_tensors():
         assert y.shape == x.shape
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
-def test_forward_differentiation_is_refused():
-    """Not lost silently, with or without a gradient to come."""
-    with torch.autograd.forward_ad.dual_level():
-        x = torch.autograd.forward_ad.make_dual(torch.randn(4, 3), torch.ones(4, 3))
-        for training in (True, False):
-            with pytest.raises(Exception, match="forward"):
-                ft.batch_norm(x, torch.zeros(3), torch.ones(3), training=training)
-
-
 def test_changes_in_place_are_noticed():
     """Of what the backward pass needs; running statistics, written by NumPy, count as changed as well."""
     x, mean, var = leaf(4, 3), torch.zeros(3), torch.ones(3)
@@ -274,7 +264,6 @@ def test_checkpoints_and_hooks_of_saved_tensors():
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap has no rule of its own here
 def test_function_transforms():
     x, dy = torch.randn(4, 3, 2), torch.randn(4, 3, 2)
 
@@ -285,7 +274,7 @@ def test_function_transforms():
         ours, theirs = (transform(partial(loss, norm))(x) for norm in (ft.batch_norm, F.batch_norm))
         assert_close(ours, theirs)
     xs = torch.randn(2, 4, 3, 2)
-    ours = torch.func.vmap(partial(loss, ft.batch_norm))(xs)  # one call after the other
+    ours = torch.func.vmap(partial(loss, ft.batch_norm))(xs)
     assert_close(ours, torch.stack([loss(F.batch_norm, x) for x in xs]))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastbn.torch import ops
-from fastbn.torch.tensors import array, on_stream
+from fastbn.torch.tensors import array, on_stream, tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -41,7 +43,7 @@ def batch_norm(
     training : bool, optional
         Whether to normalize with the batch's statistics.
     momentum : float, optional
-        The weight of the new batch.
+        The weight of the new batch. A tensor without axes serves as well, and for `eps`.
     eps : float, optional
         Added to the variance.
     residual : Tensor, optional
@@ -59,13 +61,18 @@ def batch_norm(
     ValueError
         One value per channel in training, an eps that is no positive number, as PyTorch raises them; a residual of
         another shape.
+    TypeError
+        A momentum or an eps that is no number, None among them.
     RuntimeError
-        Statistics or parameters of other sizes, none at all where they are needed, dtypes that are not floating point.
+        Statistics or parameters of other sizes, none at all where they are needed, dtypes that are not floating point,
+        sparse and nested tensors; running statistics to be updated that require a gradient or are expanded.
 
     Notes
     -----
     ``y = weight * (x - mean) / sqrt(var + eps) + bias``, statistics over all axes but the second (Ioffe & Szegedy 2015,
-    algorithm 1). Twice differentiable.
+    algorithm 1). Differentiable forwards and backwards, in every order and nest of `torch.func` and
+    `torch.autograd.forward_ad`: first derivatives and `torch.func.vmap` by the kernels, higher ones by PyTorch's
+    operations in float64. Under vmap running statistics to be updated must be mapped too.
 
     Examples
     --------
@@ -76,6 +83,8 @@ def batch_norm(
             [ 1.,  1.]])
     """
     check(input, running_mean, running_var, weight, bias, residual, activation)
+    if type(momentum) is not float or type(eps) is not float:
+        momentum, eps = number("momentum", momentum), number("eps", eps)
     seen = ops.onlookers(input, running_mean, running_var, weight, bias, residual)
     relu = activation is not None
     if input.ndim < 2:
@@ -93,10 +102,10 @@ def batch_norm(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    check_written(running_mean, running_var)
     y, mean, m2 = ops.train(seen, input, weight, bias, residual, relu, eps)
     if values:
-        update = update_running if seen else update_in_place
-        update(running_mean, running_var, mean, m2, values, momentum)
+        UPDATES[seen](running_mean, running_var, mean, m2, values, momentum)
     return y
 
 
@@ -105,27 +114,92 @@ def update_running(
 ) -> None:
     """Move running statistics towards a batch's, in place."""
     with torch.no_grad():
-        if running_mean is not None:
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        if running_var is not None:
-            running_var.mul_(1 - momentum).add_(m2, alpha=momentum / (count - 1))
+        moved = [
+            (running, (running.double() * (1 - momentum)).add_(batch.detach(), alpha=rate))
+            for running, batch, rate in (
+                (running_mean, mean, momentum), (running_var, m2, momentum / (count - 1)),
+            )
+            if running is not None
+        ]  # fmt: skip
+        for running, new in moved:
+            running.copy_(new)
+
+
+def update_below(running_mean: Tensor | None, running_var: Tensor | None, *batch: Any) -> None:
+    """The same below all transforms, where PyTorch's own kernel does it."""
+    running = (None if t is None else t.detach() for t in (running_mean, running_var))
+    _Update.apply(*running, *(t.detach() if isinstance(t, Tensor) else t for t in batch))
+
+
+class _Update(torch.autograd.Function):
+    @staticmethod
+    def forward(*given: Any) -> None:
+        update_running(*given)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[None, None]:
+        names = ("running_mean", "running_var")
+        for name, running, axis, of_batch in zip(names, given[:2], in_dims[:2], in_dims[2:4], strict=True):
+            if running is not None and axis is None and of_batch is not None:
+                raise RuntimeError(
+                    f"{name}: expected one for each call under vmap, as they are updated in place, got one for all; "
+                    "without running statistics (track_running_stats=False), or in evaluation, none are updated"
+                )
+        _Update.apply(
+            *(t if axis is None else t.movedim(axis, 0) for t, axis in zip(given[:4], in_dims[:4], strict=True)),
+            *given[4:],
+        )
+        return None, None
 
 
 def update_in_place(
     running_mean: Tensor | None, running_var: Tensor | None, mean: Any, m2: Any, count: float, momentum: float
 ) -> None:
-    """The same with arrays of a batch."""
-    if running_mean is not None:
-        _move(running_mean, mean, momentum, momentum)
-    if running_var is not None:
-        _move(running_var, m2, momentum, momentum / (count - 1))
+    """The same with arrays of a batch; NumPy is to be as silent as PyTorch about what overflows."""
+    changed = [running for running in (running_mean, running_var) if running is not None]
+    if any(running.is_neg() for running in changed):  # lazily negated: an array would be a copy
+        update_running(running_mean, running_var, tensor(mean), tensor(m2), count, momentum)
+    elif changed:
+        with on_stream(changed[0]), np.errstate(all="ignore"):
+            if running_mean is not None:
+                _move(array(running_mean), mean, momentum, momentum)
+            if running_var is not None:
+                _move(array(running_var), m2, momentum, momentum / (count - 1))
+        torch.autograd.graph.increment_version(changed)  # whoever saved the old ones is to be told
 
 
-def _move(running: Tensor, batch: Any, momentum: float, rate: float) -> None:
-    with on_stream(running):
-        numbers = array(running)
-        numbers[...] = (1 - momentum) * numbers + rate * batch
-    torch.autograd.graph.increment_version(running)  # whoever saved the old ones is to be told
+def _move(running: Any, batch: Any, momentum: float, rate: float) -> None:
+    running[...] = (1 - momentum) * running + rate * batch
+
+
+UPDATES = {ops.NOBODY: update_in_place, ops.TRANSFORMS: update_below, ops.OTHERS: update_running}
+
+
+def number(name: str, value: Any) -> float:
+    """A float of what PyTorch takes for one: numbers, also NumPy's, and tensors without axes."""
+    if isinstance(value, (float, torch.SymFloat)):
+        return value
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.requires_grad and not value.is_complex():
+        return float(value)
+    if not isinstance(value, (numbers.Real, torch.SymInt)):
+        got = f"a tensor {tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        hint = ", without requires_grad" if isinstance(value, Tensor) and value.requires_grad else ""
+        raise TypeError(f"{name}: expected a number or a tensor without axes{hint}, got {got}")
+    return float(value)
+
+
+def check_written(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """Raise for running statistics that an update in place would not do justice."""
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running is None:
+            continue
+        if running.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name}: expected requires_grad=False in training, where it has no gradient")
+        if not running.is_contiguous() and running.stride(0) == 0:
+            raise RuntimeError(f"{name}: expected memory of its own, which training updates, got an expanded tensor")
 
 
 def check(
@@ -133,25 +207,30 @@ def check(
     residual: Tensor | None = None, activation: str | None = None,
 ) -> None:  # fmt: skip
     """Raise for arguments that cannot be computed with; nothing is written before."""
+    if x.layout is not torch.strided or x.is_nested:
+        got = "a nested one" if x.is_nested else f"{x.layout}"
+        raise RuntimeError(f"input: expected a dense tensor (torch.strided), got {got}")
     if x.ndim < 2 and (x.ndim == 0 or x.numel()):  # an empty vector passes, as PyTorch has it
         raise ValueError(f"input: expected at least 2 dimensions, got {x.ndim}")
     channels = x.shape[1] if x.ndim > 1 else 0
     if x.dtype not in DTYPES:
         raise RuntimeError(f"input: expected float16, bfloat16, float32 or float64, got {x.dtype}")
-    if x.device.type not in ("cpu", "cuda", "meta"):
-        raise RuntimeError(f"input: expected a tensor on the CPU or a CUDA device, got one on {x.device}")
-    given = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
-    for name, vector in given.items():
+    device = x.device
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise RuntimeError(f"input: expected a tensor on the CPU or a CUDA device, got one on {device}")
+    for name, vector in (("running_mean", mean), ("running_var", var), ("weight", weight), ("bias", bias)):
         if vector is None:
             continue
-        if vector.ndim != 1 or vector.shape[0] != channels:
+        if vector.layout is not torch.strided:
+            raise RuntimeError(f"{name}: expected a dense tensor (torch.strided), got {vector.layout}")
+        if vector.shape != (channels,):
             raise RuntimeError(f"{name}: expected {channels} elements, one per channel, got {tuple(vector.shape)}")
         if vector.dtype not in DTYPES:
             raise RuntimeError(f"{name}: expected float16, bfloat16, float32 or float64, got {vector.dtype}")
-        if vector.device != x.device:
-            raise RuntimeError(f"{name}: expected a tensor on {x.device}, where input is, got one on {vector.device}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        expected, got = (f"{tuple(t.shape)} {t.dtype}" for t in (x, residual))
+        if vector.device != device:
+            raise RuntimeError(f"{name}: expected a tensor on {device}, where input is, got one on {vector.device}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.layout != x.layout):
+        expected, got = (f"{tuple(t.shape)} {t.dtype} {t.layout}" for t in (x, residual))
         raise ValueError(f"residual: expected {expected}, as input is, got {got}")
     if activation not in (None, "relu"):
         raise ValueError(f"activation: expected None or 'relu', got {activation!r}")

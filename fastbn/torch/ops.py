@@ -1,118 +1,302 @@
 """The operators ``torch.ops.fastbn``: what PyTorch's compiler, exporter and automatic differentiation see.
 
-An operator takes and gives tensors and says how its results look (``register_fake``) and what its gradient is
-(``register_autograd``). The statistics are results in float64 and inputs of the backward operator, with gradients of
-their own: so gradients that reach them, and second derivatives, take the way that they take on paper.
+An operator takes and gives tensors and says how its results look (`register_fake`), what a batch of calls is
+(`register_vmap`), and its derivatives. Those are `torch.autograd.Function`'s, one an operator, which
+`torch.func` takes in any nest. The statistics are results in float64 and inputs of the backward operator, with
+derivatives of their own: so what reaches them, and second derivatives, take the way that they take on paper.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 import fastbn
+from fastbn.torch import formulas, kernels
+from fastbn.torch.formulas import along_channels, values_per_channel
+from fastbn.torch.kernels import optional, out
 from fastbn.torch.tensors import array, on_stream, tensor
 
-# --- forward ----------------------------------------------------------------------------------------------------------
+# --- who looks on -----------------------------------------------------------------------------------------------------
+
+NOBODY, TRANSFORMS, OTHERS = range(3)
 
 
-def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, relu: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output; in float64 the mean, the sum of squares about it, and 1 / sqrt(variance + eps)."""
-    made: list[fastbn.Saved] = []
-    with on_stream(x):
-        y = _batch_norm(made, x, weight, bias, residual, relu, eps)
-        (saved,) = made
-        assert saved.moments is not None
-        return tensor(y), tensor(saved.mean), tensor(saved.moments.m2), tensor(saved.rstd)
+def onlookers(*tensors: Tensor | None) -> int:
+    """Who is to see an operator, as far as PyTorch tells: nobody but reverse differentiation; transforms, as those of
+    `torch.func` and forward differentiation, which want functions of a form that costs more; others, as compilers,
+    exporters, tracers and modes.
+    """
+    if _BLIND or torch.compiler.is_compiling():
+        return OTHERS
+    if forward_ad._current_level >= 0 or _transformed():
+        return OTHERS if "Functionalize" in _names_of_transforms() else TRANSFORMS  # which takes no functions
+    if _tracing() is not None or _modes():
+        return OTHERS
+    for t in tensors:
+        if t is None:
+            continue
+        if (type(t) is not Tensor and type(t) is not Parameter) or t.is_meta:
+            return OTHERS
+    return NOBODY
 
 
-def _batch_norm(
-    saved: list[fastbn.Saved], x: Tensor, weight: Any, bias: Any, residual: Any, relu: bool, eps: float
-) -> Any:
-    """The output, an array; what the backward pass needs is appended to the list."""
-    activation: Any = "relu" if relu else None
-    given = array(x), _array(weight), _array(bias)
-    y, made = fastbn.batch_norm(*given, eps=eps, residual=_array(residual), activation=activation, out=_out(x))
-    saved.append(made)
-    return y
+def _onlookers_backwards(*tensors: Tensor | None) -> int:
+    """Batches of gradients, of ``is_grads_batched=True``, are no transform to PyTorch but hold no memory either."""
+    if not _BLIND and any(t is not None and _is_batch(t) for t in tensors):
+        return OTHERS
+    return onlookers(*tensors)
 
 
-batch_norm = torch.library.custom_op("fastbn::batch_norm", _forward, mutates_args=())
+def _names_of_transforms() -> list[str]:
+    return [transform.key().name for transform in _transforms() or ()]
 
 
-@batch_norm.register_fake
-def _(x: Tensor, weight: Any, bias: Any, residual: Any, relu: bool, eps: float) -> tuple[Tensor, ...]:
+def _is_differentiated(*tensors: Any) -> bool:
+    """By a transform, at the level that an operator's call has reached."""
+    if _transformed is not None and _transformed() and not {"Grad", "Jvp"}.isdisjoint(_names_of_transforms()):
+        return True
+    enabled = _forwards is None or _forwards()
+    # The one level there is: within a compiled graph PyTorch enters it without a word.
+    return enabled and any(
+        isinstance(t, Tensor) and forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors
+    )
+
+
+_tracing: Any = getattr(torch._C, "_get_tracing_state", None)
+_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_transformed: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
+_forwards: Any = getattr(torch._C, "_is_fwd_grad_enabled", None)
+_functorch: Any = getattr(torch._C, "_functorch", None)
+_transforms: Any = getattr(_functorch, "get_interpreter_stack", None)
+_is_batch: Any = getattr(_functorch, "is_legacy_batchedtensor", None)
+_dual_level = getattr(forward_ad, "_current_level", None)
+# PyTorch has no public way to ask. A version that does not answer is shown operators, which are always right.
+_BLIND = None in (_tracing, _modes, _transformed, _forwards, _transforms, _is_batch, _dual_level)
+
+# --- batches of calls -------------------------------------------------------------------------------------------------
+
+
+def _mapped(call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
+    """A batch of calls is one call, with the mapped axis beside the channels."""
+    size = info.batch_size
+
+    def folded(t: Any, axis: int | None) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        t = t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0)
+        return t.flatten(0, 1) if t.ndim == 2 else t.movedim(0, 1).flatten(1, 2)
+
+    def unfolded(t: Tensor) -> tuple[Tensor, int]:
+        axis = int(t.ndim > 1)
+        return t.unflatten(axis, (size, t.shape[axis] // size)), axis
+
+    results = call(*map(folded, given, in_dims))
+    if isinstance(results, Tensor):
+        return unfolded(results)
+    return tuple(zip(*map(unfolded, results), strict=True))
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("fastbn", "FRAGMENT")
+
+
+def _define(function: type[torch.autograd.Function], name: str, fake: Callable[..., Any]) -> None:
+    """The operator of a kernel, with the derivatives of a function.
+
+    Where `torch.func` or forward differentiation meet the operator itself, which PyTorch would let through without a
+    tangent, the formula stands for it.
+    """
+    kernel = getattr(kernels, name)
+    schema = torch.library.infer_schema(kernel, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.fastbn, name).default
+
+    def differentiable(*given: Any) -> Any:
+        if _is_differentiated(*given):
+            return getattr(formulas, name)(*given)
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given):
+            return function.apply(*given)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*given)
+
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, differentiable, "Autograd")
+    torch.library.register_fake(f"fastbn::{name}", fake, lib=_library)
+    torch.library.register_vmap(
+        f"fastbn::{name}", lambda info, in_dims, *given: _mapped(operator, info, in_dims, given), lib=_library
+    )
+    function.forward = staticmethod(operator)
+
+
+def _fake_batch_norm(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(x), *(x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(3))
 
 
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, _, residual, relu, eps = inputs
-    y, mean, _, rstd = output
-    ctx.save_for_backward(x, y if relu else None, weight, mean, rstd)
-    ctx.relu, ctx.has_residual, ctx.eps = relu, residual is not None, eps
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, dy: Any, dmean: Any, dm2: Any, drstd: Any) -> tuple[Any, ...]:
-    x, _, _, _, rstd = saved = ctx.saved_tensors
-    dvar = None if dm2 is None else dm2 * (x.numel() // x.shape[1])
-    if drstd is not None:
-        through = -0.5 * rstd**3 * drstd
-        dvar = through if dvar is None else dvar + through
-    return _gradients_of(ctx, saved, torch.zeros_like(x) if dy is None else dy, dmean, dvar)
-
-
-def _gradients_of(ctx: Any, saved: Any, dy: Tensor, dmean: Any, dvar: Any) -> tuple[Any, ...]:
-    x, y, weight, mean, rstd = saved
-    with_dz = ctx.relu and ctx.has_residual
-    dx, dweight, dbias, dz = _backward(dy, x, y, weight, mean, rstd, dmean, dvar, False, with_dz)
-    at = len(ctx.needs_input_grad) - 5
-    return dx, *_of_parameters(ctx, weight, dweight, dbias, at), _of_residual(ctx, dy, dz), None, None
-
-
-batch_norm.register_autograd(_gradients, setup_context=_save)
-
-
-# --- frozen statistics ------------------------------------------------------------------------------------------------
-
-
-def _inference(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    relu: bool, eps: float,
-) -> Tensor:  # fmt: skip
-    """The output, from statistics that do not depend on x."""
-    with on_stream(x):
-        y = fastbn.batch_norm_inference(
-            array(x), array(mean), array(var), _array(weight), _array(bias), eps=eps, residual=_array(residual),
-            activation="relu" if relu else None, out=_out(x),
-        )  # fmt: skip
-        return tensor(y)
-
-
-batch_norm_inference = torch.library.custom_op("fastbn::batch_norm_inference", _inference, mutates_args=())
-
-
-@batch_norm_inference.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
+def _fake_batch_norm_inference(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _save_frozen(ctx: Any, inputs: Any, output: Any) -> None:
-    x, mean, var, weight, _, residual, relu, eps = inputs
-    ctx.save_for_backward(x, output if relu else None, weight, mean, var)
-    ctx.relu, ctx.has_residual, ctx.eps = relu, residual is not None, eps
+def _fake_batch_norm_backward(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    sums = (x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2))
+    return torch.empty_like(x), *sums, torch.empty_like(x) if others[-1] else x.new_empty(0)
+
+
+class Forward(torch.autograd.Function):
+    """Of the operator `batch_norm`."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, _, residual, relu, eps = inputs
+        y, mean, _, rstd = output
+        _save(ctx, x, y if relu else None, weight, mean, rstd)
+        ctx.relu, ctx.has_residual, ctx.eps = relu, residual is not None, eps
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any, dmean: Any, dm2: Any, drstd: Any) -> tuple[Any, ...]:
+        x, _, _, _, rstd = saved = ctx.saved_tensors
+        dvar = None if dm2 is None else dm2 * values_per_channel(x)
+        if drstd is not None:
+            through = -0.5 * rstd**3 * drstd
+            dvar = through if dvar is None else dvar + through
+        return _gradients(ctx, saved, torch.zeros_like(x) if dy is None else dy, dmean, dvar)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Any, dweight: Any, dbias: Any, dresidual: Any, *_: Any) -> tuple[Tensor, ...]:
+        """``d xhat = rstd * (dx - mean(dx) - xhat * mean(dx * xhat))``: the map from dy to the gradient of x is its
+        own transpose.
+        """
+        x, y, weight, mean, rstd = ctx.saved_tensors
+        dx = torch.zeros_like(x) if dx is None else dx
+        dy, of_xhat, of_x, _ = backward(dx, x, None, weight, mean, rstd, None, None, False, False)
+        dy = dy if dresidual is None else dy + dresidual
+        if dweight is not None:
+            dy = _affine(x, mean, rstd**-2, dweight, dbias, dy, 0.0)
+        elif dbias is not None:
+            dy = (dy + along_channels(dbias, x)).to(x.dtype)
+        count = values_per_channel(x)
+        return _where_positive(y, dy), of_x / count, 2 * of_xhat / rstd, -(rstd**2) * of_xhat / count
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
+        x, *others, relu, eps = given
+        if in_dims[0] is not None:
+            return _mapped(Forward.apply, info, in_dims, given)
+        _, mean, m2, rstd = Forward.apply(x, None, None, None, False, eps)  # once for all
+        frozen = x, mean, rstd**-2, *others, relu, 0.0
+        y, axis = _mapped(Inference.apply, info, (None, None, *in_dims), frozen)
+        return (y, mean, m2, rstd), (axis, None, None, None)
+
+
+class Inference(torch.autograd.Function):
+    """Of the operator `batch_norm_inference`."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, mean, var, weight, _, residual, relu, eps = inputs
+        _save(ctx, x, output if relu else None, weight, mean, var)
+        ctx.relu, ctx.has_residual, ctx.eps = relu, residual is not None, eps
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any) -> tuple[Any, ...]:
+        return (None,) * 8 if dy is None else _gradients_frozen(ctx, dy)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Any, dmean: Any, dvar: Any, dweight: Any, dbias: Any, dresidual: Any, *_: Any) -> Tensor:
+        """``d xhat = rstd * (dx - dmean) - xhat * rstd**2 * dvar / 2``."""
+        x, y, weight, mean, var = ctx.saved_tensors
+        dx = torch.zeros_like(x) if dx is None else dx
+        dmean = torch.zeros_like(mean) if dmean is None else dmean
+        dy = _affine(dx, dmean, var, weight, dbias, dresidual, ctx.eps)
+        if dvar is not None:
+            of_rstd = -0.5 * dvar / (var.double() + ctx.eps)
+            of_rstd = of_rstd if weight is None else of_rstd * weight
+            dweight = of_rstd if dweight is None else of_rstd + dweight
+        if dweight is not None:
+            dy = _affine(x, mean, var, dweight, None, dy, ctx.eps)
+        return _where_positive(y, dy)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
+        return _mapped(Inference.apply, info, in_dims, given)
+
+
+class Backward(torch.autograd.Function):
+    """Of the operator `batch_norm_backward`: derivatives by the formula.
+
+    `torch.func.vjp` takes the inputs for independent, as they are here: the mean's own dependence on x is forward's.
+    """
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _save(ctx, *inputs[:8])
+        ctx.how = inputs[8:]
+
+    @staticmethod
+    def _pullback(ctx: Any) -> tuple[Any, Callable[..., Any], list[Tensor]]:
+        """Of the results, from those of the tensors that are there."""
+        given = ctx.saved_tensors
+        present = [t for t in given if t is not None]
+
+        def results(*tensors: Tensor) -> tuple[Tensor, ...]:
+            rest = iter(tensors)
+            arguments: list[Any] = [None if t is None else next(rest) for t in given]
+            return formulas.batch_norm_backward(*arguments, *ctx.how)
+
+        return *torch.func.vjp(results, *present), present
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        _, pull, _ = Backward._pullback(ctx)
+        pulled = iter(pull(grads))
+        return *(None if t is None else next(pulled) for t in ctx.saved_tensors), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        """Pulled back twice, as a pullback is linear: forward differentiation cannot be begun within itself."""
+        results, pull, present = Backward._pullback(ctx)
+        _, push = torch.func.vjp(pull, tuple(map(torch.zeros_like, results)))
+        given = (t for t, of in zip(tangents, ctx.saved_tensors, strict=False) if of is not None)
+        (pushed,) = push(tuple(torch.zeros_like(of) if t is None else t for t, of in zip(given, present, strict=True)))
+        return pushed
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
+        return _mapped(Backward.apply, info, in_dims, given)
+
+
+_define(Forward, "batch_norm", _fake_batch_norm)
+_define(Inference, "batch_norm_inference", _fake_batch_norm_inference)
+_define(Backward, "batch_norm_backward", _fake_batch_norm_backward)
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def _gradients(ctx: Any, saved: Any, dy: Tensor, dmean: Any, dvar: Any) -> tuple[Any, ...]:
+    x, y, weight, mean, rstd = saved
+    with_dz = ctx.relu and ctx.has_residual
+    dx, dweight, dbias, dz = backward(dy, x, y, weight, mean, rstd, dmean, dvar, False, with_dz)
+    at = len(ctx.needs_input_grad) - 5
+    return dx, *_of_parameters(ctx, weight, dweight, dbias, at), _of_residual(ctx, dy, dz), None, None
 
 
 def _gradients_frozen(ctx: Any, dy: Any) -> tuple[Any, ...]:
     x, y, weight, mean, var = ctx.saved_tensors
     rstd = (var.double() + ctx.eps).rsqrt()
     with_dz = ctx.relu and ctx.has_residual
-    dx, dweight, dbias, dz = _backward(dy, x, y, weight, mean.double(), rstd, None, None, True, with_dz)
+    dx, dweight, dbias, dz = backward(dy, x, y, weight, mean.double(), rstd, None, None, True, with_dz)
     scale = rstd if weight is None else rstd * weight
     dmean = -scale * dbias if ctx.needs_input_grad[1] else None
     dvar = -0.5 * scale * rstd * dweight if ctx.needs_input_grad[2] else None
@@ -120,121 +304,30 @@ def _gradients_frozen(ctx: Any, dy: Any) -> tuple[Any, ...]:
     return dx, *of_statistics, *_of_parameters(ctx, weight, dweight, dbias, 3), _of_residual(ctx, dy, dz), None, None
 
 
-batch_norm_inference.register_autograd(_gradients_frozen, setup_context=_save_frozen)
+def _of_parameters(ctx: Any, weight: Tensor | None, dweight: Tensor, dbias: Tensor, at: int) -> tuple[Any, Any]:
+    """In the parameters' dtypes, those that are asked for."""
+    needed = ctx.needs_input_grad[at : at + 2]
+    kind = dbias.dtype if weight is None else weight.dtype
+    return dweight.to(kind) if needed[0] else None, dbias.to(kind) if needed[1] else None
 
 
-# --- backward ---------------------------------------------------------------------------------------------------------
+def _of_residual(ctx: Any, dy: Tensor, dz: Tensor) -> Tensor | None:
+    if not ctx.has_residual:
+        return None
+    return dz if ctx.relu else dy
 
 
-def _sums_and_dx(
-    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor,
-    dmean: Tensor | None, dvar: Tensor | None, frozen: bool, with_dz: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx; dweight and dbias in float64; and where it is asked for, dy where relu let it pass, else an empty tensor.
-
-    Batch statistics are given with `y` where there was relu.
-    """
-    with on_stream(x):
-        x_, mean_, rstd_ = array(x), array(mean), array(rstd)
-        moments = None
-        if not frozen:
-            count = type(x_)(mean_.shape, np.float64)
-            count.fill(x_.size // max(1, x_.shape[1]))
-            moments = fastbn.Moments(count, mean_, mean_)  # of the sum of squares the backward pass knows rstd
-        saved = fastbn.Saved(
-            x_, _array(y), _array(weight), None, moments, mean_, rstd_, None if moments is None else moments.count, 1,
-            None if y is None else "relu", with_dz, False,
-        )  # fmt: skip
-        grads = fastbn.batch_norm_backward(array(dy), saved, dmean=_array(dmean), dvar=_array(dvar), out=_out(x))
-        dz = tensor(grads.residual) if with_dz else x.new_empty(0)
-        return tensor(grads.x), tensor(grads.gamma), tensor(grads.beta), dz
+def _affine(x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, residual: Any, eps: float) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias + residual``, of which tangents are made."""
+    seen = onlookers(x, mean, var, weight, bias, residual)
+    return infer(seen, x, mean, var, weight, bias, residual, False, eps)
 
 
-batch_norm_backward = torch.library.custom_op("fastbn::batch_norm_backward", _sums_and_dx, mutates_args=())
-
-
-@batch_norm_backward.register_fake
-def _(
-    dy: Tensor, x: Tensor, y: Any, weight: Any, mean: Any, rstd: Any, dmean: Any, dvar: Any, frozen: bool, with_dz: bool
-) -> tuple[Tensor, ...]:
-    sums = (x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2))
-    return torch.empty_like(x), *sums, torch.empty_like(x) if with_dz else x.new_empty(0)
-
-
-def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.frozen, ctx.with_dz = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _second_gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    """By PyTorch's own operations, in float64: second derivatives are wanted rarely, and then right.
-
-    `torch.func.vjp` takes the inputs for independent, as they are here: the mean's own dependence on x is forward's.
-    """
-    given = ctx.saved_tensors
-
-    def results(*tensors: Tensor) -> tuple[Tensor, ...]:
-        rest = iter(tensors)
-        found = _formula(*(None if t is None else next(rest) for t in given), frozen=ctx.frozen)
-        return found if ctx.with_dz else found[:3]
-
-    present = [t for t in given if t is not None]
-    _, pull = torch.func.vjp(results, *(t.double() for t in present))
-    pulled = iter(pull(tuple(g.double() for g in grads[: 3 + ctx.with_dz])))
-    return *(None if t is None else next(pulled).to(t.dtype) for t in given), None, None
-
-
-def _formula(
-    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor,
-    dmean: Tensor | None, dvar: Tensor | None, *, frozen: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    shape = (-1, *(1,) * (x.ndim - 2))
-    reduced = [axis for axis in range(x.ndim) if axis != 1]
-    dz = dy if y is None else torch.where(y <= 0, 0.0, dy)
-    centred = x - mean.view(shape)
-    xhat = centred * rstd.view(shape)
-    dweight, dbias = (dz * xhat).sum(reduced), dz.sum(reduced)
-    scale = rstd if weight is None else rstd * weight
-    if frozen:
-        return scale.view(shape) * dz, dweight, dbias, dz
-    count = x.numel() // x.shape[1]
-    dx = scale.view(shape) * (dz - (dbias.view(shape) + xhat * dweight.view(shape)) / count)
-    if dmean is not None:
-        dx = dx + dmean.view(shape) / count
-    if dvar is not None:
-        dx = dx + 2 * centred * dvar.view(shape) / count
-    return dx, dweight, dbias, dz
-
-
-batch_norm_backward.register_autograd(_second_gradients, setup_context=_save_backward)
+def _where_positive(y: Tensor | None, dy: Tensor) -> Tensor:
+    return dy if y is None else torch.where(y <= 0, 0.0, dy)
 
 
 # --- ways to an operator ----------------------------------------------------------------------------------------------
-
-NOBODY, GRAD, OTHERS = range(3)
-
-
-def onlookers(*tensors: Tensor | None) -> int:
-    """Who is to see an operator, as far as PyTorch tells: nobody but automatic differentiation; `torch.func.grad`,
-    which wants functions of a form that costs more; others, as compilers, exporters, tracers, modes and `vmap`.
-    """
-    if _BLIND or torch.compiler.is_compiling() or _tracing() is not None or _modes():
-        return OTHERS
-    for t in tensors:
-        if t is not None and ((type(t) is not Tensor and type(t) is not torch.nn.Parameter) or t.is_meta):
-            return OTHERS
-    if not _transformed():
-        return NOBODY
-    return GRAD if all(transform.key().name == "Grad" for transform in _transforms() or ()) else OTHERS
-
-
-_tracing: Any = getattr(torch._C, "_get_tracing_state", None)
-_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
-_transformed: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
-_transforms: Any = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", None)
-_dual_level = getattr(torch.autograd.forward_ad, "_current_level", None)
-# PyTorch has no public way to ask. A version that does not answer is shown operators, which are always right.
-_BLIND = None in (_tracing, _modes, _transformed, _transforms, _dual_level)
 
 
 def train(
@@ -244,16 +337,15 @@ def train(
     if seen == NOBODY:
         saved: list[fastbn.Saved] = []
         given = x, weight, bias, residual
-        if _is_differentiated(*given):
+        if _has_gradient(*given):
             y = Training.apply(saved, *given, relu, eps)
         else:
             with on_stream(x):
-                y = tensor(_batch_norm(saved, *given, relu, eps))
+                y = tensor(kernels.normalized(saved, *given, relu, eps))
         moments = saved[0].moments
         assert moments is not None
         return y, moments.mean, moments.m2
-    forward = Forward.apply if seen == GRAD else batch_norm
-    y, mean, m2, _ = forward(x, weight, bias, residual, relu, eps)
+    y, mean, m2, _ = _way(seen, Forward, torch.ops.fastbn.batch_norm)(x, weight, bias, residual, relu, eps)
     return y, mean, m2
 
 
@@ -264,16 +356,29 @@ def infer(
     """The output, from given statistics."""
     given = x, mean, var, weight, bias, residual
     if seen == NOBODY:
-        y: Tensor = (Evaluation.apply if _is_differentiated(*given) else _inference)(*given, relu, eps)
+        y: Tensor = (Evaluation.apply if _has_gradient(*given) else kernels.batch_norm_inference)(*given, relu, eps)
     else:
-        y = (Inference.apply if seen == GRAD else batch_norm_inference)(*given, relu, eps)
+        y = _way(seen, Inference, torch.ops.fastbn.batch_norm_inference)(*given, relu, eps)
     return y
 
 
-def _is_differentiated(*tensors: Tensor | None) -> bool:
-    """By reverse differentiation, or by forward differentiation, which PyTorch then says is not there."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
+def backward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias and the residual's, where it is asked for."""
+    seen = _onlookers_backwards(*given[:8])
+    if seen == NOBODY and not torch.is_grad_enabled():
+        return kernels.batch_norm_backward(*given)
+    way = Backward.apply if seen == NOBODY else _way(seen, Backward, torch.ops.fastbn.batch_norm_backward)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = way(*given)
+    return found
+
+
+def _way(seen: int, function: type[torch.autograd.Function], operator: Any) -> Any:
+    """PyTorch loses the outer tangent of a function that it differentiates forwards twice: not the operator's."""
+    once = seen == TRANSFORMS and _names_of_transforms().count("Jvp") < 2
+    return function.apply if once else operator
+
+
+def _has_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -288,7 +393,7 @@ class Training(torch.autograd.Function):
         ctx: Any, saved: list[fastbn.Saved], x: Tensor, weight: Any, bias: Any, residual: Any, relu: bool, eps: float
     ) -> Tensor:
         with on_stream(x):
-            y = tensor(_batch_norm(saved, x, weight, bias, residual, relu, eps))
+            y = tensor(kernels.normalized(saved, x, weight, bias, residual, relu, eps))
         ctx.save_for_backward(x, y if relu else None, weight)
         (made,) = saved
         if residual is not None and not relu:
@@ -303,14 +408,16 @@ class Training(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         x, y, weight = ctx.saved_tensors
-        if torch.is_grad_enabled() or onlookers(dy, x, y, weight) != NOBODY:
+        seen = _onlookers_backwards(dy, x, y, weight)
+        if torch.is_grad_enabled() or seen != NOBODY:
             # They are to see where the statistics come from.
-            _, mean, _, rstd = batch_norm(x, None, None, None, False, ctx.eps)
-            return None, *_gradients_of(ctx, (x, y, weight, mean, rstd), dy, None, None)
-        with on_stream(x):
-            gamma = _array(weight)
-            saved = fastbn.Saved(array(x), _array(y), gamma, *ctx.statistics)
-            grads = fastbn.batch_norm_backward(array(dy), saved, out=_out(x))
+            statistics = _way(seen, Forward, torch.ops.fastbn.batch_norm)
+            _, mean, _, rstd = statistics(x, None, None, None, False, ctx.eps)
+            return None, *_gradients(ctx, (x, y, weight, mean, rstd), dy, None, None)
+        with on_stream(x), np.errstate(all="ignore"):  # PyTorch is silent about what overflows a dtype
+            gamma = optional(weight)
+            saved = fastbn.Saved(array(x), optional(y), gamma, *ctx.statistics)
+            grads = fastbn.batch_norm_backward(array(dy), saved, out=out(x))
             kind = grads.gamma.dtype if gamma is None else gamma.dtype
             of_parameters = (
                 tensor(g.astype(kind)) if wanted else None
@@ -325,71 +432,10 @@ class Evaluation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = _inference(*inputs)
-        _save_frozen(ctx, inputs, y)
+        y = kernels.batch_norm_inference(*inputs)
+        Inference.setup_context(ctx, inputs, y)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return _gradients_frozen(ctx, dy)
-
-
-class Forward(torch.autograd.Function):
-    """The operator `batch_norm` for `torch.func.grad`."""
-
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_save)
-    backward = staticmethod(_gradients)
-
-
-class Inference(torch.autograd.Function):
-    """The operator `batch_norm_inference`, likewise."""
-
-    forward = staticmethod(_inference)
-    setup_context = staticmethod(_save_frozen)
-    backward = staticmethod(_gradients_frozen)
-
-
-class Backward(torch.autograd.Function):
-    """The operator `batch_norm_backward`, likewise."""
-
-    forward = staticmethod(_sums_and_dx)
-    setup_context = staticmethod(_save_backward)
-    backward = staticmethod(_second_gradients)
-
-
-def _backward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    seen = onlookers(*given[:8])
-    if seen == NOBODY and not torch.is_grad_enabled():
-        return _sums_and_dx(*given)
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = (batch_norm_backward if seen == OTHERS else Backward.apply)(*given)
-    return found
-
-
-# --- small parts ------------------------------------------------------------------------------------------------------
-
-
-def _array(tensor: Tensor | None) -> Any:
-    return None if tensor is None else array(tensor)
-
-
-def _out(x: Tensor) -> Any:
-    """None where fastbn's own results, which reuse memory, are in PyTorch's order; else a tensor's memory."""
-    dense = x.is_contiguous() or (
-        x.ndim in (4, 5)
-        and x.is_contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-    )
-    return None if dense else array(torch.empty_like(x))
-
-
-def _of_parameters(ctx: Any, weight: Tensor | None, dweight: Tensor, dbias: Tensor, at: int) -> tuple[Any, Any]:
-    """In the parameters' dtypes, those that are asked for."""
-    needed = ctx.needs_input_grad[at : at + 2]
-    kind = dbias.dtype if weight is None else weight.dtype
-    return dweight.to(kind) if needed[0] else None, dbias.to(kind) if needed[1] else None
-
-
-def _of_residual(ctx: Any, dy: Tensor, dz: Tensor) -> Tensor | None:
-    if not ctx.has_residual:
-        return None
-    return dz if ctx.relu else dy
+    def backward(ctx: Any, dy: Any) -> tuple[Any, ...]:
+        return Inference.backward(ctx, dy)

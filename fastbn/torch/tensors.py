@@ -16,6 +16,8 @@ _KNOWN = {np.dtype(name).num for name in ("float16", "float32", "float64")}
 def array(tensor: Tensor) -> Any:
     """A NumPy or CuPy array of the tensor's memory and strides; bfloat16 takes ml_dtypes."""
     tensor = tensor.detach()
+    if tensor.is_neg():  # an imaginary part of a conjugate, negated when it is read
+        tensor = tensor.resolve_neg()
     if tensor.dtype == torch.bfloat16:
         words = tensor.view(torch.int16)  # which every exchange of arrays knows
         return (_cupy().from_dlpack(words) if tensor.is_cuda else words.numpy()).view(_bfloat16())
