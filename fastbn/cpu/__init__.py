@@ -14,7 +14,7 @@ import numpy as np
 
 from fastbn.cpu import plans, threads
 from fastbn.cpu.again import backward_again, forward_again, inference_again
-from fastbn.cpu.extremes import LEAST_EPS, needs_float64
+from fastbn.cpu.extremes import LEAST_EPS, needs_float64, weight_in_range
 from fastbn.cpu.memory import (
     Array,
     empty_like,
@@ -58,8 +58,16 @@ def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array, Array]
 
 def _moments(x: Array, weight: Array | None, eps: float) -> tuple[Array, Array, Array, Array]:
     table = np.empty((4, x.shape[0] * x.shape[2]))
+    weight, k = weight_in_range(weight, x)
     (x_, xs), (w_, ws) = flat(x), flat_weight(weight)
     plans.moments(x.shape, xs, ws, x.itemsize, threads.shares_of(x.size))(x_, w_, table.reshape(-1), eps)
+    return _unscaled(table, k)
+
+
+def _unscaled(table: Array, k: int) -> tuple[Array, Array, Array, Array]:
+    """Count, mean, M2 and rstd, of weights that were divided by 2^k."""
+    if k != 0:
+        table[:2] = np.ldexp(table[:2], k)
     return table[0], table[2], table[1], table[3]
 
 
@@ -106,6 +114,7 @@ def forward(
         return count, mean, m2, rstd
     table = np.empty((6, x.shape[0] * x.shape[2]))
     table[4], table[5] = gamma, beta
+    weight, k = weight_in_range(weight, x)
     (x_, xs), (w_, ws), (y_, ys), (r_, rs) = (
         flat(x),
         flat_weight(weight),
@@ -116,7 +125,7 @@ def forward(
     run(x_, w_, y_, r_, table.reshape(-1), eps, relu or None, past_caches(y))
     if needs_float64(x, table[3], gamma, eps):
         normalize(x, table[2], table[3], gamma, beta, None, residual, relu, y)
-    return table[0], table[2], table[1], table[3]
+    return _unscaled(table, k)
 
 
 def grad_sums(
@@ -128,6 +137,7 @@ def grad_sums(
     """
     out = np.zeros((2, x.shape[0] * x.shape[2]))
     if x.size > 0:  # the empty sum is 0, though rstd is NaN
+        weight, _ = weight_in_range(weight, x)
         (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = flat(dy), flat(x), flat(y), flat_weight(weight)
         run = plans.grad_sums(x.shape, dys, xs, ys, ws, x.itemsize, threads.shares_of(x.size))
         run(dy_, x_, y_, w_, np.concatenate((mean, rstd)), out.reshape(-1), np.empty(0), False)
@@ -151,6 +161,9 @@ def grad_input(
 
     Without x, ``dx = unit * scale * dz``. Where weight and dz are 0, dx is 0, whatever x is.
     """
+    weight, k = weight_in_range(weight, dy)
+    if k != 0:
+        offset, slope = np.ldexp(offset, k), np.ldexp(slope, k)
     (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = flat(dy), flat(x), flat(y), flat_weight(weight)
     (dx_, dxs), (dr_, drs) = flat(dx), flat(dresidual)
     run = plans.grad_input(dy.shape, dys, xs, ys, ws, dxs, drs, dy.itemsize, threads.shares_of(dy.size))
@@ -175,6 +188,8 @@ def backward(
     """The two sums; dx from them (frozen: without the statistics' share); dresidual = dz."""
     out = np.zeros((2, x.shape[0] * x.shape[2]))
     if x.size > 0:
+        weight, k = weight_in_range(weight, x)
+        count = count if k == 0 else np.ldexp(count, -k)
         (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = (
             flat(dy),
             flat(x),

@@ -1,10 +1,11 @@
-"""Data that deviate so little that ``gamma / sqrt(var + eps)`` is beyond the type which kernels compute in.
+"""Numbers beyond the type that kernels compute in, which is float32 but for float64 data.
 
-That type is float32 but for float64 data, and only what is subnormal there (below 1.2e-38) deviates so little.
+``gamma / sqrt(var + eps)`` is beyond it where the data are subnormal (below 1.2e-38); weights may have any size.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,3 +23,11 @@ def needs_float64(x: Array, rstd: Array, gamma: Any, eps: float | None) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):
         scale = np.abs(rstd * gamma)
     return bool(((scale > _MOST) & (scale < np.inf)).any())
+
+
+def weight_in_range(weight: Array | None, x: Array) -> tuple[Array | None, int]:
+    """The weight over 2^k, and k: 0, unless products with float32 squares could leave the range."""
+    if weight is None or weight.dtype != np.float64 or x.itemsize == 8 or weight.size == 0:
+        return weight, 0
+    _, k = math.frexp(float(weight.max()))
+    return (weight, 0) if abs(k) <= 60 else (np.ldexp(weight, -k), k)
