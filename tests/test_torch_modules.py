@@ -17,6 +17,7 @@ from torch import nn  # noqa: E402
 from torch.fx.experimental.optimization import fuse  # noqa: E402
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval  # noqa: E402
 
+import fastbn  # noqa: E402
 import fastbn.torch as ft  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -596,3 +597,54 @@ def test_a_rank_evaluates_alone(ranks):
     running = F.relu(nn.BatchNorm1d(3).eval()(torch.randn(4, 3, 5)))
     for ours, theirs in zip(torch.load(folder / "alone"), (batch, running), strict=True):
         assert_same(ours, theirs)
+
+
+# --- whose kernel -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often fastbn's kernels were called, and PyTorch's."""
+    counted = {"fastbn": 0, "torch": 0}
+
+    def counting(name, function):
+        def call(*args, **keywords):
+            counted[name] += 1
+            return function(*args, **keywords)
+
+        return call
+
+    monkeypatch.setattr(fastbn, "batch_norm", counting("fastbn", fastbn.batch_norm))
+    monkeypatch.setattr(fastbn, "batch_norm_inference", counting("fastbn", fastbn.batch_norm_inference))
+    monkeypatch.setattr(F, "batch_norm", counting("torch", F.batch_norm))
+    return counted
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("where_faster", [True, None, False])
+def test_where_faster(calls, where_faster, memory_format, training):
+    """Small tensors are PyTorch's where that is asked for, large ones fastbn's; results are the same."""
+    norm = ft.convert(nn.BatchNorm2d(4), where_faster=where_faster).train(training)
+    plain = copy.deepcopy(ft.revert(copy.deepcopy(norm)))
+    for side, small in ((4, True), (256, False)):
+        x = torch.randn(2, 4, side, side).to(memory_format=memory_format)
+        calls.update(fastbn=0, torch=0)
+        y = norm(x)
+        assert calls == ({"fastbn": 0, "torch": 1} if small and where_faster else {"fastbn": 1, "torch": 0})
+        torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-4)
+    assert "where_faster" not in vars(ft.revert(norm))
+
+
+def test_where_faster_fused(calls):
+    """A residual and relu by PyTorch's operators; and the function."""
+    norm = ft.convert(ft.BatchNormAct2d(3))
+    x, z = torch.randn(2, 2, 3, 4, 4)
+    y = norm(x, residual=z)
+    assert calls == {"fastbn": 0, "torch": 1}
+    for where_faster in (True, None, False):
+        same = ft.batch_norm(
+            x, None, None, training=True, residual=z, activation="relu", where_faster=where_faster
+        )
+        torch.testing.assert_close(same, y)
+    assert calls == {"fastbn": 2, "torch": 2}

@@ -29,7 +29,7 @@ LAZY: dict[type, type] = {
 _log = logging.getLogger("fastbn.torch")
 
 
-def convert(model: nn.Module) -> nn.Module:
+def convert(model: nn.Module, *, where_faster: bool | None = True) -> nn.Module:
     """Give every batch norm of a model fastbn's kernels, in place; parameters, buffers, hooks and names stay.
 
     Parameters
@@ -38,6 +38,10 @@ def convert(model: nn.Module) -> nn.Module:
         May be a batch norm itself. Lazy batch norms become fastbn's with their first batch. Classes that extend
         PyTorch's batch norms are left as they are, since they may compute something else; the logger ``fastbn.torch``
         warns of them, by name: ``logging.getLogger("fastbn.torch").setLevel("ERROR")`` is for those who know.
+    where_faster : bool, optional
+        True: the kernels compute what they are faster at than PyTorch, which is larger tensors, outside of compiled
+        graphs; no step becomes slower. False: everything, for the sake of float64 statistics. None: everything but
+        compiled graphs. Batch norms that are fastbn's already take it over as well.
 
     Returns
     -------
@@ -68,6 +72,8 @@ def convert(model: nn.Module) -> nn.Module:
             module.__class__ = OURS[kind]  # the object stays: optimizers, hooks and shared modules hold it
         elif kind in LAZY:
             module.cls_to_become = LAZY[kind]
+        if kind in LAZY or isinstance(module, _Mixin):
+            module.where_faster = where_faster
         elif isinstance(module, _BatchNorm) and not isinstance(module, _Mixin):
             left.append((name, kind))
     _say("convert", left)
@@ -114,7 +120,8 @@ def revert(model: nn.Module) -> nn.Module:
         kind = type(module)
         if kind in THEIRS or kind in LAZY:
             module.__class__ = THEIRS.get(kind, kind)
-            module.__dict__.pop("cls_to_become", None)
+            for name_of_ours in ("cls_to_become", "where_faster"):
+                module.__dict__.pop(name_of_ours, None)
         elif isinstance(module, _Mixin):
             left.append((name, kind))
     _say("revert", left)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastbn.torch import ops
+from fastbn.torch.native import is_preferred, unfused
 from fastbn.torch.tensors import array, on_stream, tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,6 +28,7 @@ def batch_norm(
     *,
     residual: Tensor | None = None,
     activation: Literal["relu"] | None = None,
+    where_faster: bool | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`, and with it a residual and relu.
 
@@ -50,6 +52,10 @@ def batch_norm(
         Added before the activation; input's shape and dtype.
     activation : {'relu'}, optional
         Applied last.
+    where_faster : bool, optional
+        False: fastbn's kernels always. By default PyTorch's own operators within graphs that it compiles or exports,
+        where Inductor fuses them with their neighbours; True: for small tensors on the CPU too, which its own batch
+        norm does faster. Those round sums in the input's type.
 
     Returns
     -------
@@ -83,6 +89,11 @@ def batch_norm(
             [ 1.,  1.]])
     """
     check(input, running_mean, running_var, weight, bias, residual, activation)
+    if is_preferred(input, training, where_faster):
+        return unfused(
+            input, running_mean, running_var, weight, bias, training, momentum, eps,
+            residual=residual, activation=activation,
+        )  # fmt: skip
     if type(momentum) is not float or type(eps) is not float:
         momentum, eps = number("momentum", momentum), number("eps", eps)
     seen = ops.onlookers(input, running_mean, running_var, weight, bias, residual)

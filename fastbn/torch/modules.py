@@ -6,13 +6,13 @@ import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812  # as PyTorch has it
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastbn.torch.functional import batch_norm
+from fastbn.torch.native import ended, is_preferred, unfused
 from fastbn.torch.sync import synchronised
 
 
@@ -61,6 +61,7 @@ class _Mixin(_State):
     """The forward pass by fastbn's kernels, and what PyTorch's tools are told of it."""
 
     activation: Literal["relu"] | None = None
+    where_faster: bool | None = None  # as for `fastbn.torch.batch_norm`; `convert` sets it
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # PyTorch's name
         return self._compute(input)
@@ -78,10 +79,14 @@ class _Mixin(_State):
                 input, mean, var, module.weight, module.bias, momentum, module.eps, module.process_group,
                 residual=residual, activation=self.activation,
             )  # fmt: skip
-        function = unfused if _is_exported_to_onnx() else batch_norm
-        return function(
+        if is_preferred(input, training, self.where_faster) or _is_exported_to_onnx():
+            return unfused(
+                input, mean, var, module.weight, module.bias, training, momentum, module.eps,
+                residual=residual, activation=self.activation,
+            )  # fmt: skip
+        return batch_norm(
             input, mean, var, module.weight, module.bias, training, momentum, module.eps,
-            residual=residual, activation=self.activation,
+            residual=residual, activation=self.activation, where_faster=False,
         )  # fmt: skip
 
     def _is_synchronised(self) -> bool:
@@ -107,20 +112,6 @@ def _is_exported_to_onnx() -> bool:
     """To a file that is to have ONNX's own operators. The last question imports, the first two are quick."""
     found: bool = (torch.jit.is_tracing() or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export()
     return found
-
-
-def unfused(
-    input: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,  # noqa: A002
-    training: bool, momentum: float, eps: float, *, residual: Tensor | None, activation: str | None,
-) -> Tensor:  # fmt: skip
-    """`batch_norm` by PyTorch's operators. TorchScript compiles it."""
-    return _end(F.batch_norm(input, mean, var, weight, bias, training, momentum, eps), residual, activation)
-
-
-def _end(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    if residual is not None:
-        y = y + residual
-    return y if activation is None else F.relu(y)
 
 
 class BatchNorm1d(_Mixin, nn.BatchNorm1d):
@@ -275,7 +266,7 @@ class UnfusedSyncBatchNormAct(_State, nn.SyncBatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002  # PyTorch's name
         if isinstance(input, Proxy) or isinstance(residual, Proxy):
             return _leaf(self, input, residual)
-        return _end(super().forward(input), residual, self.activation)
+        return ended(super().forward(input), residual, self.activation)
 
 
 SYNCHRONISED: dict[type, type] = {
