@@ -115,7 +115,7 @@ def batch_norm(
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     check_written(running_mean, running_var)
     y, mean, m2 = ops.train(seen, input, weight, bias, residual, relu, eps)
-    if values:
+    if values and not (running_mean is None and running_var is None):
         UPDATES[seen](running_mean, running_var, mean, m2, values, momentum)
     return y
 
@@ -171,15 +171,16 @@ def update_in_place(
 ) -> None:
     """The same with arrays of a batch; NumPy is to be as silent as PyTorch about what overflows."""
     changed = [running for running in (running_mean, running_var) if running is not None]
-    if any(running.is_neg() for running in changed):  # lazily negated: an array would be a copy
-        update_running(running_mean, running_var, tensor(mean), tensor(m2), count, momentum)
-    elif changed:
-        with on_stream(changed[0]), np.errstate(all="ignore"):
-            if running_mean is not None:
-                _move(array(running_mean), mean, momentum, momentum)
-            if running_var is not None:
-                _move(array(running_var), m2, momentum, momentum / (count - 1))
-        torch.autograd.graph.increment_version(changed)  # whoever saved the old ones is to be told
+    for running in changed:
+        if running.is_neg():  # lazily negated: an array would be a copy
+            update_running(running_mean, running_var, tensor(mean), tensor(m2), count, momentum)
+            return
+    with on_stream(changed[0]), np.errstate(all="ignore"):
+        if running_mean is not None:
+            _move(array(running_mean), mean, momentum, momentum)
+        if running_var is not None:
+            _move(array(running_var), m2, momentum, momentum / (count - 1))
+    torch.autograd.graph.increment_version(changed)  # whoever saved the old ones is to be told
 
 
 def _move(running: Any, batch: Any, momentum: float, rate: float) -> None:

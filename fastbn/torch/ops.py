@@ -49,8 +49,10 @@ def onlookers(*tensors: Tensor | None) -> int:
 
 def _onlookers_backwards(*tensors: Tensor | None) -> int:
     """Batches of gradients, of ``is_grads_batched=True``, are no transform to PyTorch but hold no memory either."""
-    if not _BLIND and any(t is not None and _is_batch(t) for t in tensors):
-        return OTHERS
+    if not _BLIND:
+        for t in tensors:
+            if t is not None and _is_batch(t):
+                return OTHERS
     return onlookers(*tensors)
 
 
@@ -379,7 +381,11 @@ def _way(seen: int, function: type[torch.autograd.Function], operator: Any) -> A
 
 
 def _has_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 class Training(torch.autograd.Function):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 _KNOWN = {np.dtype(name).num for name in ("float16", "float32", "float64")}
 """To PyTorch as well; bfloat16 is ml_dtypes' own."""
+_NOTHING = nullcontext()
 
 
 def array(tensor: Tensor) -> Any:
@@ -35,7 +36,7 @@ def tensor(array: Any) -> Tensor:
 def on_stream(tensor: Tensor) -> AbstractContextManager[Any]:
     """On a GPU, CuPy works on PyTorch's current stream."""
     if not tensor.is_cuda:
-        return nullcontext()
+        return _NOTHING
     stream = torch.cuda.current_stream(tensor.device)
     context: AbstractContextManager[Any] = _cupy().cuda.ExternalStream(stream.cuda_stream, tensor.device.index)
     return context
