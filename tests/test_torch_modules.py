@@ -643,8 +643,6 @@ def test_where_faster_fused(calls):
     y = norm(x, residual=z)
     assert calls == {"fastbn": 0, "torch": 1}
     for where_faster in (True, None, False):
-        same = ft.batch_norm(
-            x, None, None, training=True, residual=z, activation="relu", where_faster=where_faster
-        )
+        same = ft.batch_norm(x, None, None, training=True, residual=z, activation="relu", where_faster=where_faster)
         torch.testing.assert_close(same, y)
     assert calls == {"fastbn": 2, "torch": 2}
