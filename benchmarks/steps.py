@@ -69,6 +69,10 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[int, ...], tuple[int, ...]]] = 
 }
 
 
+SIZES = ((4, 8, 1), (8, 16, 2), (8, 32, 8), (16, 32, 8), (16, 64, 16), (32, 64, 16), (56, 64, 16), (56, 64, 64))
+"""Side, channels and batch of single layers: 128 to 13 million elements."""
+
+
 def steps(model: Any, x: Any, training: bool, compiled: bool) -> Callable[[], object]:
     """One step of it: forward, and in training backward and stochastic gradient descent."""
     import torch
@@ -143,7 +147,7 @@ def layers() -> Iterator[str]:
     import fastbn.torch
 
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        for side, channels, batch in ((4, 8, 1), (8, 16, 2), (8, 32, 8), (16, 32, 8), (16, 64, 16), (32, 64, 16)):
+        for side, channels, batch in SIZES:
             x = torch.randn(batch, channels, side, side).to(memory_format=memory_format)
             for training in (True, False):
                 kinds = torch.nn.BatchNorm2d, fastbn.torch.BatchNorm2d

@@ -64,6 +64,8 @@ class _Mixin(_State):
     where_faster: bool | None = None  # as for `fastbn.torch.batch_norm`; `convert` sets it
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # PyTorch's name
+        if is_preferred(input, self.training, self.where_faster) and not self._is_synchronised():
+            return super().forward(input)  # type: ignore[misc]  # that of `torch.nn`
         return self._compute(input)
 
     def _compute(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002
