@@ -66,7 +66,7 @@ def backward_again(layout: Layout, saved: Saved, dy: Any, gradients: Gradients, 
         x, y, gamma = saved.x, saved.y, saved.gamma
         if not x.flags.behaved or not dy.flags.behaved or not (simple or usable(out, dy, x, y, gamma)):
             return None
-        numbers = np.empty((5, channels))  # the last for `slab.enter_linear`
+        numbers = np.empty((4, channels))
         numbers[0] = saved.mean
         numbers[1] = saved.rstd
         numbers[2] = 1.0 if gamma is None else gamma

@@ -432,7 +432,9 @@ def backward(
         dy: Array, x: Array, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
         numbers: Array, past: int, out: Array,
     ) -> None:  # fmt: skip
-        live, linear = None if frozen else x, numbers[: 5 * kept]  # each channel's in the place of what it is made of
+        live = None if frozen else x
+        # Each channel's in the place of what it is made of, if that is enough.
+        linear = numbers[: 5 * kept] if numbers.size > 5 * kept else np.empty(5 * kept)
         first(dy, x, y, weight, numbers, out, linear, frozen)
         second(dy, live, y, weight, dx, dresidual, linear, past)
 

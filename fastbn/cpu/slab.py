@@ -268,7 +268,7 @@ def input_gradient(dz, x, weight, scale, hi, slope, offset, unit):
 def input_numbers(x, numbers, t, kept, frozen, a, b):
     """scale, offset, slope and unit of dx from the sums a = dbeta, b = dgamma: `fastbn.formulas.input_numbers` here.
 
-    The numbers are (mean, rstd, gamma, count, _), and (mean, rstd, gamma, count, dmean, dvar) if these are not 0.
+    The numbers are (mean, rstd, gamma, count), and (dmean, dvar) if they are not 0.
     """
     rstd = numbers[kept + t]
     unit = unit_of(x, rstd)
@@ -276,7 +276,7 @@ def input_numbers(x, numbers, t, kept, frozen, a, b):
     if frozen:
         return scale, 0.0, 0.0, unit
     count = numbers[3 * kept + t]
-    if numbers.size == 5 * kept:
+    if numbers.size == 4 * kept:
         return scale, scale * a / count, scale * rstd * b / count, unit
     offset = (scale * a - numbers[4 * kept + t] / unit) / count
     return scale, offset, (scale * rstd * b - 2.0 * numbers[5 * kept + t] / unit) / count, unit

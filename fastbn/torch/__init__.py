@@ -13,7 +13,7 @@ Tensors are not copied. Statistics are kept in float64 from the forward to the b
 `revert`               gives it PyTorch's again
 =====================  ===============================================================================================
 
-`torch.ops.fastbn` has the operators: they compile and export in one graph and differentiate twice.
+`torch.ops.fastbn` has the operators: they compile and export in one graph and differentiate both ways, and again.
 """
 
 try:
