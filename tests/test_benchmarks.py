@@ -303,3 +303,24 @@ def test_the_hosts_copy(offset, nbytes):
     host.Host().copy(x, buffer[start : start + nbytes])
     np.testing.assert_array_equal(buffer[start : start + nbytes], x)
     np.testing.assert_array_equal(np.delete(buffer, np.s_[start : start + nbytes]), 7)
+
+
+def test_steps(monkeypatch, capsys):
+    """Every model's step, before and after, in every mode but the compiled ones; and single layers."""
+    pytest.importorskip("torch")
+    from benchmarks import steps
+
+    monkeypatch.setattr(steps, "ROUNDS", 1)
+    monkeypatch.setattr(steps, "SECONDS", 0.0)
+    monkeypatch.setattr(steps, "SIZES", ((4, 8, 1),))
+    small = {
+        name: (make, shape, (2,)) for name, (make, shape, _) in steps.MODELS.items() if "8 ch" in name or "256" in name
+    }
+    monkeypatch.setattr(steps, "MODELS", small)
+    modes = ["training", "training, channels-last", "evaluation"]
+    assert steps.main(["--models", *small, "--modes", *modes]) == 0
+    assert steps.main(["--models", *small, "--modes", "training", "--always"]) == 0
+    assert steps.main(["--layers"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("x |")]
+    assert len(rows) == len(small) * (len(modes) + 1) + 4
+    assert all(float(row.split("|")[-2].strip(" x")) > 0 for row in rows)
