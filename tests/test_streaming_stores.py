@@ -22,7 +22,7 @@ PROGRAM = """
             y, saved = fastbn.batch_norm(x, channel_axis=axis, **options)
             fastbn.batch_norm_backward(x, saved)
             fastbn.batch_norm_inference(x, saved.mean, saved.moments.var(), channel_axis=axis, **options)
-    size = {"half": 2, "i16": 2, "float": 4, "double": 8}
+    size = {"half": 2, "i16": 2, "float": 4, "double": 8, "i64": 8}
     asked = re.compile(r"store <(\\d+) x (\\w+)>[^\\n]*!nontemporal")
     for module in (columns, columns_gradients, rows, rows_gradients, slab):
         for name, kernel in vars(module).items():
