@@ -83,6 +83,7 @@ from fastbn.cpu.slab import (
 )
 from fastbn.cpu.threads import kernel
 
+WEIGHTED_CHUNK = 32  # rows: with weights each column has one sum, whose roundings of equal values add up
 PEEK = 64  # values of a channel from whose mean the first guess comes: off by an eighth of the deviation
 
 
@@ -235,7 +236,7 @@ def weighted_segment(
     first = 0
     again = False
     while first < rows:
-        high = min(CHUNK, rows - first)
+        high = min(WEIGHTED_CHUNK, rows - first)
         fill(work, s1, columns, 0.0)
         fill(work, s2, columns, 0.0)
         fill(parts, count, columns, 0.0)
