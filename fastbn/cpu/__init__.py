@@ -5,28 +5,30 @@ float64. Per-channel numbers are float64 vectors over ``batch * channel``. ``wei
 size 1 where it does not vary. Arrays to be written must be `writable_in_place`; they may be the inputs themselves,
 element for element. What is absent is None.
 
-Here arrays become flat memory and strides (`memory`); `plans` chooses the kernels and divides the work.
+Here arrays become addresses and strides (`memory`); `plans` chooses the kernels and divides the work, a `Program` runs.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from fastbn.cpu import plans, threads
+from fastbn.cpu import plans
 from fastbn.cpu.again import backward_again, forward_again, inference_again
 from fastbn.cpu.extremes import LEAST_EPS, needs_float64, weight_in_range
 from fastbn.cpu.memory import (
     Array,
     empty_like,
-    flat,
-    flat_weight,
     folded_view,
     overlap,
     past_caches,
     same_or_apart,
     vector,
+    walkable,
+    walkable_weight,
     writable_in_place,
 )
+from fastbn.cpu.program import kind_of
+from fastbn.cpu.team import threads_for
 from fastbn.formulas import reciprocal_std
 
 __all__ = [
@@ -59,8 +61,9 @@ def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array, Array]
 def _moments(x: Array, weight: Array | None, eps: float) -> tuple[Array, Array, Array, Array]:
     table = np.empty((4, x.shape[0] * x.shape[2]))
     weight, k = weight_in_range(weight, x)
-    (x_, xs), (w_, ws) = flat(x), flat_weight(weight)
-    plans.moments(x.shape, xs, ws, x.itemsize, threads.shares_of(x.size))(x_, w_, table.reshape(-1), eps)
+    (x_, xs), (w_, ws, kind) = walkable(x), walkable_weight(weight)
+    run = plans.moments(x.shape, kind_of(x.dtype), xs, ws, kind, threads_for(x.size))
+    run((x_, w_, table), eps)
     return _unscaled(table, k)
 
 
@@ -91,10 +94,10 @@ def normalize(
         normalize(x.astype(np.float64), mean, spread, gamma, beta, eps, more, relu, wide)
         y[...] = wide
         return
-    (x_, xs), (y_, ys), (r_, rs) = flat(x), flat(y), flat(residual)
-    run = plans.normalize(x.shape, xs, ys, rs, x.itemsize, threads.shares_of(x.size))
+    (x_, xs), (y_, ys), (r_, rs) = walkable(x), walkable(y), walkable(residual)
+    run = plans.normalize(x.shape, kind_of(x.dtype), xs, ys, rs, relu, threads_for(x.size))
     numbers = np.concatenate((mean, spread, gamma, beta))
-    run(x_, y_, r_, numbers, -1.0 if eps is None else eps, relu or None, past_caches(y))
+    run((x_, y_, r_, numbers), -1.0 if eps is None else eps, past_caches(y))
 
 
 def forward(
@@ -115,14 +118,10 @@ def forward(
     table = np.empty((6, x.shape[0] * x.shape[2]))
     table[4], table[5] = gamma, beta
     weight, k = weight_in_range(weight, x)
-    (x_, xs), (w_, ws), (y_, ys), (r_, rs) = (
-        flat(x),
-        flat_weight(weight),
-        flat(y),
-        flat(residual),
-    )
-    run = plans.forward(x.shape, xs, ws, ys, rs, x.itemsize, threads.shares_of(x.size))
-    run(x_, w_, y_, r_, table.reshape(-1), eps, relu or None, past_caches(y))
+    (x_, xs), (w_, ws, weights) = walkable(x), walkable_weight(weight)
+    (y_, ys), (r_, rs) = walkable(y), walkable(residual)
+    run = plans.forward(x.shape, kind_of(x.dtype), xs, ws, weights, ys, rs, relu, threads_for(x.size))
+    run((x_, w_, y_, r_, table), eps, past_caches(y))
     if needs_float64(x, table[3], gamma, eps):
         normalize(x, table[2], table[3], gamma, beta, None, residual, relu, y)
     return _unscaled(table, k)
@@ -138,9 +137,10 @@ def grad_sums(
     out = np.zeros((2, x.shape[0] * x.shape[2]))
     if x.size > 0:  # the empty sum is 0, though rstd is NaN
         weight, _ = weight_in_range(weight, x)
-        (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = flat(dy), flat(x), flat(y), flat_weight(weight)
-        run = plans.grad_sums(x.shape, dys, xs, ys, ws, x.itemsize, threads.shares_of(x.size))
-        run(dy_, x_, y_, w_, np.concatenate((mean, rstd)), out.reshape(-1), np.empty(0), False)
+        (dy_, dys), (x_, xs), (y_, ys) = walkable(dy), walkable(x), walkable(y)
+        w_, ws, weights = walkable_weight(weight)
+        run = plans.grad_sums(x.shape, kind_of(x.dtype), dys, xs, ys, ws, weights, threads_for(x.size))
+        run((dy_, x_, y_, w_, np.concatenate((mean, rstd)), out))
     return out[0], out[1]
 
 
@@ -164,10 +164,11 @@ def grad_input(
     weight, k = weight_in_range(weight, dy)
     if k != 0:
         offset, slope = np.ldexp(offset, k), np.ldexp(slope, k)
-    (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = flat(dy), flat(x), flat(y), flat_weight(weight)
-    (dx_, dxs), (dr_, drs) = flat(dx), flat(dresidual)
-    run = plans.grad_input(dy.shape, dys, xs, ys, ws, dxs, drs, dy.itemsize, threads.shares_of(dy.size))
-    run(dy_, x_, y_, w_, dx_, dr_, np.concatenate((mean, scale, offset, slope, unit)), past_caches(dx, dresidual))
+    (dy_, dys), (x_, xs), (y_, ys) = walkable(dy), walkable(x), walkable(y)
+    (w_, ws, weights), (dx_, dxs), (dr_, drs) = walkable_weight(weight), walkable(dx), walkable(dresidual)
+    run = plans.grad_input(dy.shape, kind_of(dy.dtype), dys, xs, ys, ws, weights, dxs, drs, threads_for(dy.size))
+    numbers = np.concatenate((mean, scale, offset, slope, unit))
+    run((dy_, x_, y_, w_, dx_, dr_, numbers), past_caches(dx, dresidual))
 
 
 def backward(
@@ -190,14 +191,10 @@ def backward(
     if x.size > 0:
         weight, k = weight_in_range(weight, x)
         count = count if k == 0 else np.ldexp(count, -k)
-        (dy_, dys), (x_, xs), (y_, ys), (w_, ws) = (
-            flat(dy),
-            flat(x),
-            flat(y),
-            flat_weight(weight),
-        )
-        (dx_, dxs), (dr_, drs) = flat(dx), flat(dresidual)
-        run = plans.backward(x.shape, dys, xs, ys, ws, dxs, drs, x.itemsize, threads.shares_of(x.size), frozen)
+        (dy_, dys), (x_, xs), (y_, ys) = walkable(dy), walkable(x), walkable(y)
+        (w_, ws, weights), (dx_, dxs), (dr_, drs) = walkable_weight(weight), walkable(dx), walkable(dresidual)
         numbers = np.concatenate((mean, rstd, gamma, count, dmean, dvar))
-        run(dy_, x_, y_, w_, dx_, dr_, numbers, past_caches(dx, dresidual), out.reshape(-1))
+        kind, shares = kind_of(x.dtype), threads_for(x.size)
+        run = plans.backward(x.shape, kind, dys, xs, ys, ws, weights, dxs, drs, frozen, True, shares)
+        run((dy_, x_, y_, w_, dx_, dr_, numbers, out), past_caches(dx, dresidual))
     return out[0], out[1]

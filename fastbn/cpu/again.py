@@ -9,8 +9,9 @@ import numpy as np
 
 from fastbn.cpu import memory, plans
 from fastbn.cpu.extremes import LEAST_EPS, needs_float64
-from fastbn.cpu.memory import Array, Strides, empty_like, past_caches, stored
-from fastbn.cpu.threads import shares_of
+from fastbn.cpu.memory import Array, Strides, empty_like, past_caches
+from fastbn.cpu.program import Program, kind_of
+from fastbn.cpu.team import threads_for
 from fastbn.formulas import reciprocal_std
 from fastbn.layout import Layout
 from fastbn.merging import Moments
@@ -26,25 +27,24 @@ def forward_again(
     dense = _dense(layout, out is None, x, residual, out)
     if dense is None or len(layout.kept_shape) != 1:
         return None
-    flat, usable, empty_like, past_caches, small = dense
-    channels, run = layout.kept_shape[0], _forward(layout.folded, x, residual)
+    usable, empty_like, past_caches, small = dense
+    channels, run = layout.kept_shape[0], _forward(layout.folded, x, residual, saved.activation is not None)
     simple = small and residual is None and out is None
-    relu, channel_axis, activation = (saved.activation is not None) or None, saved.channel_axis, saved.activation
+    channel_axis, activation = saved.channel_axis, saved.activation
 
     def call(x: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> tuple[Any, Saved] | None:
-        if not x.flags.behaved or out is x or not (simple or usable(out, x, residual, gamma, beta)):
+        if not x.flags.aligned or out is x or not (simple or usable(out, x, residual, gamma, beta)):
             return None
         table = np.empty((6, channels))
         count, m2, mean, rstd, scale, shift = table
         scale[...] = 1.0 if gamma is None else gamma
         shift[...] = 0.0 if beta is None else beta
         y = empty_like(x) if out is None else out
-        rest = None if residual is None else flat(residual)
-        run(flat(x), None, flat(y), rest, table.ravel(), eps, relu, past_caches(y))
+        run((x, None, y, residual, table), eps, past_caches(y))
         if eps < LEAST_EPS and needs_float64(x, rstd, scale, eps):
             return None
         return y, Saved(
-            x, None if relu is None else y, gamma, None, Moments(count, mean, m2), mean, rstd, count,
+            x, None if activation is None else y, gamma, None, Moments(count, mean, m2), mean, rstd, count,
             channel_axis, activation, residual is not None, False,
         )  # fmt: skip
 
@@ -57,14 +57,14 @@ def backward_again(layout: Layout, saved: Saved, dy: Any, gradients: Gradients, 
     dense = _dense(layout, out is None, x, dy, y, out)
     if dense is None or len(layout.kept_shape) != 1 or saved.weight is not None:
         return None
-    flat, usable, empty_like, past_caches, small = dense
+    usable, empty_like, past_caches, small = dense
     frozen, has_residual, channels = saved.moments is None, saved.has_residual, layout.kept_shape[0]
     run = _backward(layout.folded, x, y, has_residual, frozen)
     simple = small and y is None and out is None
 
     def call(dy: Any, saved: Saved, out: Any) -> Gradients | None:
         x, y, gamma = saved.x, saved.y, saved.gamma
-        if not x.flags.behaved or not dy.flags.behaved or not (simple or usable(out, dy, x, y, gamma)):
+        if not x.flags.aligned or not dy.flags.aligned or not (simple or usable(out, dy, x, y, gamma)):
             return None
         numbers = np.empty((4, channels))
         numbers[0] = saved.mean
@@ -75,8 +75,7 @@ def backward_again(layout: Layout, saved: Saved, dy: Any, gradients: Gradients, 
         dresidual = empty_like(x) if has_residual else None
         results = np.empty((2, channels))
         past = past_caches(dx, dresidual)
-        y, extra = None if y is None else flat(y), None if dresidual is None else flat(dresidual)
-        run(flat(dy), flat(x), y, None, flat(dx), extra, numbers.ravel(), past, results.ravel())
+        run((dy, x, y, None, dx, dresidual, numbers, results), past)
         return Gradients(dx, results[0], results[1], dresidual)
 
     return call
@@ -99,12 +98,12 @@ def inference_again(
     dense = _dense(layout, out is None, x, residual, out)
     if dense is None or len(layout.kept_shape) != 1:
         return None
-    flat, usable, empty_like, past_caches, small = dense
-    channels, run, flag = layout.kept_shape[0], _normalize(layout.folded, x, residual), relu or None
+    usable, empty_like, past_caches, small = dense
+    channels, run = layout.kept_shape[0], _normalize(layout.folded, x, residual, relu)
     simple = small and residual is None and out is None
 
     def call(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> Any:
-        if not x.flags.behaved or not (simple or usable(out, x, residual, mean, var, gamma, beta)):
+        if not x.flags.aligned or not (simple or usable(out, x, residual, mean, var, gamma, beta)):
             return None
         numbers = np.empty((4, channels))
         numbers[0] = mean
@@ -114,8 +113,7 @@ def inference_again(
         if eps < LEAST_EPS and needs_float64(x, reciprocal_std(numbers[1], eps), numbers[2], eps):
             return None
         y = empty_like(x) if out is None else out
-        rest = None if residual is None else flat(residual)
-        run(flat(x), flat(y), rest, numbers.ravel(), eps, flag, past_caches(y))
+        run((x, y, residual, numbers), eps, past_caches(y))
         return y
 
     return call
@@ -127,8 +125,8 @@ def inference_again(
 def _dense(layout: Layout, own: bool, x: Array, *others: Array | None) -> tuple[Any, ...] | None:
     """For plain arrays of one layout without gaps: what a repeated call does with them; else None.
 
-    Functions that give an array's flat memory, tell whether arrays of a later call may go the short way, allocate a
-    result, and `past_caches`; and whether they are so small that one thread does all. `own` says whether results are
+    Functions that tell whether arrays of a later call may go the short way, allocate a result, and `past_caches`; and
+    whether they are so small that one thread does all. `own` says whether results are
     allocated here.
     """
     arrays = [a for a in (x, *others) if a is not None]
@@ -136,14 +134,10 @@ def _dense(layout: Layout, own: bool, x: Array, *others: Array | None) -> tuple[
         return None
     if not (x.dtype.isnative and x.size and x.transpose(layout.order).flags.c_contiguous):
         return None
-    dtype, shares, size = stored(x.dtype), shares_of(x.size), x.size
-    in_order = layout.order == tuple(range(x.ndim))
-
-    def in_other_order(a: Array) -> Array:
-        return a.transpose(layout.order).ravel().view(dtype)
+    shares, size = threads_for(x.size), x.size
 
     def usable(out: Array | None, x: Array, other: Array | None, *rest: Array | None) -> bool:
-        if not x.flags.behaved or not (other is None or other.flags.behaved) or shares_of(size) != shares:
+        if not x.flags.aligned or not (other is None or other.flags.aligned) or threads_for(size) != shares:
             return False
         if out is None:
             return True
@@ -153,7 +147,6 @@ def _dense(layout: Layout, own: bool, x: Array, *others: Array | None) -> tuple[
     small = x.nbytes < memory.CACHE_SHARE
     cached = x.nbytes < memory.CACHE_SHARE * (memory.OWN_TIMES if own else 1)
     return (
-        np.ndarray.ravel if in_order and dtype == x.dtype else in_other_order,
         usable,
         np.empty_like if small else empty_like,
         (lambda *_: 0) if cached else past_caches,
@@ -166,20 +159,21 @@ def _dense_strides(shape: tuple[int, ...]) -> Strides:
     return 0, outer * channel * inner, channel * inner, inner
 
 
-def _normalize(shape: tuple[int, ...], x: Array, residual: Array | None) -> plans.Run:
+def _normalize(shape: tuple[int, ...], x: Array, residual: Array | None, relu: bool) -> Program:
     """The plan of `cpu.normalize`; the names of its arguments stand there."""
     s = _dense_strides(shape)
-    return plans.normalize(shape, s, s, None if residual is None else s, x.itemsize, shares_of(x.size))
+    return plans.normalize(shape, kind_of(x.dtype), s, s, None if residual is None else s, relu, threads_for(x.size))
 
 
-def _forward(shape: tuple[int, ...], x: Array, residual: Array | None) -> plans.Run:
+def _forward(shape: tuple[int, ...], x: Array, residual: Array | None, relu: bool) -> Program:
     """The plan of `forward`."""
     s = _dense_strides(shape)
-    return plans.forward(shape, s, None, s, None if residual is None else s, x.itemsize, shares_of(x.size))
+    rs = None if residual is None else s
+    return plans.forward(shape, kind_of(x.dtype), s, None, None, s, rs, relu, threads_for(x.size))
 
 
-def _backward(shape: tuple[int, ...], x: Array, y: Array | None, residual: bool, frozen: bool) -> plans.Run:
+def _backward(shape: tuple[int, ...], x: Array, y: Array | None, residual: bool, frozen: bool) -> Program:
     """The plan of `backward`."""
     s = _dense_strides(shape)
-    ys, drs = None if y is None else s, s if residual else None
-    return plans.backward(shape, s, s, ys, None, s, drs, x.itemsize, shares_of(x.size), frozen)
+    ys, drs, kind = None if y is None else s, s if residual else None, kind_of(x.dtype)
+    return plans.backward(shape, kind, s, s, ys, None, None, s, drs, frozen, False, threads_for(x.size))

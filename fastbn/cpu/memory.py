@@ -1,13 +1,13 @@
-"""Arrays as kernels take them: flat memory and strides, vectors of numbers; what may be written where."""
+"""Arrays as kernels take them: strides in elements, vectors of numbers; what may be written where."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from fastbn.caches import last_cache
+from fastbn.cpu.program import kind_of
 from fastbn.layout import Layout
 
 Array = np.ndarray[Any, Any]
@@ -18,33 +18,6 @@ CACHE_SHARE = 4 << 20  # bytes of output; below, streaming stores lose to plain 
 # 6 MB are 1.1 to 1.4 times faster where the last cache has 32 MB, and up to 1.8 where it holds x as well; into an `out`
 # that has left the caches they are 1.3 times slower. Streaming 13 MB is 1.5 times faster.
 OWN_TIMES = min(max(1, last_cache() // 4 // CACHE_SHARE), 4)
-
-_AS_INTEGERS: dict[str, np.dtype[Any]] = {
-    "float16": np.dtype(np.uint16),
-    "bfloat16": np.dtype(np.int16),
-    "bool": np.dtype(np.uint8),
-}
-
-
-@lru_cache(maxsize=64)
-def stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype that kernels see (``dtype.name`` alone takes a microsecond)."""
-    return _AS_INTEGERS.get(dtype.name, dtype)
-
-
-class _Span:
-    """Flat memory from an array's lowest to its highest element, whatever its strides."""
-
-    def __init__(self, a: Array, start: int, count: int, dtype: np.dtype[Any]) -> None:
-        self.owner = a
-        address = a.__array_interface__["data"][0] - start * a.itemsize
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": (count,),
-            "typestr": dtype.str,
-            "data": (address, False),  # not read-only: one compiled kernel serves both; inputs are never written
-        }
-
 
 def _unit_stride(a: Array) -> bool:
     """Whether kernels can walk the array: contiguous inner or channel axis, other strides whole elements."""
@@ -77,22 +50,16 @@ def same_or_apart(a: Array, b: Array) -> bool:
     ) or not overlap(a, b)
 
 
-def flat(a: Any) -> tuple[Any, Any]:
-    """Flat memory and the element strides (start, batch, outer, channel); copies what kernels cannot walk."""
+def walkable(a: Array | None) -> tuple[Array | None, Strides | None]:
+    """An array as kernels can walk it, copied if need be, and its strides in elements (0, batch, outer, channel)."""
     if a is None:
         return None, None
     if not writable_in_place(a):
         a = np.array(a, dtype=a.dtype.newbyteorder("="), order="C")
-    dtype = stored(a.dtype)
     _, outer, channel, inner = a.shape
-    if a.flags.carray:
-        strides = (0, outer * channel * inner, channel * inner, inner)
-        return a.reshape(-1).view(dtype), strides
-    steps = tuple(s // a.itemsize if n > 1 else 0 for s, n in zip(a.strides, a.shape, strict=True))
-    reach = [(n - 1) * s for n, s in zip(a.shape, steps, strict=True)]
-    start = -sum(r for r in reach if r < 0)
-    count = 1 + start + sum(r for r in reach if r > 0) if a.size else 0
-    return np.asarray(_Span(a, start, count, dtype)), (start, *steps[:3])
+    if a.flags.c_contiguous:
+        return a, (0, outer * channel * inner, channel * inner, inner)
+    return a, (0, *(s // a.itemsize if n > 1 else 0 for s, n in zip(a.strides[:3], a.shape, strict=False)))
 
 
 def folded_view(layout: Layout, a: Array) -> Array | None:
@@ -111,14 +78,13 @@ def vector(layout: Layout, parameter: Any, default: float) -> Array:
     return numbers
 
 
-def flat_weight(weight: Any) -> tuple[Any, Any]:
-    """The same for weights: contiguous, and stride 0 along batch and channel where they do not vary."""
+def walkable_weight(weight: Array | None) -> tuple[Array | None, Strides | None, str | None]:
+    """The same for weights, and their kind: contiguous, and stride 0 along batch and channel where they do not vary."""
     if weight is None:
-        return None, None
+        return None, None, None
     batch, outer, channel, inner = weight.shape
     strides = (0, outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1))
-    flat, dtype = weight.reshape(-1), stored(weight.dtype)
-    return flat.view(dtype) if flat.flags.writeable else np.asarray(_Span(flat, 0, flat.size, dtype)), strides
+    return np.ascontiguousarray(weight), strides, kind_of(weight.dtype)
 
 
 # New pages cost more than a kernel (25 ms for 100 MB, the kernel 8), and malloc asks the system for new ones whenever

@@ -1,28 +1,28 @@
-"""Which kernels run, and how their work is divided: from shapes and strides to a function of flat arrays.
+"""Which kernels run, and how their work is divided: from shapes and strides to a `Program`.
 
-A plan is made once for each shape, strides, size of element and number of threads. It chooses between
+A plan is made once for each shape, strides, dtype, options and number of threads. It chooses between
 
 - `rows`, a channel's rows one after the other, and `columns`, rows through all channels;
 - one trip over memory, where what is read twice stays in a core's cache, and two;
 - plain stores and stores past the caches.
 
 What changes the bits of sums (chunks, segments, folding, the family of kernels) follows from shape and strides alone.
+
+Dtypes are named as kernels name arrays of them (`program.kind_of`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
-from fastbn.cpu import cells, columns, columns_gradients, rows, rows_gradients, slab, threads
-from fastbn.cpu.memory import Array, Strides
+from fastbn.cpu import sizes, team
+from fastbn.cpu.memory import Strides
+from fastbn.cpu.program import Argument, Program
 
 Shape = tuple[int, ...]
-Run = Callable[..., None]
+Kind = str
 
 STREAMED_ROW = 512  # bytes side by side from which streaming pays: their two ends are not streamed
 SHORT = 1024  # values of a row, below which rows of many channels are read in one go
@@ -38,6 +38,7 @@ FUSED_BYTES = 192 << 10  # about so many are read twice by a thread; the next ti
 FUSED_FROM = 2 << 20  # bytes of x from which fusing pays, if threads share it: two passes over less stay in cache
 FUSED_MOST = 384 << 10  # what stays in a second-level cache of 512 kB beside the output
 
+NEVER = 3  # what `memory.past_caches` never says
 NOWHERE = (0, 0, 0, 0)
 
 
@@ -71,7 +72,7 @@ def _fused_tile(shape: Shape, itemsize: int, twice: int, shares: int) -> int:
     """Cells of a tile whose rows all stay in a core's cache between two passes over ``twice`` arrays, or 0."""
     batch, outer, channel, inner = shape
     tile = _tile(channel, inner, itemsize, min(TILE, FUSED_BYTES // max(1, outer * itemsize * twice)))
-    if shares == 1 and math.prod(shape) < threads.PARALLEL_FROM:
+    if shares == 1 and math.prod(shape) < team.PARALLEL_FROM:
         return tile
     width = tile * inner * itemsize
     narrowest = FUSED_WIDTH if math.prod(shape) * itemsize >= FROM_MEMORY else FUSED_WIDTH // 8
@@ -90,20 +91,29 @@ def _whole_channels(shape: Shape, shares: int) -> bool:
     return shares == 1 or shape[0] * shape[2] >= 4 * shares
 
 
-def _geometry(shape: Shape, family: tuple[int, ...], *strides: Strides | None) -> Array:
-    """The integers of a kernel in one vector; see `fastbn.cpu.slab`."""
-    return np.array([*shape, *family, *(step for s in strides for step in s or NOWHERE)], np.int64)
+def _geometry(program: Program, shape: Shape, family: tuple[int, ...], *strides: Strides | None) -> Argument:
+    """The integers of a kernel in one vector; see `fastbn.cpu.kernels.slab`."""
+    return program.integers([*shape, *family, *(step for s in strides for step in s or NOWHERE)])
+
+
+def _compute(kind: Kind) -> Kind:
+    """What kernels compute in, and keep in their work arrays."""
+    return "f8*" if kind == "f8*" else "f4*"
+
+
+def _size(kind: Kind) -> int:
+    return int(kind[1])
 
 
 def _chunks(shape: Shape) -> tuple[int, ...]:
     """The geometry's integers of the family `rows`, for one channel at a time."""
-    return (*rows.chunk_grid(shape[1], shape[3]), max(1, shape[3]), rows.PAD)
+    return (*sizes.chunk_grid(shape[1], shape[3]), max(1, shape[3]), sizes.PAD)
 
 
 def _halved(shape: Shape, *strides: Strides | None) -> tuple[Any, ...]:
     """Shape and strides with the only row of each channel as two, which are read faster than one; else as they are."""
     batch, outer, channel, inner = shape
-    if outer > 1 or inner < 2 * rows.CHUNK or inner % (2 * rows.CHUNK) > 0:
+    if outer > 1 or inner < 2 * sizes.CHUNK or inner % (2 * sizes.CHUNK) > 0:
         return shape, *strides
     half = inner // 2
     return (batch, 2, channel, half), *(None if s is None else (s[0], s[1], half, s[3]) for s in strides)
@@ -119,13 +129,12 @@ class _Rows:
             if any(s is not None and n > 1 and s[axis] != run for s in strides):
                 break
             run *= n
-        self.tasks = rows.piece_count(shape)
-        most = -(-self.tasks // shares) // max(1, -(-inner // rows.PIECE)) + 2  # rows of a share
+        self.tasks = sizes.piece_count(shape)
+        most = -(-self.tasks // shares) // max(1, -(-inner // sizes.PIECE)) + 2  # rows of a share
         batches = most if outer == 1 else (most // max(1, outer * channel) + 2) * channel
-        self.pitch = min(batch * channel, batches) + rows.PAD
-        self.family = (*rows.chunk_grid(outer, inner), run, self.pitch)
+        self.pitch = min(batch * channel, batches) + sizes.PAD
+        self.family = (*sizes.chunk_grid(outer, inner), run, self.pitch)
         self.streams = run * itemsize >= STREAMED_ROW
-        self.compute = np.float64 if itemsize == 8 else np.float32
 
 
 class _Columns:
@@ -133,22 +142,21 @@ class _Columns:
 
     def __init__(
         self, shape: Shape, fold: int, tile: int, itemsize: int, shares: int,
-        sums: int = 0, scratch: int = 0, work: int = cells.WORK, fused: bool = False,
+        sums: int = 0, scratch: int = 0, work: int = 0, fused: bool = False,
     ) -> None:  # fmt: skip
         batch, outer, channel, inner = shape
         # Sums take whole folds and leave the rest to their last step; elementwise passes take the rest as a row.
         folded = outer // fold if sums else -(-outer // fold)
         self.fold, self.tile, self.itemsize, self.inner, self.cells = fold, tile, itemsize, inner, channel * fold
-        of_segments = cells.segment_rows(folded, self.cells)
+        of_segments = sizes.segment_rows(folded, self.cells)
         self.height = of_segments if sums or fused else max(1, -(-folded // shares))
         segments = -(-folded // self.height)
         pieces = 1 if fused else segments
         self.tasks = batch * pieces * -(-self.cells // tile)
-        pitch = tile * inner + cells.PAD
-        of_a_share = scratch * (1 + segments if fused else 1) * cells.padded(tile, tile)
-        self.parts = sums * batch * segments * cells.padded(self.cells, tile) + shares * of_a_share
+        pitch = tile * inner + sizes.PAD
+        of_a_share = scratch * (1 + segments if fused else 1) * sizes.padded(tile, tile)
+        self.parts = sums * batch * segments * sizes.padded(self.cells, tile) + shares * of_a_share
         self.work = shares * work * pitch
-        self.compute = np.float64 if itemsize == 8 else np.float32
         self.family = (fold, tile, self.height, 0)
 
     def streams(self, *strides: Strides | None) -> bool:
@@ -162,280 +170,259 @@ class _Columns:
 
 
 @lru_cache(maxsize=1024)
-def moments(shape: Shape, xs: Strides, ws: Strides | None, itemsize: int, shares: int) -> Run:
-    """``run(x, weight, table, eps)``: see `slab.enter_moments`."""
-    weighted, kept = ws is not None, shape[0] * shape[2]
+def moments(shape: Shape, kind: Kind, xs: Strides, ws: Strides | None, weights: Kind | None, shares: int) -> Program:
+    """``program((x, weight, table), eps)``: see `slab.enter_moments`."""
+    p = Program(shares, {"x": kind, "weight": weights, "table": "f8*"}, {"eps": "f8"})
+    _add_moments(p, shape, kind, xs, ws, shares, p.array("x"), p.array("weight"), p.array("table"), p.number("eps"))
+    return p
+
+
+def _add_moments(
+    p: Program, shape: Shape, kind: Kind, xs: Strides, ws: Strides | None, shares: int,
+    x: Argument, weight: Argument, table: Argument, eps: Argument,
+) -> None:  # fmt: skip
+    kept, weighted = shape[0] * shape[2], ws is not None
+    pivots = p.scratch(kept if weighted else 0, "f8*")
     if in_columns(shape, xs, weighted=weighted):
-        fold = folding(shape, itemsize, xs, weighted=weighted)
-        tile = _tile(shape[2] * fold, shape[3], itemsize, TILE)
-        c = _Columns(shape, fold, tile, itemsize, shares, 3 if weighted else 2, cells.PARTS)
-        geometry = _geometry(shape, c.family, xs, ws)
-
-        def sums(x: Array, weight: Array | None, pivots: Array, table: Array, eps: float) -> None:
-            parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
-            columns.segment_moments.run(c.tasks, shares, x, weight, geometry, pivots, parts, work)
-            columns.channel_moments.run(kept, shares, x, weight, geometry, pivots, parts, table, eps)
-
+        fold = folding(shape, _size(kind), xs, weighted=weighted)
+        tile = _tile(shape[2] * fold, shape[3], _size(kind), TILE)
+        c = _Columns(
+            shape, fold, tile, _size(kind), shares, 3 if weighted else 2, sizes.PIVOTS, work=sizes.GUESS_AND_SUMS
+        )
+        geometry = _geometry(p, shape, c.family, xs, ws)
+        _add_pivots(p, kept, x, weight, geometry, pivots)
+        parts, work = p.scratch(c.parts, "f8*"), p.scratch(c.work, _compute(kind))
+        p.launch(
+            "columns.segment_moments", c.tasks,
+            x=x, weight=weight, geometry=geometry, pivots=pivots, parts=parts, work=work,
+        )  # fmt: skip
+        family = "columns"
     else:
         shape, xs, ws = _halved(shape, xs, ws)
-        segments = kept * rows.segment_count(shape[1], shape[3])
-        geometry = _geometry(shape, _chunks(shape), xs, ws)
+        segments = kept * sizes.segment_count(shape[1], shape[3])
+        geometry = _geometry(p, shape, _chunks(shape), xs, ws)
+        _add_pivots(p, kept, x, weight, geometry, pivots)
+        parts = p.scratch(3 * segments, "f8*")
+        p.launch(
+            "rows.moments_of_segments", segments, x=x, weight=weight, geometry=geometry, pivots=pivots, parts=parts
+        )
+        family = "rows"
+    p.launch(
+        f"{family}.channel_moments", kept,
+        x=x, weight=weight, geometry=geometry, pivots=pivots, parts=parts, table=table, eps=eps,
+    )  # fmt: skip
 
-        def sums(x: Array, weight: Array | None, pivots: Array, table: Array, eps: float) -> None:
-            parts = np.empty(3 * segments)
-            rows.moments_of_segments.run(segments, shares, x, weight, geometry, pivots, parts)
-            rows.channel_moments.run(kept, shares, x, weight, geometry, pivots, parts, table, eps)
 
-    def run(x: Array, weight: Array | None, table: Array, eps: float) -> None:
-        pivots = np.empty(kept if weighted else 0)
-        if weighted:
-            slab.find_pivots.run(kept, shares, x, weight, geometry, pivots)
-        sums(x, weight, pivots, table, eps)
-
-    return run
+def _add_pivots(p: Program, kept: int, x: Argument, weight: Argument, geometry: Argument, pivots: Argument) -> None:
+    if weight.kind != "none":
+        p.launch("slab.find_pivots", kept, x=x, weight=weight, geometry=geometry, pivots=pivots)
 
 
 @lru_cache(maxsize=1024)
-def normalize(shape: Shape, xs: Strides, ys: Strides, rs: Strides | None, itemsize: int, shares: int) -> Run:
-    """``run(x, y, residual, numbers, eps, relu, past)``: see `slab.affine_of`; past is that of `memory.past_caches`."""
+def normalize(
+    shape: Shape, kind: Kind, xs: Strides, ys: Strides, rs: Strides | None, relu: bool, shares: int
+) -> Program:
+    """``program((x, y, residual, numbers), eps, past)``: see `slab.affine_of`; past is that of `memory.past_caches`."""
+    p = Program(
+        shares,
+        {"x": kind, "y": kind, "residual": kind if rs else None, "numbers": "f8*"},
+        {"eps": "f8", "past": "i8"},
+    )
+    _add_normalize(p, shape, kind, xs, ys, rs, relu, shares, p.array("x"), p.array("numbers"), p.number("eps"))
+    return p
+
+
+def _add_normalize(
+    p: Program, shape: Shape, kind: Kind, xs: Strides, ys: Strides, rs: Strides | None, relu: bool, shares: int,
+    x: Argument, numbers: Argument, eps: Argument | float,
+) -> None:  # fmt: skip
     if shape[3] < LINE and in_columns(shape, xs, ys, rs):
-        fold = folding(shape, itemsize, xs, ys, rs)
-        tile = _tile(shape[2] * fold, shape[3], itemsize, ROW)
-        c = _Columns(shape, fold, tile, itemsize, shares)
-        geometry, can_stream = _geometry(shape, c.family, xs, ys, rs), c.streams(ys)
-
-        def of_columns(
-            x: Array, y: Array, residual: Array | None, numbers: Array, eps: float, relu: Any, past: int
-        ) -> None:
-            work = np.empty(c.work, c.compute)
-            columns.normalize.run(
-                c.tasks, shares, x, y, residual, geometry, numbers, eps, work, relu, past > 1 and can_stream
-            )
-
-        return of_columns
-    r = _Rows(shape, itemsize, shares, xs, ys, rs)
-    geometry = _geometry(shape, r.family, xs, ys, rs)
-
-    def of_rows(x: Array, y: Array, residual: Array | None, numbers: Array, eps: float, relu: Any, past: int) -> None:
-        work = np.empty(3 * shares * r.pitch, r.compute)
-        rows.normalize.run(r.tasks, shares, x, y, residual, geometry, numbers, eps, work, relu, past > 0 and r.streams)
-
-    return of_rows
+        fold = folding(shape, _size(kind), xs, ys, rs)
+        tile = _tile(shape[2] * fold, shape[3], _size(kind), ROW)
+        c = _Columns(shape, fold, tile, _size(kind), shares, work=sizes.AFFINE)
+        geometry, past = _geometry(p, shape, c.family, xs, ys, rs), 2 if c.streams(ys) else NEVER
+        name, tasks, size = "columns.normalize", c.tasks, c.work
+    else:
+        r = _Rows(shape, _size(kind), shares, xs, ys, rs)
+        geometry, past = _geometry(p, shape, r.family, xs, ys, rs), 1 if r.streams else NEVER
+        name, tasks, size = "rows.normalize", r.tasks, sizes.AFFINE * shares * r.pitch
+    p.launch(
+        name, tasks, x=x, y=p.array("y"), residual=p.array("residual"), geometry=geometry, numbers=numbers, eps=eps,
+        work=p.scratch(size, _compute(kind)), relu=relu or None, streaming=p.at_least("past", past),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
 def forward(
-    shape: Shape, xs: Strides, ws: Strides | None, ys: Strides, rs: Strides | None, itemsize: int, shares: int
-) -> Run:
-    """``run(x, weight, y, residual, table, eps, relu, past)``: gamma and beta stand in `slab.enter_moments`' table."""
+    shape: Shape, kind: Kind, xs: Strides, ws: Strides | None, weights: Kind | None, ys: Strides, rs: Strides | None,
+    relu: bool, shares: int,
+) -> Program:  # fmt: skip
+    """``program((x, weight, y, residual, table), eps, past)``: gamma and beta stand in `slab.enter_moments`' table."""
+    p = Program(
+        shares,
+        {"x": kind, "weight": weights, "y": kind, "residual": kind if rs else None, "table": "f8*"},
+        {"eps": "f8", "past": "i8"},
+    )
+    x, weight, table, eps = p.array("x"), p.array("weight"), p.array("table"), p.number("eps")
     weighted, kept = ws is not None, shape[0] * shape[2]
     tile = 0
-    if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, itemsize, xs) == 1:
-        tile = _fused_tile(shape, itemsize, 1, shares)
+    if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, _size(kind), xs) == 1:
+        tile = _fused_tile(shape, _size(kind), 1, shares)
     if tile:
-        c = _Columns(shape, 1, tile, itemsize, shares, scratch=cells.PARTS, fused=True)
-        geometry, can_stream = _geometry(shape, c.family, xs, ys, rs), c.streams(ys)
-
-        def of_columns(
-            x: Array, weight: None, y: Array, residual: Array | None,
-            table: Array, eps: float, relu: Any, past: int,
-        ) -> None:  # fmt: skip
-            parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
-            columns.forward.run(
-                c.tasks, shares, x, y, residual, geometry, table, eps, parts, work, relu, past > 1 and can_stream
-            )
-
-        return of_columns
-    if _whole_channels(shape, shares) and not in_columns(shape, xs, weighted=weighted):
+        c = _Columns(
+            shape, 1, tile, _size(kind), shares, scratch=sizes.PIVOTS, work=sizes.GUESS_AND_SUMS, fused=True
+        )
+        p.launch(
+            "columns.forward", c.tasks, x=x, y=p.array("y"), residual=p.array("residual"),
+            geometry=_geometry(p, shape, c.family, xs, ys, rs), table=table, eps=eps,
+            parts=p.scratch(c.parts, "f8*"), work=p.scratch(c.work, _compute(kind)), relu=relu or None,
+            streaming=p.at_least("past", 2 if c.streams(ys) else NEVER),
+        )  # fmt: skip
+    elif _whole_channels(shape, shares) and not in_columns(shape, xs, weighted=weighted):
         shape, xs, ws, ys, rs = _halved(shape, xs, ws, ys, rs)
-        geometry = _geometry(shape, _chunks(shape), xs, ws, ys, rs)
-        can_stream = shape[3] * itemsize >= STREAMED_ROW
+        geometry, pivots = _geometry(p, shape, _chunks(shape), xs, ws, ys, rs), p.scratch(kept * weighted, "f8*")
+        _add_pivots(p, kept, x, weight, geometry, pivots)
+        p.launch(
+            "rows.forward", kept, x=x, weight=weight, y=p.array("y"), residual=p.array("residual"), geometry=geometry,
+            pivots=pivots, table=table, eps=eps, work=p.scratch(sizes.AFFINE * shares * sizes.PAD, _compute(kind)),
+            relu=relu or None, streaming=p.at_least("past", _past_of_rows(shape, kind)),
+        )  # fmt: skip
+    else:
+        _add_moments(p, shape, kind, xs, ws, shares, x, weight, table, eps)
+        _add_normalize(p, shape, kind, xs, ys, rs, relu, shares, x, table.after(2 * kept), -1.0)
+    return p
 
-        def of_rows(
-            x: Array, weight: Array | None, y: Array, residual: Array | None,
-            table: Array, eps: float, relu: Any, past: int,
-        ) -> None:  # fmt: skip
-            pivots = np.empty(kept if weighted else 0)
-            if weighted:
-                slab.find_pivots.run(kept, shares, x, weight, geometry, pivots)
-            work = np.empty(3 * shares * rows.PAD, np.float64 if itemsize == 8 else np.float32)
-            rows.forward.run(
-                kept, shares, x, weight, y, residual, geometry, pivots, table, eps, work, relu, past > 0 and can_stream
-            )
 
-        return of_rows
-    first, second = moments(shape, xs, ws, itemsize, shares), normalize(shape, xs, ys, rs, itemsize, shares)
-
-    def of_parts(
-        x: Array, weight: Array | None, y: Array, residual: Array | None,
-        table: Array, eps: float, relu: Any, past: int,
-    ) -> None:  # fmt: skip
-        first(x, weight, table, eps)
-        second(x, y, residual, table[2 * kept :], -1.0, relu, past)
-
-    return of_parts
+def _past_of_rows(shape: Shape, kind: Kind) -> int:
+    """What `memory.past_caches` must say for kernels to stream whole rows of a channel."""
+    return 1 if shape[3] * _size(kind) >= STREAMED_ROW else NEVER
 
 
 @lru_cache(maxsize=1024)
 def grad_sums(
-    shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, itemsize: int, shares: int
-) -> Run:
-    """``run(dy, x, y, weight, numbers, out, linear, frozen)``: (dgamma, dbeta) from (mean, rstd).
+    shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
+    shares: int,
+) -> Program:  # fmt: skip
+    """``program((dy, x, y, weight, numbers, out))``: (dgamma, dbeta) from (mean, rstd)."""
+    arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "numbers": "f8*", "out": "f8*"}
+    p = Program(shares, arrays, {})
+    _add_grad_sums(p, shape, kind, dys, xs, ys, ws, shares, None, False, False)
+    return p
 
-    For linear and frozen see `slab.enter_linear`.
-    """
+
+def _add_grad_sums(
+    p: Program, shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None,
+    shares: int, linear: Argument | None, frozen: bool, mixed: bool,
+) -> None:  # fmt: skip
+    """For ``linear`` see `slab.enter_linear`."""
+    dy, x, y, weight, numbers = (p.array(name) for name in ("dy", "x", "y", "weight", "numbers"))
     kept, weighted = shape[0] * shape[2], ws is not None
     if in_columns(shape, dys, xs, ys, weighted=weighted):
-        fold = folding(shape, itemsize, dys, xs, ys, weighted=weighted)
-        tile = _tile(shape[2] * fold, shape[3], itemsize, TILE)
-        c = _Columns(shape, fold, tile, itemsize, shares, 2, work=columns_gradients.SUMMED)
-        geometry = _geometry(shape, c.family, dys, xs, ys, ws)
-
-        def of_columns(
-            dy: Array, x: Array, y: Array | None, weight: Array | None, numbers: Array, out: Array, linear: Array,
-            frozen: bool,
-        ) -> None:  # fmt: skip
-            parts, work = np.empty(c.parts), np.empty(c.work, c.compute)
-            columns_gradients.segment_grad_sums.run(c.tasks, shares, dy, x, y, weight, geometry, numbers, parts, work)
-            columns_gradients.channel_grad_sums.run(
-                kept, shares, dy, x, y, geometry, numbers, parts, out, linear, frozen
-            )
-
-        return of_columns
-    shape, dys, xs, ys, ws = _halved(shape, dys, xs, ys, ws)
-    geometry = _geometry(shape, _chunks(shape), dys, xs, ys, ws)
-    segments = kept * rows.segment_count(shape[1], shape[3])
-
-    def of_rows(
-        dy: Array, x: Array, y: Array | None, weight: Array | None, numbers: Array, out: Array, linear: Array,
-        frozen: bool,
-    ) -> None:  # fmt: skip
-        parts = np.empty(2 * segments)
-        rows_gradients.grad_sums_of_segments.run(segments, shares, dy, x, y, weight, geometry, numbers, parts)
-        rows_gradients.channel_grad_sums.run(kept, shares, x, geometry, numbers, parts, out, linear, frozen)
-
-    return of_rows
+        fold = folding(shape, _size(kind), dys, xs, ys, weighted=weighted)
+        tile = _tile(shape[2] * fold, shape[3], _size(kind), TILE)
+        c = _Columns(shape, fold, tile, _size(kind), shares, 2, work=sizes.SUMMED)
+        geometry, parts = _geometry(p, shape, c.family, dys, xs, ys, ws), p.scratch(c.parts, "f8*")
+        p.launch(
+            "columns_gradients.segment_grad_sums", c.tasks, dy=dy, x=x, y=y, weight=weight, geometry=geometry,
+            numbers=numbers, parts=parts, work=p.scratch(c.work, _compute(kind)),
+        )  # fmt: skip
+        p.launch(
+            "columns_gradients.channel_grad_sums", kept, dy=dy, x=x, y=y, geometry=geometry, numbers=numbers,
+            parts=parts, out=p.array("out"), linear=linear, frozen=frozen, mixed=mixed,
+        )  # fmt: skip
+    else:
+        shape, dys, xs, ys, ws = _halved(shape, dys, xs, ys, ws)
+        geometry = _geometry(p, shape, _chunks(shape), dys, xs, ys, ws)
+        segments = kept * sizes.segment_count(shape[1], shape[3])
+        parts = p.scratch(2 * segments, "f8*")
+        p.launch(
+            "rows_gradients.grad_sums_of_segments", segments, dy=dy, x=x, y=y, weight=weight, geometry=geometry,
+            numbers=numbers, parts=parts,
+        )  # fmt: skip
+        p.launch(
+            "rows_gradients.channel_grad_sums", kept, x=x, geometry=geometry, numbers=numbers, parts=parts,
+            out=p.array("out"), linear=linear, frozen=frozen, mixed=mixed,
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
 def grad_input(
-    shape: Shape, dys: Strides, xs: Strides | None, ys: Strides | None, ws: Strides | None, dxs: Strides,
-    drs: Strides | None, itemsize: int, shares: int,
-) -> Run:  # fmt: skip
-    """``run(dy, x, y, weight, dx, dresidual, numbers, past)``: numbers are (mean, scale, offset, slope, unit)."""
+    shape: Shape, kind: Kind, dys: Strides, xs: Strides | None, ys: Strides | None, ws: Strides | None,
+    weights: Kind | None, dxs: Strides, drs: Strides | None, shares: int,
+) -> Program:  # fmt: skip
+    """``program((dy, x, y, weight, dx, dresidual, numbers), past)``: numbers (mean, scale, offset, slope, unit)."""
+    p = Program(
+        shares,
+        {
+            "dy": kind, "x": kind if xs else None, "y": kind if ys else None, "weight": weights, "dx": kind,
+            "dresidual": kind if drs else None, "numbers": "f8*",
+        },
+        {"past": "i8"},
+    )  # fmt: skip
+    _add_grad_input(p, shape, kind, p.array("x"), dys, xs, ys, ws, dxs, drs, shares, p.array("numbers"))
+    return p
+
+
+def _add_grad_input(
+    p: Program, shape: Shape, kind: Kind, x: Argument | None, dys: Strides, xs: Strides | None, ys: Strides | None,
+    ws: Strides | None, dxs: Strides, drs: Strides | None, shares: int, numbers: Argument,
+) -> None:  # fmt: skip
     strides = (dys, xs, ys, ws, dxs, drs)
     if shape[3] < LINE and in_columns(shape, dys, xs, ys, dxs, drs, weighted=ws is not None):
-        fold = folding(shape, itemsize, dys, xs, ys, dxs, drs, weighted=ws is not None)
-        tile = _tile(shape[2] * fold, shape[3], itemsize, ROW // 2)  # with five numbers a column, not three
-        c = _Columns(shape, fold, tile, itemsize, shares, work=columns_gradients.LINEAR)
-        geometry, can_stream = _geometry(shape, c.family, *strides), c.streams(dxs, drs)
-
-        def of_columns(
-            dy: Array, x: Array | None, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
-            numbers: Array, past: int,
-        ) -> None:  # fmt: skip
-            work = np.empty(c.work, c.compute)
-            streaming = past > 1 and can_stream
-            columns_gradients.grad_input.run(
-                c.tasks, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, work, streaming
-            )
-
-        return of_columns
-    r = _Rows(shape, itemsize, shares, *strides)
-    geometry = _geometry(shape, r.family, *strides)
-
-    def of_rows(
-        dy: Array, x: Array | None, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
-        numbers: Array, past: int,
-    ) -> None:  # fmt: skip
-        work = np.empty(rows_gradients.LINEAR * shares * r.pitch, r.compute)
-        rows_gradients.grad_input.run(
-            r.tasks, shares, dy, x, y, weight, dx, dresidual, geometry, numbers, work, past > 0 and r.streams
-        )
-
-    return of_rows
+        fold = folding(shape, _size(kind), dys, xs, ys, dxs, drs, weighted=ws is not None)
+        tile = _tile(shape[2] * fold, shape[3], _size(kind), ROW // 2)  # with five numbers a column, not three
+        c = _Columns(shape, fold, tile, _size(kind), shares, work=sizes.LINEAR)
+        geometry, past = _geometry(p, shape, c.family, *strides), 2 if c.streams(dxs, drs) else NEVER
+        name, tasks, size = "columns_gradients.grad_input", c.tasks, c.work
+    else:
+        r = _Rows(shape, _size(kind), shares, *strides)
+        geometry, past = _geometry(p, shape, r.family, *strides), 1 if r.streams else NEVER
+        name, tasks, size = "rows_gradients.grad_input", r.tasks, sizes.LINEAR * shares * r.pitch
+    p.launch(
+        name, tasks, dy=p.array("dy"), x=x, y=p.array("y"), weight=p.array("weight"), dx=p.array("dx"),
+        dresidual=p.array("dresidual"), geometry=geometry, numbers=numbers, work=p.scratch(size, _compute(kind)),
+        streaming=p.at_least("past", past),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
 def backward(
-    shape: Shape, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, dxs: Strides,
-    drs: Strides | None, itemsize: int, shares: int, frozen: bool,
-) -> Run:  # fmt: skip
-    """``run(dy, x, y, weight, dx, dresidual, numbers, past, out)``: see `slab.input_numbers`; to (dgamma, dbeta)."""
+    shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
+    dxs: Strides, drs: Strides | None, frozen: bool, mixed: bool, shares: int,
+) -> Program:  # fmt: skip
+    """``program((dy, x, y, weight, dx, dresidual, numbers, out), past)``: see `slab.input_numbers`; (dgamma, dbeta)."""
+    p = Program(
+        shares,
+        {
+            "dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "dx": kind,
+            "dresidual": kind if drs else None, "numbers": "f8*", "out": "f8*",
+        },
+        {"past": "i8"},
+    )  # fmt: skip
+    dy, x, y, dx, dresidual = (p.array(name) for name in ("dy", "x", "y", "dx", "dresidual"))
+    numbers, out, live = p.array("numbers"), p.array("out"), None if frozen else x
     strides, kept = (dys, xs, ys, ws, dxs, drs), shape[0] * shape[2]
     tile = 0
-    if ws is None and in_columns(shape, dys, xs, ys, dxs, drs) and folding(shape, itemsize, dys, xs, ys) == 1:
-        tile = _fused_tile(shape, itemsize, 2, shares)
+    if ws is None and in_columns(shape, dys, xs, ys, dxs, drs) and folding(shape, _size(kind), dys, xs, ys) == 1:
+        tile = _fused_tile(shape, _size(kind), 2, shares)
     if tile:
-        c = _Columns(
-            shape, 1, tile, itemsize, shares, scratch=columns_gradients.SUMS, work=columns_gradients.LINEAR, fused=True
-        )
-        geometry, can_stream = _geometry(shape, c.family, *strides), c.streams(dxs, drs)
-
-        def of_columns(
-            dy: Array, x: Array, y: Array | None, weight: None, dx: Array, dresidual: Array | None,
-            numbers: Array, past: int, out: Array,
-        ) -> None:  # fmt: skip
-            parts, work, live = np.empty(c.parts), np.empty(c.work, c.compute), None if frozen else x
-            columns_gradients.backward.run(
-                c.tasks,
-                shares,
-                dy,
-                x,
-                y,
-                live,
-                dx,
-                dresidual,
-                geometry,
-                numbers,
-                out,
-                parts,
-                work,
-                past > 1 and can_stream,
-            )
-
-        return of_columns
-    if _whole_channels(shape, shares) and not in_columns(shape, dys, xs, ys, weighted=ws is not None):
-        shape, *halved = _halved(shape, *strides)
-        geometry, can_stream = _geometry(shape, _chunks(shape), *halved), shape[3] * itemsize >= STREAMED_ROW
-
-        def of_rows(
-            dy: Array, x: Array, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
-            numbers: Array, past: int, out: Array,
-        ) -> None:  # fmt: skip
-            live, work = (
-                None if frozen else x,
-                np.empty(rows_gradients.LINEAR * shares * rows.PAD, np.float64 if itemsize == 8 else np.float32),
-            )
-            rows_gradients.backward.run(
-                kept,
-                shares,
-                dy,
-                x,
-                y,
-                live,
-                weight,
-                dx,
-                dresidual,
-                geometry,
-                numbers,
-                out,
-                work,
-                past > 0 and can_stream,
-            )
-
-        return of_rows
-    first = grad_sums(shape, dys, xs, ys, ws, itemsize, shares)
-    second = grad_input(shape, dys, None if frozen else xs, ys, ws, dxs, drs, itemsize, shares)
-
-    def of_parts(
-        dy: Array, x: Array, y: Array | None, weight: Array | None, dx: Array, dresidual: Array | None,
-        numbers: Array, past: int, out: Array,
-    ) -> None:  # fmt: skip
-        live = None if frozen else x
-        # Each channel's in the place of what it is made of, if that is enough.
-        linear = numbers[: 5 * kept] if numbers.size > 5 * kept else np.empty(5 * kept)
-        first(dy, x, y, weight, numbers, out, linear, frozen)
-        second(dy, live, y, weight, dx, dresidual, linear, past)
-
-    return of_parts
+        c = _Columns(shape, 1, tile, _size(kind), shares, scratch=sizes.SUMS, work=sizes.LINEAR, fused=True)
+        p.launch(
+            "columns_gradients.backward", c.tasks, dy=dy, x=x, y=y, live=live, dx=dx, dresidual=dresidual,
+            geometry=_geometry(p, shape, c.family, *strides), numbers=numbers, mixed=mixed, out=out,
+            parts=p.scratch(c.parts, "f8*"), work=p.scratch(c.work, _compute(kind)),
+            streaming=p.at_least("past", 2 if c.streams(dxs, drs) else NEVER),
+        )  # fmt: skip
+    elif _whole_channels(shape, shares) and not in_columns(shape, dys, xs, ys, weighted=ws is not None):
+        shape, *strides = _halved(shape, *strides)
+        p.launch(
+            "rows_gradients.backward", kept, dy=dy, x=x, y=y, live=live, weight=p.array("weight"), dx=dx,
+            dresidual=dresidual, geometry=_geometry(p, shape, _chunks(shape), *strides), numbers=numbers, mixed=mixed,
+            out=out, work=p.scratch(sizes.LINEAR * shares * sizes.PAD, _compute(kind)),
+            streaming=p.at_least("past", _past_of_rows(shape, kind)),
+        )  # fmt: skip
+    else:
+        linear = p.scratch(5 * kept, "f8*")
+        _add_grad_sums(p, shape, kind, dys, xs, ys, ws, shares, linear, frozen, mixed)
+        _add_grad_input(p, shape, kind, live, dys, None if frozen else xs, ys, ws, dxs, drs, shares, linear)
+    return p

@@ -3,8 +3,8 @@
 The words are those of `columns`.
 """
 
-from fastbn.cpu.jit import inner
-from fastbn.cpu.simd import (
+from fastbn.cpu.kernels.compiler import inner
+from fastbn.cpu.kernels.simd import (
     converted,
     lanes,
     load,
@@ -15,32 +15,14 @@ from fastbn.cpu.simd import (
     store_first,
     total,
 )
-from fastbn.cpu.slab import (
+from fastbn.cpu.kernels.slab import (
     WIDTH,
     affine_of,
     affine_vectors,
 )
+from fastbn.cpu.sizes import PAD, padded
 
 AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise passes 5 % faster
-PAD = 16  # values behind each array of work: whole vectors may be read and written
-CHUNK = 128  # rows: 32 + 2 float32 additions per sum keep its rounding below 1e-6
-SEGMENT = 4096  # rows, at most: two float64 a cell and segment are 0.1 % of float32 data, 0.2 % of halves
-MANY = 2048  # cells, of which two threads have tiles enough for themselves
-WORK, PARTS = 3, 2  # arrays of a share: parameters, or a guess and sums; in float64 the pivot and the centre
-
-
-def segment_rows(rows, cells):
-    """Rows of a segment: an even number of equal segments, so that two threads have the same to do."""
-    if rows < 2 * CHUNK or (rows <= SEGMENT and cells >= MANY):
-        return max(rows, 1)
-    return -(-rows // (2 * -(-rows // (2 * SEGMENT))))
-
-
-def padded(cells, tile):
-    """Results of one segment, each tile's padded: vectors written across its last cell meet no other tile's."""
-    return -(-cells // tile) * -(-tile // PAD) * PAD
-
-
 places = inner(padded)  # the same for kernels
 
 

@@ -3,9 +3,8 @@
 Memory, chunks, geometry and bytes moved are described there.
 """
 
-from fastbn.cpu.cells import (
+from fastbn.cpu.kernels.cells import (
     AHEAD,
-    CHUNK,
     cell_totals,
     fill,
     in_float64,
@@ -19,8 +18,8 @@ from fastbn.cpu.cells import (
     task_at,
     width_of_last_row,
 )
-from fastbn.cpu.jit import inner
-from fastbn.cpu.simd import (
+from fastbn.cpu.kernels.compiler import inner, kernel
+from fastbn.cpu.kernels.simd import (
     converted,
     fma,
     lanes,
@@ -36,7 +35,7 @@ from fastbn.cpu.simd import (
     zero_where_not_positive,
     zero_where_uncounted,
 )
-from fastbn.cpu.slab import (
+from fastbn.cpu.kernels.slab import (
     WIDTH,
     channel_start,
     enter_linear,
@@ -47,11 +46,7 @@ from fastbn.cpu.slab import (
     linear_vectors,
     put,
 )
-from fastbn.cpu.threads import kernel
-
-# Arrays of a share: hi, unit and sums of every column, or the numbers of dx; in float64 the sums.
-SUMMED, LINEAR, SUMS = 4, 5, 2
-
+from fastbn.cpu.sizes import LINEAR, ROW_CHUNK, SUMMED, SUMS
 
 @inner
 def add_two_grad_rows(
@@ -83,10 +78,10 @@ def grad_segment(
     fill(parts, second_sum, cells, 0.0)
     half, whole = rows // 2, columns - columns % n
     g_far, i_far, o_far = half * g_step, half * i_step, half * o_step
-    for first in range(0, max(1, half), CHUNK // 2):
+    for first in range(0, max(1, half), ROW_CHUNK // 2):
         fill(work, s1, columns, 0.0)
         fill(work, s2, columns, 0.0)
-        end = min(first + CHUNK // 2, half)
+        end = min(first + ROW_CHUNK // 2, half)
         for r in range(first, end):
             g_row, i_row, o_row = g + r * g_step, i + r * i_step, o + r * o_step
             near = splat(x, value(weight, w + r * w_step), WIDTH)
@@ -172,10 +167,10 @@ def enter_grad_sums(x, t, count, kept, parts, at, second, apart, segments, numbe
 
 
 @kernel
-def channel_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, out, linear, frozen):
+def channel_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, out, linear, frozen, mixed):
     """The results (dgamma, dbeta) of every kept index from its cells' sums; the numbers begin with (mean, rstd).
 
-    If they are those of `input_numbers`, then for ``linear`` see `enter_linear`; else it is empty.
+    If they are those of `input_numbers`, then for ``linear`` see `enter_linear`; else it is None.
     """
     shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
     fold, tile, height, _ = four(geometry, 4)
@@ -206,8 +201,8 @@ def channel_grad_sums(share, first, last, dy, x, y, geometry, numbers, parts, ou
                 dz = 0.0
             p, q = p + dz, q + dz * ((value(x, i + r * xs[2]) - hi) * unit)
         out[t], out[kept + t] = (q - (numbers[t] - hi) * unit * p) * (rstd / unit), p
-    if linear.size > 0:
-        enter_linear(x, numbers, first, last, kept, frozen, out, linear)
+    if linear is not None:
+        enter_linear(x, numbers, first, last, kept, frozen, mixed, out, linear)
 
 
 @inner
@@ -304,7 +299,7 @@ def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, nu
 
 
 @kernel
-def backward(share, first, last, dy, x, y, live, dx, dresidual, geometry, numbers, out, parts, work, streaming):
+def backward(share, first, last, dy, x, y, live, dx, dresidual, geometry, numbers, mixed, out, parts, work, streaming):
     """Gradient sums and dx, a tile of cells at a time: the second pass finds its rows of dy and x in cache.
 
     ``live`` is x again, or None where statistics are frozen and dx does not depend on it. The numbers are those of
@@ -338,7 +333,7 @@ def backward(share, first, last, dy, x, y, live, dx, dresidual, geometry, number
             unit = unit_of(x, rstd)
             b_ = (out[t + c] - (mean - rounded(x, mean)) * unit * a) * (rstd / unit)
             out[t + c] = b_
-            scale, offset, slope, unit = input_numbers(x, numbers, t + c, kept, live is None, a, b_)
+            scale, offset, slope, unit = input_numbers(x, numbers, t + c, kept, live is None, mixed, a, b_)
             spread_linear(x, work, loose + c * size, pitch, size, mean, scale, offset, slope, unit)
         columns = width * size
         grad_input_rows(

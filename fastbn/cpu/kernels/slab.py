@@ -9,8 +9,8 @@ four integers of the family, then ``(start, batch, outer, channel)`` strides of 
 
 import numpy as np
 
-from fastbn.cpu.jit import inner
-from fastbn.cpu.simd import (
+from fastbn.cpu.kernels.compiler import inner, kernel
+from fastbn.cpu.kernels.simd import (
     converted,
     fma,
     lanes,
@@ -27,7 +27,6 @@ from fastbn.cpu.simd import (
     zero_where_uncounted,
     zero_where_zero,
 )
-from fastbn.cpu.threads import kernel
 
 WIDTH = 64  # bytes of a vector: one cache line of float32
 LEAST_M2 = 2.0**-930  # of what is not constant, until `finished` finds it; far below what float32's squares give
@@ -265,10 +264,10 @@ def input_gradient(dz, x, weight, scale, hi, slope, offset, unit):
 
 
 @inner
-def input_numbers(x, numbers, t, kept, frozen, a, b):
+def input_numbers(x, numbers, t, kept, frozen, mixed, a, b):
     """scale, offset, slope and unit of dx from the sums a = dbeta, b = dgamma: `fastbn.formulas.input_numbers` here.
 
-    The numbers are (mean, rstd, gamma, count), and (dmean, dvar) if they are not 0.
+    The numbers are (mean, rstd, gamma, count), and if they are mixed (dmean, dvar).
     """
     rstd = numbers[kept + t]
     unit = unit_of(x, rstd)
@@ -276,16 +275,16 @@ def input_numbers(x, numbers, t, kept, frozen, a, b):
     if frozen:
         return scale, 0.0, 0.0, unit
     count = numbers[3 * kept + t]
-    if numbers.size == 4 * kept:
+    if not mixed:
         return scale, scale * a / count, scale * rstd * b / count, unit
     offset = (scale * a - numbers[4 * kept + t] / unit) / count
     return scale, offset, (scale * rstd * b - 2.0 * numbers[5 * kept + t] / unit) / count, unit
 
 
 @inner
-def enter_linear(x, numbers, first, last, kept, frozen, sums, linear):
+def enter_linear(x, numbers, first, last, kept, frozen, mixed, sums, linear):
     """Rows (mean, scale, offset, slope, unit) of dx from those of `input_numbers` and the sums (dgamma, dbeta)."""
     for t in range(first, last):
-        scale, offset, slope, unit = input_numbers(x, numbers, t, kept, frozen, sums[kept + t], sums[t])
+        scale, offset, slope, unit = input_numbers(x, numbers, t, kept, frozen, mixed, sums[kept + t], sums[t])
         linear[t], linear[kept + t] = numbers[t], scale
         linear[2 * kept + t], linear[3 * kept + t], linear[4 * kept + t] = offset, slope, unit

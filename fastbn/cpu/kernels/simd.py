@@ -15,7 +15,7 @@ float32    float32     float32
 float64    float64     float64
 =========  ==========  ==========
 
-Arrays are flat (one axis, contiguous); positions are element indices and are not checked. An absent array (None) loads
+An array is the address of its first element, as a pointer; positions are element indices and are not checked. An absent array (None) loads
 as None, and None is stored, converted and tested by doing nothing: options cost no branches, in source or at run time.
 """
 
@@ -268,7 +268,7 @@ def load(typing, array, at, width):
     v = _vector(array, width)
 
     def codegen(context, builder, sig, args):
-        pointer = _pointer(context, builder, array, args[0], args[1], v.lanes)
+        pointer = _pointer(builder, array, args[0], args[1], v.lanes)
         return _decode(builder, builder.load(pointer, align=_size(array)), array.dtype, v)
 
     return v(array, types.intp, width), codegen
@@ -282,7 +282,7 @@ def load_first(typing, array, at, n, width):
     v = _vector(array, width)
 
     def codegen(context, builder, sig, args):
-        pointer = _pointer(context, builder, array, args[0], args[1], v.lanes)
+        pointer = _pointer(builder, array, args[0], args[1], v.lanes)
         stored = pointer.type.pointee
         mask = _lanes_below(builder, args[2], v.lanes)
         kind = ir.FunctionType(stored, [pointer.type, _I32, mask.type, stored])
@@ -300,7 +300,7 @@ def store(typing, array, at, v):
         return _absent(types.none, array, types.intp, v)
 
     def codegen(context, builder, sig, args):
-        pointer = _pointer(context, builder, array, args[0], args[1], v.lanes)
+        pointer = _pointer(builder, array, args[0], args[1], v.lanes)
         builder.store(_encode(builder, args[2], array.dtype, v), pointer, align=_size(array))
         return context.get_dummy_value()
 
@@ -314,7 +314,7 @@ def store_first(typing, array, at, n, v):
         return _absent(types.none, array, types.intp, types.intp, v)
 
     def codegen(context, builder, sig, args):
-        pointer = _pointer(context, builder, array, args[0], args[1], v.lanes)
+        pointer = _pointer(builder, array, args[0], args[1], v.lanes)
         value = _encode(builder, args[3], array.dtype, v)
         mask = _lanes_below(builder, args[2], v.lanes)
         kind = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, _I32, mask.type])
@@ -339,7 +339,7 @@ def stream(typing, array, at, v):
         part = Vector(v.scalar, 16 // size if array.dtype == types.uint16 and v.lanes * size > 16 else v.lanes)
         for first in range(0, v.lanes, part.lanes):
             at = builder.add(args[1], ir.Constant(args[1].type, first))
-            pointer = _pointer(context, builder, array, args[0], at, part.lanes)
+            pointer = _pointer(builder, array, args[0], at, part.lanes)
             value = args[2] if part.lanes == v.lanes else _shuffle(builder, args[2], range(first, first + part.lanes))
             encoded = _encode(builder, value, array.dtype, part)
             if array.dtype == types.uint16 and part.lanes == 8 and builder.module.triple.startswith("x86_64"):
@@ -359,7 +359,7 @@ def prefetch(typing, array, at):
         return _absent(types.none, array, types.intp)
 
     def codegen(context, builder, sig, args):
-        pointer = builder.bitcast(_pointer(context, builder, array, args[0], args[1], 1), ir.IntType(8).as_pointer())
+        pointer = builder.bitcast(_pointer(builder, array, args[0], args[1], 1), ir.IntType(8).as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         builder.call(function, [pointer, _I32(0), _I32(2), _I32(1)])
@@ -376,7 +376,7 @@ def value(typing, array, at):
     v = Vector(types.float64 if array.dtype == types.float64 else types.float32, 1)
 
     def codegen(context, builder, sig, args):
-        pointer = _pointer(context, builder, array, args[0], args[1], 1)
+        pointer = _pointer(builder, array, args[0], args[1], 1)
         single = _decode(builder, builder.load(pointer, align=_size(array)), array.dtype, v)
         single = builder.extract_element(single, _I32(0))
         return single if v.scalar == types.float64 else builder.fpext(single, _DOUBLE)
@@ -434,7 +434,7 @@ def address(typing, array, at):
     """The address of an element in bytes."""
 
     def codegen(context, builder, sig, args):
-        return builder.ptrtoint(_pointer(context, builder, array, args[0], args[1], 1), _I64)
+        return builder.ptrtoint(_pointer(builder, array, args[0], args[1], 1), _I64)
 
     return types.intp(array, types.intp), codegen
 
@@ -446,10 +446,9 @@ def _size(array):
     return array.dtype.bitwidth // 8
 
 
-def _pointer(context, builder, array, value, at, lanes):
-    data = context.make_array(array)(context, builder, value).data
+def _pointer(builder, array, value, at, lanes):
     vector = ir.VectorType(_STORED[array.dtype], lanes)
-    return builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
+    return builder.bitcast(builder.gep(value, [at]), vector.as_pointer())
 
 
 def _shuffle(builder, value, lanes):

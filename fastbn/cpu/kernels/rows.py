@@ -20,9 +20,9 @@ side by side in all arrays, and how far apart the tables of channels in ``work``
 
 import numpy as np
 
-from fastbn.cpu.flags import lower_underflow_flag, underflowed
-from fastbn.cpu.jit import inner
-from fastbn.cpu.simd import (
+from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
+from fastbn.cpu.kernels.compiler import inner, kernel
+from fastbn.cpu.kernels.simd import (
     address,
     blended,
     converted,
@@ -40,7 +40,7 @@ from fastbn.cpu.simd import (
     total,
     zero_where_zero,
 )
-from fastbn.cpu.slab import (
+from fastbn.cpu.kernels.slab import (
     WIDTH,
     affine_vectors,
     channel_start,
@@ -55,31 +55,11 @@ from fastbn.cpu.slab import (
     positive_or_nan,
     put,
 )
-from fastbn.cpu.threads import kernel
+from fastbn.cpu.sizes import AFFINE, PIECE, SEGMENT
 
 WIDE = 128  # bytes of a vector where weights cost precision: fewer additions a lane
 NARROW, SINGLE = 32, 4  # bytes at the ends of rows, where masked stores would be slow on AMD processors
-CHUNK = 1024  # values: 32 float32 additions per lane (rounding below 1e-6), and L1 holds it for a second look
-SEGMENT = 64  # chunks
 AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise passes 5 % faster
-PAD = 16  # values behind each table of channels: whole vectors are written
-
-
-def chunk_grid(outer, inner):
-    """Rows and columns of a chunk: whole rows while two fit, else pieces of two rows, or of the only one."""
-    if 2 * inner <= CHUNK:
-        return CHUNK // max(inner, 1), max(inner, 1)
-    rows = min(2, outer)
-    pieces = max(1, round(rows * inner / CHUNK))
-    return rows, -(-inner // (16 * pieces)) * 16
-
-
-def segment_count(outer, inner):
-    """Segments of a slab."""
-    rows, columns = chunk_grid(outer, inner)
-    return -(-(-(-outer // rows) * -(-inner // columns)) // SEGMENT)
-
-
 @inner
 def chunk_count(shape, grid):
     return -(-shape[1] // grid[0]) * -(-shape[3] // grid[1])
@@ -92,14 +72,6 @@ def chunk_at(k, shape, grid):
     row = k // pieces * grid[0]
     column = k % pieces * grid[1]
     return row, min(grid[0], shape[1] - row), column, min(grid[1], shape[3] - column)
-
-
-PIECE = 16384  # values of a row at most between places where the work may be divided
-
-
-def piece_count(shape):
-    """Pieces of rows in the whole array, in the order of memory."""
-    return shape[0] * shape[1] * shape[2] * -(-shape[3] // PIECE)
 
 
 @inner
@@ -333,7 +305,7 @@ def normalize(share, first, last, x, y, residual, geometry, numbers, eps, work, 
     shape, xs, ys, rs = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
     _, _, run, pitch = four(geometry, 4)
     start, end = piece_start(first, shape[3]), piece_start(last, shape[3])
-    own = 3 * share * pitch
+    own = AFFINE * share * pitch
     t, t_end = kept_range(start, end, shape)
     affine_vectors(numbers, t, t_end - t, shape[0] * shape[2], eps, work, own, pitch)
     while start < end:
@@ -355,7 +327,7 @@ def forward(share, first, last, x, weight, y, residual, geometry, pivots, table,
     shape, grid, xs, ws = four(geometry, 0), four(geometry, 4), four(geometry, 8), four(geometry, 12)
     ys, rs = four(geometry, 16), four(geometry, 20)
     kept, pitch = shape[0] * shape[2], geometry[7]
-    own = 3 * share * pitch
+    own = AFFINE * share * pitch
     for t in range(first, last):
         x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
         pivot = pivot_of(x, x_at, weight, pivots, t)

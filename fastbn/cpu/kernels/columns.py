@@ -25,11 +25,8 @@ a task. Each share has arrays of its own in ``work`` (of the compute type) and `
 
 import numpy as np
 
-from fastbn.cpu.cells import (
+from fastbn.cpu.kernels.cells import (
     AHEAD,
-    CHUNK,
-    PARTS,
-    WORK,
     cell_totals,
     fill,
     in_float64,
@@ -43,9 +40,9 @@ from fastbn.cpu.cells import (
     task_at,
     width_of_last_row,
 )
-from fastbn.cpu.flags import lower_underflow_flag, underflowed
-from fastbn.cpu.jit import inner
-from fastbn.cpu.simd import (
+from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
+from fastbn.cpu.kernels.compiler import inner, kernel
+from fastbn.cpu.kernels.simd import (
     any_greater,
     any_nan,
     converted,
@@ -64,7 +61,7 @@ from fastbn.cpu.simd import (
     zero_where_not_positive,
     zero_where_zero,
 )
-from fastbn.cpu.slab import (
+from fastbn.cpu.kernels.slab import (
     WIDTH,
     careful_moments,
     channel_start,
@@ -81,7 +78,7 @@ from fastbn.cpu.slab import (
     positive_or_nan,
     put,
 )
-from fastbn.cpu.threads import kernel
+from fastbn.cpu.sizes import AFFINE, GUESS_AND_SUMS, PIVOTS, ROW_CHUNK
 
 WEIGHTED_CHUNK = 32  # rows: with weights each column has one sum, whose roundings of equal values add up
 PEEK = 64  # values of a channel from whose mean the first guess comes: off by an eighth of the deviation
@@ -198,7 +195,7 @@ def segment(x, at, step, rows, cells, size, parts, own, centre, mean, m2, work, 
     before = 0.0
     looks = 0 if size == 1 else 1  # at a few rows for the first guess, the chunk, the chunk around better guesses
     while before < rows * size:
-        fours = min(CHUNK // 4, quarter - first) if looks > 0 else peek
+        fours = min(ROW_CHUNK // 4, quarter - first) if looks > 0 else peek
         rest = beyond if first + fours == quarter else 0
         spread_rounded(x, parts, centre, cells, size, work, loose)
         chunk_sums(x, at + first * step, step, quarter * step, fours, rest, cells * size, work, loose, s1, s2)
@@ -293,7 +290,7 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
     step, pitch, segments = xs[2] * fold, pitch_of(tile, size), -(-rows // height)
     row_of_results = places(cells, tile)
     results = shape[0] * segments * row_of_results
-    own = results * (2 if weight is None else 3) + share * PARTS * places(tile, tile)
+    own = results * (2 if weight is None else 3) + share * PIVOTS * places(tile, tile)
     centre = own + places(tile, tile)
     for k in range(first, last):
         b, row, end, j, width = task_at(k, rows, cells, height, tile)
@@ -304,7 +301,7 @@ def segment_moments(share, first, last, x, weight, geometry, pivots, parts, work
             c = c + 1 if c + 1 < channels else 0
         x_at = channel_start(xs, b * channels, shape) + row * step + j * size
         mean = (b * segments + row // height) * row_of_results + place_of_cell(j, tile)
-        m2, loose = results + mean, share * WORK * pitch
+        m2, loose = results + mean, share * GUESS_AND_SUMS * pitch
         if weight is None:
             segment(x, x_at, step, end - row, width, size, parts, own, centre, mean, m2, work, loose, pitch)
         else:
@@ -444,7 +441,7 @@ def normalize(share, first, last, x, y, residual, geometry, numbers, eps, work, 
     rows, cells = -(-shape[1] // fold), channels * fold
     x_step, y_step, r_step = xs[2] * fold, ys[2] * fold, rs[2] * fold
     pitch = pitch_of(tile, size)
-    loose = share * WORK * pitch
+    loose = share * AFFINE * pitch
     for k in range(first, last):
         b, row, end, j, width = task_at(k, rows, cells, height, tile)
         t = b * channels
@@ -468,9 +465,9 @@ def forward(share, first, last, x, y, residual, geometry, table, eps, parts, wor
     _, tile, height, _ = four(geometry, 4)
     channels, size, rows, kept = shape[2], shape[3], shape[1], shape[0] * shape[2]
     pitch = pitch_of(tile, size)
-    apart, loose = places(tile, tile), share * WORK * pitch
-    own = share * (PARTS + 2 * -(-rows // height)) * apart
-    moments = own + PARTS * apart
+    apart, loose = places(tile, tile), share * AFFINE * pitch
+    own = share * (PIVOTS + 2 * -(-rows // height)) * apart
+    moments = own + PIVOTS * apart
     for k in range(first, last):
         b, _, _, j, width = task_at(k, 1, channels, 1, tile)
         t = b * channels + j

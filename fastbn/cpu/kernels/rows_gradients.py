@@ -3,10 +3,9 @@
 Memory, chunks, geometry and bytes moved are described there.
 """
 
-from fastbn.cpu.jit import inner
-from fastbn.cpu.rows import (
+from fastbn.cpu.kernels.compiler import inner, kernel
+from fastbn.cpu.kernels.rows import (
     NARROW,
-    SEGMENT,
     SINGLE,
     chunk_at,
     chunk_count,
@@ -17,7 +16,7 @@ from fastbn.cpu.rows import (
     row_after,
     start_of,
 )
-from fastbn.cpu.simd import (
+from fastbn.cpu.kernels.simd import (
     blended,
     converted,
     fma,
@@ -33,7 +32,7 @@ from fastbn.cpu.simd import (
     zero_where_not_positive,
     zero_where_uncounted,
 )
-from fastbn.cpu.slab import (
+from fastbn.cpu.kernels.slab import (
     WIDTH,
     channel_start,
     enter_linear,
@@ -44,10 +43,7 @@ from fastbn.cpu.slab import (
     linear_vectors,
     put,
 )
-from fastbn.cpu.threads import kernel
-
-LINEAR = 5  # arrays of a share: the numbers of dx of each channel
-
+from fastbn.cpu.sizes import LINEAR, SEGMENT
 
 @inner
 def distance(x, i, weight, w, part, dz, hi, unit):
@@ -128,10 +124,10 @@ def grad_sums_of_segments(share, first, last, dy, x, y, weight, geometry, number
 
 
 @kernel
-def channel_grad_sums(share, first, last, x, geometry, numbers, parts, out, linear, frozen):
+def channel_grad_sums(share, first, last, x, geometry, numbers, parts, out, linear, frozen, mixed):
     """The results (dgamma, dbeta) from the segments' sums; the numbers begin with (mean, rstd).
 
-    If they are those of `input_numbers`, then for ``linear`` see `enter_linear`; else it is empty.
+    If they are those of `input_numbers`, then for ``linear`` see `enter_linear`; else it is None.
     """
     shape, grid = four(geometry, 0), four(geometry, 4)
     segments = -(-chunk_count(shape, grid) // SEGMENT)
@@ -141,8 +137,8 @@ def channel_grad_sums(share, first, last, x, geometry, numbers, parts, out, line
         for k in range(t * segments, (t + 1) * segments):
             a, b = a + parts[2 * k], b + parts[2 * k + 1]
         out[t], out[kept + t] = around_mean(x, numbers[t], numbers[kept + t], a, b), a
-    if linear.size > 0:
-        enter_linear(x, numbers, first, last, kept, frozen, out, linear)
+    if linear is not None:
+        enter_linear(x, numbers, first, last, kept, frozen, mixed, out, linear)
 
 
 @inner
@@ -242,7 +238,7 @@ def grad_input(share, first, last, dy, x, y, weight, dx, dresidual, geometry, nu
 
 
 @kernel
-def backward(share, first, last, dy, x, y, live, weight, dx, dresidual, geometry, numbers, out, work, streaming):
+def backward(share, first, last, dy, x, y, live, weight, dx, dresidual, geometry, numbers, mixed, out, work, streaming):
     """Gradient sums and dx, a channel at a time: the second pass finds the slabs of dy and x in cache.
 
     ``live`` is x again, or None where statistics are frozen and dx does not depend on it. The numbers are those of
@@ -265,7 +261,7 @@ def backward(share, first, last, dy, x, y, live, weight, dx, dresidual, geometry
             a, b = a + s1, b + s2
         b = around_mean(x, mean, rstd, a, b)
         out[t], out[kept + t] = b, a
-        scale, offset, slope, unit = input_numbers(x, numbers, t, kept, live is None, a, b)
+        scale, offset, slope, unit = input_numbers(x, numbers, t, kept, live is None, mixed, a, b)
         linear = linear_of(x, mean, scale, offset, slope, unit)
         for k in range(LINEAR):
             work[own + k * pitch] = linear[k]

@@ -1,0 +1,178 @@
+"""Machine code of kernels: the address of each, loaded from disk by llvmlite alone, or compiled now.
+
+A kernel for given arguments is an object file, found by a hash of all that it depends on: the sources, the compiler,
+the processor. Only where none is there are Numba and the kernels' sources imported. Loading takes some milliseconds;
+importing Numba would take half a second, and SciPy with it, where that is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import threading
+import time
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+
+from fastbn.cpu.store import Store, store_of
+
+_HERE = Path(__file__).parent
+_lock = threading.RLock()
+
+
+def address(name: str, *kinds: str) -> int:
+    """Where a kernel is, named ``module.function``, for arguments of these kinds (``name:kind`` each)."""
+    with _lock:
+        return _address(name, kinds)
+
+
+@cache
+def _address(name: str, kinds: tuple[str, ...]) -> int:
+    symbol = f"{name}-{hashlib.sha256(' '.join(kinds).encode()).hexdigest()[:24]}"
+    code = _shipped(symbol) or _stored(symbol) or _compiled(name, kinds, symbol)
+    engine = _engine()
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    found: int = engine.get_function_address(symbol)
+    return found
+
+
+@cache
+def _engine() -> Any:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine_for(None))
+
+
+def machine_for(level: str | None) -> Any:
+    """What LLVM makes code for: a level of processors as LLVM names it, or this one."""
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    cpu, features = processor() if level is None else (level, "")
+    reloc = "static" if target.name.startswith("x86") else "default"
+    return target.create_target_machine(cpu=cpu, features=features, opt=3, reloc=reloc, codemodel="jitdefault", jit=True)
+
+
+@cache
+def processor() -> tuple[str, str]:
+    """Its name and features, or those that Numba is told to make code for."""
+    try:
+        features = llvm.get_host_cpu_features().flatten()
+    except RuntimeError:  # where LLVM cannot ask
+        features = ""
+    name = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
+    return name, os.environ.get("NUMBA_CPU_FEATURES") or ("" if "NUMBA_CPU_NAME" in os.environ else features)
+
+
+# --- levels of processors, for which wheels have kernels --------------------------------------------------------------
+
+SHIPPED = _HERE / "objects"  # a folder for each level
+LEVELS = {"x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl", "x86-64-v3": "avx2 bmi2 f16c fma lzcnt movbe"}
+
+
+def level_here() -> str:
+    """The highest level of this processor, by the name that LLVM has for it."""
+    if not llvm.get_process_triple().startswith("x86_64"):
+        return "generic"
+    have = {feature[1:] for feature in processor()[1].split(",") if feature.startswith("+")}
+    return next((level for level, needs in LEVELS.items() if have.issuperset(needs.split())), "x86-64")
+
+
+@cache
+def _shipped(symbol: str) -> bytes | None:
+    """The code that came with this installation, if it was made from these very sources."""
+    folder = SHIPPED / level_here() / sources()
+    return Store(folder).read(f"{symbol}.o") if folder.is_dir() else None
+
+
+def build(level: str, name: str, kinds: tuple[str, ...], folder: Path = SHIPPED) -> None:
+    """Compile a kernel for a level of processors, into a folder that `SHIPPED` may become."""
+    symbol = f"{name}-{hashlib.sha256(' '.join(kinds).encode()).hexdigest()[:24]}"
+    place = folder / level / sources()
+    place.mkdir(parents=True, exist_ok=True)
+    Store(place).write(f"{symbol}.o", _object_code(name, kinds, symbol, level))
+
+
+# --- what users have compiled -----------------------------------------------------------------------------------------
+
+
+@lru_cache
+def sources() -> str:
+    """A hash of this folder's sources."""
+    digest = hashlib.sha256()
+    for source in sorted(_HERE.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+@lru_cache
+def version() -> str:
+    """A hash of the sources, the compiler and the processor."""
+    numba = importlib.util.find_spec("numba")
+    numbas = b"" if numba is None or numba.origin is None else Path(numba.origin).with_name("_version.py").read_bytes()
+    parts = sources(), llvmlite.__version__, hashlib.sha256(numbas).hexdigest(), *processor()
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:24]
+
+
+def _stored(symbol: str) -> bytes | None:
+    store = store_of(version())
+    return None if store is None else store.read(f"{symbol}.o")
+
+
+def _compiled(name: str, kinds: tuple[str, ...], symbol: str) -> bytes:
+    notice = Notice(name, kinds)
+    code = _object_code(name, kinds, symbol, None)
+    notice.end()
+    store = store_of(version())
+    if store is not None:
+        store.write(f"{symbol}.o", code)
+    return code
+
+
+def _object_code(name: str, kinds: tuple[str, ...], symbol: str, level: str | None) -> bytes:
+    module, _, function = name.partition(".")
+    kernels = importlib.import_module(f"fastbn.cpu.kernels.{module}")
+    compiler = importlib.import_module("fastbn.cpu.kernels.compiler")
+    code: bytes = compiler.object_code(getattr(kernels, function), kinds, symbol, level)
+    return code
+
+
+# --- a word to those who wait -----------------------------------------------------------------------------------------
+
+PATIENCE = 1.0  # seconds of compilation in a process that nobody needs to be told about
+QUIET = "FASTBN_COMPILE_NOTICE"
+
+
+class Notice:
+    """Of a compilation. On a terminal it is said, once a process, what takes so long."""
+
+    spent, told = 0.0, False
+
+    def __init__(self, name: str, kinds: tuple[str, ...]) -> None:
+        self._name, self._kinds, self._began, self._timer = name, kinds, time.perf_counter(), None
+        if not Notice.told and os.environ.get(QUIET) != "0" and sys.stderr is not None and sys.stderr.isatty():
+            self._timer = threading.Timer(max(0.0, PATIENCE - Notice.spent), self._tell)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def end(self) -> None:
+        Notice.spent += time.perf_counter() - self._began
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _tell(self) -> None:
+        Notice.told = True
+        names = {"u2*": "float16", "i2*": "bfloat16", "f4*": "float32", "f8*": "float64"}
+        dtype = next((names[kind] for kind in (k.partition(":")[2] for k in self._kinds) if kind in names), "numbers")
+        kept = "once on this machine" if store_of(version()) else "in each process, as no folder can keep them"
+        print(
+            f"fastbn: compiling kernels ({self._name} for {dtype}, and others), some seconds, {kept}; `python -m fastbn"
+            f" warmup` does it ahead, {QUIET}=0 silences this",
+            file=sys.stderr,
+        )

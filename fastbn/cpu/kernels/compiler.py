@@ -1,0 +1,163 @@
+"""How kernels become machine code: `inner`, `kernel`, `plain`, `object_code`.
+
+Numba types and lowers; its private parts are used here alone. What comes out is an object file with one function of
+plain words, ``kernel(params, share, first, last)``: ``params`` points to its arguments, 8 bytes each. It refers to
+neither Python nor Numba, so that llvmlite alone can load it (`fastbn.cpu.code`).
+"""
+
+import inspect
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import njit, types
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
+
+from fastbn.cpu.code import machine_for
+
+llvm.initialize_native_asmparser()  # for `flags`; Numba, that has no assembly of its own, leaves it out
+
+_I64, _VOID = ir.IntType(64), ir.VoidType()
+_WORDS = _I64.as_pointer()
+
+# What an argument is, as plans name it.
+KINDS = {
+    "u1*": types.CPointer(types.uint8),
+    "u2*": types.CPointer(types.uint16),
+    "i2*": types.CPointer(types.int16),
+    "f4*": types.CPointer(types.float32),
+    "f8*": types.CPointer(types.float64),
+    "i8*": types.CPointer(types.int64),
+    "i8": types.int64,
+    "f8": types.float64,
+    "bool": types.boolean,
+    "none": types.none,
+}
+
+
+class _Part(JITCodeLibrary):
+    """The code of an inner function, ready to be linked into a kernel, and no more.
+
+    Numba would optimize each by itself and make machine code of it too: a fifth to a quarter of a first call.
+    """
+
+    def finalize(self):
+        for library in dict.fromkeys(self._linking_libraries):
+            self._final_module.link_in(library._get_module_for_linking(), preserve=True)
+        self._finalized = True
+
+    def get_pointer_to_function(self, name):
+        self._ensure_finalized()
+        return 0  # as of a function that is not there
+
+    @property
+    def codegen(self):
+        return self  # asked for `set_env` alone
+
+    def set_env(self, name, environment):
+        """What Python calls need; there are none."""
+
+
+class _PartCompiler(Compiler):
+    def __init__(self, typingctx, targetctx, library, *rest):
+        super().__init__(typingctx, targetctx, _Part(targetctx.codegen(), "part"), *rest)
+
+
+def inner(function):
+    """A function that kernels call: compiled into them, never called from Python.
+
+    Inlined by force: a call costs some 10 ns, as much as a row of 49 values.
+    """
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
+    return njit(nogil=True, error_model="numpy", pipeline_class=_PartCompiler, **options)(function)
+
+
+def kernel(function):
+    """A kernel, ``function(share, first, last, *arguments)``: the tasks from first to last, as one share of all."""
+    function.entry = _enter_kernel
+    return function
+
+
+def plain(function):
+    """A function of words, which it is called with."""
+    function.entry = _enter_plain
+    return function
+
+
+@global_compiler_lock
+def object_code(function, kinds, symbol, level):
+    """An object file with a `kernel` for such arguments (``name:kind`` each), or a `plain` function, as ``symbol``.
+
+    It is made for a named level of processors, or with None for this one.
+    """
+    names, given = list(inspect.signature(function).parameters), [kind.partition(":") for kind in kinds]
+    own = names[len(names) - len(given) :]
+    if own != [name for name, _, _ in given]:
+        raise TypeError(f"{function.__qualname__}: expected {own}, got {kinds}")
+    signature = (*[types.int64] * (len(names) - len(own)), *(KINDS[kind] for _, _, kind in given))
+    part = inner(function)
+    part.compile(signature)
+    code = part.overloads[signature]
+    library = _Part(cpu_target.target_context.codegen(), symbol)
+    module = library.create_ir_module(symbol)
+    function.entry(module, symbol, code.fndesc, signature)
+    library.add_ir_module(module)
+    library.add_linking_library(code.library)
+    library.finalize()
+    return _machine_code(library._final_module, symbol, machine_for(level))
+
+
+def _enter_kernel(module, symbol, description, signature):
+    """``symbol(params, share, first, last)`` takes the arguments from where ``params`` points to."""
+    function = ir.Function(module, ir.FunctionType(_VOID, [_WORDS, _I64, _I64, _I64]), symbol)
+    builder = ir.IRBuilder(function.append_basic_block())
+    params, *tasks = function.args
+    arguments = []
+    for i, kind in enumerate(signature[3:]):
+        word = builder.load(builder.gep(params, [ir.Constant(_I64, i)]))
+        arguments.append(_from_word(builder, word, kind))
+    _call(builder, description, signature, [*tasks, *arguments])
+    builder.ret_void()
+
+
+def _enter_plain(module, symbol, description, signature):
+    """``symbol(words)``, with a word as result."""
+    function = ir.Function(module, ir.FunctionType(_I64, [_I64] * len(signature)), symbol)
+    builder = ir.IRBuilder(function.append_basic_block())
+    result = _call(builder, description, signature, function.args)
+    builder.ret(result if description.restype == types.int64 else ir.Constant(_I64, 0))
+
+
+def _from_word(builder, word, kind):
+    context = cpu_target.target_context
+    if kind == types.int64:
+        return word
+    if kind == types.none:
+        return context.get_dummy_value()
+    if kind == types.boolean:
+        return builder.icmp_unsigned("!=", word, ir.Constant(_I64, 0))
+    to = context.get_value_type(kind)
+    return builder.bitcast(word, to) if kind == types.float64 else builder.inttoptr(word, to)
+
+
+def _call(builder, description, signature, values):
+    """Call a compiled function; ours raise nothing."""
+    context = cpu_target.target_context
+    target = context.declare_function(builder.module, description)
+    _, result = context.call_conv.call_function(builder, target, description.restype, signature, values)
+    return result
+
+
+def _machine_code(module, symbol, machine):
+    """All but ``symbol`` is for it alone, so that what is inlined does not stay as well."""
+    for definition in (*module.functions, *module.global_variables):
+        if not definition.is_declaration and definition.name != symbol:
+            definition.linkage = "internal"
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options.slp_vectorization = options.loop_vectorization = False  # kernels say themselves what is a vector
+    passes = llvm.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    module.verify()
+    return machine.emit_object(module)

@@ -1,0 +1,393 @@
+"""A team of threads in which nobody waits for a thread that has not come, and the way from a call to its kernels.
+
+The calling thread publishes a job, cut into chunks, and takes chunks until none is left; workers that are awake take
+chunks too. In the end the caller waits only for chunks that a worker has begun, and where that takes long it fetches
+the worker to its own core. A wake-up is a hint: it may come late or get lost, and then the caller has done it all.
+
+Why a late worker cannot run an old job: all it touches are tickets, ``next << 32 | end`` of the chunks set aside for a
+member, and these by compare-and-swap. A swap that succeeds took a chunk that nobody else has; the job is read after
+that, and stays until every chunk taken is reported. The tickets of an old job are all empty.
+
+Why it does not lose to one thread: a sleeper is called only where its part of the work is worth many times what calling
+has cost lately; and when a job took longer than its chunks would have on one thread, the calling thread works alone
+until that loss is a small part of its time.
+
+Memory is addressed by words: the team's is laid out in `fastbn.cpu.team`, a call's block in `fastbn.cpu.program`.
+"""
+
+import platform
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fastbn.cpu.kernels.compiler import inner, plain
+from fastbn.cpu.program import AT_LEAST, DATA, MOST_ARGUMENTS, NUMBER as GIVEN, SCRATCH
+from fastbn.cpu.team import (
+    ASLEEP, AT_ONCE, BUSY, CALLED, CHUNK_COUNT, CLOCK, COST, DEBT, DONE, ENTRY, FUTEX, GETTID, HIRED, INSIDE, LEAST,
+    MEMBER, MEMBERS, NUMBER, OURS, PARAMS, SENT, STOP, TASKS, TEAM, THEIRS, THREAD, THREADS, TICKET, WAITING,
+)  # fmt: skip
+
+CHUNKS = 16  # of a job for each thread: one that is held up in the middle of a chunk delays the end by that much
+MOMENT = 16_000  # ns of work that are taken at once where chunks are shorter: taking some costs 0.4 us
+SPIN = 50_000  # ns that a worker looks out for the next job before it sleeps
+PATIENCE = 20_000  # ns that the caller waits for the last chunks before it fetches whoever has them
+PAYS = 8  # a sleeper is called for so many times the work that calling it costs
+AMORTIZED = 32  # times as long as what a job lost on the team, the caller works alone
+MOST_LOST = 10_000_000  # ns of a loss that count: one interruption, not a suspended machine
+
+WAIT, WAKE = 128, 129  # a futex of this process alone
+AWAY, HERE_ON = 1, 2  # where a worker was sent: to any other processor than the caller's, or to that one
+
+word, none = types.int64, types.none
+I64, VOID = ir.IntType(64), ir.VoidType()
+syscall = types.ExternalFunction("syscall", word(*[word] * 7))
+clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, word))
+sched_getcpu = types.ExternalFunction("sched_getcpu", types.int32())
+sched_getaffinity = types.ExternalFunction("sched_getaffinity", types.int32(types.int32, word, word))
+sched_setaffinity = types.ExternalFunction("sched_setaffinity", types.int32(types.int32, word, word))
+
+
+# --- instructions -----------------------------------------------------------------------------------------------------
+
+
+def _at(builder, address):
+    return builder.inttoptr(address, I64.as_pointer())
+
+
+@intrinsic
+def load(typing, address):
+    """The word at an address, as another thread left it."""
+
+    def codegen(context, builder, signature, values):
+        return builder.load_atomic(_at(builder, values[0]), "acquire", 8, typ=I64)
+
+    return word(word), codegen
+
+
+@intrinsic
+def store(typing, address, value):
+    """Other threads that see the value see what was written before."""
+
+    def codegen(context, builder, signature, values):
+        builder.store_atomic(values[1], _at(builder, values[0]), "release", 8)
+        return context.get_dummy_value()
+
+    return none(word, word), codegen
+
+
+@intrinsic
+def add(typing, address, value):
+    """Add to the word at an address."""
+
+    def codegen(context, builder, signature, values):
+        return builder.atomic_rmw("add", _at(builder, values[0]), values[1], "seq_cst")
+
+    return word(word, word), codegen
+
+
+@intrinsic
+def swap_if(typing, address, old, new):
+    """Whether the old value was there, and the new one is now."""
+
+    def codegen(context, builder, signature, values):
+        pair = builder.cmpxchg(_at(builder, values[0]), values[1], values[2], "seq_cst", "seq_cst")
+        return builder.extract_value(pair, 1)
+
+    return types.boolean(word, word, word), codegen
+
+
+@intrinsic
+def pause(typing):
+    """Tell the processor that this loop waits."""
+
+    def codegen(context, builder, signature, values):
+        if platform.machine() == "x86_64":
+            kind = ir.FunctionType(VOID, [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return none(), codegen
+
+
+@intrinsic
+def enter(typing, entry, params, share, first, last):
+    """Call the kernel at an address."""
+
+    def codegen(context, builder, signature, values):
+        pointer = builder.inttoptr(values[0], ir.FunctionType(VOID, [I64] * 4).as_pointer())
+
+        builder.call(pointer, values[1:])
+        return context.get_dummy_value()
+
+    return none(word, word, word, word, word), codegen
+
+
+@intrinsic(prefer_literal=True)
+def reserve(typing, words):
+    """The address of so many words on the stack, until the function returns."""
+    count = words.literal_value
+
+    def codegen(context, builder, signature, values):
+        return builder.ptrtoint(cgutils.alloca_once(builder, I64, size=count), I64)
+
+    return word(words), codegen
+
+
+@intrinsic
+def share_by(typing, function, entry, params, tasks, shares):
+    """Call another way to share out, at an address."""
+
+    def codegen(context, builder, signature, values):
+        pointer = builder.inttoptr(values[0], ir.FunctionType(VOID, [I64] * 4).as_pointer())
+        builder.call(pointer, values[1:])
+        return context.get_dummy_value()
+
+    return none(word, word, word, word, word), codegen
+
+
+# --- what the system does ---------------------------------------------------------------------------------------------
+
+
+@inner
+def sleep_while(address, value):
+    """Sleep while the word there has this value; it may return early."""
+    syscall(FUTEX, address, WAIT, value, 0, 0, 0)
+
+
+@inner
+def wake(address):
+    """Whoever sleeps there."""
+    syscall(FUTEX, address, WAKE, 1, 0, 0, 0)
+
+
+@inner
+def now(member):
+    """Nanoseconds; the clock's two words are the member's own."""
+    clock_gettime(1, member + CLOCK)
+    return load(member + CLOCK) * 1_000_000_000 + load(member + CLOCK + 8)
+
+
+@inner
+def send(member, where):
+    """Put a worker on the caller's processor or away from it until it has run: the system may choose the wrong one."""
+    cpu, thread = sched_getcpu(), load(member + THREAD)
+    if thread > 0 and 0 <= cpu < 1024 and sched_getaffinity(0, 128, member + OURS) > -1:
+        for i in range(16):
+            ours, this = load(member + OURS + 8 * i), 1 << (cpu & 63) if i == cpu >> 6 else 0
+            store(member + THEIRS + 8 * i, this if where == HERE_ON else ours & ~this)
+        sched_setaffinity(thread, 128, member + THEIRS)
+        store(member + SENT, where)
+
+
+# --- the team ---------------------------------------------------------------------------------------------------------
+
+
+@inner
+def member_at(team, k):
+    return team + MEMBERS + k * MEMBER
+
+
+@inner
+def take(ticket, most, own):
+    """The first of so many chunks, the first ones for the owner and the last for others, and how many; 0 if none is."""
+    while True:
+        old = load(ticket)
+        first, end = old >> 32, old & 0xFFFFFFFF
+        count = min(most, end - first)
+        if count < 1:
+            return 0, 0
+        if own and swap_if(ticket, old, old + (count << 32)):
+            return first, count
+        if not own and swap_if(ticket, old, old - count):
+            return end - count, count
+
+
+@inner
+def call_sleepers(team, me, average, left, threads):
+    """As many as pay, were the chunks that may be left shared among all that were called."""
+    called = load(me + CALLED)
+    while called + 1 < threads and average * left // (called + 2) > PAYS * load(team + COST):
+        called += 1
+        member = member_at(team, called)
+        if load(member + ASLEEP) == 1 and swap_if(member + ASLEEP, 1, 0):
+            before, cost = now(me), load(team + COST)
+            send(member, AWAY)
+            wake(member + ASLEEP)
+            store(team + COST, cost + (now(me) - before - cost) // 8)
+    store(me + CALLED, called)
+
+
+@inner
+def take_part(team, k, chunk, count):
+    """Run these chunks, if there are any, and all that can be taken; returns how many."""
+    me, entry, params, tasks = member_at(team, k), load(team + ENTRY), load(team + PARAMS), load(team + TASKS)
+    chunks, most, threads = load(team + CHUNK_COUNT), load(team + AT_ONCE), load(team + THREADS)
+    before = start = now(me)
+    done, step, least = 0, 1, 1 << 62
+    while True:
+        if count == 0:
+            chunk, count = take(me + TICKET, step, True)
+        for i in range(1, threads):
+            if count == 0:
+                chunk, count = take(member_at(team, (k + i) % threads) + TICKET, step, False)
+        if count == 0:
+            break
+        enter(entry, params, k, chunk * tasks // chunks, (chunk + count) * tasks // chunks)
+        after = now(me)
+        done, least = done + count, min(least, (after - before) // count)
+        step = min(most, max(1, MOMENT * done // (after - start + 1)))
+        if k == 0:
+            call_sleepers(team, me, (after - start) // done, chunks - done, threads)
+        before, count = after, 0
+    store(me + LEAST, least)
+    return done
+
+
+@inner
+def wait_for_others(team, others, began, mine, threads):
+    """Until the chunks that workers have begun are done; the caller's own processor is theirs before long."""
+    me = member_at(team, 0)
+    ended = now(me)
+    late = ended + max(PATIENCE, 2 * (ended - began) // max(1, mine))
+    while load(team + DONE) != others:
+        pause()
+        if now(me) > late:
+            store(team + WAITING, 1)
+            for k in range(1, threads):
+                if load(member_at(team, k) + INSIDE) == 1:
+                    send(member_at(team, k), HERE_ON)
+            done = load(team + DONE)
+            if done != others:
+                sleep_while(team + DONE, done)
+            store(team + WAITING, 0)
+
+
+@inner
+def alone(entry, params, tasks, shares):
+    """In no larger parts than a thread would have had: work arrays are made for these."""
+    for k in range(shares):
+        enter(entry, params, 0, k * tasks // shares, (k + 1) * tasks // shares)
+
+
+@inner
+def share_out(team, entry, params, tasks, shares):
+    """Run all tasks, by the team or alone; a second caller meanwhile goes alone, as one does without a team (0)."""
+    if team == 0 or not swap_if(team + BUSY, 0, 1):
+        alone(entry, params, tasks, shares)
+        return
+    me, threads, debt = member_at(team, 0), min(shares, load(team + HIRED) + 1), load(team + DEBT)
+    began = now(me)
+    if threads < 2 or tasks < 2 or debt > 0:
+        alone(entry, params, tasks, shares)
+        store(team + DEBT, max(0, debt - (now(me) - began)))
+        store(team + BUSY, 0)
+        return
+    chunks = min(tasks, shares * CHUNKS)
+    store(team + ENTRY, entry)
+    store(team + PARAMS, params)
+    store(team + TASKS, tasks)
+    store(team + CHUNK_COUNT, chunks)
+    store(team + AT_ONCE, max(1, chunks // shares))
+    store(team + THREADS, threads)
+    store(team + DONE, 0)
+    store(me + CALLED, 0)
+    for k in range(threads):
+        store(member_at(team, k) + TICKET, k * chunks // threads << 32 | (k + 1) * chunks // threads)
+    mine = take_part(team, 0, 0, 0)
+    others = chunks - mine
+    wait_for_others(team, others, began, mine, threads)
+    if others > 0 or load(me + CALLED) > 0:
+        lost = now(me) - began - chunks * load(me + LEAST) * 17 // 16  # they are not quite equal
+        if mine > 0 and lost > 0:
+            store(team + DEBT, AMORTIZED * min(lost, MOST_LOST))
+    store(team + BUSY, 0)
+
+
+@plain
+def serve(me):
+    """The life of a worker, as a thread of the system begins it."""
+    team, k = load(me + TEAM), load(me + NUMBER)
+    store(me + THREAD, syscall(GETTID, 0, 0, 0, 0, 0, 0))
+    since = now(me)
+    while load(team + STOP) == 0:
+        chunk, count = take(me + TICKET, 1, True)
+        if count > 0:
+            store(me + INSIDE, 1)
+            add(team + DONE, take_part(team, k, chunk, count))
+            store(me + INSIDE, 0)
+
+            if load(team + WAITING) == 1:
+                wake(team + DONE)
+            since = now(me)
+        elif now(me) - since < SPIN and load(team + DEBT) == 0:
+            for _ in range(4):
+                pause()
+        else:
+            swap_if(me + ASLEEP, 0, 1)
+            ticket = load(me + TICKET)
+            if ticket >> 32 >= ticket & 0xFFFFFFFF and load(team + STOP) == 0:
+                sleep_while(me + ASLEEP, 1)
+            store(me + ASLEEP, 0)
+            since = now(me)
+        sent = load(me + SENT)
+        if sent:
+            if sent == HERE_ON:
+                since = now(me) - SPIN  # this processor is the caller's
+            store(me + SENT, 0)
+            sched_setaffinity(0, 128, me + OURS)
+
+
+@plain
+def dismiss(team):
+    """Tell all workers to leave."""
+    store(team + STOP, 1)
+    for k in range(1, load(team + HIRED) + 1):
+        swap_if(member_at(team, k) + ASLEEP, 1, 0)
+        wake(member_at(team, k) + ASLEEP)
+
+
+@inner
+def share_by_numba(team, entry, params, tasks, shares):
+    """Run all tasks by Numba's threads, which one caller at a time may enter; another goes alone meanwhile."""
+    if swap_if(team, 0, 1):
+        share_by(load(team + 8), entry, params, tasks, shares)
+        store(team, 0)
+    else:
+        alone(entry, params, tasks, shares)
+
+
+# --- a call -----------------------------------------------------------------------------------------------------------
+
+
+@inner
+def argument(operands, data_at, tag, slot, extra):
+    """A word of a kernel's arguments; see `fastbn.cpu.program`."""
+    if tag == GIVEN:
+        return load(operands + slot)
+    if tag == DATA:
+        return load(load(operands + slot) + data_at) + extra
+    if tag == SCRATCH:
+        return (load(load(operands + slot) + data_at) + 63 & ~63) + extra
+    if tag == AT_LEAST:
+        return 1 if load(operands + slot) >= extra else 0
+    return extra
+
+
+@plain
+def run(block):
+    """One kernel after the other, as the program that the block names says it."""
+    team, program, operands = load(block), load(block + 8), block + 16
+    data_at, launches, at = load(program), load(program + 8), program + 16
+    params = reserve(MOST_ARGUMENTS)
+    for _ in range(launches):
+        entry, tasks, shares, count = load(at), load(at + 8), load(at + 16), load(at + 24)
+        at += 32
+        for i in range(count):
+            store(params + 8 * i, argument(operands, data_at, load(at), load(at + 8), load(at + 16)))
+            at += 24
+        if team & 1:
+            share_by_numba(team - 1, entry, params, tasks, shares)
+        else:
+            share_out(team, entry, params, tasks, shares)

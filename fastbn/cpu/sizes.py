@@ -1,0 +1,56 @@
+"""How kernels cut arrays into parts: what both the plans and the compiled kernels compute, from shapes alone."""
+
+from __future__ import annotations
+
+# --- rows: a channel's rows one after the other -----------------------------------------------------------------------
+
+CHUNK = 1024  # values: 32 float32 additions per lane (rounding below 1e-6), and L1 holds it for a second look
+SEGMENT = 64  # chunks
+PIECE = 16384  # values of a row at most between places where elementwise work may be divided
+PAD = 16  # values behind each table of channels, and each array of work: whole vectors are read and written
+
+
+def chunk_grid(outer: int, inner: int) -> tuple[int, int]:
+    """Rows and columns of a chunk: whole rows while two fit, else pieces of two rows, or of the only one."""
+    if 2 * inner <= CHUNK:
+        return CHUNK // max(inner, 1), max(inner, 1)
+    rows = min(2, outer)
+    pieces = max(1, round(rows * inner / CHUNK))
+    return rows, -(-inner // (16 * pieces)) * 16
+
+
+def segment_count(outer: int, inner: int) -> int:
+    """Segments of a channel's slab."""
+    rows, columns = chunk_grid(outer, inner)
+    return -(-(-(-outer // rows) * -(-inner // columns)) // SEGMENT)
+
+
+def piece_count(shape: tuple[int, ...]) -> int:
+    """Pieces of rows in the whole array, in the order of memory."""
+    return shape[0] * shape[1] * shape[2] * -(-shape[3] // PIECE)
+
+
+# --- columns: rows through all channels -------------------------------------------------------------------------------
+
+ROW_CHUNK = 128  # rows: 32 + 2 float32 additions per sum keep its rounding below 1e-6
+ROW_SEGMENT = 4096  # rows, at most: two float64 a cell and segment are 0.1 % of float32 data, 0.2 % of halves
+MANY = 2048  # cells, of which two threads have tiles enough for themselves
+
+
+def segment_rows(rows: int, cells: int) -> int:
+    """Rows of a segment: an even number of equal segments, so that two threads have the same to do."""
+    if rows < 2 * ROW_CHUNK or (rows <= ROW_SEGMENT and cells >= MANY):
+        return max(rows, 1)
+    return -(-rows // (2 * -(-rows // (2 * ROW_SEGMENT))))
+
+
+def padded(cells: int, tile: int) -> int:
+    """Results of one segment, each tile's padded: vectors written across its last cell meet no other tile's."""
+    return -(-cells // tile) * -(-tile // PAD) * PAD
+
+
+# --- arrays of a share ------------------------------------------------------------------------------------------------
+
+AFFINE, LINEAR = 3, 5  # the numbers of y = (x - hi) * scale + shift, and of dx, of each channel or column
+GUESS_AND_SUMS, SUMMED = 3, 4  # of each column: a guess and two sums; hi, unit and two sums
+PIVOTS, SUMS = 2, 2  # in float64, of each cell: the pivot and the centre; two sums

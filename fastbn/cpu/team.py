@@ -1,0 +1,135 @@
+"""The team of threads that runs kernels, seen from Python: its memory, its workers, its end.
+
+What it does is compiled (`kernels.team`) and knows neither Python nor Numba, so workers are plain threads of the
+system. Where they cannot sleep in a futex (systems other than Linux), Numba's threads run kernels.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import platform
+import signal
+import sys
+import threading
+from functools import cache
+
+from fastbn.cpu.code import address
+from fastbn.threads import get_num_threads
+
+PARALLEL_FROM = 1 << 16  # elements; below, one thread is done before another one wakes up
+COST_AT_FIRST = 10_000  # ns of calling a sleeper, before the first call has been measured
+MOST = 256  # members
+
+# Numbers of system calls: futex, gettid.
+CALLS = {"x86_64": (202, 186), "aarch64": (98, 178), "riscv64": (98, 178), "ppc64le": (221, 207)}
+HERE = sys.platform == "linux" and platform.machine() in CALLS
+FUTEX, GETTID = CALLS.get(platform.machine(), (0, 0))
+
+# The team's memory, in lines of 128 bytes (two of the processor's, which are fetched in pairs): the job, which stays
+# as it is while it runs; its end; what the caller alone knows; then five lines for each member, the caller first.
+ENTRY, PARAMS, TASKS, CHUNK_COUNT, AT_ONCE, THREADS, STOP = range(0, 56, 8)
+DONE, WAITING = range(128, 144, 8)  # chunks that workers have reported; whether the caller sleeps until they have
+BUSY, COST, DEBT, HIRED = range(256, 288, 8)
+MEMBERS, MEMBER = 384, 640
+TICKET, ASLEEP, CLOCK = 0, 128, 256
+HANDLE, THREAD, INSIDE, SENT, LEAST, CALLED, TEAM, NUMBER = range(272, 336, 8)
+OURS, THEIRS = 384, 512  # masks of processors: the caller's, and the one that a worker is sent to
+
+_memory, _hired, _closed = 0, 0, False
+_refused = False  # the system gave no more threads
+_starting = threading.Lock()
+
+
+def threads_for(elements: int) -> int:
+    """How many threads share so much work, at most."""
+    return 1 if elements < PARALLEL_FROM else get_num_threads()
+
+
+def team_for(threads: int) -> int:
+    """What runs a program's tasks: a team's memory, an odd number for Numba's threads, or 0: this thread alone."""
+    if threads < 2:
+        return 0
+    if not HERE:
+        return _numbas_threads()
+    if _hired < threads - 1 and not _refused and _starting.acquire(blocking=False):
+        try:
+            _start(min(threads, MOST))
+        finally:
+            _starting.release()
+    return _memory
+
+
+def _word(place: int) -> ctypes.c_int64:
+    return ctypes.c_int64.from_address(place)
+
+
+@cache
+def _system() -> ctypes.CDLL:
+    library = ctypes.CDLL(None)
+    library.pthread_create.argtypes = (ctypes.c_void_p,) * 4
+    library.pthread_join.argtypes = (ctypes.c_ulong, ctypes.c_void_p)
+    return library
+
+
+@cache
+def _dismiss() -> ctypes._FuncPointer:
+    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(address("team.dismiss"))
+
+
+def _start(threads: int) -> None:
+    global _memory, _hired, _refused
+    if _closed:
+        return
+    serve = address("team.serve")
+    if not _memory:  # never freed: a late worker may look there
+        calloc = ctypes.pythonapi.PyMem_RawCalloc
+        calloc.argtypes, calloc.restype = (ctypes.c_size_t, ctypes.c_size_t), ctypes.c_void_p
+        memory = -(-calloc(MEMBERS + (MOST + 1) * MEMBER, 1) // 128) * 128
+        _word(memory + COST).value = COST_AT_FIRST
+        _dismiss()  # now: the interpreter's end is no time to compile
+        _memory = memory
+    # Signals are the interpreter's: workers inherit the mask.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        while _hired < threads - 1 and not _refused:
+            member = _memory + MEMBERS + (_hired + 1) * MEMBER
+            _word(member + TEAM).value, _word(member + NUMBER).value = _memory, _hired + 1
+            _refused = _system().pthread_create(member + HANDLE, None, serve, member) != 0
+            _hired += not _refused
+            _word(_memory + HIRED).value = _hired
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@atexit.register  # once: forked children inherit it
+def _stop() -> None:
+    """Workers leave before the interpreter takes their code away."""
+    global _closed, _hired
+    _closed = True  # first: nobody hires from now on
+    hired, _hired = _hired, 0
+    if not hired:
+        return
+    _dismiss()(_memory)
+    for k in range(1, hired + 1):
+        _system().pthread_join(_word(_memory + MEMBERS + k * MEMBER + HANDLE).value, None)
+
+
+def _after_fork() -> None:
+    """The child has none of the threads, and maybe a job that never ends: it begins again."""
+    global _memory, _hired, _refused, _starting
+    _memory, _hired, _refused, _starting = 0, 0, False, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# --- Numba's threads --------------------------------------------------------------------------------------------------
+
+
+def _numbas_threads() -> int:
+    from fastbn.cpu.kernels import numba_threads
+
+    return numba_threads.team()
