@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite
-import numba
 import numpy as np
 
 import fastbn
 from fastbn import dispatch
 from fastbn.caches import last_cache
+from fastbn.threads import get_num_threads
 
 
 def describe() -> dict[str, Any]:
@@ -27,7 +28,7 @@ def describe() -> dict[str, Any]:
             "fastbn": fastbn.__version__,
             "python": platform.python_version(),
             "numpy": np.__version__,
-            "numba": numba.__version__,
+            "numba": importlib.metadata.version("numba"),
             "llvmlite": llvmlite.__version__,
         },
         "backends": {kind: backend_state(kind) for kind in ("numpy", "cupy")},
@@ -37,7 +38,7 @@ def describe() -> dict[str, Any]:
         "cache_bytes": last_cache(),
         "cpus": os.cpu_count(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "threads": numba.get_num_threads(),
+        "threads": get_num_threads(),
         "threading_layer": threading_layer(),
         "kernel_cache": kernel_cache(),
     }
@@ -85,10 +86,10 @@ def optional(name: str) -> Any:
 
 
 def torch_with_our_threads() -> Any:
-    """PyTorch on as many threads as Numba uses, or None."""
+    """PyTorch on as many threads as fastbn uses, or None."""
     torch = optional("torch")
     if torch is not None:
-        torch.set_num_threads(numba.get_num_threads())
+        torch.set_num_threads(get_num_threads())
     return torch
 
 
@@ -110,19 +111,19 @@ def cpu_model() -> str:
 
 def threading_layer() -> str:
     """Whose threads run kernels. Numba's layer is chosen by the first parallel call, which is made here."""
-    from fastbn.cpu import threads
+    from fastbn.cpu import team
 
-    if numba.get_num_threads() == 1:
+    if get_num_threads() == 1:
         return "none: one thread"
-    if threads.pytorchs_team():
-        return "PyTorch's OpenMP"
-    fastbn.mean(np.zeros(1 << 16, np.float32))
-    return str(threads.numbas_layer() or "none: calls run serially")
+    if team.HERE:
+        return "fastbn's own"
+    fastbn.mean(np.zeros(1 << 18, np.float32))
+    return f"Numba's: {importlib.import_module('numba').threading_layer()}"
 
 
 def kernel_cache() -> str | None:
     """The folder that keeps compiled kernels between processes; None where no folder can be written."""
-    from fastbn.cpu.jit import version
+    from fastbn.cpu.code import version
     from fastbn.cpu.store import store_of
 
     store = store_of(version())

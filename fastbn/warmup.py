@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 import fastbn
-from fastbn.cpu import columns, columns_gradients, rows, rows_gradients, slab
-from fastbn.cpu.threads import LAUNCHERS, PARALLEL_FROM, kernel
+from fastbn.cpu import code
+from fastbn.cpu.team import PARALLEL_FROM
 from fastbn.environment import float_dtypes
+from fastbn.threads import get_num_threads
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -33,7 +33,7 @@ class Job(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Compiled forms of kernels that this process has: from the disk's cache, and newly compiled."""
+    """Kernels that this process has: from disk, and newly compiled."""
 
     loaded: int
     compiled: int
@@ -41,7 +41,7 @@ class Counts(NamedTuple):
 
 def jobs(dtypes: Sequence[str]) -> list[Job]:
     """Every combination of dtype, layout, serial or parallel, few or many channels, and options."""
-    threads = numba.get_num_threads()
+    threads = get_num_threads()
     many = 4 * threads  # from here on, channels-first kernels give each thread whole channels
     rows_of = {"serial": 8, "parallel": PARALLEL_FROM} if threads > 1 else {"serial": 8}
     work = []
@@ -86,10 +86,5 @@ def _call_all(dtype: str, layout: str, shape: tuple[int, ...], options: tuple[st
 
 
 def counts() -> Counts:
-    """How many compiled forms this process has loaded and compiled so far."""
-    modules = (rows, rows_gradients, columns, columns_gradients, slab)
-    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, kernel)]
-    statistics = [compiled.stats for compiled in (*LAUNCHERS, *(k.compiled for k in kernels))]
-    loaded = sum(sum(s.cache_hits.values()) for s in statistics)
-    compiled = sum(sum(s.cache_misses.values()) for s in statistics)
-    return Counts(loaded, compiled)
+    """How many kernels this process has loaded and compiled so far."""
+    return Counts(code.loaded, code.compiled)

@@ -139,7 +139,7 @@ def test_parallel_kernels_are_checked():
     serial, parallel = (len(check.jobs("numpy", ["oracle"], quick=True, parallel=p)) for p in ((), ("float32",)))
     assert parallel == serial + len(check.LAYOUTS)
     last = check.jobs("numpy", ["oracle"], quick=True, parallel=("float32",))[-1]
-    assert np.prod(last.run.args[-2]) > cpu.threads.PARALLEL_FROM
+    assert np.prod(last.run.args[-2]) > cpu.team.PARALLEL_FROM
     assert all(row.ok for row in last.run())
 
 

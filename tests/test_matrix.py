@@ -8,7 +8,7 @@ import pytest
 
 import fastbn
 from fastbn import cpu, reference, repeated
-from fastbn.cpu import memory, plans
+from fastbn.cpu import memory, plans, team
 from tests import tolerances
 from tests.conftest import forget
 from tests.support import DTYPES, LAYOUTS, OPTIONS, make_case
@@ -246,7 +246,7 @@ def test_forced_strategies(monkeypatch, fresh_plans, options, serial_below, whol
     results = []
     for forced in (False, True):
         if forced:
-            monkeypatch.setattr(cpu.threads, "PARALLEL_FROM", serial_below)
+            monkeypatch.setattr(team, "PARALLEL_FROM", serial_below)
             monkeypatch.setattr(plans, "_whole_channels", lambda shape, shares: whole_channels)
             if not whole_channels:
                 monkeypatch.setattr(plans, "_fused_tile", lambda *_: 0)

@@ -224,11 +224,11 @@ PROGRAM = textwrap.dedent("""
     import hashlib
     import numpy as np
     import fastbn
-    from fastbn.cpu import threads
+    from fastbn.cpu import team
 
     digest = hashlib.sha256()
     for below in (0, 1 << 60):  # in parallel, and serially
-        threads.PARALLEL_FROM = below
+        team.PARALLEL_FROM = below
         digest = hashlib.sha256()
         for shape in ((3, 2, 300, 301), (64, 5, 7, 7), (2600, 37), (3, 9, 7, 530)):
             rng = np.random.default_rng(0)

@@ -25,6 +25,7 @@ from fastbn.cpu.store import Store, store_of
 
 _HERE = Path(__file__).parent
 _lock = threading.RLock()
+loaded, compiled = 0, 0  # kernels of this process: from disk, and made
 
 
 def address(name: str, *kinds: str) -> int:
@@ -35,13 +36,22 @@ def address(name: str, *kinds: str) -> int:
 
 @cache
 def _address(name: str, kinds: tuple[str, ...]) -> int:
-    symbol = f"{name}-{hashlib.sha256(' '.join(kinds).encode()).hexdigest()[:24]}"
-    code = _shipped(symbol) or _stored(symbol) or _compiled(name, kinds, symbol)
+    global loaded, compiled
+    symbol = _symbol(name, kinds)
+    code = _shipped(symbol) or _stored(symbol)
+    if code is None:
+        code, compiled = _compiled(name, kinds, symbol), compiled + 1
+    else:
+        loaded += 1
     engine = _engine()
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     found: int = engine.get_function_address(symbol)
     return found
+
+
+def _symbol(name: str, kinds: tuple[str, ...]) -> str:
+    return f"{name}-{hashlib.sha256(' '.join(kinds).encode()).hexdigest()[:24]}"
 
 
 @cache
@@ -56,7 +66,9 @@ def machine_for(level: str | None) -> Any:
     target = llvm.Target.from_triple(llvm.get_process_triple())
     cpu, features = processor() if level is None else (level, "")
     reloc = "static" if target.name.startswith("x86") else "default"
-    return target.create_target_machine(cpu=cpu, features=features, opt=3, reloc=reloc, codemodel="jitdefault", jit=True)
+    return target.create_target_machine(
+        cpu=cpu, features=features, opt=3, reloc=reloc, codemodel="jitdefault", jit=True
+    )
 
 
 @cache
@@ -93,7 +105,7 @@ def _shipped(symbol: str) -> bytes | None:
 
 def build(level: str, name: str, kinds: tuple[str, ...], folder: Path = SHIPPED) -> None:
     """Compile a kernel for a level of processors, into a folder that `SHIPPED` may become."""
-    symbol = f"{name}-{hashlib.sha256(' '.join(kinds).encode()).hexdigest()[:24]}"
+    symbol = _symbol(name, kinds)
     place = folder / level / sources()
     place.mkdir(parents=True, exist_ok=True)
     Store(place).write(f"{symbol}.o", _object_code(name, kinds, symbol, level))

@@ -19,6 +19,7 @@ CACHE_SHARE = 4 << 20  # bytes of output; below, streaming stores lose to plain 
 # that has left the caches they are 1.3 times slower. Streaming 13 MB is 1.5 times faster.
 OWN_TIMES = min(max(1, last_cache() // 4 // CACHE_SHARE), 4)
 
+
 def _unit_stride(a: Array) -> bool:
     """Whether kernels can walk the array: contiguous inner or channel axis, other strides whole elements."""
     _, _, channel, inner = a.shape

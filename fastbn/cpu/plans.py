@@ -269,9 +269,7 @@ def forward(
     if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, _size(kind), xs) == 1:
         tile = _fused_tile(shape, _size(kind), 1, shares)
     if tile:
-        c = _Columns(
-            shape, 1, tile, _size(kind), shares, scratch=sizes.PIVOTS, work=sizes.GUESS_AND_SUMS, fused=True
-        )
+        c = _Columns(shape, 1, tile, _size(kind), shares, scratch=sizes.PIVOTS, work=sizes.GUESS_AND_SUMS, fused=True)
         p.launch(
             "columns.forward", c.tasks, x=x, y=p.array("y"), residual=p.array("residual"),
             geometry=_geometry(p, shape, c.family, xs, ys, rs), table=table, eps=eps,
@@ -414,10 +412,10 @@ def backward(
             streaming=p.at_least("past", 2 if c.streams(dxs, drs) else NEVER),
         )  # fmt: skip
     elif _whole_channels(shape, shares) and not in_columns(shape, dys, xs, ys, weighted=ws is not None):
-        shape, *strides = _halved(shape, *strides)
+        shape, *halved = _halved(shape, *strides)
         p.launch(
             "rows_gradients.backward", kept, dy=dy, x=x, y=y, live=live, weight=p.array("weight"), dx=dx,
-            dresidual=dresidual, geometry=_geometry(p, shape, _chunks(shape), *strides), numbers=numbers, mixed=mixed,
+            dresidual=dresidual, geometry=_geometry(p, shape, _chunks(shape), *halved), numbers=numbers, mixed=mixed,
             out=out, work=p.scratch(sizes.LINEAR * shares * sizes.PAD, _compute(kind)),
             streaming=p.at_least("past", _past_of_rows(shape, kind)),
         )  # fmt: skip

@@ -63,16 +63,18 @@ class Program:
     def __init__(self, threads: int, arrays: dict[str, str | None], numbers: dict[str, str]) -> None:
         self.threads = threads
         self._slots = {name: 8 * i for i, name in enumerate((*arrays, "", *numbers))}
-        self._kinds = arrays | numbers
-        self._layout = struct.Struct(f"{3 + len(arrays)}q" + "".join("d" if k == "f8" else "q" for k in numbers.values()))
-        self._scratch, self._launches, self._kept = 0, [], []
-        self._address = 0
+        self._kinds = {name: kind or "none" for name, kind in (*arrays.items(), *numbers.items())}
+        of_numbers = "".join("d" if kind == "f8" else "q" for kind in numbers.values())
+        self._layout = struct.Struct(f"{3 + len(arrays)}q{of_numbers}")  # the team, the program, what a call gives
+        self._launches: list[tuple[str, int, dict[str, Argument]]] = []
+        self._scratch = self._address = 0
+        self._kept: list[Any] = []
 
     # --- making it ---
 
     def array(self, name: str) -> Argument:
         kind = self._kinds[name]
-        return NONE if kind is None else Argument(kind, DATA, self._slots[name])
+        return NONE if kind == "none" else Argument(kind, DATA, self._slots[name])
 
     def number(self, name: str) -> Argument:
         return Argument(self._kinds[name], NUMBER, self._slots[name])

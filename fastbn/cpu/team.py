@@ -132,4 +132,5 @@ if hasattr(os, "register_at_fork"):
 def _numbas_threads() -> int:
     from fastbn.cpu.kernels import numba_threads
 
-    return numba_threads.team()
+    team: int = numba_threads.team()
+    return team

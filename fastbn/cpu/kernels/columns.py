@@ -40,8 +40,8 @@ from fastbn.cpu.kernels.cells import (
     task_at,
     width_of_last_row,
 )
-from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.compiler import inner, kernel
+from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import (
     any_greater,
     any_nan,

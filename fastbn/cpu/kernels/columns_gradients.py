@@ -48,6 +48,7 @@ from fastbn.cpu.kernels.slab import (
 )
 from fastbn.cpu.sizes import LINEAR, ROW_CHUNK, SUMMED, SUMS
 
+
 @inner
 def add_two_grad_rows(
     dy, g, g_far, x, i, i_far, y, o, o_far, weight, far_weight, part, work, c, pitch

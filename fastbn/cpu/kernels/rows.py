@@ -20,8 +20,8 @@ side by side in all arrays, and how far apart the tables of channels in ``work``
 
 import numpy as np
 
-from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.compiler import inner, kernel
+from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import (
     address,
     blended,
@@ -60,6 +60,8 @@ from fastbn.cpu.sizes import AFFINE, PIECE, SEGMENT
 WIDE = 128  # bytes of a vector where weights cost precision: fewer additions a lane
 NARROW, SINGLE = 32, 4  # bytes at the ends of rows, where masked stores would be slow on AMD processors
 AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise passes 5 % faster
+
+
 @inner
 def chunk_count(shape, grid):
     return -(-shape[1] // grid[0]) * -(-shape[3] // grid[1])

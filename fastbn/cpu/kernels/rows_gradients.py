@@ -45,6 +45,7 @@ from fastbn.cpu.kernels.slab import (
 )
 from fastbn.cpu.sizes import LINEAR, SEGMENT
 
+
 @inner
 def distance(x, i, weight, w, part, dz, hi, unit):
     """A vector of (x - hi) * unit, or its first ``part`` lanes; 0 where neither weight nor dz counts the element."""

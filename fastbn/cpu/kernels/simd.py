@@ -15,8 +15,9 @@ float32    float32     float32
 float64    float64     float64
 =========  ==========  ==========
 
-An array is the address of its first element, as a pointer; positions are element indices and are not checked. An absent array (None) loads
-as None, and None is stored, converted and tested by doing nothing: options cost no branches, in source or at run time.
+An array is a pointer to its first element; positions are element indices and are not checked. An absent array (None)
+loads as None, and None is stored, converted and tested by doing nothing: options cost no branches, in source or at run
+time.
 """
 
 import operator

@@ -23,10 +23,38 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastbn.cpu.kernels.compiler import inner, plain
-from fastbn.cpu.program import AT_LEAST, DATA, MOST_ARGUMENTS, NUMBER as GIVEN, SCRATCH
+from fastbn.cpu.program import AT_LEAST, DATA, MOST_ARGUMENTS, SCRATCH
+from fastbn.cpu.program import NUMBER as GIVEN
 from fastbn.cpu.team import (
-    ASLEEP, AT_ONCE, BUSY, CALLED, CHUNK_COUNT, CLOCK, COST, DEBT, DONE, ENTRY, FUTEX, GETTID, HIRED, INSIDE, LEAST,
-    MEMBER, MEMBERS, NUMBER, OURS, PARAMS, SENT, STOP, TASKS, TEAM, THEIRS, THREAD, THREADS, TICKET, WAITING,
+    ASLEEP,
+    AT_ONCE,
+    BUSY,
+    CALLED,
+    CHUNK_COUNT,
+    CLOCK,
+    COST,
+    DEBT,
+    DONE,
+    ENTRY,
+    FUTEX,
+    GETTID,
+    HIRED,
+    INSIDE,
+    LEAST,
+    MEMBER,
+    MEMBERS,
+    NUMBER,
+    OURS,
+    PARAMS,
+    SENT,
+    STOP,
+    TASKS,
+    TEAM,
+    THEIRS,
+    THREAD,
+    THREADS,
+    TICKET,
+    WAITING,
 )  # fmt: skip
 
 CHUNKS = 16  # of a job for each thread: one that is held up in the middle of a chunk delays the end by that much
