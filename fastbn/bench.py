@@ -182,7 +182,7 @@ class Data:
         for number, array in enumerate(self.x + self.dy):
             fill(array, number)
         blocks = self.raw_x[0].size // BLOCK
-        self._copy = Program(threads_for(self.raw_x[0].size), {"x": "f4*", "out": "f4*"}, {})
+        self._copy = Program(threads_for(self.raw_x[0].size), self.raw_x[0].size, {"x": "f4*", "out": "f4*"})
         self._copy.launch("copying.stream_blocks", blocks, x=self._copy.array("x"), out=self._copy.array("out"))
         parameter: Any = np.float64 if dtype == "float64" else np.float32
         self.gamma, self.beta = np.random.default_rng(0).random((2, self.channels)).astype(parameter) + parameter(0.5)
@@ -191,7 +191,7 @@ class Data:
 
     def copy(self, i: int) -> None:
         i %= len(self.x)
-        self._copy((self.raw_x[i], self.raw_out[i]))
+        self._copy(self.raw_x[i], self.raw_out[i])
 
     def ours(self, what: str) -> dict[str, Call]:
         """The plain call, which allocates its result, and the one that writes to ``out``."""

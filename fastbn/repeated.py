@@ -47,7 +47,7 @@ def _data(a: Any) -> Any:
 
 
 def _parameter(a: Any) -> Any:
-    return None if a is None else (type(a), a.shape, a.dtype)
+    return None if a is None else (type(a), a.shape, a.strides, a.dtype)
 
 
 def forward_key(
@@ -89,8 +89,8 @@ def inference_key(
         if type(channel_axis) is not int or type(eps) is not float:
             return None
         return (
-            type(x), x.shape, x.strides, x.dtype, type(mean), mean.shape, mean.dtype, type(var), var.shape, var.dtype,
-            _parameter(gamma), _parameter(beta), channel_axis, eps, activation, _data(residual), _data(out),
+            type(x), x.shape, x.strides, x.dtype, _parameter(mean), _parameter(var), _parameter(gamma),
+            _parameter(beta), channel_axis, eps, activation, _data(residual), _data(out),
         )  # fmt: skip
     except AttributeError:
         return None

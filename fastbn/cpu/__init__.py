@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 xp = np
+FLOAT64 = ("f8*",) * 6  # kinds of vectors of parameters, as the functions here take them
 
 
 def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array, Array]:
@@ -63,7 +64,7 @@ def _moments(x: Array, weight: Array | None, eps: float) -> tuple[Array, Array, 
     weight, k = weight_in_range(weight, x)
     (x_, xs), (w_, ws, kind) = walkable(x), walkable_weight(weight)
     run = plans.moments(x.shape, kind_of(x.dtype), xs, ws, kind, threads_for(x.size))
-    run((x_, w_, table), eps)
+    run(x_, w_, table, eps)
     return _unscaled(table, k)
 
 
@@ -95,9 +96,9 @@ def normalize(
         y[...] = wide
         return
     (x_, xs), (y_, ys), (r_, rs) = walkable(x), walkable(y), walkable(residual)
-    run = plans.normalize(x.shape, kind_of(x.dtype), xs, ys, rs, relu, threads_for(x.size))
-    numbers = np.concatenate((mean, spread, gamma, beta))
-    run((x_, y_, r_, numbers), -1.0 if eps is None else eps, past_caches(y))
+    run = plans.normalize(x.shape, kind_of(x.dtype), xs, ys, rs, FLOAT64[:4], relu, threads_for(x.size))
+    numbers = map(np.ascontiguousarray, (mean, spread, gamma, beta))
+    run(x_, y_, r_, *numbers, -1.0 if eps is None else eps, past_caches(y))
 
 
 def forward(
@@ -116,12 +117,11 @@ def forward(
         normalize(x, mean, rstd, gamma, beta, None, residual, relu, y)
         return count, mean, m2, rstd
     table = np.empty((6, x.shape[0] * x.shape[2]))
-    table[4], table[5] = gamma, beta
     weight, k = weight_in_range(weight, x)
     (x_, xs), (w_, ws, weights) = walkable(x), walkable_weight(weight)
     (y_, ys), (r_, rs) = walkable(y), walkable(residual)
-    run = plans.forward(x.shape, kind_of(x.dtype), xs, ws, weights, ys, rs, relu, threads_for(x.size))
-    run((x_, w_, y_, r_, table), eps, past_caches(y))
+    run = plans.forward(x.shape, kind_of(x.dtype), xs, ws, weights, ys, rs, FLOAT64[:2], relu, threads_for(x.size))
+    run(x_, w_, y_, r_, *map(np.ascontiguousarray, (gamma, beta)), table, eps, past_caches(y))
     if needs_float64(x, table[3], gamma, eps):
         normalize(x, table[2], table[3], gamma, beta, None, residual, relu, y)
     return _unscaled(table, k)
@@ -140,7 +140,7 @@ def grad_sums(
         (dy_, dys), (x_, xs), (y_, ys) = walkable(dy), walkable(x), walkable(y)
         w_, ws, weights = walkable_weight(weight)
         run = plans.grad_sums(x.shape, kind_of(x.dtype), dys, xs, ys, ws, weights, threads_for(x.size))
-        run((dy_, x_, y_, w_, np.concatenate((mean, rstd)), out))
+        run(dy_, x_, y_, w_, *map(np.ascontiguousarray, (mean, rstd)), out)
     return out[0], out[1]
 
 
@@ -167,8 +167,8 @@ def grad_input(
     (dy_, dys), (x_, xs), (y_, ys) = walkable(dy), walkable(x), walkable(y)
     (w_, ws, weights), (dx_, dxs), (dr_, drs) = walkable_weight(weight), walkable(dx), walkable(dresidual)
     run = plans.grad_input(dy.shape, kind_of(dy.dtype), dys, xs, ys, ws, weights, dxs, drs, threads_for(dy.size))
-    numbers = np.concatenate((mean, scale, offset, slope, unit))
-    run((dy_, x_, y_, w_, dx_, dr_, numbers), past_caches(dx, dresidual))
+    numbers = map(np.ascontiguousarray, (mean, scale, offset, slope, unit))
+    run(dy_, x_, y_, w_, dx_, dr_, *numbers, past_caches(dx, dresidual))
 
 
 def backward(
@@ -193,8 +193,8 @@ def backward(
         count = count if k == 0 else np.ldexp(count, -k)
         (dy_, dys), (x_, xs), (y_, ys) = walkable(dy), walkable(x), walkable(y)
         (w_, ws, weights), (dx_, dxs), (dr_, drs) = walkable_weight(weight), walkable(dx), walkable(dresidual)
-        numbers = np.concatenate((mean, rstd, gamma, count, dmean, dvar))
         kind, shares = kind_of(x.dtype), threads_for(x.size)
-        run = plans.backward(x.shape, kind, dys, xs, ys, ws, weights, dxs, drs, frozen, True, shares)
-        run((dy_, x_, y_, w_, dx_, dr_, numbers, out), past_caches(dx, dresidual))
+        run = plans.backward(x.shape, kind, dys, xs, ys, ws, weights, dxs, drs, FLOAT64, frozen, shares)
+        numbers = map(np.ascontiguousarray, (mean, rstd, gamma, count, dmean, dvar))
+        run(dy_, x_, y_, w_, dx_, dr_, *numbers, out, past_caches(dx, dresidual))
     return out[0], out[1]

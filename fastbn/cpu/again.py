@@ -10,7 +10,7 @@ import numpy as np
 from fastbn.cpu import memory, plans
 from fastbn.cpu.extremes import LEAST_EPS, needs_float64
 from fastbn.cpu.memory import Array, Strides, empty_like, past_caches
-from fastbn.cpu.program import Program, kind_of
+from fastbn.cpu.program import FLOATS, Program, kind_of
 from fastbn.cpu.team import threads_for
 from fastbn.formulas import reciprocal_std
 from fastbn.layout import Layout
@@ -28,7 +28,11 @@ def forward_again(
     if dense is None or len(layout.kept_shape) != 1:
         return None
     usable, empty_like, past_caches, small = dense
-    channels, run = layout.kept_shape[0], _forward(layout.folded, x, residual, saved.activation is not None)
+    channels = layout.kept_shape[0]
+    parameters = _kinds(channels, saved.gamma, beta)
+    if parameters is None:
+        return None
+    run = _forward(layout.folded, x, residual, parameters, saved.activation is not None)
     simple = small and residual is None and out is None
     channel_axis, activation = saved.channel_axis, saved.activation
 
@@ -36,11 +40,9 @@ def forward_again(
         if not x.flags.aligned or out is x or not (simple or usable(out, x, residual, gamma, beta)):
             return None
         table = np.empty((6, channels))
-        count, m2, mean, rstd, scale, shift = table
-        scale[...] = 1.0 if gamma is None else gamma
-        shift[...] = 0.0 if beta is None else beta
+        count, m2, mean, rstd, scale, _ = table
         y = empty_like(x) if out is None else out
-        run((x, None, y, residual, table), eps, past_caches(y))
+        run(x, None, y, residual, gamma, beta, table, eps, past_caches(y))
         if eps < LEAST_EPS and needs_float64(x, rstd, scale, eps):
             return None
         return y, Saved(
@@ -59,23 +61,21 @@ def backward_again(layout: Layout, saved: Saved, dy: Any, gradients: Gradients, 
         return None
     usable, empty_like, past_caches, small = dense
     frozen, has_residual, channels = saved.moments is None, saved.has_residual, layout.kept_shape[0]
-    run = _backward(layout.folded, x, y, has_residual, frozen)
+    parameters = _kinds(channels, saved.mean, saved.rstd, saved.gamma, None if frozen else saved.count, None, None)
+    if parameters is None:
+        return None
+    run = _backward(layout.folded, x, y, has_residual, parameters, frozen)
     simple = small and y is None and out is None
 
     def call(dy: Any, saved: Saved, out: Any) -> Gradients | None:
         x, y, gamma = saved.x, saved.y, saved.gamma
         if not x.flags.aligned or not dy.flags.aligned or not (simple or usable(out, dy, x, y, gamma)):
             return None
-        numbers = np.empty((4, channels))
-        numbers[0] = saved.mean
-        numbers[1] = saved.rstd
-        numbers[2] = 1.0 if gamma is None else gamma
-        numbers[3] = 1.0 if frozen else saved.count
         dx = empty_like(x) if out is None else out
         dresidual = empty_like(x) if has_residual else None
         results = np.empty((2, channels))
         past = past_caches(dx, dresidual)
-        run((dy, x, y, None, dx, dresidual, numbers, results), past)
+        run(dy, x, y, None, dx, dresidual, saved.mean, saved.rstd, gamma, saved.count, None, None, results, past)
         return Gradients(dx, results[0], results[1], dresidual)
 
     return call
@@ -99,21 +99,21 @@ def inference_again(
     if dense is None or len(layout.kept_shape) != 1:
         return None
     usable, empty_like, past_caches, small = dense
-    channels, run = layout.kept_shape[0], _normalize(layout.folded, x, residual, relu)
+    parameters = _kinds(layout.kept_shape[0], mean, var, gamma, beta)
+    if parameters is None:
+        return None
+    run = _normalize(layout.folded, x, residual, parameters, relu)
     simple = small and residual is None and out is None
 
     def call(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> Any:
         if not x.flags.aligned or not (simple or usable(out, x, residual, mean, var, gamma, beta)):
             return None
-        numbers = np.empty((4, channels))
-        numbers[0] = mean
-        numbers[1] = var
-        numbers[2] = 1.0 if gamma is None else gamma
-        numbers[3] = 0.0 if beta is None else beta
-        if eps < LEAST_EPS and needs_float64(x, reciprocal_std(numbers[1], eps), numbers[2], eps):
+        if eps < LEAST_EPS and needs_float64(
+            x, reciprocal_std(var.astype(np.float64), eps), 1.0 if gamma is None else gamma, eps
+        ):
             return None
         y = empty_like(x) if out is None else out
-        run((x, y, residual, numbers), eps, past_caches(y))
+        run(x, y, residual, mean, var, gamma, beta, eps, past_caches(y))
         return y
 
     return call
@@ -149,9 +149,19 @@ def _dense(layout: Layout, own: bool, x: Array, *others: Array | None) -> tuple[
     return (
         usable,
         np.empty_like if small else empty_like,
-        (lambda *_: 0) if cached else past_caches,
+        (lambda *_: 0.0) if cached else past_caches,
         shares == 1 and small,
     )
+
+
+def _kinds(channels: int, *parameters: Array | None) -> plans.Kinds | None:
+    """Of vectors of parameters, which kernels read as they are; None if they cannot."""
+    for a in parameters:
+        if a is not None and not (
+            a.size == channels and a.flags.c_contiguous and a.dtype.isnative and kind_of(a.dtype) in FLOATS
+        ):
+            return None
+    return tuple(None if a is None else kind_of(a.dtype) for a in parameters)
 
 
 def _dense_strides(shape: tuple[int, ...]) -> Strides:
@@ -159,21 +169,26 @@ def _dense_strides(shape: tuple[int, ...]) -> Strides:
     return 0, outer * channel * inner, channel * inner, inner
 
 
-def _normalize(shape: tuple[int, ...], x: Array, residual: Array | None, relu: bool) -> Program:
+def _normalize(
+    shape: tuple[int, ...], x: Array, residual: Array | None, parameters: plans.Kinds, relu: bool
+) -> Program:
     """The plan of `cpu.normalize`; the names of its arguments stand there."""
     s = _dense_strides(shape)
-    return plans.normalize(shape, kind_of(x.dtype), s, s, None if residual is None else s, relu, threads_for(x.size))
+    rs = None if residual is None else s
+    return plans.normalize(shape, kind_of(x.dtype), s, s, rs, parameters, relu, threads_for(x.size))
 
 
-def _forward(shape: tuple[int, ...], x: Array, residual: Array | None, relu: bool) -> Program:
+def _forward(shape: tuple[int, ...], x: Array, residual: Array | None, parameters: plans.Kinds, relu: bool) -> Program:
     """The plan of `forward`."""
     s = _dense_strides(shape)
     rs = None if residual is None else s
-    return plans.forward(shape, kind_of(x.dtype), s, None, None, s, rs, relu, threads_for(x.size))
+    return plans.forward(shape, kind_of(x.dtype), s, None, None, s, rs, parameters, relu, threads_for(x.size))
 
 
-def _backward(shape: tuple[int, ...], x: Array, y: Array | None, residual: bool, frozen: bool) -> Program:
+def _backward(
+    shape: tuple[int, ...], x: Array, y: Array | None, residual: bool, parameters: plans.Kinds, frozen: bool
+) -> Program:
     """The plan of `backward`."""
     s = _dense_strides(shape)
     ys, drs, kind = None if y is None else s, s if residual else None, kind_of(x.dtype)
-    return plans.backward(shape, kind, s, s, ys, None, None, s, drs, frozen, False, threads_for(x.size))
+    return plans.backward(shape, kind, s, s, ys, None, None, s, drs, parameters, frozen, threads_for(x.size))

@@ -21,6 +21,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
+from fastbn.cpu.objects import DATA_AT, FLOAT_AT
 from fastbn.cpu.store import Store, store_of
 
 _HERE = Path(__file__).parent
@@ -116,8 +117,8 @@ def build(level: str, name: str, kinds: tuple[str, ...], folder: Path = SHIPPED)
 
 @lru_cache
 def sources() -> str:
-    """A hash of this folder's sources."""
-    digest = hashlib.sha256()
+    """A hash of this folder's sources, and of what they take of Python's objects as given."""
+    digest = hashlib.sha256(f"{DATA_AT} {FLOAT_AT}".encode())
     for source in sorted(_HERE.rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]

@@ -128,10 +128,10 @@ def empty_like(a: Array) -> Array:
     return flat.transpose(np.argsort(order))
 
 
-def past_caches(*arrays: Array | None) -> int:
+def past_caches(*arrays: Array | None) -> float:
     """Which kernels may write to arrays past the caches: 0 none, they are small; 1 those that find the first line
     themselves; 2 all, the arrays start at a multiple of 16 bytes, as NumPy's own do.
     """
     if any(a is not None and a.nbytes < CACHE_SHARE for a in arrays):
-        return 0
-    return 2 if all(a is None or a.__array_interface__["data"][0] % 16 == 0 for a in arrays) else 1
+        return 0.0
+    return 2.0 if all(a is None or a.__array_interface__["data"][0] % 16 == 0 for a in arrays) else 1.0

@@ -23,6 +23,7 @@ from fastbn.cpu.program import Argument, Program
 
 Shape = tuple[int, ...]
 Kind = str
+Kinds = tuple[Kind | None, ...]  # of vectors of parameters; None for one that has its default
 
 STREAMED_ROW = 512  # bytes side by side from which streaming pays: their two ends are not streamed
 SHORT = 1024  # values of a row, below which rows of many channels are read in one go
@@ -171,8 +172,8 @@ class _Columns:
 
 @lru_cache(maxsize=1024)
 def moments(shape: Shape, kind: Kind, xs: Strides, ws: Strides | None, weights: Kind | None, shares: int) -> Program:
-    """``program((x, weight, table), eps)``: see `slab.enter_moments`."""
-    p = Program(shares, {"x": kind, "weight": weights, "table": "f8*"}, {"eps": "f8"})
+    """``program(x, weight, table, eps)``: see `slab.enter_moments`."""
+    p = Program(shares, math.prod(shape), {"x": kind, "weight": weights, "table": "f8*"}, ["eps"])
     _add_moments(p, shape, kind, xs, ws, shares, p.array("x"), p.array("weight"), p.array("table"), p.number("eps"))
     return p
 
@@ -220,16 +221,27 @@ def _add_pivots(p: Program, kept: int, x: Argument, weight: Argument, geometry: 
 
 @lru_cache(maxsize=1024)
 def normalize(
-    shape: Shape, kind: Kind, xs: Strides, ys: Strides, rs: Strides | None, relu: bool, shares: int
+    shape: Shape, kind: Kind, xs: Strides, ys: Strides, rs: Strides | None, parameters: Kinds, relu: bool, shares: int
 ) -> Program:
-    """``program((x, y, residual, numbers), eps, past)``: see `slab.affine_of`; past is that of `memory.past_caches`."""
-    p = Program(
-        shares,
-        {"x": kind, "y": kind, "residual": kind if rs else None, "numbers": "f8*"},
-        {"eps": "f8", "past": "i8"},
-    )
-    _add_normalize(p, shape, kind, xs, ys, rs, relu, shares, p.array("x"), p.array("numbers"), p.number("eps"))
+    """``program(x, y, residual, mean, spread, gamma, beta, eps, past)``.
+
+    See `slab.affine_of`; past is that of `memory.past_caches`.
+    """
+    names = ("mean", "spread", "gamma", "beta")
+    arrays = {"x": kind, "y": kind, "residual": kind if rs else None, **dict(zip(names, parameters, strict=True))}
+    p = Program(shares, math.prod(shape), arrays, ["eps", "past"])
+    numbers = _numbers(p, shape, mean=0.0, spread=1.0, gamma=1.0, beta=0.0)
+    _add_normalize(p, shape, kind, xs, ys, rs, relu, shares, p.array("x"), numbers, p.number("eps"))
     return p
+
+
+def _numbers(p: Program, shape: Shape, **defaults: float) -> Argument:
+    """Rows of float64, a channel's number in each, from vectors that a call gives."""
+    kept = shape[0] * shape[2]
+    rows = p.scratch(len(defaults) * kept, "f8*")
+    for i, (name, default) in enumerate(defaults.items()):
+        p.vector(name, kept, default, rows.after(i * kept))
+    return rows
 
 
 def _add_normalize(
@@ -255,16 +267,23 @@ def _add_normalize(
 @lru_cache(maxsize=1024)
 def forward(
     shape: Shape, kind: Kind, xs: Strides, ws: Strides | None, weights: Kind | None, ys: Strides, rs: Strides | None,
-    relu: bool, shares: int,
+    parameters: Kinds, relu: bool, shares: int,
 ) -> Program:  # fmt: skip
-    """``program((x, weight, y, residual, table), eps, past)``: gamma and beta stand in `slab.enter_moments`' table."""
+    """``program(x, weight, y, residual, gamma, beta, table, eps, past)``: for the table see `slab.enter_moments`."""
+    gamma, beta = parameters
     p = Program(
         shares,
-        {"x": kind, "weight": weights, "y": kind, "residual": kind if rs else None, "table": "f8*"},
-        {"eps": "f8", "past": "i8"},
-    )
+        math.prod(shape),
+        {
+            "x": kind, "weight": weights, "y": kind, "residual": kind if rs else None, "gamma": gamma, "beta": beta,
+            "table": "f8*",
+        },
+        ["eps", "past"],
+    )  # fmt: skip
     x, weight, table, eps = p.array("x"), p.array("weight"), p.array("table"), p.number("eps")
     weighted, kept = ws is not None, shape[0] * shape[2]
+    p.vector("gamma", kept, 1.0, table.after(4 * kept))
+    p.vector("beta", kept, 0.0, table.after(5 * kept))
     tile = 0
     if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, _size(kind), xs) == 1:
         tile = _fused_tile(shape, _size(kind), 1, shares)
@@ -301,19 +320,21 @@ def grad_sums(
     shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
     shares: int,
 ) -> Program:  # fmt: skip
-    """``program((dy, x, y, weight, numbers, out))``: (dgamma, dbeta) from (mean, rstd)."""
-    arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "numbers": "f8*", "out": "f8*"}
-    p = Program(shares, arrays, {})
-    _add_grad_sums(p, shape, kind, dys, xs, ys, ws, shares, None, False, False)
+    """``program(dy, x, y, weight, mean, rstd, out)``: (dgamma, dbeta)."""
+    arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights}
+    arrays |= {"mean": "f8*", "rstd": "f8*", "out": "f8*"}
+    p = Program(shares, math.prod(shape), arrays)
+    numbers = _numbers(p, shape, mean=0.0, rstd=1.0)
+    _add_grad_sums(p, shape, kind, dys, xs, ys, ws, shares, numbers, None, False, False)
     return p
 
 
 def _add_grad_sums(
     p: Program, shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None,
-    shares: int, linear: Argument | None, frozen: bool, mixed: bool,
+    shares: int, numbers: Argument, linear: Argument | None, frozen: bool, mixed: bool,
 ) -> None:  # fmt: skip
     """For ``linear`` see `slab.enter_linear`."""
-    dy, x, y, weight, numbers = (p.array(name) for name in ("dy", "x", "y", "weight", "numbers"))
+    dy, x, y, weight = (p.array(name) for name in ("dy", "x", "y", "weight"))
     kept, weighted = shape[0] * shape[2], ws is not None
     if in_columns(shape, dys, xs, ys, weighted=weighted):
         fold = folding(shape, _size(kind), dys, xs, ys, weighted=weighted)
@@ -348,16 +369,13 @@ def grad_input(
     shape: Shape, kind: Kind, dys: Strides, xs: Strides | None, ys: Strides | None, ws: Strides | None,
     weights: Kind | None, dxs: Strides, drs: Strides | None, shares: int,
 ) -> Program:  # fmt: skip
-    """``program((dy, x, y, weight, dx, dresidual, numbers), past)``: numbers (mean, scale, offset, slope, unit)."""
-    p = Program(
-        shares,
-        {
-            "dy": kind, "x": kind if xs else None, "y": kind if ys else None, "weight": weights, "dx": kind,
-            "dresidual": kind if drs else None, "numbers": "f8*",
-        },
-        {"past": "i8"},
-    )  # fmt: skip
-    _add_grad_input(p, shape, kind, p.array("x"), dys, xs, ys, ws, dxs, drs, shares, p.array("numbers"))
+    """``program(dy, x, y, weight, dx, dresidual, mean, scale, offset, slope, unit, past)``."""
+    arrays = {"dy": kind, "x": kind if xs else None, "y": kind if ys else None, "weight": weights, "dx": kind}
+    arrays |= {"dresidual": kind if drs else None}
+    arrays |= dict.fromkeys(("mean", "scale", "offset", "slope", "unit"), "f8*")
+    p = Program(shares, math.prod(shape), arrays, ["past"])
+    numbers = _numbers(p, shape, mean=0.0, scale=0.0, offset=0.0, slope=0.0, unit=1.0)
+    _add_grad_input(p, shape, kind, p.array("x"), dys, xs, ys, ws, dxs, drs, shares, numbers)
     return p
 
 
@@ -386,19 +404,20 @@ def _add_grad_input(
 @lru_cache(maxsize=1024)
 def backward(
     shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
-    dxs: Strides, drs: Strides | None, frozen: bool, mixed: bool, shares: int,
+    dxs: Strides, drs: Strides | None, parameters: Kinds, frozen: bool, shares: int,
 ) -> Program:  # fmt: skip
-    """``program((dy, x, y, weight, dx, dresidual, numbers, out), past)``: see `slab.input_numbers`; (dgamma, dbeta)."""
-    p = Program(
-        shares,
-        {
-            "dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "dx": kind,
-            "dresidual": kind if drs else None, "numbers": "f8*", "out": "f8*",
-        },
-        {"past": "i8"},
-    )  # fmt: skip
+    """``program(dy, x, y, weight, dx, dresidual, mean, rstd, gamma, count, dmean, dvar, out, past)``.
+
+    See `slab.input_numbers`; ``out`` is for (dgamma, dbeta).
+    """
+    names = ("mean", "rstd", "gamma", "count", "dmean", "dvar")
+    arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "dx": kind}
+    arrays |= {"dresidual": kind if drs else None, **dict(zip(names, parameters, strict=True)), "out": "f8*"}
+    p = Program(shares, math.prod(shape), arrays, ["past"])
     dy, x, y, dx, dresidual = (p.array(name) for name in ("dy", "x", "y", "dx", "dresidual"))
-    numbers, out, live = p.array("numbers"), p.array("out"), None if frozen else x
+    mixed = parameters[4] is not None or parameters[5] is not None
+    defaults = {"mean": 0.0, "rstd": 1.0, "gamma": 1.0, "count": 1.0} | ({"dmean": 0.0, "dvar": 0.0} if mixed else {})
+    numbers, out, live = _numbers(p, shape, **defaults), p.array("out"), None if frozen else x
     strides, kept = (dys, xs, ys, ws, dxs, drs), shape[0] * shape[2]
     tile = 0
     if ws is None and in_columns(shape, dys, xs, ys, dxs, drs) and folding(shape, _size(kind), dys, xs, ys) == 1:
@@ -421,6 +440,6 @@ def backward(
         )  # fmt: skip
     else:
         linear = p.scratch(5 * kept, "f8*")
-        _add_grad_sums(p, shape, kind, dys, xs, ys, ws, shares, linear, frozen, mixed)
+        _add_grad_sums(p, shape, kind, dys, xs, ys, ws, shares, numbers, linear, frozen, mixed)
         _add_grad_input(p, shape, kind, live, dys, None if frozen else xs, ys, ws, dxs, drs, shares, linear)
     return p

@@ -1,14 +1,14 @@
 """A prepared call: kernels one after the other, on arrays and numbers that each call gives.
 
 A kernel takes one pointer to its arguments, 8 bytes each. A `Program` says once where each comes from, and its code's
-address; a call then packs what has changed into a block, and one native call does the rest (`kernels.team.run`).
+address, in an array of words; a call then is one call of a built-in function (`kernels.calls`), which does the rest.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -21,6 +21,16 @@ from fastbn.cpu.team import team_for
 # so many bytes from the first element; whether a number given is at least so large.
 CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST = range(5)
 MOST_ARGUMENTS = 32
+ON_STACK = 16 << 10  # bytes of scratch memory at most; more is allocated
+HELD = 1 << 12  # elements below which a call keeps the interpreter's lock: letting go costs more than 1 us of work
+
+# The words of a program, in bytes: its header, then its vectors, then its launches with their arguments.
+TEAM, RELEASES, SAVE_THREAD, RESTORE_THREAD, INC_REF, NO_MEMORY, SCRATCH_BYTES, VECTORS, LAUNCHES, HEADER = range(
+    0, 80, 8
+)
+VECTOR, LAUNCH, ARGUMENT = 48, 32, 24
+NOWHERE = -1  # no array given; to the scratch memory
+FLOATS = ("none", "f8*", "f4*", "u2*", "i2*")  # what a vector of parameters may be
 
 _INTEGERS = {"float16": "u2", "bfloat16": "i2", "bool": "u1"}  # as kernels see these: Numba has no halves on the CPU
 
@@ -48,27 +58,30 @@ def kind_of(dtype: np.dtype[Any]) -> str:
 
 
 class Program:
-    """Launches of kernels; ``program((x, y), 1e-5)`` runs them.
+    """Launches of kernels; ``program(x, y, 1e-5)`` runs them.
 
     Parameters
     ----------
     threads : int
         That share the tasks, at most.
+    size : int
+        Elements of the arrays.
     arrays : dict
         Names of the arrays that a call gives, in order, and their kinds; None for one that is always absent.
-    numbers : dict
-        The same of numbers, "f8" or "i8".
+    numbers : sequence of str
+        Names of the floats that it gives behind them.
     """
 
-    def __init__(self, threads: int, arrays: dict[str, str | None], numbers: dict[str, str]) -> None:
-        self.threads = threads
-        self._slots = {name: 8 * i for i, name in enumerate((*arrays, "", *numbers))}
-        self._kinds = {name: kind or "none" for name, kind in (*arrays.items(), *numbers.items())}
-        of_numbers = "".join("d" if kind == "f8" else "q" for kind in numbers.values())
-        self._layout = struct.Struct(f"{3 + len(arrays)}q{of_numbers}")  # the team, the program, what a call gives
+    def __init__(self, threads: int, size: int, arrays: dict[str, str | None], numbers: Sequence[str] = ()) -> None:
+        self.threads, self._releases = threads, size >= HELD
+        self._slots = {name: 8 * i for i, name in enumerate((*arrays, *numbers))}
+        self._kinds = {name: kind or "none" for name, kind in arrays.items()} | dict.fromkeys(numbers, "f8")
         self._launches: list[tuple[str, int, dict[str, Argument]]] = []
-        self._scratch = self._address = 0
+        self._vectors: list[int] = []
+        self._scratch = 0
         self._kept: list[Any] = []
+        self._words: Any = None
+        self.call: Callable[..., object] = self._first_call
 
     # --- making it ---
 
@@ -77,21 +90,28 @@ class Program:
         return NONE if kind == "none" else Argument(kind, DATA, self._slots[name])
 
     def number(self, name: str) -> Argument:
-        return Argument(self._kinds[name], NUMBER, self._slots[name])
+        return Argument("f8", NUMBER, self._slots[name])
 
-    def at_least(self, name: str, least: int) -> Argument:
-        return Argument("bool", AT_LEAST, self._slots[name], least)
+    def at_least(self, name: str, least: float) -> Argument:
+        return Argument("bool", AT_LEAST, self._slots[name], _bits(least))
 
     def scratch(self, count: int, kind: str) -> Argument:
         """Memory for so many values, while a call lasts."""
         place = self._scratch
         self._scratch += -(-count * int(kind[1]) // 64) * 64
-        return Argument(kind, SCRATCH, self._slots[""], place)
+        return Argument(kind, SCRATCH, 0, place)
 
     def integers(self, values: Sequence[int]) -> Argument:
         """Constants in memory."""
         self._kept.append(np.array(values, np.int64))
         return Argument("i8*", CONSTANT, extra=self._kept[-1].ctypes.data)
+
+    def vector(self, name: str, count: int, default: float, to: Argument) -> None:
+        """First of all, copy a vector of parameters to a place, in float64; where none is given, its default."""
+        kind = self._kinds[name]
+        slot = NOWHERE if kind == "none" else self._slots[name]
+        target = NOWHERE if to.source == SCRATCH else to.slot
+        self._vectors += [slot, FLOATS.index(kind), _bits(default), count, target, to.extra]
 
     def launch(self, name: str, tasks: int, **arguments: Argument | bool | float | None) -> None:
         """The kernel ``module.function``; its arguments in order."""
@@ -99,24 +119,29 @@ class Program:
 
     # --- running it ---
 
-    def __call__(self, arrays: tuple[Any, ...], *numbers: float) -> None:
-        if not self._address:
-            self._prepare()
-        scratch = np.empty(self._scratch, np.uint8)
-        team = team_for(self.threads)
-        _run()(self._layout.pack(team, self._address, *map(id, arrays), id(scratch), *numbers))
+    def __call__(self, *given: Any) -> None:
+        """Arrays, or None for an absent one, and floats: their objects are read as such."""
+        if self.threads > 1:
+            if self._words is None:
+                self._prepare()
+            self._words[0] = team_for(self.threads)
+        self.call(*given)
+
+    def _first_call(self, *given: Any) -> object:
+        self._prepare()
+        return self.call(*given)
 
     def _prepare(self) -> None:
-        words = [_data_at(), len(self._launches)]
+        python = [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name in _OF_PYTHON]
+        sizes = [self._scratch, len(self._vectors) * 8 // VECTOR, len(self._launches)]
+        words = [0, self._releases, *python, *sizes, *self._vectors]
         for name, tasks, arguments in self._launches:
             entry = address(name, *(f"{key}:{a.kind}" for key, a in arguments.items()))
             words += [entry, tasks, self.threads, len(arguments)]
             for a in arguments.values():
                 words += [a.source, a.slot, a.extra]
-        self._scratch += 64  # it starts on a cache line
-        program = np.array(words, np.int64)
-        self._kept.append(program)
-        self._address = program.ctypes.data
+        self._words = np.array(words, np.int64)
+        self.call = _built_in(self._words)
 
 
 def _argument(given: Argument | bool | float | None) -> Argument:
@@ -125,18 +150,35 @@ def _argument(given: Argument | bool | float | None) -> Argument:
     if isinstance(given, bool):
         return Argument("bool", CONSTANT, extra=int(given))
     if isinstance(given, float):
-        return Argument("f8", CONSTANT, extra=struct.unpack("q", struct.pack("d", given))[0])
+        return Argument("f8", CONSTANT, extra=_bits(given))
     return given
 
 
-@cache
-def _run() -> Any:
-    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(address("team.run"))
+def _bits(number: float) -> int:
+    bits: int = struct.unpack("q", struct.pack("d", number))[0]
+    return bits
+
+
+# --- built-in functions -----------------------------------------------------------------------------------------------
+
+_OF_PYTHON = ("PyEval_SaveThread", "PyEval_RestoreThread", "Py_IncRef", "PyErr_NoMemory")
+_FASTCALL = 0x0080  # METH_FASTCALL: arguments come as an array of objects
+
+
+class _Method(ctypes.Structure):
+    """``PyMethodDef``."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("code", ctypes.c_void_p), ("flags", ctypes.c_int), ("doc", ctypes.c_char_p))
 
 
 @cache
-def _data_at() -> int:
-    """Where an array object has the address of its first element: behind what every Python object begins with."""
-    array = np.empty(1)
-    words = (ctypes.c_int64 * 16).from_address(id(array))
-    return 8 * list(words).index(array.ctypes.data)
+def _method() -> _Method:
+    return _Method(b"call", address("calls.call"), _FASTCALL, None)
+
+
+def _built_in(words: Any) -> Callable[..., object]:
+    """A function of Python's own kind, which finds the words as its ``self``."""
+    make = ctypes.pythonapi.PyCFunction_NewEx
+    make.argtypes, make.restype = (ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p), ctypes.py_object
+    function: Callable[..., object] = make(ctypes.addressof(_method()), words, None)
+    return function

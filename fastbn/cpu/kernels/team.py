@@ -1,4 +1,4 @@
-"""A team of threads in which nobody waits for a thread that has not come, and the way from a call to its kernels.
+"""A team of threads in which nobody waits for a thread that has not come.
 
 The calling thread publishes a job, cut into chunks, and takes chunks until none is left; workers that are awake take
 chunks too. In the end the caller waits only for chunks that a worker has begun, and where that takes long it fetches
@@ -12,7 +12,7 @@ Why it does not lose to one thread: a sleeper is called only where its part of t
 has cost lately; and when a job took longer than its chunks would have on one thread, the calling thread works alone
 until that loss is a small part of its time.
 
-Memory is addressed by words: the team's is laid out in `fastbn.cpu.team`, a call's block in `fastbn.cpu.program`.
+Memory is addressed by words, laid out in `fastbn.cpu.team`.
 """
 
 import platform
@@ -23,8 +23,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastbn.cpu.kernels.compiler import inner, plain
-from fastbn.cpu.program import AT_LEAST, DATA, MOST_ARGUMENTS, SCRATCH
-from fastbn.cpu.program import NUMBER as GIVEN
 from fastbn.cpu.team import (
     ASLEEP,
     AT_ONCE,
@@ -150,17 +148,6 @@ def enter(typing, entry, params, share, first, last):
         return context.get_dummy_value()
 
     return none(word, word, word, word, word), codegen
-
-
-@intrinsic(prefer_literal=True)
-def reserve(typing, words):
-    """The address of so many words on the stack, until the function returns."""
-    count = words.literal_value
-
-    def codegen(context, builder, signature, values):
-        return builder.ptrtoint(cgutils.alloca_once(builder, I64, size=count), I64)
-
-    return word(words), codegen
 
 
 @intrinsic
@@ -386,36 +373,12 @@ def share_by_numba(team, entry, params, tasks, shares):
         alone(entry, params, tasks, shares)
 
 
-# --- a call -----------------------------------------------------------------------------------------------------------
-
-
 @inner
-def argument(operands, data_at, tag, slot, extra):
-    """A word of a kernel's arguments; see `fastbn.cpu.program`."""
-    if tag == GIVEN:
-        return load(operands + slot)
-    if tag == DATA:
-        return load(load(operands + slot) + data_at) + extra
-    if tag == SCRATCH:
-        return (load(load(operands + slot) + data_at) + 63 & ~63) + extra
-    if tag == AT_LEAST:
-        return 1 if load(operands + slot) >= extra else 0
-    return extra
-
-
-@plain
-def run(block):
-    """One kernel after the other, as the program that the block names says it."""
-    team, program, operands = load(block), load(block + 8), block + 16
-    data_at, launches, at = load(program), load(program + 8), program + 16
-    params = reserve(MOST_ARGUMENTS)
-    for _ in range(launches):
-        entry, tasks, shares, count = load(at), load(at + 8), load(at + 16), load(at + 24)
-        at += 32
-        for i in range(count):
-            store(params + 8 * i, argument(operands, data_at, load(at), load(at + 8), load(at + 16)))
-            at += 24
-        if team & 1:
-            share_by_numba(team - 1, entry, params, tasks, shares)
-        else:
-            share_out(team, entry, params, tasks, shares)
+def run_tasks(team, entry, params, tasks, shares):
+    """By whom `team.team_for` says."""
+    if shares < 2:
+        enter(entry, params, 0, 0, tasks)
+    elif team & 1:
+        share_by_numba(team - 1, entry, params, tasks, shares)
+    else:
+        share_out(team, entry, params, tasks, shares)

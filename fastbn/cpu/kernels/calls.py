@@ -1,0 +1,178 @@
+"""From a call of a built-in function to its kernels: `fastbn.cpu.program` lays out what is read here.
+
+Python calls it as it calls its own functions in C, so the arrays come as objects; what is read of them has a fixed
+place in every object (`fastbn.cpu.objects`). All launches of a call run before it returns.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fastbn.cpu.kernels.compiler import inner, plain
+from fastbn.cpu.kernels.simd import value
+from fastbn.cpu.kernels.team import load, run_tasks, store
+from fastbn.cpu.objects import DATA_AT, FLOAT_AT
+from fastbn.cpu.program import (
+    ARGUMENT,
+    AT_LEAST,
+    DATA,
+    FLOATS,
+    HEADER,
+    INC_REF,
+    LAUNCH,
+    LAUNCHES,
+    MOST_ARGUMENTS,
+    NO_MEMORY,
+    NOWHERE,
+    NUMBER,
+    ON_STACK,
+    RELEASES,
+    RESTORE_THREAD,
+    SAVE_THREAD,
+    SCRATCH,
+    SCRATCH_BYTES,
+    TEAM,
+    VECTOR,
+    VECTORS,
+)  # fmt: skip
+
+word = types.int64
+I64 = ir.IntType(64)
+malloc = types.ExternalFunction("malloc", word(word))
+free = types.ExternalFunction("free", types.none(word))
+STACK = ON_STACK // 8
+F8, F4, U2, I2 = (FLOATS.index(kind) for kind in ("f8*", "f4*", "u2*", "i2*"))
+
+
+# --- instructions -----------------------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def reserve(typing, words):
+    """The address of so many words on the stack, from the start of a cache line on, until the function returns."""
+    count = words.literal_value
+
+    def codegen(context, builder, signature, values):
+        place = cgutils.alloca_once(builder, I64, size=count)
+        place.align = 64
+        return builder.ptrtoint(place, I64)
+
+    return word(words), codegen
+
+
+@intrinsic
+def invoke(typing, function, argument):
+    """Call a function of the interpreter at an address; one without parameters ignores the argument."""
+
+    def codegen(context, builder, signature, values):
+        pointer = builder.inttoptr(values[0], ir.FunctionType(I64, [I64]).as_pointer())
+        return builder.call(pointer, values[1:])
+
+    return word(word, word), codegen
+
+
+@intrinsic
+def as_double(typing, bits):
+    """The number with these bits."""
+
+    def codegen(context, builder, signature, values):
+        return builder.bitcast(values[0], ir.DoubleType())
+
+    return types.float64(word), codegen
+
+
+def _pointer_to(dtype):
+    @intrinsic
+    def pointer(typing, address):
+        def codegen(context, builder, signature, values):
+            return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(dtype)(word), codegen
+
+    return pointer
+
+
+doubles, floats, halves, bfloats = map(_pointer_to, (types.float64, types.float32, types.uint16, types.int16))
+
+
+# --- a call -----------------------------------------------------------------------------------------------------------
+
+
+@inner
+def data_of(args, slot):
+    """The address of the first element of an array that was given."""
+    return load(load(args + slot) + DATA_AT)
+
+
+@inner
+def number_of(args, slot):
+    """The bits of a number that was given."""
+    return load(load(args + slot) + FLOAT_AT)
+
+
+@inner
+def fill_vector(args, scratch, at):
+    """A vector of float64 from one of any dtype, or from its default."""
+    slot, kind, default, count, to, start = (
+        load(at), load(at + 8), load(at + 16), load(at + 24), load(at + 32), load(at + 40)
+    )  # fmt: skip
+    out = doubles((scratch if to == NOWHERE else data_of(args, to)) + start)
+    given = 0 if slot == NOWHERE else data_of(args, slot)
+    for i in range(count):
+        if kind == F8:
+            out[i] = value(doubles(given), i)
+        elif kind == F4:
+            out[i] = value(floats(given), i)
+        elif kind == U2:
+            out[i] = value(halves(given), i)
+        elif kind == I2:
+            out[i] = value(bfloats(given), i)
+        else:
+            out[i] = as_double(default)
+
+
+@inner
+def argument(args, scratch, at):
+    """A word of a kernel's arguments."""
+    source, slot, extra = load(at), load(at + 8), load(at + 16)
+    if source == DATA:
+        return data_of(args, slot) + extra
+    if source == NUMBER:
+        return number_of(args, slot)
+    if source == SCRATCH:
+        return scratch + extra
+    if source == AT_LEAST:
+        return 1 if as_double(number_of(args, slot)) >= as_double(extra) else 0
+    return extra
+
+
+@plain
+def call(me, args, count):
+    """``PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t nargs)``; self is the array of its words."""
+    words = load(me + DATA_AT)
+    scratch, taken = reserve(STACK), 0
+    if load(words + SCRATCH_BYTES) > ON_STACK:
+        taken = malloc(load(words + SCRATCH_BYTES) + 64)
+        if taken == 0:
+            return invoke(load(words + NO_MEMORY), 0)
+        scratch = taken + 63 & ~63
+    thread = invoke(load(words + SAVE_THREAD), 0) if load(words + RELEASES) else 0
+    at = words + HEADER
+    for _ in range(load(words + VECTORS)):
+        fill_vector(args, scratch, at)
+        at += VECTOR
+    params = reserve(MOST_ARGUMENTS)
+    for _ in range(load(words + LAUNCHES)):
+        entry, tasks, shares, end = load(at), load(at + 8), load(at + 16), load(at + 24)
+        at += LAUNCH
+        for i in range(end):
+            store(params + 8 * i, argument(args, scratch, at))
+            at += ARGUMENT
+        run_tasks(load(words + TEAM), entry, params, tasks, shares)
+    if thread:
+        invoke(load(words + RESTORE_THREAD), thread)
+    if taken:
+        free(taken)
+    invoke(load(words + INC_REF), me)
+    return me

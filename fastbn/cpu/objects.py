@@ -1,0 +1,19 @@
+"""Where CPython and NumPy keep what compiled code reads of their objects, in bytes from the object's address.
+
+Both layouts are part of their binary interfaces; free-threaded CPython has another beginning of objects.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+
+def _offset(obj: object, word: int) -> int:
+    return 8 * list((ctypes.c_int64 * 16).from_address(id(obj))[:]).index(word)
+
+
+_array = np.empty(1)
+DATA_AT = _offset(_array, _array.ctypes.data)  # of an array, the address of its first element
+FLOAT_AT = _offset(1.5, 0x3FF8000000000000)  # of a float, its value
