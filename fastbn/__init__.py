@@ -1,5 +1,6 @@
 """Batch-normalization kernels for people who hold arrays: NumPy arrays on the CPU, CuPy arrays on the GPU."""
 
+from fastbn import threads as threads
 from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_inference
 from fastbn.kernels import fold, grad_input, grad_sums, normalize
 from fastbn.merging import Moments, merge, population, update_running

@@ -220,7 +220,7 @@ def _of_block(block: Any, axis: tuple[int, ...], keepdims: bool, masked: bool) -
     if not arguments.is_float(values.dtype):
         values = values.astype(np.float64)
     kept = tuple(a for a in range(values.ndim) if a not in axis)
-    with _one_thread():
+    with fastbn.threads.num_threads(1):
         parts = _in_two_parts(values, kept, None if mask is np.ma.nomask else np.asarray(~mask))
     shape = tuple(1 if a in axis else size for a, size in enumerate(values.shape))
     return _pack((np.reshape(part, shape) for part in parts), shape, masked or isinstance(block, np.ma.MaskedArray))
@@ -256,21 +256,6 @@ def _pack(parts: Iterable[Any], shape: tuple[int, ...], masked: bool) -> Any:
     for name, part in zip(NAMES, parts, strict=True):
         packed[name] = part
     return packed.view(np.ma.MaskedArray) if masked else packed
-
-
-class _one_thread:
-    """Numba's number of threads, which is each thread's own, is 1 within."""
-
-    def __enter__(self) -> None:
-        import numba
-
-        self.before = numba.get_num_threads()
-        numba.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        import numba
-
-        numba.set_num_threads(self.before)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -4,17 +4,21 @@ import inspect
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
+import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastbn import bench, environment
+from fastbn import bench, environment, threads
 
 kernels = pytest.importorskip("benchmarks.kernels", reason="installed without the benchmarks")
-from benchmarks import calls, frameworks, gate, host, workloads  # noqa: E402
+from benchmarks import busy, calls, frameworks, gate, host, workloads  # noqa: E402
 
 TOY = (2, 4, 3, 5)
 PREFIXES = ("time_", "track_", "peakmem_", "timeraw_")
@@ -221,6 +225,115 @@ def test_the_costs_of_adapters(monkeypatch, capsys):
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert header == "| call, us | 2x3x4x4 | 4x3x4x4 |"
     assert len(rows) == 2 + 4 * bool(environment.optional("torch")) + 3 * bool(environment.optional("jax"))
+
+
+# --- on a busy machine ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", workloads.LAYOUTS)
+def test_threads_on_a_busy_machine(monkeypatch, capsys, layout):
+    """Every operation in every condition; copies and callers where they belong."""
+    monkeypatch.setattr(busy, "SIZES", {"small": TOY, "limit": (4, 4, 3, 5), "large": (8, 4, 3, 5)})
+    monkeypatch.setattr(busy, "LARGE", 4 * 4 * 4 * 3 * 5)
+    monkeypatch.setattr(busy, "PAIRS", 2)
+    monkeypatch.setattr(busy, "ROUNDS", 1)
+    monkeypatch.setattr(busy, "core_cache", lambda: 1000)
+    monkeypatch.setattr(busy, "TURNED", 4000)
+    assert busy.main(["--seconds", "0", "--layout", layout]) == 0
+    table, _, summary = capsys.readouterr().out.partition("\nThe worst:\n")
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    conditions = [name for name, found in busy.CONDITIONS.items() if not found.torch or environment.optional("torch")]
+    expected = [
+        [condition, operation, size]
+        for condition in conditions
+        for size in busy.SIZES
+        for operation in ("copy", *busy.OPERATIONS, busy.AT_ONCE)
+        if not (operation == "copy" and size == "small")
+        and not (operation == busy.AT_ONCE and (size == "large" or "ops" in condition))
+    ]
+    assert [row[:3] for row in cells] == expected
+    assert all(float(figure) > 0 for row in cells for figure in row[3:9])
+    assert all(bool(row[9]) == (row[1] in busy.OPERATIONS and row[2] != "small") for row in cells)
+    assert [line.partition(":")[0] for line in summary.splitlines()] == conditions
+
+
+def test_some_conditions_and_sizes(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(busy, "rows", lambda *given: asked.append(given) or [])
+    assert busy.main(["--only", "nice-15", "idle", "--sizes", "8 kB", "--seconds", "2"]) == 0
+    assert asked == [(busy.CONDITIONS[name], ["8 kB"], "NCHW", 2.0) for name in ("idle", "nice-15")]
+    assert capsys.readouterr().out.endswith("The worst:\nidle: \nnice-15: \n")
+
+
+def test_threads_that_lose_are_found():
+    """The default's calls, though on either turn, are those that are slow; and on one thread is one thread."""
+    asked = []
+
+    def call(seconds):
+        return lambda _: asked.append((seconds, threads.get_num_threads())) or time.sleep(seconds)
+
+    row = busy.Row("forward", "8 kB", *busy.compared(call(1e-3), call(5e-3), lambda: None, 0.1))
+    assert 2 < row.ratio(50) < 8
+    assert set(asked) == {(1e-3, 1), (5e-3, threads.get_num_threads())}
+    copy = busy.Row("copy", "8 kB", [2.0, 2.0], [1.0, 1.0])
+    assert busy.share(row, copy) == pytest.approx(0.5 / row.ratio(50))
+    fast = busy.Row("var", "8 kB", [2.0, 2.0], [1.0, 1.0])
+    words = busy.worst("idle", [copy, fast, row, busy.Row(busy.AT_ONCE, "3 MB", [1.0], [0.5])])
+    ratio, of = f"{row.ratio(50):.2f}", "(forward, 8 kB)"
+    assert words.startswith(f"idle: median {ratio} {of}; 95th percentile {row.ratio(95):.2f} {of}; ")
+    assert words.endswith(f"callers 0.50 ({busy.AT_ONCE}, 3 MB); of a copy's speed-up {busy.share(row, copy):.2f} {of}")
+
+
+def test_callers_at_once():
+    """Eight that sleep are eight times as fast as one."""
+    one, default = busy.called_at_once(lambda _: time.sleep(0.01), 0.5)
+    assert 3 < np.median(one) / np.median(default) < 16
+
+
+def test_the_copy_in_parts():
+    data = workloads.Data(host.Host(), (2, 4, 3, 5), "float32", "NCHW", 2)
+    with threads.num_threads(3), ThreadPoolExecutor(3) as pool:
+        for call in busy.copies(data, pool):
+            for out in data.out:
+                out[...] = 0
+            call(3)
+            np.testing.assert_array_equal(data.out[1], data.x[1])
+            assert not data.out[0].any()
+
+
+@pytest.mark.skipif(not hasattr(os, "getpriority"), reason="no priorities on this system")
+def test_busy_processes_end():
+    processes = []
+
+    def interrupted(nice):
+        with busy.busy(nice) as process:
+            processes.append(process)
+            here, there = (os.getpriority(os.PRIO_PROCESS, pid) for pid in (0, process.pid))
+            assert there == min(here + nice, 19)
+            assert process.poll() is None
+            raise KeyboardInterrupt
+
+    for nice in (0, 5):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(nice)
+    assert all(process.returncode is not None for process in processes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_busy_processes_end_with_a_parent_that_is_killed():
+    program = """
+        import os
+        from benchmarks.busy import busy
+        with busy(0) as process:
+            print(process.pid, flush=True)
+            os.kill(os.getpid(), 9)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    run = subprocess.run(command, cwd=gate.ROOT, capture_output=True, text=True, check=False)
+    state, end = Path("/proc", run.stdout.strip(), "stat"), time.monotonic() + 20
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end, "still busy"
+        time.sleep(0.01)
 
 
 # --- what all share ---------------------------------------------------------------------------------------------------

@@ -343,12 +343,19 @@ def test_nan_stays_where_it_is():
     np.testing.assert_array_equal(np.isnan(fd.mean(da.from_array(x, 2), 0).compute()), [False, True, False])
 
 
-def test_threads_are_given_back():
-    import numba
+def test_blocks_take_one_thread_each(monkeypatch):
+    moments, asked = fastbn.moments, []
 
-    before = numba.get_num_threads()
-    fd.mean(da.ones((4, 3), chunks=2)).compute(scheduler="synchronous")
-    assert numba.get_num_threads() == before
+    def noted(*args, **kwargs):
+        asked.append(fastbn.threads.get_num_threads())
+        return moments(*args, **kwargs)
+
+    monkeypatch.setattr(fastbn, "moments", noted)
+    before = fastbn.threads.get_num_threads()
+    for scheduler in ("synchronous", "threads"):
+        fd.mean(da.ones((4, 3), chunks=2)).compute(scheduler=scheduler)
+    assert set(asked) == {1}
+    assert fastbn.threads.get_num_threads() == before
 
 
 @pytest.mark.parametrize(
