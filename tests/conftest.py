@@ -1,6 +1,7 @@
 """How tests are shared among workers; what several test files ask for."""
 
 import importlib
+import os
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from fastbn import repeated
 from fastbn.cpu import plans
 from tests.support import DTYPES
+
+os.environ.setdefault("FASTBN_COMPILE_HELPER", "0")  # tests have a worker on each core
 
 try:
     from xdist.scheduler import LoadScopeScheduling

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,37 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
+from fastbn.cpu import ahead
 from fastbn.cpu.objects import DATA_AT, FLOAT_AT
 from fastbn.cpu.store import Store, store_of
 
 _HERE = Path(__file__).parent
+Kernel = ahead.Kernel
 _lock = threading.RLock()
+_known: set[Kernel] = set()
 loaded, compiled = 0, 0  # kernels of this process: from disk, and made
 
 
 def address(name: str, *kinds: str) -> int:
     """Where a kernel is, named ``module.function``, for arguments of these kinds (``name:kind`` each)."""
+    return addresses([(name, kinds)])[0]
+
+
+def addresses(kernels: list[Kernel], later: Callable[[], list[Kernel]] = list) -> list[int]:
+    """The same of several; where one must be compiled, those that will be wanted later are begun with, too."""
     with _lock:
-        return _address(name, kinds)
+        missing = [kernel for kernel in kernels if _is_missing(*kernel)]
+        if missing and store_of(version()) is not None:
+            ahead.compile_all(missing, [k for k in later() if _is_missing(*k)], lambda k: _address(*k))
+        return [_address(*kernel) for kernel in kernels]
+
+
+def _is_missing(name: str, kinds: tuple[str, ...]) -> bool:
+    ahead.wait_for((name, kinds))
+    if (name, kinds) in _known:
+        return False
+    symbol = _symbol(name, kinds)
+    return _shipped(symbol) is None and _stored(symbol) is None
 
 
 @cache
@@ -48,6 +68,7 @@ def _address(name: str, kinds: tuple[str, ...]) -> int:
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     found: int = engine.get_function_address(symbol)
+    _known.add((name, kinds))
     return found
 
 
@@ -136,6 +157,13 @@ def version() -> str:
 def _stored(symbol: str) -> bytes | None:
     store = store_of(version())
     return None if store is None else store.read(f"{symbol}.o")
+
+
+def compile_to_store(name: str, kinds: tuple[str, ...]) -> None:
+    """Compile a kernel for other processes, unless it is there."""
+    symbol = _symbol(name, kinds)
+    if _stored(symbol) is None:
+        _compiled(name, kinds, symbol)
 
 
 def _compiled(name: str, kinds: tuple[str, ...], symbol: str) -> bytes:

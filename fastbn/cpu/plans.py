@@ -14,7 +14,7 @@ Dtypes are named as kernels name arrays of them (`program.kind_of`).
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from fastbn.cpu import sizes, team
@@ -280,6 +280,10 @@ def forward(
         },
         ["eps", "past"],
     )  # fmt: skip
+    of_y = ys if relu else None
+    p.followed_by = partial(
+        backward, shape, kind, xs, xs, of_y, ws, weights, xs, rs, ("f8*",) * 6, frozen=False, shares=shares
+    )
     x, weight, table, eps = p.array("x"), p.array("weight"), p.array("table"), p.number("eps")
     weighted, kept = ws is not None, shape[0] * shape[2]
     p.vector("gamma", kept, 1.0, table.after(4 * kept))

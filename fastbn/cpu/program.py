@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn.cpu.code import address
-from fastbn.cpu.team import team_for
+from fastbn.cpu.code import Kernel, address, addresses
+from fastbn.cpu.team import RUNTIME, team_for
 
 # Where an argument comes from: itself; a number given at each call; an array given at each call, or the scratch memory,
 # so many bytes from the first element; whether a number given is at least so large.
@@ -81,6 +81,7 @@ class Program:
         self._scratch = 0
         self._kept: list[Any] = []
         self._words: Any = None
+        self.followed_by: Callable[[], Program] | None = None  # a call that often comes after this one
         self.call: Callable[..., object] = self._first_call
 
     # --- making it ---
@@ -117,6 +118,13 @@ class Program:
         """The kernel ``module.function``; its arguments in order."""
         self._launches.append((name, tasks, {key: _argument(a) for key, a in arguments.items()}))
 
+    def kernels(self) -> list[Kernel]:
+        """Those that it launches."""
+        return [(name, tuple(f"{key}:{a.kind}" for key, a in given.items())) for name, _, given in self._launches]
+
+    def _later(self) -> list[Kernel]:
+        return [] if self.followed_by is None else self.followed_by().kernels()
+
     # --- running it ---
 
     def __call__(self, *given: Any) -> None:
@@ -135,8 +143,8 @@ class Program:
         python = [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name in _OF_PYTHON]
         sizes = [self._scratch, len(self._vectors) * 8 // VECTOR, len(self._launches)]
         words = [0, self._releases, *python, *sizes, *self._vectors]
-        for name, tasks, arguments in self._launches:
-            entry = address(name, *(f"{key}:{a.kind}" for key, a in arguments.items()))
+        entries = addresses([*self.kernels(), *(RUNTIME[:1] if self.threads < 2 else RUNTIME)], self._later)
+        for (_, tasks, arguments), entry in zip(self._launches, entries, strict=False):
             words += [entry, tasks, self.threads, len(arguments)]
             for a in arguments.values():
                 words += [a.source, a.slot, a.extra]

@@ -15,8 +15,11 @@ import sys
 import threading
 from functools import cache
 
-from fastbn.cpu.code import address
+from fastbn.cpu.code import Kernel, address
 from fastbn.threads import get_num_threads
+
+# What every program needs compiled, and those that the team runs.
+RUNTIME: list[Kernel] = [("calls.call", ()), ("team.serve", ()), ("team.dismiss", ())]
 
 PARALLEL_FROM = 1 << 16  # elements; below, one thread is done before another one wakes up
 COST_AT_FIRST = 10_000  # ns of calling a sleeper, before the first call has been measured

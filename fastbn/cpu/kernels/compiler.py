@@ -10,9 +10,11 @@ import inspect
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import njit, types
+from numba.core import typed_passes, untyped_passes
 from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import Compiler
+from numba.core.compiler import CompilerBase
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.compiler_machinery import PassManager
 from numba.core.registry import cpu_target
 
 from fastbn.cpu.code import machine_for
@@ -43,6 +45,10 @@ class _Part(JITCodeLibrary):
     Numba would optimize each by itself and make machine code of it too: a fifth to a quarter of a first call.
     """
 
+    def add_llvm_module(self, module):
+        module.data_layout = self._codegen._data_layout
+        self._final_module.link_in(module)
+
     def finalize(self):
         for library in dict.fromkeys(self._linking_libraries):
             self._final_module.link_in(library._get_module_for_linking(), preserve=True)
@@ -60,9 +66,60 @@ class _Part(JITCodeLibrary):
         """What Python calls need; there are none."""
 
 
-class _PartCompiler(Compiler):
+# Numba's passes that kernels need. The others (closures, literal unrolling, array expressions, annotations for people)
+# find nothing to do in them and take a third of the time.
+_PASSES = (
+    untyped_passes.TranslateByteCode,
+    untyped_passes.FixupArgs,
+    untyped_passes.IRProcessing,
+    untyped_passes.RewriteSemanticConstants,
+    untyped_passes.DeadBranchPrune,  # of options that are None
+    untyped_passes.GenericRewrites,
+    untyped_passes.ReconstructSSA,
+    untyped_passes.DeadBranchPrune,
+    typed_passes.NopythonTypeInference,
+    typed_passes.PreLowerStripPhis,
+    typed_passes.IRLegalization,
+    typed_passes.NativeLowering,
+    typed_passes.NoPythonBackend,
+)
+
+
+_signatures = {}
+
+
+class _Typing:
+    """Numba's typing context, which remembers how operators and functions of plain numbers are typed.
+
+    It tries every overload of ``+`` anew for each addition, NumPy's and those of dates among them.
+    """
+
+    def __init__(self, context):
+        self._context = context
+
+    def __getattr__(self, name):
+        return getattr(self._context, name)
+
+    def resolve_function_type(self, function, args, kws):
+        if kws or not all(isinstance(a, (types.Number, types.Boolean, types.CPointer)) for a in args):
+            return self._context.resolve_function_type(function, args, kws)
+        key = function, args
+        found = _signatures.get(key)
+        if found is None:
+            found = _signatures[key] = self._context.resolve_function_type(function, args, kws)
+        return found
+
+
+class _PartCompiler(CompilerBase):
     def __init__(self, typingctx, targetctx, library, *rest):
-        super().__init__(typingctx, targetctx, _Part(targetctx.codegen(), "part"), *rest)
+        super().__init__(_Typing(typingctx), targetctx, _Part(targetctx.codegen(), "part"), *rest)
+
+    def define_pipelines(self):
+        passes = PassManager("kernels")
+        for one in _PASSES:
+            passes.add_pass(one, one.__name__)
+        passes.finalize()
+        return [passes]
 
 
 def inner(function):
