@@ -22,7 +22,9 @@ from fastbn.cpu.team import RUNTIME, team_for
 CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST = range(5)
 MOST_ARGUMENTS = 32
 ON_STACK = 16 << 10  # bytes of scratch memory at most; more is allocated
-HELD = 1 << 12  # elements below which a call keeps the interpreter's lock: letting go costs more than 1 us of work
+HELD = (
+    1 << 17
+)  # elements below which a call keeps the interpreter's lock: eight threads handing it over take twice as long
 
 # The words of a program, in bytes: its header, then its vectors, then its launches with their arguments.
 TEAM, RELEASES, SAVE_THREAD, RESTORE_THREAD, INC_REF, NO_MEMORY, SCRATCH_BYTES, VECTORS, LAUNCHES, HEADER = range(

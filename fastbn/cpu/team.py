@@ -34,10 +34,10 @@ FUTEX, GETTID = CALLS.get(platform.machine(), (0, 0))
 # as it is while it runs; its end; what the caller alone knows; then five lines for each member, the caller first.
 ENTRY, PARAMS, TASKS, CHUNK_COUNT, AT_ONCE, THREADS, STOP = range(0, 56, 8)
 DONE, WAITING = range(128, 144, 8)  # chunks that workers have reported; whether the caller sleeps until they have
-BUSY, COST, DEBT, HIRED = range(256, 288, 8)
+BUSY, COST, DEBT, BURST, ENDED, HIRED = range(256, 304, 8)
 MEMBERS, MEMBER = 384, 640
 TICKET, ASLEEP, CLOCK = 0, 128, 256
-HANDLE, THREAD, INSIDE, SENT, LEAST, CALLED, TEAM, NUMBER = range(272, 336, 8)
+HANDLE, THREAD, INSIDE, SENT, AVERAGE, SPENT, CALLED, TEAM, NUMBER = range(272, 344, 8)
 OURS, THEIRS = 384, 512  # masks of processors: the caller's, and the one that a worker is sent to
 
 _memory, _hired, _closed = 0, 0, False

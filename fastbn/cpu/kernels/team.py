@@ -9,8 +9,8 @@ member, and these by compare-and-swap. A swap that succeeds took a chunk that no
 that, and stays until every chunk taken is reported. The tickets of an old job are all empty.
 
 Why it does not lose to one thread: a sleeper is called only where its part of the work is worth many times what calling
-has cost lately; and when a job took longer than its chunks would have on one thread, the calling thread works alone
-until that loss is a small part of its time.
+has cost lately; and when others cost a job more (calling them, waiting for their last chunks) than they did of it, the
+calling thread works alone until that loss is a small part of its time.
 
 Memory is addressed by words, laid out in `fastbn.cpu.team`.
 """
@@ -26,6 +26,8 @@ from fastbn.cpu.kernels.compiler import inner, plain
 from fastbn.cpu.team import (
     ASLEEP,
     AT_ONCE,
+    AVERAGE,
+    BURST,
     BUSY,
     CALLED,
     CHUNK_COUNT,
@@ -33,18 +35,19 @@ from fastbn.cpu.team import (
     COST,
     DEBT,
     DONE,
+    ENDED,
     ENTRY,
     FUTEX,
     GETTID,
     HIRED,
     INSIDE,
-    LEAST,
     MEMBER,
     MEMBERS,
     NUMBER,
     OURS,
     PARAMS,
     SENT,
+    SPENT,
     STOP,
     TASKS,
     TEAM,
@@ -57,10 +60,12 @@ from fastbn.cpu.team import (
 
 CHUNKS = 16  # of a job for each thread: one that is held up in the middle of a chunk delays the end by that much
 MOMENT = 16_000  # ns of work that are taken at once where chunks are shorter: taking some costs 0.4 us
-SPIN = 50_000  # ns that a worker looks out for the next job before it sleeps
+SPIN = 100_000  # ns that a worker looks out for the next job before it sleeps
 PATIENCE = 20_000  # ns that the caller waits for the last chunks before it fetches whoever has them
-PAYS = 8  # a sleeper is called for so many times the work that calling it costs
-AMORTIZED = 32  # times as long as what a job lost on the team, the caller works alone
+PAYS = 3  # a sleeper is called for so many times what calling it costs
+LINDY = 4  # a burst of jobs is taken to go on for a fourth of the time that it has lasted
+AMORTIZED = 16  # times as long as what a job lost on the team, the caller works alone
+NEGLIGIBLE = 5_000  # ns of a loss: the end of a job on two cores, between which lines of memory go to and fro
 MOST_LOST = 10_000_000  # ns of a loss that count: one interruption, not a suspended machine
 
 WAIT, WAKE = 128, 129  # a futex of this process alone
@@ -221,16 +226,21 @@ def take(ticket, most, own):
 
 @inner
 def call_sleepers(team, me, average, left, threads):
-    """As many as pay, were the chunks that may be left shared among all that were called."""
-    called = load(me + CALLED)
-    while called + 1 < threads and average * left // (called + 2) > PAYS * load(team + COST):
+    """As many as pay, were the chunks that may be left shared among all that were called.
+
+    In a burst of jobs a worker that is awake stays awake: a part of what there was already counts as yet to come.
+    """
+    called, burst = load(me + CALLED), load(team + BURST) // LINDY
+    while called + 1 < threads and average * left // (called + 2) + burst > PAYS * load(team + COST):
         called += 1
         member = member_at(team, called)
         if load(member + ASLEEP) == 1 and swap_if(member + ASLEEP, 1, 0):
             before, cost = now(me), load(team + COST)
             send(member, AWAY)
             wake(member + ASLEEP)
-            store(team + COST, cost + (now(me) - before - cost) // 8)
+            spent = now(me) - before
+            store(team + COST, cost + (spent - cost) // 8)
+            store(me + SPENT, load(me + SPENT) + spent)
     store(me + CALLED, called)
 
 
@@ -239,8 +249,8 @@ def take_part(team, k, chunk, count):
     """Run these chunks, if there are any, and all that can be taken; returns how many."""
     me, entry, params, tasks = member_at(team, k), load(team + ENTRY), load(team + PARAMS), load(team + TASKS)
     chunks, most, threads = load(team + CHUNK_COUNT), load(team + AT_ONCE), load(team + THREADS)
-    before = start = now(me)
-    done, step, least = 0, 1, 1 << 62
+    start = now(me)
+    done, step, average = 0, 1, 0
     while True:
         if count == 0:
             chunk, count = take(me + TICKET, step, True)
@@ -251,12 +261,13 @@ def take_part(team, k, chunk, count):
             break
         enter(entry, params, k, chunk * tasks // chunks, (chunk + count) * tasks // chunks)
         after = now(me)
-        done, least = done + count, min(least, (after - before) // count)
-        step = min(most, max(1, MOMENT * done // (after - start + 1)))
+        done += count
+        average = (after - start - load(me + SPENT)) // done
+        step = min(most, max(1, MOMENT // (average + 1)))
         if k == 0:
-            call_sleepers(team, me, (after - start) // done, chunks - done, threads)
-        before, count = after, 0
-    store(me + LEAST, least)
+            call_sleepers(team, me, average, chunks - done, threads)
+        count = 0
+    store(me + AVERAGE, average)
     return done
 
 
@@ -294,9 +305,12 @@ def share_out(team, entry, params, tasks, shares):
         return
     me, threads, debt = member_at(team, 0), min(shares, load(team + HIRED) + 1), load(team + DEBT)
     began = now(me)
+    burst = load(team + BURST) if began - load(team + ENDED) < SPIN else 0
+    store(team + BURST, burst)
     if threads < 2 or tasks < 2 or debt > 0:
         alone(entry, params, tasks, shares)
         store(team + DEBT, max(0, debt - (now(me) - began)))
+        store(team + ENDED, now(me))
         store(team + BUSY, 0)
         return
     chunks = min(tasks, shares * CHUNKS)
@@ -308,15 +322,19 @@ def share_out(team, entry, params, tasks, shares):
     store(team + THREADS, threads)
     store(team + DONE, 0)
     store(me + CALLED, 0)
+    store(me + SPENT, 0)
     for k in range(threads):
         store(member_at(team, k) + TICKET, k * chunks // threads << 32 | (k + 1) * chunks // threads)
     mine = take_part(team, 0, 0, 0)
-    others = chunks - mine
+    ready, others = now(me), chunks - mine
     wait_for_others(team, others, began, mine, threads)
-    if others > 0 or load(me + CALLED) > 0:
-        lost = now(me) - began - chunks * load(me + LEAST) * 17 // 16  # they are not quite equal
-        if mine > 0 and lost > 0:
-            store(team + DEBT, AMORTIZED * min(lost, MOST_LOST))
+    ended = now(me)
+    lost = ended - ready + load(me + SPENT) - others * load(me + AVERAGE)
+    if mine > 0 and lost > max(NEGLIGIBLE, burst // AMORTIZED):
+        store(team + DEBT, AMORTIZED * min(lost, MOST_LOST))
+        burst = 0
+    store(team + BURST, min(burst + ended - began, MOST_LOST))
+    store(team + ENDED, ended)
     store(team + BUSY, 0)
 
 
