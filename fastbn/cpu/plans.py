@@ -39,6 +39,7 @@ FUSED_BYTES = 192 << 10  # about so many are read twice by a thread; the next ti
 FUSED_FROM = 2 << 20  # bytes of x from which fusing pays, if threads share it: two passes over less stay in cache
 FUSED_MOST = 384 << 10  # what stays in a second-level cache of 512 kB beside the output
 
+FEW_PARTS = 8192  # sums of segments that are merged in some 20 us: less than threads gain
 NEVER = 3  # what `memory.past_caches` never says
 NOWHERE = (0, 0, 0, 0)
 
@@ -197,7 +198,7 @@ def _add_moments(
             "columns.segment_moments", c.tasks,
             x=x, weight=weight, geometry=geometry, pivots=pivots, parts=parts, work=work,
         )  # fmt: skip
-        family = "columns"
+        family, parts_of_all = "columns", c.parts
     else:
         shape, xs, ws = _halved(shape, xs, ws)
         segments = kept * sizes.segment_count(shape[1], shape[3])
@@ -207,9 +208,9 @@ def _add_moments(
         p.launch(
             "rows.moments_of_segments", segments, x=x, weight=weight, geometry=geometry, pivots=pivots, parts=parts
         )
-        family = "rows"
+        family, parts_of_all = "rows", 3 * segments
     p.launch(
-        f"{family}.channel_moments", kept,
+        f"{family}.channel_moments", kept, parts_of_all < FEW_PARTS,
         x=x, weight=weight, geometry=geometry, pivots=pivots, parts=parts, table=table, eps=eps,
     )  # fmt: skip
 
@@ -350,8 +351,8 @@ def _add_grad_sums(
             numbers=numbers, parts=parts, work=p.scratch(c.work, _compute(kind)),
         )  # fmt: skip
         p.launch(
-            "columns_gradients.channel_grad_sums", kept, dy=dy, x=x, y=y, geometry=geometry, numbers=numbers,
-            parts=parts, out=p.array("out"), linear=linear, frozen=frozen, mixed=mixed,
+            "columns_gradients.channel_grad_sums", kept, c.parts < FEW_PARTS, dy=dy, x=x, y=y, geometry=geometry,
+            numbers=numbers, parts=parts, out=p.array("out"), linear=linear, frozen=frozen, mixed=mixed,
         )  # fmt: skip
     else:
         shape, dys, xs, ys, ws = _halved(shape, dys, xs, ys, ws)
@@ -363,8 +364,8 @@ def _add_grad_sums(
             numbers=numbers, parts=parts,
         )  # fmt: skip
         p.launch(
-            "rows_gradients.channel_grad_sums", kept, x=x, geometry=geometry, numbers=numbers, parts=parts,
-            out=p.array("out"), linear=linear, frozen=frozen, mixed=mixed,
+            "rows_gradients.channel_grad_sums", kept, 2 * segments < FEW_PARTS, x=x, geometry=geometry, numbers=numbers,
+            parts=parts, out=p.array("out"), linear=linear, frozen=frozen, mixed=mixed,
         )  # fmt: skip
 
 

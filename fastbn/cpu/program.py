@@ -78,7 +78,7 @@ class Program:
         self.threads, self._releases = threads, size >= HELD
         self._slots = {name: 8 * i for i, name in enumerate((*arrays, *numbers))}
         self._kinds = {name: kind or "none" for name, kind in arrays.items()} | dict.fromkeys(numbers, "f8")
-        self._launches: list[tuple[str, int, dict[str, Argument]]] = []
+        self._launches: list[tuple[str, int, int, dict[str, Argument]]] = []
         self._vectors: list[int] = []
         self._scratch = 0
         self._kept: list[Any] = []
@@ -116,13 +116,14 @@ class Program:
         target = NOWHERE if to.source == SCRATCH else to.slot
         self._vectors += [slot, FLOATS.index(kind), _bits(default), count, target, to.extra]
 
-    def launch(self, name: str, tasks: int, **arguments: Argument | bool | float | None) -> None:
-        """The kernel ``module.function``; its arguments in order."""
-        self._launches.append((name, tasks, {key: _argument(a) for key, a in arguments.items()}))
+    def launch(self, name: str, tasks: int, short: bool = False, **arguments: Argument | bool | float | None) -> None:
+        """The kernel ``module.function``; its arguments in order. The calling thread does what is short."""
+        threads = 1 if short else self.threads
+        self._launches.append((name, tasks, threads, {key: _argument(a) for key, a in arguments.items()}))
 
     def kernels(self) -> list[Kernel]:
         """Those that it launches."""
-        return [(name, tuple(f"{key}:{a.kind}" for key, a in given.items())) for name, _, given in self._launches]
+        return [(name, tuple(f"{key}:{a.kind}" for key, a in given.items())) for name, _, _, given in self._launches]
 
     def _later(self) -> list[Kernel]:
         return [] if self.followed_by is None else self.followed_by().kernels()
@@ -146,8 +147,8 @@ class Program:
         sizes = [self._scratch, len(self._vectors) * 8 // VECTOR, len(self._launches)]
         words = [0, self._releases, *python, *sizes, *self._vectors]
         entries = addresses([*self.kernels(), *(RUNTIME[:1] if self.threads < 2 else RUNTIME)], self._later)
-        for (_, tasks, arguments), entry in zip(self._launches, entries, strict=False):
-            words += [entry, tasks, self.threads, len(arguments)]
+        for (_, tasks, threads, arguments), entry in zip(self._launches, entries, strict=False):
+            words += [entry, tasks, threads, len(arguments)]
             for a in arguments.values():
                 words += [a.source, a.slot, a.extra]
         self._words = np.array(words, np.int64)

@@ -21,7 +21,7 @@ from fastbn.threads import get_num_threads
 # What every program needs compiled, and those that the team runs.
 RUNTIME: list[Kernel] = [("calls.call", ()), ("team.serve", ()), ("team.dismiss", ())]
 
-PARALLEL_FROM = 1 << 16  # elements; below, one thread is done before another one wakes up
+PARALLEL_FROM = 3 << 16  # elements; below, one thread takes 40 us, in which no other can do much
 COST_AT_FIRST = 10_000  # ns of calling a sleeper, before the first call has been measured
 MOST = 256  # members
 
