@@ -36,7 +36,7 @@ class Host:
         if importlib.util.find_spec("torch") is None:
             return None
         torch = importlib.import_module("torch")
-        torch.set_num_threads(numba.get_num_threads())
+        torch.set_num_threads(get_num_threads())
         return torch
 
     def free_bytes(self) -> float:

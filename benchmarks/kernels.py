@@ -13,8 +13,6 @@ import time
 from functools import lru_cache
 from typing import Any
 
-import numba
-
 from benchmarks.host import Host, core_cache
 from benchmarks.workloads import LAYOUTS, SHAPES, TRIPS, Call, Data, Machine, buffers, dtype_of, trips_at_best
 
@@ -51,7 +49,7 @@ class Case:
             machine, shape, dtype, layout, buffers(machine.cache_bytes, math.prod(shape) * itemsize, CACHES)
         )
         cache = core_cache() if isinstance(machine, Host) else math.inf  # a GPU's processors keep them together
-        self.trips = trips_at_best(shape, itemsize, layout, operation, cache, numba.get_num_threads())
+        self.trips = trips_at_best(shape, itemsize, layout, operation, cache, get_num_threads())
         self.call = self.data.ours(operation, out=True)
         self.run(self.call)
 

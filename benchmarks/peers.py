@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 import fastbn
@@ -74,7 +73,7 @@ def run(options: argparse.Namespace) -> list[Case]:
     for results in in_turn(work, options.progress):
         for result in results:
             itemsize = environment.float_dtypes()[result.dtype].itemsize
-            trips = trips_at_best(result.shape, itemsize, result.layout, result.what, cache, numba.get_num_threads())
+            trips = trips_at_best(result.shape, itemsize, result.layout, result.what, cache, get_num_threads())
             cases.append(Case(result, trips))
             print(_line(cases[-1]), flush=True)
     return cases
@@ -229,7 +228,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 def _print_title() -> None:
     torch = environment.torch_with_our_threads()
     print(
-        f"""{environment.cpu_model()}, {numba.get_num_threads()} threads, {core_cache() >> 10} kB of cache a core
+        f"""{environment.cpu_model()}, {get_num_threads()} threads, {core_cache() >> 10} kB of cache a core
   limit      the rule (2S, 3S, 5S: trips of x's bytes over memory) and how many times that time fastbn takes with out=
   ms, GB/s   with out=; counted are 2S forward and inference, 3S backward and fused (inference + residual + relu), 1S moments
   plain      ms of the call that allocates its result; PyTorch {torch.__version__ if torch else "(not installed)"} and NumPy beside it: how many times faster it is
