@@ -42,7 +42,7 @@ def start(program, cache, **more):
 def run(program, cache, **more):
     process = start(program, cache, **more)
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=90)
     finally:
         process.kill()
     assert process.returncode == 0, err
@@ -97,9 +97,9 @@ BROKEN = {
     "missing": 'sys.executable = "/no/such/program"',
     "another program": 'sys.executable = "/bin/cat"',
     "never answers": "import tempfile; sys.executable = tempfile.mktemp(); "
-    "open(sys.executable, 'w').write('#!/bin/sh\\nexec sleep 20'); os.chmod(sys.executable, 0o700)",
+    "open(sys.executable, 'w').write('#!/bin/sh\\nexec sleep 600'); os.chmod(sys.executable, 0o700)",
     "answers nonsense": "import tempfile; sys.executable = tempfile.mktemp(); "
-    "open(sys.executable, 'w').write('#!/bin/sh\\necho usage; exec sleep 20'); os.chmod(sys.executable, 0o700)",
+    "open(sys.executable, 'w').write('#!/bin/sh\\necho usage; exec sleep 600'); os.chmod(sys.executable, 0o700)",
     "raises": 'ahead._PROGRAM = "raise SystemExit(1)"',
     "dies at its first kernel": "ahead._PROGRAM = 'print(flush=True); input()'",
     "no more threads": "threading.Thread.start = lambda self: (_ for _ in ()).throw(RuntimeError('no more threads'))",
