@@ -1,30 +1,36 @@
-"""Threads, processes, threading layers, memory: what long-running programs do to a library."""
+"""Threads, processes, signals, limits, memory: what long-running programs do to a library."""
 
 import importlib.metadata
 import os
+import signal
 import subprocess
 import sys
 import textwrap
-import types
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastbn
+from fastbn.cpu import team
 
 LAYERS = ["omp", "workqueue", "tbb"]
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+needs_team = pytest.mark.skipif(not team.HERE, reason="Numba's threads run kernels on this system")
 
-# What each program below begins with: the layer's library, arrays of mixed shapes, and a call with its right answer.
+# What each program below begins with: arrays of mixed shapes, all for two threads, and a call with its right answer.
 PRELUDE = """
-    import ctypes, os, sys, threading, warnings
+    import ctypes, os, signal, subprocess, sys, threading, time, warnings
     if os.environ.get("TBB"):
         ctypes.CDLL(os.environ["TBB"], mode=ctypes.RTLD_GLOBAL)  # Numba looks for it in the system's folders alone
     import numpy as np
-    import numba
     import fastbn
-    from fastbn.cpu import threads
-    threads.PARALLEL_FROM = 0
+    from fastbn.cpu import program, team
+    team.PARALLEL_FROM = program.HELD = 0
+    if os.environ.get("NUMBA_THREADING_LAYER"):
+        team.HERE = False
+    fastbn.threads.set_num_threads(int(os.environ.get("THREADS", "2")) or None)
     rng = np.random.default_rng(0)
     shapes = (4, 6, 30, 30), (8, 40), (20, 9, 5, 5), (500, 33), (1, 8, 16)
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
@@ -35,6 +41,36 @@ PRELUDE = """
 
     def same(a, b):
         return all(np.array_equal(p, q) for p, q in zip(a, b, strict=True))
+
+    def right():
+        return all(same(answer(x), y) for x, y in zip(arrays, expected))
+
+    def threads_here():
+        return len(os.listdir("/proc/self/task"))
+
+    def status_of(child):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return "stalled"
+
+    def in_a_child(function):  # what it returns, 0 to 254; 255 where it raises
+        child = os.fork()
+        if child == 0:
+            code = 255
+            try:
+                code = int(function())
+            finally:
+                os._exit(code)
+        return status_of(child)
+
+    with fastbn.threads.num_threads(1):
+        expected = [answer(x) for x in arrays]
 """
 
 
@@ -48,8 +84,12 @@ def tbb_library():
     return str(Path(found[0]).resolve()) if found else None
 
 
-def run(program, layer=None, timeout=300, **environment):
-    """What a program prints in a fresh interpreter."""
+def command(program):
+    return [sys.executable, "-W", "error", "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(program)]
+
+
+def run(program, layer=None, timeout=300, returns=0, **environment):
+    """What a program prints in a fresh interpreter, where warnings are errors."""
     if layer == "tbb":
         library = tbb_library()
         if library is None:
@@ -57,76 +97,187 @@ def run(program, layer=None, timeout=300, **environment):
         environment["TBB"] = library
     if layer is not None:
         environment |= {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(program)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        command(program),
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == returns, done.stderr
+    assert returns or not done.stderr, done.stderr
     return done.stdout.split()
 
 
-@pytest.mark.parametrize(
-    "layer", ["omp", "PyTorch", *(pytest.param(layer, marks=pytest.mark.slow) for layer in LAYERS[1:])]
-)
-def test_eight_threads_of_a_thousand_calls(layer):
+# --- several Python threads -------------------------------------------------------------------------------------------
+
+EIGHT_THREADS = """
+    failures, ready = [], threading.Barrier(8)
+
+    def work(start):
+        try:
+            ready.wait()  # nothing has started any team yet
+            for i in range(start, start + 1000):
+                if not same(answer(arrays[i % len(arrays)]), expected[i % len(arrays)]):
+                    failures.append(i)
+        except BaseException as error:
+            failures.append(error)
+
+    callers = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    print(len(failures), *failures[:3])
+"""
+
+
+@needs_team
+@pytest.mark.parametrize("beside", ["", "import torch; torch.ones(1 << 20).add_(1)"])
+@pytest.mark.parametrize("threads", [2, 5])
+def test_eight_threads_of_a_thousand_calls(beside, threads):
     """One thread has the team, the others run alone meanwhile; all are right."""
-    if layer == "PyTorch":
+    if beside:
         pytest.importorskip("torch")
+    program = textwrap.dedent(beside) + "\n" + textwrap.dedent(EIGHT_THREADS) + "print(team._hired)"
+    assert run(program, THREADS=str(threads)) == ["0", str(threads - 1)]
+
+
+@pytest.mark.parametrize("layer", ["workqueue", *(pytest.param(n, marks=pytest.mark.slow) for n in ("omp", "tbb"))])
+def test_eight_threads_on_numbas(layer):
+    """Where fastbn has no team of its own; one layer ends the process when two threads enter it at once."""
+    program = textwrap.dedent(EIGHT_THREADS) + "import numba\nprint(numba.threading_layer(), team._hired)"
+    assert run(program, layer) == ["0", layer, "0"]
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+@needs_fork
+@needs_team
+def test_forked_children_have_teams_of_their_own():
+    """Child and grandchild compute the same, with workers of their own, and so does the parent afterwards."""
     program = """
-        if os.environ.get("BESIDE"):
-            import torch
-        from fastbn.cpu import threads
-        expected = [answer(x) for x in arrays]
-        print(threads.numbas_layer() or "PyTorch")
-        failures = []
+        assert right() and team._hired == 1
 
-        def work(start):
-            try:
-                for i in range(start, start + 1000):
-                    if not same(answer(arrays[i % len(arrays)]), expected[i % len(arrays)]):
-                        failures.append(i)
-            except BaseException as error:
-                failures.append(error)
+        def grandchild():
+            return 10 * (threads_here() != 1) + (not right()) + 2 * (team._hired != 1) + 4 * (threads_here() != 2)
 
-        threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        print(len(failures))
+        def child():
+            return grandchild() or 20 * in_a_child(grandchild)
+
+        print(in_a_child(child), right(), team._hired)
     """
-    if layer == "PyTorch":
-        assert run(program, BESIDE="1", NUMBA_NUM_THREADS="2") == [layer, "0"]
-    else:
-        assert run(program, layer) == [layer, "0"]
+    assert run(program) == ["0", "True", "1"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@needs_fork
 @pytest.mark.parametrize("layer", LAYERS)
-def test_forked_child_after_a_parallel_call(layer):
-    """The child computes the same: serially, and told so once, where the layer's threads do not survive a fork."""
+def test_forked_child_on_numbas_threads(layer):
+    """The child, whose layer's threads may be gone, is right."""
+    program = "print(right(), in_a_child(lambda: not (right() and right())), right())"
+    assert run(program, layer) == ["True", "0", "True"]
+
+
+@needs_fork
+@needs_team
+def test_many_forks_in_the_middle_of_calls():
+    """Another thread is in a call at every fork; each child calls at once, and ends."""
     program = """
-        expected = [answer(x) for x in arrays]
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            child = os.fork()
-            if child == 0:
-                right = all(same(answer(x), y) for _ in range(3) for x, y in zip(arrays, expected))
-                told = [w for w in caught if w.category is RuntimeWarning and "fastbn" in str(w.message)]
-                os._exit(10 * (not right) + len(told))
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(numba.threading_layer(), status, all(same(answer(x), y) for x, y in zip(arrays, expected)))
+        large = rng.standard_normal((8, 32, 60, 60)).astype(np.float32)
+        with fastbn.threads.num_threads(1):
+            y = answer(large)
+        going, wrong = True, []
+
+        def work():
+            while going:
+                if not same(answer(large), y):
+                    wrong.append(1)
+
+        caller = threading.Thread(target=work)
+        caller.start()
+        codes = [in_a_child(lambda: not right()) for _ in range(30)]
+        going = False
+        caller.join()
+        print(*set(codes), len(wrong), right())
     """
-    assert run(program, layer) == [layer, str(int(layer == "omp")), "True"]
+    assert run(program) == ["0", "0", "True"]
 
 
-def test_spawned_pool():
+@needs_fork
+def test_fork_while_another_thread_compiles():
+    """The lock of the compiler is not left to a thread that is not in the child."""
     program = """
+        from fastbn.cpu import code
+        began, kernels = threading.Event(), code._address.__wrapped__
+
+        def slowly(*kernel):
+            began.set()
+            time.sleep(0.3)
+            return kernels(*kernel)
+
+        code._address = slowly
+        other = threading.Thread(target=lambda: fastbn.moments(rng.standard_normal((3, 4, 5))))
+        other.start()
+        began.wait()
+        print(in_a_child(lambda: not right() + (fastbn.mean(np.ones((3, 4, 5))) != 1)))
+        other.join()
+    """
+    assert run(program) == ["0"]
+
+
+@pytest.mark.parametrize("method", ["spawn", *(["fork"] if hasattr(os, "fork") else [])])
+def test_pools(method):
+    program = f"""
         import multiprocessing
         if __name__ == "__main__":
-            with multiprocessing.get_context("spawn").Pool(2) as pool:
+            right()
+            with multiprocessing.get_context("{method}").Pool(2) as pool:
                 rows = pool.map(fastbn.mean, arrays * 2)
             print(all(row == fastbn.mean(x) for row, x in zip(rows, arrays * 2)))
     """
     assert run(program) == ["True"]
+
+
+@pytest.mark.parametrize("method", ["spawn", *(["fork"] if hasattr(os, "fork") else [])])
+def test_workers_of_a_data_loader(method, tmp_path):
+    """PyTorch tells them to use one thread; where a data set asks for more, it gets them."""
+    pytest.importorskip("torch")
+    (tmp_path / "normalized.py").write_text(
+        textwrap.dedent("""
+        import numpy as np, fastbn, os
+        from fastbn.cpu import team
+
+        class Normalized:
+            def __len__(self):
+                return 8
+
+            def __getitem__(self, i):
+                x = np.random.default_rng(i).standard_normal((4, 16, 80, 80)).astype(np.float32)
+                with fastbn.threads.num_threads(1 + i % 2):
+                    y, _ = fastbn.batch_norm(x)
+                return y, fastbn.threads.get_num_threads(), team._hired, os.getpid()
+    """)
+    )
+    program = f"""
+        sys.path.insert(0, {str(tmp_path)!r})
+        import torch
+        from normalized import Normalized
+        if __name__ == "__main__":
+            fastbn.threads.set_num_threads(None)
+            torch.ones(1 << 20).add_(1)
+            data = Normalized()
+            wanted = [data[i][0] for i in range(8)]
+            options = {{"batch_size": None, "num_workers": 2, "multiprocessing_context": "{method}"}}
+            got = list(torch.utils.data.DataLoader(data, **options))
+            print(all(np.array_equal(a, b[0]) for a, b in zip(wanted, got)))
+            print(len({{b[3] for b in got}} - {{os.getpid()}}))
+            print(*sorted({{b[1] for b in got}}), max(b[2] for b in got))
+    """
+    assert run(program) == ["True", "2", "1", "1" if team.HERE else "0"]
+
+
+# --- beside PyTorch ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", ["torch", "fastbn"])
@@ -134,94 +285,214 @@ def test_beside_pytorch(first):
     """PyTorch brings threads of its own; whoever comes first, and whatever it sets, both are right."""
     pytest.importorskip("torch")
     program = f"""
-        before = answer(arrays[0]) if {first == "fastbn"} else None
+        before = right() if {first == "fastbn"} else True
         import torch
         a = torch.from_numpy(rng.standard_normal((300, 300)))
-        expected = (a.numpy() @ a.numpy())
-        wanted = [answer(x) for x in arrays]
-        right = before is None or same(before, wanted[0])
+        product = (a.numpy() @ a.numpy())
+        ran = before
         for threads in (1, 2, 4, 1):
             torch.set_num_threads(threads)
-            right &= np.allclose((a @ a).numpy(), expected)
-            right &= all(same(answer(x), y) for x, y in zip(arrays, wanted))
-        print(right, numba.get_num_threads())
+            ran &= np.allclose((a @ a).numpy(), product)
+            ran &= right()
+        print(ran)
     """
     program = "import torch\n" + textwrap.dedent(program) if first == "torch" else program
-    assert run(program, NUMBA_NUM_THREADS="2") == ["True", "2"]
+    assert run(program) == ["True"]
 
 
-BESIDE_PYTORCH = """
-    import torch
-    from fastbn.cpu import threads
-    expected = [answer(x) for x in arrays]
-
-    def started():
-        return threads.numbas_layer() is not None
-"""
+# --- how many threads -------------------------------------------------------------------------------------------------
 
 
-def beside_pytorch(program, layer=None, **environment):
-    pytest.importorskip("torch")
-    program = textwrap.dedent(BESIDE_PYTORCH) + textwrap.dedent(program)
-    return run(program, layer, **{"NUMBA_NUM_THREADS": "2"} | environment)
-
-
-def test_pytorchs_threads_run_kernels():
-    """Where PyTorch is, Numba's own threads never start; its number of threads counts."""
-    program = """
-        torch.set_num_threads(2)
-        shares = [threads.shares_of(1 << 20)]
-        ran = [all(same(answer(x), y) for x, y in zip(arrays, expected))]
-        torch.set_num_threads(1)
-        shares.append(threads.shares_of(1 << 20))
-        ran.append(all(same(answer(x), y) for x, y in zip(arrays, expected)))
-        print(threads.pytorchs_team() > 0, started(), *shares, *ran)
-    """
-    assert beside_pytorch(program) == ["True", "False", "2", "1", "True", "True"]
-
-
-def test_fewer_threads_than_shares():
-    """OpenMP may give a team fewer threads than asked for: all shares are done."""
-    program = """
-        torch.set_num_threads(2)
-        print(all(same(answer(x), y) for x, y in zip(arrays, expected)), threads.shares_of(1 << 20))
-    """
-    assert beside_pytorch(program, OMP_THREAD_LIMIT="1") == ["True", "2"]
-
-
-@pytest.mark.parametrize("layer", ["workqueue", "tbb"])
-def test_a_chosen_layer_stays_beside_pytorch(layer):
-    assert beside_pytorch("print(threads.pytorchs_team(), numba.threading_layer())", layer) == ["0", layer]
-
-
-def test_a_pytorch_without_openmp(tmp_path):
-    """Numba's threads it is, as on systems whose PyTorch has another library, or none."""
-    from fastbn.cpu import threads
-
-    assert threads._entry_of_openmp(types.SimpleNamespace(__file__=str(tmp_path / "__init__.py"))) == 0
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize("threads", [1, 2])
-def test_forked_child_of_a_process_with_pytorch(threads):
-    """PyTorch's threads do not survive, whoever used them: serially, which on one thread, as in a DataLoader's worker,
-    is nothing to be told.
-    """
+@needs_team
+@pytest.mark.parametrize(
+    ("limit", "workers"),
+    [
+        ("", 1),
+        ("os.environ['NUMBA_NUM_THREADS'] = '1'", 0),
+        ("os.environ['OMP_NUM_THREADS'] = '1'", 0),
+        ("os.environ['OMP_NUM_THREADS'] = '1,4'", 0),
+        ("os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})", 0),
+        ("import fastbn; fastbn.threads.set_num_threads(1)", 0),
+        ("import fastbn; fastbn.threads.set_num_threads(4)", 3),
+        ("import torch; torch.set_num_threads(1)", 0),
+        ("import numba, numba.np.ufunc.parallel; numba.set_num_threads(1)", None),
+    ],
+)
+def test_workers_are_hired_for_what_the_process_may_use(limit, workers):
+    """None where one thread is to run, by whatever limit; and the system counts the same."""
+    if "torch" in limit:
+        pytest.importorskip("torch")
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one processor")
     program = f"""
-        a = torch.ones(1 << 20)
-        a += a  # on PyTorch's threads
-        child = os.fork()
-        if child == 0:
-            torch.set_num_threads({threads})
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                right = all(same(answer(x), y) for _ in range(3) for x, y in zip(arrays, expected))
-            told = [w for w in caught if w.category is RuntimeWarning and "fastbn" in str(w.message)]
-            os._exit(10 * (not right) + len(told))
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(status, started(), all(same(answer(x), y) for x, y in zip(arrays, expected)))
+        import os
+        {limit}
+        import numpy as np
+        import fastbn
+        from fastbn.cpu import team
+        before = len(os.listdir("/proc/self/task"))
+        x = np.random.default_rng(0).standard_normal((8, 32, 60, 60)).astype(np.float32)
+        y, _ = fastbn.batch_norm(x)
+        assert abs(y.mean((0, 2, 3))).max() < 1e-5
+        print(team._hired, len(os.listdir("/proc/self/task")) - before, len(os.sched_getaffinity(0)))
     """
-    assert beside_pytorch(program) == [str(threads - 1), "False", "True"]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=100,
+        env={k: v for k, v in os.environ.items() if k not in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    hired, more, processors = map(int, done.stdout.split())
+    assert hired == more
+    if workers in (0, 3):
+        assert hired == workers
+    elif workers is None:
+        assert hired == 0
+    else:
+        assert hired == min(processors, team.MOST) - 1
+
+
+@needs_team
+def test_more_threads_from_one_call_to_the_next():
+    """Calls that were remembered with fewer threads use them all, and fewer again; 600 are as many as a team has."""
+    program = """
+        x = rng.standard_normal((8, 32, 60, 60)).astype(np.float32)
+        with fastbn.threads.num_threads(1):
+            y = answer(x)
+        hired = []
+        for threads in (1, 2, 4, 3, 1, 600):
+            fastbn.threads.set_num_threads(threads)
+            assert all(same(answer(x), y) for _ in range(5)) and right()
+            hired.append(team._hired)
+        print(*hired, threads_here() - 1 - team._hired)
+    """
+    assert run(program, THREADS="1") == ["0", "1", "3", "3", "3", str(team.MOST - 1), "0"]
+
+
+@needs_team
+@pytest.mark.parametrize("given", [0, 2])
+def test_no_more_threads_from_the_system(given):
+    """The team is as large as it got, and asks no more."""
+    program = f"""
+        create, asked = team._system().pthread_create, []
+
+        def refuse(*arguments):
+            asked.append(1)
+            return create(*arguments) if len(asked) <= {given} else 11  # EAGAIN
+
+        team._system().pthread_create = refuse
+        print(right(), team._hired, right(), len(asked), threads_here() - 1)
+    """
+    assert run(program, THREADS="6") == ["True", str(given), "True", str(given + 1), str(given)]
+
+
+@needs_team
+def test_threads_limited_by_address_space():
+    """No room for the stacks of all: fewer threads, and right."""
+    program = """
+        import resource
+        fastbn.threads.set_num_threads(2)
+        assert right() and team._hired == 1
+        with open("/proc/self/statm") as file:
+            in_use = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + (100 << 20), -1))
+        fastbn.threads.set_num_threads(64)
+        print(right(), 0 < team._hired < 63, team._refused)
+    """
+    assert run(program, THREADS="1") == ["True", "True", "True"]
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+ENDS = {
+    "sleeping": ("time.sleep(0.05)", 0),
+    "spinning": ("right()", 0),
+    "sys.exit": ("right(); sys.exit(3)", 3),
+    "os._exit": ("right(); os._exit(4)", 4),
+    "an exception": ("right(); raise ValueError", 1),
+    "another thread's last call": ("threading.Thread(target=right).start()", 0),
+    "an exit handler registered before": ("", 0),
+    "an exit handler": ("import atexit; atexit.register(lambda: right() or os._exit(9))", 0),
+    "a thread of the system": ("import signal; signal.raise_signal(signal.SIGTERM)", -15),
+    "daemon threads": (
+        "[threading.Thread(target=lambda: [right() for _ in range(10**6)], daemon=True).start() for _ in range(3)];"
+        "time.sleep(0.05)",
+        0,
+    ),
+    "a team hired by a daemon at the end": (
+        "threading.Thread(target=lambda: [fastbn.threads.set_num_threads(k % 60 + 2) or right() for k in range(10**6)],"
+        "daemon=True).start()",
+        0,
+    ),
+}
+
+
+@needs_team
+@pytest.mark.parametrize("end", ENDS)
+def test_ends_at_once(end):
+    """Five times each: workers that sleep, look out for work, or are in the middle of it hold up nothing."""
+    last, returns = ENDS[end]
+    for _ in range(5):
+        began = time.monotonic()
+        program = f"assert right() and team._hired == 1\n{last}\n"
+        if end == "an exit handler registered before":
+            program = f"import atexit, os\natexit.register(lambda: right() or os._exit(9))\n{program}"
+        run(program, timeout=60, returns=returns)
+        assert time.monotonic() - began < 30
+
+
+@needs_team
+@pytest.mark.parametrize("when", range(4))
+def test_interrupted(when):
+    """Ctrl-C ends a loop of calls before long; the next call is right, and the process ends."""
+    program = """
+        x = rng.standard_normal((16, 64, 60, 60)).astype(np.float32)
+        with fastbn.threads.num_threads(1):
+            y = answer(x)
+        print("ready", flush=True)
+        try:
+            while True:
+                answer(x)
+        except KeyboardInterrupt:
+            came = time.monotonic()
+        print(came, same(answer(x), y), right())
+    """
+    process = subprocess.Popen(command(program), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.05 + 0.013 * when)
+        sent = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    came, *ran = out.split()
+    assert ran == ["True", "True"]
+    assert float(came) - sent < 5
+
+
+@needs_team
+def test_signals_are_the_interpreters():
+    """A timer's signals during calls run Python's handler in the main thread, and harm no call."""
+    program = """
+        seen = []
+        signal.signal(signal.SIGALRM, lambda *_: seen.append(threading.current_thread() is threading.main_thread()))
+        right()
+        blocked = []
+        for thread in {int(name) for name in os.listdir("/proc/self/task")} - {os.getpid()}:
+            with open(f"/proc/self/task/{thread}/status") as file:
+                blocked += [int(line.split()[1], 16) for line in file if line.startswith("SigBlk")]
+        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+        ran = [right() for _ in range(100)]
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        wanted = sum(1 << n - 1 for n in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD))
+        print(all(ran), len(seen) > 3, all(seen), len(blocked), all(mask & wanted == wanted for mask in blocked))
+        print(len(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+    """
+    assert run(program) == ["True", "True", "True", "1", "True", "0"]
+
+
+# --- first calls, and memory ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -234,13 +505,12 @@ def test_eight_processes_on_a_cold_cache(tmp_path):
         print(bool(abs(y - z).max() < 1e-3))
     """)
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", program]
     started = [
-        subprocess.Popen([*command, dtype], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", program, dtype], env=environment, stdout=subprocess.PIPE, text=True)
         for dtype in ["float32", "float64"] * 4
     ]
     assert [process.communicate(timeout=500)[0].strip() for process in started] == ["True"] * 8
-    assert list(tmp_path.rglob("*.nbc"))
+    assert list(tmp_path.rglob("*.o"))
 
 
 def test_memory_stays_flat_over_two_thousand_calls():

@@ -1,17 +1,20 @@
 """Compiled code on disk: shared, whole, safe, and never stale."""
 
+import json
 import os
+import platform
 import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
 import pytest
 
 import fastbn
-from fastbn.cpu import jit, store
+from fastbn.cpu import code, store, team
 
 PACKAGE = Path(fastbn.__file__).parent
 PROGRAM = textwrap.dedent("""
@@ -28,7 +31,9 @@ def run(installed, program=PROGRAM, stderr=subprocess.PIPE, warnings="error::Run
     """Run a program in a fresh interpreter, with the package in this folder; what it printed."""
     kept = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
     command = [sys.executable, "-W", warnings, "-c", program, str(installed)]
-    finished = subprocess.run(command, env=kept | environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    finished = subprocess.run(
+        command, env=kept | environment, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=300
+    )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
@@ -39,19 +44,21 @@ def install(folder):
 
 
 def compiled(cache):
-    return {path.name: path.stat().st_mtime_ns for path in cache.rglob("*.nbc")}
+    return {path.name: path.stat().st_mtime_ns for path in cache.rglob("*.o")}
 
 
 def test_shared_and_never_stale(tmp_path):
     """Two environments compile once; a changed helper in another file than the kernel gives the new answer."""
     first, second, cache = install(tmp_path / "a"), install(tmp_path / "b"), tmp_path / "cache"
     shared = {"NUMBA_CACHE_DIR": str(cache), "PYTHONDONTWRITEBYTECODE": "1"}
+    installed = sorted((first / "fastbn").rglob("*"))
     assert run(first, **shared) == "[1. 4.]\n"
     found = compiled(cache)
     assert found
+    assert sorted((first / "fastbn").rglob("*")) == installed, "it may be read-only"
     assert run(second, **shared) == "[1. 4.]\n"
     assert compiled(cache) == found
-    helper = second / "fastbn" / "cpu" / "slab.py"
+    helper = second / "fastbn" / "cpu" / "kernels" / "slab.py"
     changed = helper.read_text().replace("return n, pivot + mean, m2", "return n, pivot + mean + 10.0, m2")
     assert changed != helper.read_text()
     helper.write_text(changed)
@@ -65,8 +72,8 @@ def test_damaged_files(tmp_path):
     """Refused and written again: one cut off, one changed."""
     cache = tmp_path / "cache"
     assert run(PACKAGE.parent, NUMBA_CACHE_DIR=str(cache)) == "[1. 4.]\n"
-    whole = {path: path.read_bytes() for path in cache.rglob("*.nbc")}
-    cut, changed = whole
+    whole = {path: path.read_bytes() for path in cache.rglob("*.o")}
+    cut, changed, *_ = whole
     cut.write_bytes(whole[cut][: len(whole[cut]) // 2])
     changed.write_bytes(whole[changed][:-9] + b"?" + whole[changed][-8:])
     assert run(PACKAGE.parent, NUMBA_CACHE_DIR=str(cache)) == "[1. 4.]\n"
@@ -74,14 +81,17 @@ def test_damaged_files(tmp_path):
     assert changed.read_bytes()[-9:-8] != b"?"
 
 
-def test_a_file_is_of_its_key(tmp_path):
-    files = jit._Files(store.Store(tmp_path), "kernel")
-    assert files.load(("key", 1)) is None
-    files.save(("key", 1), "code")
-    assert files.load(("key", 1)) == "code"
-    assert files.load(("key", 2)) is None
-    (tmp_path / files.file(("key", 2))).write_bytes((tmp_path / files.file(("key", 1))).read_bytes())
-    assert files.load(("key", 2)) is None
+def test_a_file_is_of_its_name_and_whole(tmp_path):
+    files = store.Store(tmp_path)
+    files.write("name", b"content")
+    assert files.read("name") == b"content"
+    assert files.read("other") is None
+    written = (tmp_path / "name").read_bytes()
+    (tmp_path / "other").write_bytes(written)
+    assert files.read("other") is None
+    for size in range(len(written)):
+        (tmp_path / "name").write_bytes(written[:size])
+        assert files.read("name") is None
     assert all(stat.S_IMODE(path.stat().st_mode) & 0o022 == 0 for path in tmp_path.iterdir())
 
 
@@ -91,6 +101,22 @@ def test_a_full_disk(tmp_path, monkeypatch):
     store.Store(tmp_path).write("name", b"content")
     assert store.Store(tmp_path).read("name") is None
     assert not list(tmp_path.iterdir())
+
+
+def test_a_read_only_disk(tmp_path, monkeypatch):
+    """What an administrator has compiled is read; nothing is written."""
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    store.store_of.__wrapped__("version").write("name", b"content")
+    for owner, name in ((tempfile, "TemporaryFile"), (os, "utime"), (Path, "write_bytes"), (Path, "unlink")):
+        monkeypatch.setattr(owner, name, refuse)
+    files = store.store_of.__wrapped__("version")
+    assert files.read("name") == b"content"
+    files.write("more", b"content")
+    assert files.read("more") is None
 
 
 # --- which folder -----------------------------------------------------------------------------------------------------
@@ -167,6 +193,93 @@ def test_old_versions_are_forgotten(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {str(k) for k in range(12 - store.VERSIONS_KEPT, 12)}
 
 
+# --- what a process loads ---------------------------------------------------------------------------------------------
+
+EVERYTHING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+import fastbn
+from fastbn.cpu import code, team
+
+fastbn.threads.set_num_threads(2)
+for shape, axis in ((6, 5, 40), 1), ((300, 20), 1), ((6, 40, 5), -1), ((8, 32, 40, 40), 1), ((8, 40, 40, 32), -1):
+    x = np.ones(shape, np.float32)
+    y, saved = fastbn.batch_norm(x, channel_axis=axis)
+    fastbn.batch_norm_backward(x, saved)
+    fastbn.batch_norm_inference(x, saved.mean, saved.moments.var(), channel_axis=axis)
+    fastbn.moments(x, channel_axis=axis)
+    others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+    fastbn.mean(x, axis=others), fastbn.var(x, axis=others), fastbn.var(x), fastbn.mean(x, axis=0)
+print(code.loaded, code.compiled, team._hired, *(sorted({"numba", "scipy"} & set(sys.modules))))
+"""
+
+
+def test_a_warm_process_never_imports_numba():
+    """Nor SciPy, which Numba would bring: not for any function or layout, nor for threads."""
+    warm = {name: os.environ[name] for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME") if name in os.environ}
+    run(PACKAGE.parent, EVERYTHING, **warm)
+    loaded, compiled, hired, *imported = run(PACKAGE.parent, EVERYTHING, **warm).split()
+    assert int(loaded) > 10, (loaded, compiled, hired, imported)
+    assert (compiled, imported) == ("0", [])
+    assert hired == ("1" if team.HERE else "0")
+
+
+def test_another_processor(tmp_path):
+    """Home folders are shared among machines: each finds what was made for it."""
+    if platform.machine() != "x86_64":
+        pytest.skip("levels are named as on x86-64")
+    for name, folders in (("x86-64-v2", 1), ("x86-64", 2), ("x86-64-v2", 2)):
+        environment = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": ""}
+        assert run(PACKAGE.parent, **environment) == "[1. 4.]\n"
+        assert len(list((tmp_path / "fastbn").iterdir())) == folders
+
+
+# --- kernels that come with an installation ---------------------------------------------------------------------------
+
+NAMES = """
+import json
+from fastbn.cpu import code
+print(json.dumps(sorted(code._known)))
+"""
+SHIPPED = """
+from fastbn.cpu import code
+code.SHIPPED = pathlib.Path(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("level", code.LEVELS)
+def test_shipped_for_a_level(tmp_path, level):
+    """Found where the processor has that level and the sources are the same; then nothing is compiled nor written."""
+    if platform.machine() != "x86_64":
+        pytest.skip("levels are named as on x86-64")
+    kernels = json.loads(run(PACKAGE.parent, PROGRAM + NAMES, NUMBA_CACHE_DIR=str(tmp_path / "own")).splitlines()[-1])
+    assert kernels
+    folder = tmp_path / "objects"
+    for name, kinds in kernels:
+        code.build(level, name, tuple(kinds), folder)
+    files = list((folder / level / code.sources()).glob("*.o"))
+    assert len(files) == len(kernels)
+    symbol = files[0].stem
+    assert store.Store(files[0].parent).read(f"{symbol}.o").startswith(b"\x7fELF")
+    begin = PROGRAM.replace("import numpy", f"import pathlib{SHIPPED}import numpy")
+    begin = begin.replace("sys.argv[2]", repr(str(folder)))
+    told = "\nprint(code.loaded, code.compiled, 'numba' in sys.modules, code._shipped(sys.argv[2]) is None)"
+    told = told.replace("sys.argv[2]", repr(symbol))
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    answer, counts = run(PACKAGE.parent, begin + told, **cache).splitlines()
+    assert answer == "[1. 4.]"
+    if level == code.level_here():
+        assert counts == f"{len(kernels)} 0 False False"
+        assert not compiled(tmp_path / "cache")
+    else:
+        assert counts.endswith("True")
+    other = install(tmp_path / "other")
+    with (other / "fastbn" / "cpu" / "sizes.py").open("a") as file:
+        file.write("# changed\n")
+    assert run(other, begin.rpartition("print")[0] + told, **cache).split()[-1] == "True"
+
+
 # --- a word to those who wait -----------------------------------------------------------------------------------------
 
 
@@ -177,7 +290,7 @@ def test_old_versions_are_forgotten(tmp_path):
 def test_notice(tmp_path, terminal, environment, told):
     """On a terminal alone, once, and not of what is on disk."""
     pty = pytest.importorskip("pty")
-    program = PROGRAM.replace("print", "from fastbn.cpu import jit; jit.PATIENCE = 0.2\nprint")
+    program = PROGRAM.replace("print", "from fastbn.cpu import code; code.PATIENCE = 0.2\nprint")
     for cached in (False, True) if told else (False,):
         ours, theirs = pty.openpty() if terminal else os.pipe()
         assert run(PACKAGE.parent, program, stderr=theirs, NUMBA_CACHE_DIR=str(tmp_path), **environment) == "[1. 4.]\n"

@@ -13,7 +13,16 @@ PROGRAM = """
     import ml_dtypes
     import numpy as np
     import fastbn
-    from fastbn.cpu import columns, columns_gradients, memory, rows, rows_gradients, slab, threads
+    from fastbn.cpu import memory
+    from fastbn.cpu.kernels import compiler
+    optimized, compiled = compiler._optimized, []
+
+    def kept(module, symbol, machine):
+        module = optimized(module, symbol, machine)
+        compiled.append((symbol, str(module), machine.emit_assembly(module)))
+        return module
+
+    compiler._optimized = kept
     memory.CACHE_SHARE = 0  # all outputs are streamed
     dtype = np.dtype(getattr(ml_dtypes, sys.argv[1]) if sys.argv[1] == "bfloat16" else sys.argv[1])
     for shape, axis in ((32, 64, 14, 14), 1), ((32, 14, 14, 64), -1):
@@ -24,13 +33,10 @@ PROGRAM = """
             fastbn.batch_norm_inference(x, saved.mean, saved.moments.var(), channel_axis=axis, **options)
     size = {"half": 2, "i16": 2, "float": 4, "double": 8, "i64": 8}
     asked = re.compile(r"store <(\\d+) x (\\w+)>[^\\n]*!nontemporal")
-    for module in (columns, columns_gradients, rows, rows_gradients, slab):
-        for name, kernel in vars(module).items():
-            if isinstance(kernel, threads.kernel):
-                for code in kernel.compiled.overloads.values():
-                    found = asked.findall(code.library.get_llvm_str())
-                    stores = sum(int(lanes) * size[kind] // 16 for lanes, kind in found)  # of 16 bytes, as aligned
-                    print(name, stores, len(re.findall(r"\\bv?movnt\\w+", code.library.get_asm_str())))
+    for symbol, text, assembly in compiled:
+        found = asked.findall(text)
+        stores = sum(int(lanes) * size[kind] // 16 for lanes, kind in found)  # of 16 bytes, as aligned
+        print(symbol, stores, len(re.findall(r"\\bv?movnt\\w+", assembly)))
 """
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.cpu import memory, plans
+from fastbn.cpu import memory, plans, team
 from fastbn.cpu.extremes import LEAST_EPS, needs_float64
 from fastbn.cpu.memory import Array, Strides, empty_like, past_caches
 from fastbn.cpu.program import FLOATS, Program, kind_of
@@ -126,8 +126,8 @@ def _dense(layout: Layout, own: bool, x: Array, *others: Array | None) -> tuple[
     """For plain arrays of one layout without gaps: what a repeated call does with them; else None.
 
     Functions that tell whether arrays of a later call may go the short way, allocate a result, and `past_caches`; and
-    whether they are so small that one thread does all. `own` says whether results are
-    allocated here.
+    whether they are so small that one thread does all, however many there may be later. `own` says whether results
+    are allocated here.
     """
     arrays = [a for a in (x, *others) if a is not None]
     if not all(type(a) is np.ndarray and a.strides == x.strides and a.dtype == x.dtype for a in arrays):
@@ -150,7 +150,7 @@ def _dense(layout: Layout, own: bool, x: Array, *others: Array | None) -> tuple[
         usable,
         np.empty_like if small else empty_like,
         (lambda *_: 0.0) if cached else past_caches,
-        shares == 1 and small,
+        small and size < team.PARALLEL_FROM,
     )
 
 

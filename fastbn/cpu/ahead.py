@@ -14,17 +14,19 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from fastbn.threads import get_num_threads
 
 OFF = "FASTBN_COMPILE_HELPER"
 Kernel = tuple[str, tuple[str, ...]]
 
-# Reads a kernel a line, compiles it and says so, until nothing more comes.
+# Says that it is there, then reads a kernel a line, compiles it and says so, until nothing more comes.
 _PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from fastbn.cpu import code
+print(flush=True)
 for line in sys.stdin:
     name, kinds = json.loads(line)
     code.compile_to_store(name, tuple(kinds))
@@ -54,12 +56,14 @@ class Helper:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                 env=os.environ | {OFF: "0"},
             )  # fmt: skip
-        except OSError:
+        except (OSError, RuntimeError):  # RuntimeError: the interpreter ends
             return
         atexit.register(process.kill)
         assert process.stdin is not None
         assert process.stdout is not None
         try:
+            if process.stdout.readline() != "\n":  # another program; nobody shall wait for it
+                return
             for queue in (self._queue, self._later):
                 while queue:
                     kernel = queue.pop() if queue is self._queue else queue.popleft()
@@ -76,8 +80,9 @@ class Helper:
         finally:
             process.kill()
             process.wait()
-            process.stdin.close()
-            process.stdout.close()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError):  # of what it did not read
+                    pipe.close()
             atexit.unregister(process.kill)
 
 
@@ -89,7 +94,8 @@ def compile_all(missing: list[Kernel], later: list[Kernel], compile_here: Callab
     global _helper
     queue = deque(missing)
     if len(missing) + len(later) > 1 and _may_help():
-        _helper = Helper(queue, later)
+        with suppress(RuntimeError):  # no more threads
+            _helper = Helper(queue, later)
     while queue:
         try:
             kernel = queue.popleft()

@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import logging  # noqa: F401  # by Numba: its lock around forks is to be known before the one below is waited for
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ _HERE = Path(__file__).parent
 Kernel = ahead.Kernel
 _lock = threading.RLock()
 _known: set[Kernel] = set()
+if hasattr(os, "register_at_fork"):  # a child has no thread that would let go of it, or of locks that it holds
+    os.register_at_fork(before=_lock.acquire, after_in_child=_lock.release, after_in_parent=_lock.release)
 loaded, compiled = 0, 0  # kernels of this process: from disk, and made
 
 
@@ -200,7 +204,8 @@ class Notice:
         if not Notice.told and os.environ.get(QUIET) != "0" and sys.stderr is not None and sys.stderr.isatty():
             self._timer = threading.Timer(max(0.0, PATIENCE - Notice.spent), self._tell)
             self._timer.daemon = True
-            self._timer.start()
+            with suppress(RuntimeError):  # no more threads
+                self._timer.start()
 
     def end(self) -> None:
         Notice.spent += time.perf_counter() - self._began

@@ -189,7 +189,7 @@ def _method() -> _Method:
 
 def _built_in(words: Any) -> Callable[..., object]:
     """A function of Python's own kind, which finds the words as its ``self``."""
-    make = ctypes.pythonapi.PyCFunction_NewEx
-    make.argtypes, make.restype = (ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p), ctypes.py_object
+    kind = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
+    make = kind(("PyCFunction_NewEx", ctypes.pythonapi))  # attributes of pythonapi are everybody's
     function: Callable[..., object] = make(ctypes.addressof(_method()), words, None)
     return function

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,39 +36,51 @@ class Store:
         except OSError:
             return None
         content = data[_SUM:]
-        return content if hashlib.sha256(content).digest() == data[:_SUM] else None
+        return content if _sum(name, content) == data[:_SUM] else None
 
     def write(self, name: str, content: bytes) -> None:
-        """Write it where no process sees a part; where the disk is full it is left."""
+        """Write it where no process sees a part; on a disk that is full or read-only it is left."""
         temporary = self.folder / f"{name}.{os.getpid()}-{threading.get_ident()}"
         try:
-            temporary.write_bytes(hashlib.sha256(content).digest() + content)
+            temporary.write_bytes(_sum(name, content) + content)
             os.replace(temporary, self.folder / name)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a read-only disk says so even of a file that is not there
+                temporary.unlink()
+
+
+def _sum(name: str, content: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + b"\0" + content).digest()
 
 
 @lru_cache
 def store_of(version: str) -> Store | None:
-    """The store of a version of the sources; None, and a warning if one was asked for, where none is safe."""
-    asked = os.environ.get("NUMBA_CACHE_DIR")
+    """The store of a version of the sources; None, and a warning if one was asked for, where none is safe.
+
+    One that others have filled, and that cannot be written to, is read where there is no better one.
+    """
+    asked, found = os.environ.get("NUMBA_CACHE_DIR"), None
     for root in [Path(asked)] if asked else _roots():
         folder = root / "fastbn" / version
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            reason = why_unsafe(folder)
         except OSError:
             continue
-        reason = why_unsafe(folder)
         if reason is None:
-            os.utime(folder)
+            try:
+                tempfile.TemporaryFile(dir=folder).close()
+                os.utime(folder)
+            except OSError:
+                found = found or Store(folder)
+                continue
             _forget_old_versions(folder.parent)
             return Store(folder)
         if asked:
             warnings.warn(
                 f"fastbn keeps no compiled kernels in NUMBA_CACHE_DIR: {reason}", RuntimeWarning, stacklevel=2
             )
-    return None
+    return found
 
 
 def _roots() -> list[Path]:

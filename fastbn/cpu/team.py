@@ -107,7 +107,8 @@ def _start(threads: int) -> None:
             member = _memory + MEMBERS + (_hired + 1) * MEMBER
             _prepare(member)
             _word(member + TEAM).value, _word(member + NUMBER).value = _memory, _hired + 1
-            _refused = _system().pthread_create(member + HANDLE, None, serve, member) != 0
+            if not _word(member + HANDLE).value:  # else Ctrl-C came when it was there and not yet counted
+                _refused = _system().pthread_create(member + HANDLE, None, serve, member) != 0
             _hired += not _refused
             _word(_memory + HIRED).value = _hired
     finally:
@@ -125,7 +126,8 @@ def _prepare(member: int) -> None:
 def _stop() -> None:
     """Workers leave before the interpreter takes their code away."""
     global _closed, _hired
-    _closed = True  # first: nobody hires from now on
+    _closed = True  # first: nobody hires from now on, and who does so now comes to an end
+    _starting.acquire(timeout=1.0)
     hired, _hired = _hired, 0
     if not hired:
         return

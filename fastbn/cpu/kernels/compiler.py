@@ -163,7 +163,8 @@ def object_code(function, kinds, symbol, level):
     library.add_ir_module(module)
     library.add_linking_library(code.library)
     library.finalize()
-    return _machine_code(library._final_module, symbol, machine_for(level))
+    machine = machine_for(level)
+    return machine.emit_object(_optimized(library._final_module, symbol, machine))
 
 
 def _enter_kernel(module, symbol, description, signature):
@@ -207,7 +208,7 @@ def _call(builder, description, signature, values):
     return result
 
 
-def _machine_code(module, symbol, machine):
+def _optimized(module, symbol, machine):
     """All but ``symbol`` is for it alone, so that what is inlined does not stay as well."""
     for definition in (*module.functions, *module.global_variables):
         if not definition.is_declaration and definition.name != symbol:
@@ -217,4 +218,4 @@ def _machine_code(module, symbol, machine):
     passes = llvm.create_pass_builder(machine, options)
     passes.getModulePassManager().run(module, passes)
     module.verify()
-    return machine.emit_object(module)
+    return module

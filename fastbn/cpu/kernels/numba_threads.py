@@ -1,6 +1,7 @@
 """Numba's threads, for systems where `fastbn.cpu.team` cannot run."""
 
 import os
+import threading
 from functools import cache
 
 import numba
@@ -31,12 +32,17 @@ def _run_shares(entry, params, tasks, shares):
         _enter(entry, params, k, k * tasks // shares, (k + 1) * tasks // shares)
 
 
-@cache
-def team():
+def team() -> int:
     """The odd number that stands for them: the address of a word that is 1 while they are in use, and their function.
 
     A forked child does not have them.
     """
+    with _making:  # one word for all: some layers end the process when a second caller enters
+        return int(_team())
+
+
+@cache
+def _team():
     function = numba.cfunc("void(i8, i8, i8, i8)", parallel=True, nogil=True)(_run_shares)
     words = np.array([0, function.address], np.int64)
     if hasattr(os, "register_at_fork"):
@@ -46,3 +52,4 @@ def team():
 
 
 _kept = []
+_making = threading.RLock()
