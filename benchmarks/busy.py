@@ -260,6 +260,14 @@ def worst(condition: str, found: Sequence[Row]) -> str:
     return f"{condition}: {'; '.join(words)}"
 
 
+def short_table(condition: str, found: Sequence[Row]) -> Iterator[str]:
+    """A line for each size: the medians' ratios of all operations."""
+    for size, of_size in itertools.groupby(found, lambda row: row.size):
+        ratios = {row.operation: f"{row.ratio(50):.2f}" for row in of_size}
+        cells = (ratios.get(name, "") for name in (*OPERATIONS, AT_ONCE, "copy"))
+        yield f"| {condition} | {size} | {' | '.join(cells)} |"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, and the worst ratios of each condition."""
     parser = argparse.ArgumentParser("python -m benchmarks.busy", description=(__doc__ or "").splitlines()[0])
@@ -267,12 +275,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), metavar="SIZE", help=", ".join(SIZES))
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of each row ({SECONDS})")
     parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0])
+    parser.add_argument("--short", action="store_true", help="a line for each size, with ratios of medians alone")
     options = parser.parse_args(argv)
     conditions = [CONDITIONS[name] for name in CONDITIONS if name in (options.only or CONDITIONS)]
     if importlib.util.find_spec("torch") is None:
         conditions = [condition for condition in conditions if not condition.torch]
         print("PyTorch is not installed: without it", file=sys.stderr)
-    print(f"| {' | '.join(COLUMNS).format(get_num_threads())} |\n{'|---' * len(COLUMNS)}|", flush=True)
+    columns = ("condition", "size", *OPERATIONS, AT_ONCE, "copy") if options.short else COLUMNS
+    print(f"| {' | '.join(columns).format(get_num_threads())} |\n{'|---' * len(columns)}|", flush=True)
     summary = []
     for condition in conditions:
         found: list[Row] = []
@@ -280,7 +290,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows(condition, options.sizes or list(SIZES), options.layout, options.seconds):
             found.append(row)
             copy = row if row.operation == "copy" else copy if copy and copy.size == row.size else None
-            print(line(str(condition), row, copy), flush=True)
+            if not options.short:
+                print(line(str(condition), row, copy), flush=True)
+        if options.short:
+            print(*short_table(str(condition), found), sep="\n", flush=True)
         summary.append(worst(str(condition), found))
     print("\nThe worst:", *summary, sep="\n")
     return 0

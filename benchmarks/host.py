@@ -18,6 +18,8 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastbn.threads import get_num_threads
+
 ASSUMED_CACHE, ASSUMED_CORE_CACHE = 32 << 20, 512 << 10  # bytes, where the system does not tell
 LINE = 64  # bytes
 

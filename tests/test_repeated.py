@@ -316,3 +316,91 @@ def test_what_may_be_streamed(monkeypatch, fresh_plans, kilobytes, own, given):
             fastbn.batch_norm_backward(x, saved, out=out)
             fastbn.batch_norm_inference(x, np.zeros(4), np.ones(4), out=out)
         assert len(asked) == 3 * expected
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+STATISTICS = {
+    "mean": fastbn.mean,
+    "var": fastbn.var,
+    "std": fastbn.std,
+    "mean_var": fastbn.mean_var,
+    "var of samples": lambda x, axis, **k: fastbn.var(x, axis, ddof=1, **k),
+    "std of samples": lambda x, axis, **k: fastbn.std(x, axis, ddof=1.5, **k),
+    "kept": lambda x, axis, **k: fastbn.var(x, axis, keepdims=True, **k),
+}
+
+
+def lying(x):
+    """The same values in memory in several ways."""
+    padded = np.zeros((x.shape[0], 2 * x.shape[1], *x.shape[2:]), x.dtype)
+    padded[:, ::2] = x
+    return {
+        "C": x,
+        "Fortran": np.asfortranarray(x),
+        "reversed": np.ascontiguousarray(x[::-1])[::-1],
+        "channels apart": padded[:, ::2],
+        "channels last": np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1),
+        "read-only": np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+    }
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("axis", [None, 0, (0, 2, 3), -1, (1, 2)])
+def test_statistics_again(name, dtype, axis):
+    """The second call and the third give the first one's bits, type and shape, of other numbers too."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(3, 2, (4, 6, 5, 7)).astype(dtype) for _ in range(2)]
+    for lies in lying(arrays[0]):
+        first, second = (lying(x)[lies] for x in arrays)
+        forget()
+        documented = [STATISTICS[name](first, axis)]
+        forget()
+        documented.append(STATISTICS[name](second, axis))
+        assert len(repeated._calls) == 1 or lies not in ("C", "read-only")
+        for x, expected in ((first, documented[0]), (second, documented[1])):
+            found = STATISTICS[name](x, axis)
+            assert type(found) is type(expected)
+            np.testing.assert_array_equal(found, expected)
+            for a, b in zip(np.atleast_1d(found), np.atleast_1d(expected), strict=True):
+                assert a.dtype == b.dtype
+                assert a.shape == b.shape
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0, np.nan, np.inf, 1e-200, 1e200])
+def test_statistics_of_numbers_at_the_ends_again(value):
+    """Constants, infinities, squares beyond the range: what is out of the ordinary goes the documented way."""
+    ordinary = np.random.default_rng(0).standard_normal((6, 5))
+    x = ordinary.copy()
+    x[:, 2] = value * np.arange(1, 7) if 0 < value < np.inf and value != 7 else value
+    for function in (fastbn.mean, fastbn.var, fastbn.std):
+        for axis in (0, None):
+            forget()
+            expected = function(x, axis)
+            function(ordinary, axis)
+            np.testing.assert_array_equal(function(x, axis), expected)
+
+
+def test_float16_variance_beyond_its_range_again():
+    x = np.array([-60000.0, 60000.0] * 20, np.float16)
+    for _ in range(3):
+        assert fastbn.var(x) == np.inf
+        assert fastbn.mean(x) == 0
+        assert fastbn.std(x) == 60000
+
+
+def test_other_arguments_of_statistics_again():
+    x = np.arange(24.0).reshape(4, 6)
+    for _ in range(2):
+        assert fastbn.mean(x, 1).shape == (4,)
+        with pytest.raises(TypeError):
+            fastbn.mean(x, 1.0)
+        with pytest.raises(np.exceptions.AxisError):
+            fastbn.mean(x, 2)
+        assert fastbn.mean(x, 1, keepdims=True).shape == (4, 1)
+        assert fastbn.mean(x, 1, dtype=np.float32).dtype == np.float32
+        assert fastbn.mean(x.astype(int), 1).dtype == np.float64
+        assert fastbn.var(x, 1, where=x > 3)[0] == 0.25
+        assert fastbn.moments(x, channel_axis=0).mean.shape == (4,)
+        assert fastbn.moments(x, channel_axis=1).mean.shape == (6,)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastbn.cpu import plans
-from fastbn.cpu.again import backward_again, forward_again, inference_again
+from fastbn.cpu.again import backward_again, forward_again, inference_again, moments_again
 from fastbn.cpu.extremes import LEAST_EPS, needs_float64, weight_in_range
 from fastbn.cpu.memory import (
     Array,
@@ -42,6 +42,7 @@ __all__ = [
     "grad_sums",
     "inference_again",
     "moments",
+    "moments_again",
     "normalize",
     "overlap",
     "same_or_apart",

@@ -119,6 +119,28 @@ def inference_again(
     return call
 
 
+def moments_again(layout: Layout, x: Array) -> Callable[[Array], Array | None] | None:
+    """``call(x)`` gives the table (count, M2, mean, rstd) of an array that lies like x, or None.
+
+    Slices that kernels can walk are as good as others.
+    """
+    folded = memory.folded_view(layout, x)
+    walked, strides = memory.walkable(folded)
+    if folded is None or walked is not folded or strides is None or x.size == 0:
+        return None
+    size, shares, kept = x.size, threads_for(x.size), layout.folded[0] * layout.folded[2]
+    run = plans.moments(layout.folded, kind_of(x.dtype), strides, None, None, shares)
+
+    def call(x: Array) -> Array | None:
+        if not x.flags.aligned or threads_for(size) != shares:
+            return None
+        table = np.empty((4, kept))
+        run(x, None, table, 0.0)
+        return table
+
+    return call
+
+
 # --- what they share --------------------------------------------------------------------------------------------------
 
 

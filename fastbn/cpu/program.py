@@ -21,7 +21,7 @@ from fastbn.cpu.team import RUNTIME, team_for
 # so many bytes from the first element; whether a number given is at least so large.
 CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST = range(5)
 MOST_ARGUMENTS = 32
-ON_STACK = 16 << 10  # bytes of scratch memory at most; more is allocated
+ON_STACK = 3 << 10  # bytes of scratch memory at most; with more a frame exceeds 4 kB, which Windows makes a call for
 HELD = (
     1 << 17
 )  # elements below which a call keeps the interpreter's lock: eight threads handing it over take twice as long

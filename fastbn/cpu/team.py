@@ -1,7 +1,8 @@
 """The team of threads that runs kernels, seen from Python: its memory, its workers, its end.
 
 What it does is compiled (`kernels.team`) and knows neither Python nor Numba, so workers are plain threads of the
-system. Where they cannot sleep in a futex (systems other than Linux), Numba's threads run kernels.
+system. They sleep in futexes on Linux, in condition variables on other POSIX systems; elsewhere Numba's threads run
+kernels.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import platform
 import signal
 import sys
 import threading
+import time
 from functools import cache
 
 from fastbn.cpu.code import Kernel, address
@@ -27,18 +29,21 @@ MOST = 256  # members
 
 # Numbers of system calls: futex, gettid.
 CALLS = {"x86_64": (202, 186), "aarch64": (98, 178), "riscv64": (98, 178), "ppc64le": (221, 207)}
-HERE = sys.platform == "linux" and platform.machine() in CALLS
-FUTEX, GETTID = CALLS.get(platform.machine(), (0, 0))
+FUTEX, GETTID = CALLS.get(platform.machine(), (0, 0)) if sys.platform == "linux" else (0, 0)
+HERE = FUTEX > 0 or sys.platform == "darwin"
+futexes = FUTEX > 0
+MONOTONIC = getattr(time, "CLOCK_MONOTONIC", 1)
 
 # The team's memory, in lines of 128 bytes (two of the processor's, which are fetched in pairs): the job, which stays
-# as it is while it runs; its end; what the caller alone knows; then five lines for each member, the caller first.
+# as it is while it runs; its end; what the caller alone knows; then seven lines for each member, the caller first.
 ENTRY, PARAMS, TASKS, CHUNK_COUNT, AT_ONCE, THREADS, STOP = range(0, 56, 8)
 DONE, WAITING = range(128, 144, 8)  # chunks that workers have reported; whether the caller sleeps until they have
 BUSY, COST, DEBT, BURST, ENDED, HIRED = range(256, 304, 8)
-MEMBERS, MEMBER = 384, 640
+MEMBERS, MEMBER = 384, 896
 TICKET, ASLEEP, CLOCK = 0, 128, 256
-HANDLE, THREAD, INSIDE, SENT, AVERAGE, SPENT, CALLED, TEAM, NUMBER = range(272, 344, 8)
+HANDLE, THREAD, INSIDE, SENT, AVERAGE, SPENT, CALLED, TEAM, NUMBER, FUTEXES = range(272, 352, 8)
 OURS, THEIRS = 384, 512  # masks of processors: the caller's, and the one that a worker is sent to
+MUTEX, CONDITION = 640, 768  # 64 and 48 bytes on macOS, 40 and 48 on Linux
 
 _memory, _hired, _closed = 0, 0, False
 _refused = False  # the system gave no more threads
@@ -72,6 +77,7 @@ def _word(place: int) -> ctypes.c_int64:
 def _system() -> ctypes.CDLL:
     library = ctypes.CDLL(None)
     library.pthread_create.argtypes = (ctypes.c_void_p,) * 4
+    library.pthread_mutex_init.argtypes = library.pthread_cond_init.argtypes = (ctypes.c_void_p,) * 2
     library.pthread_join.argtypes = (ctypes.c_ulong, ctypes.c_void_p)
     return library
 
@@ -91,6 +97,7 @@ def _start(threads: int) -> None:
         calloc.argtypes, calloc.restype = (ctypes.c_size_t, ctypes.c_size_t), ctypes.c_void_p
         memory = -(-calloc(MEMBERS + (MOST + 1) * MEMBER, 1) // 128) * 128
         _word(memory + COST).value = COST_AT_FIRST
+        _prepare(memory + MEMBERS)
         _dismiss()  # now: the interpreter's end is no time to compile
         _memory = memory
     # Signals are the interpreter's: workers inherit the mask.
@@ -98,6 +105,7 @@ def _start(threads: int) -> None:
     try:
         while _hired < threads - 1 and not _refused:
             member = _memory + MEMBERS + (_hired + 1) * MEMBER
+            _prepare(member)
             _word(member + TEAM).value, _word(member + NUMBER).value = _memory, _hired + 1
             if not _word(member + HANDLE).value:  # else Ctrl-C came when it was there and not yet counted
                 _refused = _system().pthread_create(member + HANDLE, None, serve, member) != 0
@@ -105,6 +113,13 @@ def _start(threads: int) -> None:
             _word(_memory + HIRED).value = _hired
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _prepare(member: int) -> None:
+    """How a member sleeps."""
+    _word(member + FUTEXES).value = futexes
+    _system().pthread_mutex_init(member + MUTEX, None)
+    _system().pthread_cond_init(member + CONDITION, None)
 
 
 @atexit.register  # once: forked children inherit it

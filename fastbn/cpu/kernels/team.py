@@ -32,17 +32,21 @@ from fastbn.cpu.team import (
     CALLED,
     CHUNK_COUNT,
     CLOCK,
+    CONDITION,
     COST,
     DEBT,
     DONE,
     ENDED,
     ENTRY,
     FUTEX,
+    FUTEXES,
     GETTID,
     HIRED,
     INSIDE,
     MEMBER,
     MEMBERS,
+    MONOTONIC,
+    MUTEX,
     NUMBER,
     OURS,
     PARAMS,
@@ -73,6 +77,11 @@ AWAY, HERE_ON = 1, 2  # where a worker was sent: to any other processor than the
 
 word, none = types.int64, types.none
 I64, VOID = ir.IntType(64), ir.VoidType()
+pthread_mutex_lock, pthread_mutex_unlock, pthread_cond_signal = (
+    types.ExternalFunction(f"pthread_{name}", types.int32(word))
+    for name in ("mutex_lock", "mutex_unlock", "cond_signal")
+)
+pthread_cond_wait = types.ExternalFunction("pthread_cond_wait", types.int32(word, word))
 syscall = types.ExternalFunction("syscall", word(*[word] * 7))
 clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, word))
 sched_getcpu = types.ExternalFunction("sched_getcpu", types.int32())
@@ -171,27 +180,50 @@ def share_by(typing, function, entry, params, tasks, shares):
 
 
 @inner
-def sleep_while(address, value):
-    """Sleep while the word there has this value; it may return early."""
-    syscall(FUTEX, address, WAIT, value, 0, 0, 0)
+def sleep_in_condition(member, address, value):
+    pthread_mutex_lock(member + MUTEX)
+    while load(address) == value:
+        pthread_cond_wait(member + CONDITION, member + MUTEX)
+    pthread_mutex_unlock(member + MUTEX)
 
 
 @inner
-def wake(address):
-    """Whoever sleeps there."""
-    syscall(FUTEX, address, WAKE, 1, 0, 0, 0)
+def signal_condition(member):
+    pthread_mutex_lock(member + MUTEX)  # the sleeper has looked before, or looks after this
+    pthread_cond_signal(member + CONDITION)
+    pthread_mutex_unlock(member + MUTEX)
+
+
+@inner
+def sleep_while(member, address, value):
+    """A member sleeps while the word at an address has this value; it may return early."""
+    if FUTEX and load(member + FUTEXES):
+        syscall(FUTEX, address, WAIT, value, 0, 0, 0)
+    else:
+        sleep_in_condition(member, address, value)
+
+
+@inner
+def wake(member, address):
+    """The member, if it sleeps there."""
+    if FUTEX and load(member + FUTEXES):
+        syscall(FUTEX, address, WAKE, 1, 0, 0, 0)
+    else:
+        signal_condition(member)
 
 
 @inner
 def now(member):
     """Nanoseconds; the clock's two words are the member's own."""
-    clock_gettime(1, member + CLOCK)
+    clock_gettime(MONOTONIC, member + CLOCK)
     return load(member + CLOCK) * 1_000_000_000 + load(member + CLOCK + 8)
 
 
 @inner
 def send(member, where):
     """Put a worker on the caller's processor or away from it until it has run: the system may choose the wrong one."""
+    if not FUTEX:
+        return  # of Linux alone
     cpu, thread = sched_getcpu(), load(member + THREAD)
     if thread > 0 and 0 <= cpu < 1024 and sched_getaffinity(0, 128, member + OURS) > -1:
         for i in range(16):
@@ -237,7 +269,7 @@ def call_sleepers(team, me, average, left, threads):
         if load(member + ASLEEP) == 1 and swap_if(member + ASLEEP, 1, 0):
             before, cost = now(me), load(team + COST)
             send(member, AWAY)
-            wake(member + ASLEEP)
+            wake(member, member + ASLEEP)
             spent = now(me) - before
             store(team + COST, cost + (spent - cost) // 8)
             store(me + SPENT, load(me + SPENT) + spent)
@@ -280,13 +312,13 @@ def wait_for_others(team, others, began, mine, threads):
     while load(team + DONE) != others:
         pause()
         if now(me) > late:
-            store(team + WAITING, 1)
+            add(team + WAITING, 1)  # before the look at what is done, also for other processors
             for k in range(1, threads):
                 if load(member_at(team, k) + INSIDE) == 1:
                     send(member_at(team, k), HERE_ON)
             done = load(team + DONE)
             if done != others:
-                sleep_while(team + DONE, done)
+                sleep_while(me, team + DONE, done)
             store(team + WAITING, 0)
 
 
@@ -342,7 +374,7 @@ def share_out(team, entry, params, tasks, shares):
 def serve(me):
     """The life of a worker, as a thread of the system begins it."""
     team, k = load(me + TEAM), load(me + NUMBER)
-    store(me + THREAD, syscall(GETTID, 0, 0, 0, 0, 0, 0))
+    store(me + THREAD, syscall(GETTID, 0, 0, 0, 0, 0, 0) if FUTEX else 0)
     since = now(me)
     while load(team + STOP) == 0:
         chunk, count = take(me + TICKET, 1, True)
@@ -352,7 +384,7 @@ def serve(me):
             store(me + INSIDE, 0)
 
             if load(team + WAITING) == 1:
-                wake(team + DONE)
+                wake(member_at(team, 0), team + DONE)
             since = now(me)
         elif now(me) - since < SPIN and load(team + DEBT) == 0:
             for _ in range(4):
@@ -361,7 +393,7 @@ def serve(me):
             swap_if(me + ASLEEP, 0, 1)
             ticket = load(me + TICKET)
             if ticket >> 32 >= ticket & 0xFFFFFFFF and load(team + STOP) == 0:
-                sleep_while(me + ASLEEP, 1)
+                sleep_while(me, me + ASLEEP, 1)
             store(me + ASLEEP, 0)
             since = now(me)
         sent = load(me + SENT)
@@ -369,7 +401,9 @@ def serve(me):
             if sent == HERE_ON:
                 since = now(me) - SPIN  # this processor is the caller's
             store(me + SENT, 0)
-            sched_setaffinity(0, 128, me + OURS)
+            if FUTEX:
+                sched_setaffinity(0, 128, me + OURS)
+    store(me + THREAD, 0)
 
 
 @plain
@@ -378,7 +412,7 @@ def dismiss(team):
     store(team + STOP, 1)
     for k in range(1, load(team + HIRED) + 1):
         swap_if(member_at(team, k) + ASLEEP, 1, 0)
-        wake(member_at(team, k) + ASLEEP)
+        wake(member_at(team, k), member_at(team, k) + ASLEEP)
 
 
 @inner
