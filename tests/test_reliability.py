@@ -17,6 +17,7 @@ from fastbn.cpu import team
 
 LAYERS = ["omp", "workqueue", "tbb"]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in Linux's /proc")
 needs_team = pytest.mark.skipif(not team.HERE, reason="Numba's threads run kernels on this system")
 
 # What each program below begins with: arrays of mixed shapes, all for two threads, and a call with its right answer.
@@ -28,6 +29,8 @@ PRELUDE = """
     import fastbn
     from fastbn.cpu import program, team
     team.PARALLEL_FROM = program.HELD = 0
+    if os.environ.get("CONDITIONS"):
+        team.futexes = False
     if os.environ.get("NUMBA_THREADING_LAYER"):
         team.HERE = False
     fastbn.threads.set_num_threads(int(os.environ.get("THREADS", "2")) or None)
@@ -46,7 +49,7 @@ PRELUDE = """
         return all(same(answer(x), y) for x, y in zip(arrays, expected))
 
     def threads_here():
-        return len(os.listdir("/proc/self/task"))
+        return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 1 + team._hired
 
     def status_of(child):
         deadline = time.monotonic() + 60
@@ -169,6 +172,17 @@ def test_forked_children_have_teams_of_their_own():
         print(in_a_child(child), right(), team._hired)
     """
     assert run(program) == ["0", "True", "1"]
+
+
+@needs_fork
+@needs_team
+def test_without_futexes():
+    """Condition variables, as on macOS, where workers sleep between calls and callers wait: threads, forks, the end."""
+    program = textwrap.dedent(EIGHT_THREADS) + textwrap.dedent("""
+        time.sleep(0.01)
+        print(right(), in_a_child(lambda: not right()), right(), team._hired)
+    """)
+    assert run(program, CONDITIONS="1", THREADS="3") == ["0", "True", "0", "True", "2"]
 
 
 @needs_fork
@@ -303,6 +317,7 @@ def test_beside_pytorch(first):
 # --- how many threads -------------------------------------------------------------------------------------------------
 
 
+@needs_linux
 @needs_team
 @pytest.mark.parametrize(
     ("limit", "workers"),
@@ -385,6 +400,7 @@ def test_no_more_threads_from_the_system(given):
     assert run(program, THREADS="6") == ["True", str(given), "True", str(given + 1), str(given)]
 
 
+@needs_linux
 @needs_team
 def test_threads_limited_by_address_space():
     """No room for the stacks of all: fewer threads, and right."""
@@ -471,6 +487,7 @@ def test_interrupted(when):
     assert float(came) - sent < 5
 
 
+@needs_linux
 @needs_team
 def test_signals_are_the_interpreters():
     """A timer's signals during calls run Python's handler in the main thread, and harm no call."""
