@@ -86,6 +86,25 @@ def test_it_compiles_what_comes_later(tmp_path):
     assert none_left(tmp_path, 0)
 
 
+@pytest.mark.usefixtures("two_processors")
+def test_what_it_imports(tmp_path):
+    """What the program would, whatever it has in `sys.path`; nothing from the folder it happens to run in."""
+    (tmp_path / "folder").mkdir()
+    for name in ("json", "numba", "llvmlite"):
+        (tmp_path / "folder" / f"{name}.py").write_text("import os; open('imported', 'w').close(); os._exit(1)")
+    program = f"""
+        import pathlib
+        sys.path.append(pathlib.Path("elsewhere"))
+        sys.path.remove("")
+        os.chdir({str(tmp_path / "folder")!r})
+        assert forward()
+        ahead._helper._thread.join(60)
+        print(len(ahead._helper._taken) > 0)
+    """
+    assert run(program, tmp_path / "cache") == ["True"]
+    assert not (tmp_path / "folder" / "imported").exists()
+
+
 @pytest.fixture
 def two_processors():
     if len(os.sched_getaffinity(0)) < 2:

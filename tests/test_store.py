@@ -303,3 +303,13 @@ def test_notice(tmp_path, terminal, environment, told):
         os.close(ours)
         assert text.count("compiling kernels") == (told and not cached), text
         assert ("warmup" in text) == (told and not cached)
+
+
+@pytest.mark.parametrize(
+    "stream",
+    ["sys.stderr = types.SimpleNamespace(write=len, flush=list)", "sys.stderr.close()", "sys.stderr = None"],
+)
+def test_notice_without_a_stream(tmp_path, stream):
+    """Where standard error is a program's own object, closed or gone, nothing is said and nothing fails."""
+    program = PROGRAM.replace("import numpy", f"import types\n{stream}\nimport numpy")
+    assert run(PACKAGE.parent, program, NUMBA_CACHE_DIR=str(tmp_path)) == "[1. 4.]\n"

@@ -23,7 +23,9 @@ Kernel = tuple[str, tuple[str, ...]]
 
 # Says that it is there, then reads a kernel a line, compiles it and says so, until nothing more comes.
 _PROGRAM = """
-import json, sys
+import sys
+del sys.path[0]  # the working directory: others may have put a json.py there
+import json
 sys.path[:] = json.loads(sys.argv[1])
 from fastbn.cpu import code
 print(flush=True)
@@ -52,7 +54,7 @@ class Helper:
     def _feed(self) -> None:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, json.dumps(sys.path)],
+                [sys.executable, "-c", _PROGRAM, json.dumps([p for p in sys.path if isinstance(p, str)])],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                 env=os.environ | {OFF: "0"},
             )  # fmt: skip

@@ -194,6 +194,13 @@ PATIENCE = 1.0  # seconds of compilation in a process that nobody needs to be to
 QUIET = "FASTBN_COMPILE_NOTICE"
 
 
+def _on_a_terminal() -> bool:
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except (AttributeError, ValueError):  # a program's own object with `write` alone; a closed one
+        return False
+
+
 class Notice:
     """Of a compilation. On a terminal it is said, once a process, what takes so long."""
 
@@ -201,7 +208,7 @@ class Notice:
 
     def __init__(self, name: str, kinds: tuple[str, ...]) -> None:
         self._name, self._kinds, self._began, self._timer = name, kinds, time.perf_counter(), None
-        if not Notice.told and os.environ.get(QUIET) != "0" and sys.stderr is not None and sys.stderr.isatty():
+        if not Notice.told and os.environ.get(QUIET) != "0" and _on_a_terminal():
             self._timer = threading.Timer(max(0.0, PATIENCE - Notice.spent), self._tell)
             self._timer.daemon = True
             with suppress(RuntimeError):  # no more threads

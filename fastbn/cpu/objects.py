@@ -11,7 +11,8 @@ import numpy as np
 
 
 def _offset(obj: object, word: int) -> int:
-    return 8 * list((ctypes.c_int64 * 16).from_address(id(obj))[:]).index(word)
+    words = (ctypes.c_int64 * (type(obj).__basicsize__ // 8)).from_address(id(obj))
+    return 8 * list(words).index(word)
 
 
 _array = np.empty(1)

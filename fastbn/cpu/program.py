@@ -151,8 +151,9 @@ class Program:
             words += [entry, tasks, threads, len(arguments)]
             for a in arguments.values():
                 words += [a.source, a.slot, a.extra]
-        self._words = np.array(words, np.int64)
-        self.call = _built_in(self._words)
+        mine = np.array(words, np.int64)
+        # Threads may prepare it at once; the words of the first are everybody's, or a call's team would never change.
+        self._words, self.call = vars(self).setdefault("_prepared", (mine, _built_in(mine)))
 
 
 def _argument(given: Argument | bool | float | None) -> Argument:
