@@ -19,6 +19,7 @@ from contextlib import suppress
 from fastbn.threads import get_num_threads
 
 OFF = "FASTBN_COMPILE_HELPER"
+LONGEST = 60.0  # seconds that a kernel is waited for: the other process may have been stopped
 Kernel = tuple[str, tuple[str, ...]]
 
 # Says that it is there, then reads a kernel a line, compiles it and says so, until nothing more comes.
@@ -49,7 +50,7 @@ class Helper:
         """Until it is done with a kernel, if that is one that it has begun."""
         begun = self._taken.get(kernel)
         if begun is not None:
-            begun.wait()
+            begun.wait(LONGEST)
 
     def _feed(self) -> None:
         try:

@@ -101,7 +101,8 @@ def load(typing, address):
     """The word at an address, as another thread left it."""
 
     def codegen(context, builder, signature, values):
-        return builder.load_atomic(_at(builder, values[0]), "acquire", 8, typ=I64)
+        # in one order with swaps: what is looked at after a swap is no older than it
+        return builder.load_atomic(_at(builder, values[0]), "seq_cst", 8, typ=I64)
 
     return word(word), codegen
 
