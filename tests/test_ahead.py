@@ -126,6 +126,7 @@ BROKEN = {
 DEFAULT = "ends at once", "never answers", "dies at its first kernel", "no more threads"
 
 
+@pytest.mark.slow
 @needs_proc
 @pytest.mark.usefixtures("two_processors")
 @pytest.mark.parametrize(
@@ -138,6 +139,7 @@ def test_a_helper_that_is_none(broken, tmp_path):
     assert none_left(tmp_path)
 
 
+@pytest.mark.slow
 @needs_proc
 @pytest.mark.usefixtures("two_processors")
 @pytest.mark.parametrize(
@@ -159,6 +161,7 @@ def test_a_program_that_ends(end, when, tmp_path):
     assert none_left(tmp_path)
 
 
+@pytest.mark.slow
 @needs_proc
 @pytest.mark.usefixtures("two_processors")
 def test_others_meanwhile(tmp_path):

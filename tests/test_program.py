@@ -114,6 +114,7 @@ def test_arrays_live_no_longer_than_their_call(tmp_path):
     assert np.array_equal(mapped, X)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_plans")
 def test_thousands_of_programs():
     """Shapes that never repeat: remembered ones are dropped, and memory with them."""

@@ -218,6 +218,7 @@ def test_many_forks_in_the_middle_of_calls():
     assert run(program) == ["0", "0", "True"]
 
 
+@pytest.mark.slow
 @needs_fork
 def test_fork_while_another_thread_compiles():
     """The lock of the compiler is not left to a thread that is not in the child."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastbn.cuda import launch, plans
-from fastbn.cuda.again import backward_again, forward_again, inference_again
+from fastbn.cuda.again import backward_again, forward_again, inference_again, moments_again
 from fastbn.cuda.memory import (
     Array,
     Results,
@@ -37,6 +37,7 @@ __all__ = [
     "grad_sums",
     "inference_again",
     "moments",
+    "moments_again",
     "normalize",
     "overlap",
     "same_or_apart",
