@@ -13,9 +13,8 @@ import time
 from functools import lru_cache
 from typing import Any
 
-from benchmarks.host import Host, core_cache
+from benchmarks.host import Host, core_cache, get_num_threads
 from benchmarks.workloads import LAYOUTS, SHAPES, TRIPS, Call, Data, Machine, buffers, dtype_of, trips_at_best
-from fastbn.threads import get_num_threads
 
 BACKENDS = ("numpy", "cupy")
 LARGE, MIDDLE = "resnet50_56x56x256", "resnet50_14x14x1024"  # 103 and 26 MB of float32

@@ -25,7 +25,6 @@ from benchmarks.workloads import DTYPES, LAYOUTS, SHAPES, trips_at_best
 from fastbn import bench, environment
 from fastbn.__main__ import _in_turn as in_turn
 from fastbn.caches import core_cache
-from fastbn.threads import get_num_threads
 
 WORKLOADS = tuple(SHAPES.values())
 LARGE = 12_000_000  # bytes of x from which the limit is asked for
