@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastbn
+from benchmarks.host import get_num_threads
 from benchmarks.workloads import DTYPES, LAYOUTS, SHAPES, trips_at_best
 from fastbn import bench, environment
 from fastbn.__main__ import _in_turn as in_turn

@@ -39,6 +39,7 @@ FUSED_BYTES = 192 << 10  # about so many are read twice by a thread; the next ti
 FUSED_FROM = 2 << 20  # bytes of x from which fusing pays, if threads share it: two passes over less stay in cache
 FUSED_MOST = 384 << 10  # what stays in a second-level cache of 512 kB beside the output
 
+PIECES, FEWEST_ROWS = 16, 32  # of rows for each thread, and rows of one at least: each spreads its columns anew
 FEW_PARTS = 8192  # sums of segments that are merged in some 20 us: less than threads gain
 NEVER = 3  # what `memory.past_caches` never says
 NOWHERE = (0, 0, 0, 0)
@@ -151,7 +152,8 @@ class _Columns:
         folded = outer // fold if sums else -(-outer // fold)
         self.fold, self.tile, self.itemsize, self.inner, self.cells = fold, tile, itemsize, inner, channel * fold
         of_segments = sizes.segment_rows(folded, self.cells)
-        self.height = of_segments if sums or fused else max(1, -(-folded // shares))
+        pieces = 1 if shares == 1 else max(shares, min(PIECES * shares, folded // FEWEST_ROWS))
+        self.height = of_segments if sums or fused else max(1, -(-folded // pieces))
         segments = -(-folded // self.height)
         pieces = 1 if fused else segments
         self.tasks = batch * pieces * -(-self.cells // tile)

@@ -30,7 +30,7 @@ HELD = (
 TEAM, RELEASES, SAVE_THREAD, RESTORE_THREAD, INC_REF, NO_MEMORY, SCRATCH_BYTES, VECTORS, LAUNCHES, HEADER = range(
     0, 80, 8
 )
-VECTOR, LAUNCH, ARGUMENT = 48, 32, 24
+VECTOR, LAUNCH, ARGUMENT = 48, 40, 24  # a launch ends with the ns that it took lately
 NOWHERE = -1  # no array given; to the scratch memory
 FLOATS = ("none", "f8*", "f4*", "u2*", "i2*")  # what a vector of parameters may be
 
@@ -148,7 +148,7 @@ class Program:
         words = [0, self._releases, *python, *sizes, *self._vectors]
         entries = addresses([*self.kernels(), *(RUNTIME[:1] if self.threads < 2 else RUNTIME)], self._later)
         for (_, tasks, threads, arguments), entry in zip(self._launches, entries, strict=False):
-            words += [entry, tasks, threads, len(arguments)]
+            words += [entry, tasks, threads, len(arguments), 0]
             for a in arguments.values():
                 words += [a.source, a.slot, a.extra]
         mine = np.array(words, np.int64)

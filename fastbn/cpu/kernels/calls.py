@@ -164,12 +164,12 @@ def call(me, args, count):
         at += VECTOR
     params = reserve(MOST_ARGUMENTS)
     for _ in range(load(words + LAUNCHES)):
-        entry, tasks, shares, end = load(at), load(at + 8), load(at + 16), load(at + 24)
+        entry, tasks, shares, end, lately = load(at), load(at + 8), load(at + 16), load(at + 24), at + 32
         at += LAUNCH
         for i in range(end):
             store(params + 8 * i, argument(args, scratch, at))
             at += ARGUMENT
-        run_tasks(load(words + TEAM), entry, params, tasks, shares)
+        run_tasks(load(words + TEAM), entry, params, tasks, shares, lately)
     if thread:
         invoke(load(words + RESTORE_THREAD), thread)
     if taken:

@@ -282,7 +282,7 @@ def take_part(team, k, chunk, count):
     """Run these chunks, if there are any, and all that can be taken; returns how many."""
     me, entry, params, tasks = member_at(team, k), load(team + ENTRY), load(team + PARAMS), load(team + TASKS)
     chunks, most, threads = load(team + CHUNK_COUNT), load(team + AT_ONCE), load(team + THREADS)
-    start = now(me)
+    start, spent = now(me), load(me + SPENT)  # by the caller, before
     done, step, average = 0, 1, 0
     while True:
         if count == 0:
@@ -295,7 +295,7 @@ def take_part(team, k, chunk, count):
         enter(entry, params, k, chunk * tasks // chunks, (chunk + count) * tasks // chunks)
         after = now(me)
         done += count
-        average = (after - start - load(me + SPENT)) // done
+        average = (after - start - load(me + SPENT) + spent) // done
         step = min(most, max(1, MOMENT // (average + 1)))
         if k == 0:
             call_sleepers(team, me, average, chunks - done, threads)
@@ -309,7 +309,7 @@ def wait_for_others(team, others, began, mine, threads):
     """Until the chunks that workers have begun are done; the caller's own processor is theirs before long."""
     me = member_at(team, 0)
     ended = now(me)
-    late = ended + max(PATIENCE, 2 * (ended - began) // max(1, mine))
+    late = ended + max(PATIENCE, (ended - began) // (2 * max(1, mine)))
     while load(team + DONE) != others:
         pause()
         if now(me) > late:
@@ -331,8 +331,11 @@ def alone(entry, params, tasks, shares):
 
 
 @inner
-def share_out(team, entry, params, tasks, shares):
-    """Run all tasks, by the team or alone; a second caller meanwhile goes alone, as one does without a team (0)."""
+def share_out(team, entry, params, tasks, shares, lately):
+    """Run all tasks, by the team or alone; a second caller meanwhile goes alone, as one does without a team (0).
+
+    ``lately`` is where the time of the same job on one thread is kept, by which sleepers are called from the first.
+    """
     if team == 0 or not swap_if(team + BUSY, 0, 1):
         alone(entry, params, tasks, shares)
         return
@@ -342,8 +345,10 @@ def share_out(team, entry, params, tasks, shares):
     store(team + BURST, burst)
     if threads < 2 or tasks < 2 or debt > 0:
         alone(entry, params, tasks, shares)
-        store(team + DEBT, max(0, debt - (now(me) - began)))
-        store(team + ENDED, now(me))
+        ended = now(me)
+        store(lately, ended - began)
+        store(team + DEBT, max(0, debt - (ended - began)))
+        store(team + ENDED, ended)
         store(team + BUSY, 0)
         return
     chunks = min(tasks, shares * CHUNKS)
@@ -358,10 +363,13 @@ def share_out(team, entry, params, tasks, shares):
     store(me + SPENT, 0)
     for k in range(threads):
         store(member_at(team, k) + TICKET, k * chunks // threads << 32 | (k + 1) * chunks // threads)
+    call_sleepers(team, me, load(lately) // chunks, chunks, threads)
     mine = take_part(team, 0, 0, 0)
     ready, others = now(me), chunks - mine
     wait_for_others(team, others, began, mine, threads)
     ended = now(me)
+    if mine > 0:
+        store(lately, load(me + AVERAGE) * chunks)
     lost = ended - ready + load(me + SPENT) - others * load(me + AVERAGE)
     if mine > 0 and lost > max(NEGLIGIBLE, burst // AMORTIZED):
         store(team + DEBT, AMORTIZED * min(lost, MOST_LOST))
@@ -427,11 +435,11 @@ def share_by_numba(team, entry, params, tasks, shares):
 
 
 @inner
-def run_tasks(team, entry, params, tasks, shares):
+def run_tasks(team, entry, params, tasks, shares, lately):
     """By whom `team.team_for` says."""
     if shares < 2:
         enter(entry, params, 0, 0, tasks)
     elif team & 1:
         share_by_numba(team - 1, entry, params, tasks, shares)
     else:
-        share_out(team, entry, params, tasks, shares)
+        share_out(team, entry, params, tasks, shares, lately)
