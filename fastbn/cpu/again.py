@@ -32,7 +32,7 @@ def forward_again(
     parameters = _kinds(channels, saved.gamma, beta)
     if parameters is None:
         return None
-    run = _forward(layout.folded, x, residual, parameters, saved.activation is not None)
+    run = _forward(layout.folded, x, residual, parameters, saved.activation is not None).prepare()
     simple = small and residual is None and out is None
     channel_axis, activation = saved.channel_axis, saved.activation
 
@@ -64,7 +64,7 @@ def backward_again(layout: Layout, saved: Saved, dy: Any, gradients: Gradients, 
     parameters = _kinds(channels, saved.mean, saved.rstd, saved.gamma, None if frozen else saved.count, None, None)
     if parameters is None:
         return None
-    run = _backward(layout.folded, x, y, has_residual, parameters, frozen)
+    run = _backward(layout.folded, x, y, has_residual, parameters, frozen).prepare()
     simple = small and y is None and out is None
 
     def call(dy: Any, saved: Saved, out: Any) -> Gradients | None:
@@ -102,7 +102,7 @@ def inference_again(
     parameters = _kinds(layout.kept_shape[0], mean, var, gamma, beta)
     if parameters is None:
         return None
-    run = _normalize(layout.folded, x, residual, parameters, relu)
+    run = _normalize(layout.folded, x, residual, parameters, relu).prepare()
     simple = small and residual is None and out is None
 
     def call(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> Any:

@@ -22,14 +22,11 @@ from fastbn.cpu.team import RUNTIME, team_for
 CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST = range(5)
 MOST_ARGUMENTS = 32
 ON_STACK = 3 << 10  # bytes of scratch memory at most; with more a frame exceeds 4 kB, which Windows makes a call for
-HELD = (
-    1 << 17
-)  # elements below which a call keeps the interpreter's lock: eight threads handing it over take twice as long
+HELD = 1 << 17  # elements below which a call keeps the interpreter's lock: handing it over can take as long as a call
 
 # The words of a program, in bytes: its header, then its vectors, then its launches with their arguments.
-TEAM, RELEASES, SAVE_THREAD, RESTORE_THREAD, INC_REF, NO_MEMORY, SCRATCH_BYTES, VECTORS, LAUNCHES, HEADER = range(
-    0, 80, 8
-)
+TEAM, RELEASES, SAVE_THREAD, RESTORE_THREAD, INC_REF, NO_MEMORY, MALLOC, FREE = range(0, 64, 8)
+SCRATCH_BYTES, VECTORS, LAUNCHES, HEADER = range(64, 96, 8)
 VECTOR, LAUNCH, ARGUMENT = 48, 40, 24  # a launch ends with the ns that it took lately
 NOWHERE = -1  # no array given; to the scratch memory
 FLOATS = ("none", "f8*", "f4*", "u2*", "i2*")  # what a vector of parameters may be
@@ -133,10 +130,14 @@ class Program:
     def __call__(self, *given: Any) -> None:
         """Arrays, or None for an absent one, and floats: their objects are read as such."""
         if self.threads > 1:
-            if self._words is None:
-                self._prepare()
-            self._words[0] = team_for(self.threads)
+            self.prepare()._words[0] = team_for(self.threads)
         self.call(*given)
+
+    def prepare(self) -> Program:
+        """Find its kernels, which a first call does otherwise."""
+        if self._words is None:
+            self._prepare()
+        return self
 
     def _first_call(self, *given: Any) -> object:
         self._prepare()
@@ -173,7 +174,9 @@ def _bits(number: float) -> int:
 
 # --- built-in functions -----------------------------------------------------------------------------------------------
 
-_OF_PYTHON = ("PyEval_SaveThread", "PyEval_RestoreThread", "Py_IncRef", "PyErr_NoMemory")
+_OF_PYTHON = (
+    "PyEval_SaveThread", "PyEval_RestoreThread", "Py_IncRef", "PyErr_NoMemory", "PyMem_RawMalloc", "PyMem_RawFree",
+)  # fmt: skip
 _FASTCALL = 0x0080  # METH_FASTCALL: arguments come as an array of objects
 
 

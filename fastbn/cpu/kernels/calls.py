@@ -18,10 +18,12 @@ from fastbn.cpu.program import (
     AT_LEAST,
     DATA,
     FLOATS,
+    FREE,
     HEADER,
     INC_REF,
     LAUNCH,
     LAUNCHES,
+    MALLOC,
     MOST_ARGUMENTS,
     NO_MEMORY,
     NOWHERE,
@@ -39,8 +41,6 @@ from fastbn.cpu.program import (
 
 word = types.int64
 I64 = ir.IntType(64)
-malloc = types.ExternalFunction("malloc", word(word))
-free = types.ExternalFunction("free", types.none(word))
 STACK = ON_STACK // 8
 F8, F4, U2, I2 = (FLOATS.index(kind) for kind in ("f8*", "f4*", "u2*", "i2*"))
 
@@ -153,7 +153,7 @@ def call(me, args, count):
     words = load(me + DATA_AT)
     scratch, taken = reserve(STACK), 0
     if load(words + SCRATCH_BYTES) > ON_STACK:
-        taken = malloc(load(words + SCRATCH_BYTES) + 64)
+        taken = invoke(load(words + MALLOC), load(words + SCRATCH_BYTES) + 64)
         if taken == 0:
             return invoke(load(words + NO_MEMORY), 0)
         scratch = taken + 63 & ~63
@@ -173,6 +173,6 @@ def call(me, args, count):
     if thread:
         invoke(load(words + RESTORE_THREAD), thread)
     if taken:
-        free(taken)
+        invoke(load(words + FREE), taken)
     invoke(load(words + INC_REF), me)
     return me
