@@ -195,7 +195,7 @@ def _add_moments(
         )
         geometry = _geometry(p, shape, c.family, xs, ws)
         _add_pivots(p, kept, x, weight, geometry, pivots)
-        parts, work = p.scratch(c.parts, "f8*"), p.scratch(c.work, _compute(kind))
+        parts, work = p.scratch(c.parts, "f8*"), p.temporary(c.work, _compute(kind))
         p.launch(
             "columns.segment_moments", c.tasks,
             x=x, weight=weight, geometry=geometry, pivots=pivots, parts=parts, work=work,
@@ -263,7 +263,7 @@ def _add_normalize(
         name, tasks, size = "rows.normalize", r.tasks, sizes.AFFINE * shares * r.pitch
     p.launch(
         name, tasks, x=x, y=p.array("y"), residual=p.array("residual"), geometry=geometry, numbers=numbers, eps=eps,
-        work=p.scratch(size, _compute(kind)), relu=relu or None, streaming=p.at_least("past", past),
+        work=p.temporary(size, _compute(kind)), relu=relu or None, streaming=p.at_least("past", past),
     )  # fmt: skip
 
 
@@ -299,7 +299,7 @@ def forward(
         p.launch(
             "columns.forward", c.tasks, x=x, y=p.array("y"), residual=p.array("residual"),
             geometry=_geometry(p, shape, c.family, xs, ys, rs), table=table, eps=eps,
-            parts=p.scratch(c.parts, "f8*"), work=p.scratch(c.work, _compute(kind)), relu=relu or None,
+            parts=p.scratch(c.parts, "f8*"), work=p.temporary(c.work, _compute(kind)), relu=relu or None,
             streaming=p.at_least("past", 2 if c.streams(ys) else NEVER),
         )  # fmt: skip
     elif _whole_channels(shape, shares) and not in_columns(shape, xs, weighted=weighted):
@@ -308,7 +308,7 @@ def forward(
         _add_pivots(p, kept, x, weight, geometry, pivots)
         p.launch(
             "rows.forward", kept, x=x, weight=weight, y=p.array("y"), residual=p.array("residual"), geometry=geometry,
-            pivots=pivots, table=table, eps=eps, work=p.scratch(sizes.AFFINE * shares * sizes.PAD, _compute(kind)),
+            pivots=pivots, table=table, eps=eps, work=p.temporary(sizes.AFFINE * shares * sizes.PAD, _compute(kind)),
             relu=relu or None, streaming=p.at_least("past", _past_of_rows(shape, kind)),
         )  # fmt: skip
     else:
@@ -350,7 +350,7 @@ def _add_grad_sums(
         geometry, parts = _geometry(p, shape, c.family, dys, xs, ys, ws), p.scratch(c.parts, "f8*")
         p.launch(
             "columns_gradients.segment_grad_sums", c.tasks, dy=dy, x=x, y=y, weight=weight, geometry=geometry,
-            numbers=numbers, parts=parts, work=p.scratch(c.work, _compute(kind)),
+            numbers=numbers, parts=parts, work=p.temporary(c.work, _compute(kind)),
         )  # fmt: skip
         p.launch(
             "columns_gradients.channel_grad_sums", kept, c.parts < FEW_PARTS, dy=dy, x=x, y=y, geometry=geometry,
@@ -403,7 +403,7 @@ def _add_grad_input(
         name, tasks, size = "rows_gradients.grad_input", r.tasks, sizes.LINEAR * shares * r.pitch
     p.launch(
         name, tasks, dy=p.array("dy"), x=x, y=p.array("y"), weight=p.array("weight"), dx=p.array("dx"),
-        dresidual=p.array("dresidual"), geometry=geometry, numbers=numbers, work=p.scratch(size, _compute(kind)),
+        dresidual=p.array("dresidual"), geometry=geometry, numbers=numbers, work=p.temporary(size, _compute(kind)),
         streaming=p.at_least("past", past),
     )  # fmt: skip
 
@@ -434,7 +434,7 @@ def backward(
         p.launch(
             "columns_gradients.backward", c.tasks, dy=dy, x=x, y=y, live=live, dx=dx, dresidual=dresidual,
             geometry=_geometry(p, shape, c.family, *strides), numbers=numbers, mixed=mixed, out=out,
-            parts=p.scratch(c.parts, "f8*"), work=p.scratch(c.work, _compute(kind)),
+            parts=p.scratch(c.parts, "f8*"), work=p.temporary(c.work, _compute(kind)),
             streaming=p.at_least("past", 2 if c.streams(dxs, drs) else NEVER),
         )  # fmt: skip
     elif _whole_channels(shape, shares) and not in_columns(shape, dys, xs, ys, weighted=ws is not None):
@@ -442,7 +442,7 @@ def backward(
         p.launch(
             "rows_gradients.backward", kept, dy=dy, x=x, y=y, live=live, weight=p.array("weight"), dx=dx,
             dresidual=dresidual, geometry=_geometry(p, shape, _chunks(shape), *halved), numbers=numbers, mixed=mixed,
-            out=out, work=p.scratch(sizes.LINEAR * shares * sizes.PAD, _compute(kind)),
+            out=out, work=p.temporary(sizes.LINEAR * shares * sizes.PAD, _compute(kind)),
             streaming=p.at_least("past", _past_of_rows(shape, kind)),
         )  # fmt: skip
     else:

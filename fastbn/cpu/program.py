@@ -19,7 +19,7 @@ from fastbn.cpu.team import RUNTIME, team_for
 
 # Where an argument comes from: itself; a number given at each call; an array given at each call, or the scratch memory,
 # so many bytes from the first element; whether a number given is at least so large.
-CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST = range(5)
+CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST, TEMPORARY = range(6)
 MOST_ARGUMENTS = 32
 ON_STACK = 3 << 10  # bytes of scratch memory at most; with more a frame exceeds 4 kB, which Windows makes a call for
 HELD = 1 << 17  # elements below which a call keeps the interpreter's lock: handing it over can take as long as a call
@@ -77,7 +77,7 @@ class Program:
         self._kinds = {name: kind or "none" for name, kind in arrays.items()} | dict.fromkeys(numbers, "f8")
         self._launches: list[tuple[str, int, int, dict[str, Argument]]] = []
         self._vectors: list[int] = []
-        self._scratch = 0
+        self._scratch = self._temporary = self._used = 0
         self._kept: list[Any] = []
         self._words: Any = None
         self.followed_by: Callable[[], Program] | None = None  # a call that often comes after this one
@@ -101,6 +101,13 @@ class Program:
         self._scratch += -(-count * int(kind[1]) // 64) * 64
         return Argument(kind, SCRATCH, 0, place)
 
+    def temporary(self, count: int, kind: str) -> Argument:
+        """The same for the next launch alone, which others use before and after it."""
+        place = self._used
+        self._used += -(-count * int(kind[1]) // 64) * 64
+        self._temporary = max(self._temporary, self._used)
+        return Argument(kind, TEMPORARY, 0, place)
+
     def integers(self, values: Sequence[int]) -> Argument:
         """Constants in memory."""
         self._kept.append(np.array(values, np.int64))
@@ -116,6 +123,7 @@ class Program:
     def launch(self, name: str, tasks: int, short: bool = False, **arguments: Argument | bool | float | None) -> None:
         """The kernel ``module.function``; its arguments in order. The calling thread does what is short."""
         threads = 1 if short else self.threads
+        self._used = 0
         self._launches.append((name, tasks, threads, {key: _argument(a) for key, a in arguments.items()}))
 
     def kernels(self) -> list[Kernel]:
@@ -145,12 +153,14 @@ class Program:
 
     def _prepare(self) -> None:
         python = [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name in _OF_PYTHON]
-        sizes = [self._scratch, len(self._vectors) * 8 // VECTOR, len(self._launches)]
+        sizes = [self._scratch + self._temporary, len(self._vectors) * 8 // VECTOR, len(self._launches)]
         words = [0, self._releases, *python, *sizes, *self._vectors]
         entries = addresses([*self.kernels(), *(RUNTIME[:1] if self.threads < 2 else RUNTIME)], self._later)
         for (_, tasks, threads, arguments), entry in zip(self._launches, entries, strict=False):
             words += [entry, tasks, threads, len(arguments), 0]
             for a in arguments.values():
+                if a.source == TEMPORARY:  # behind all that lasts
+                    a = a._replace(source=SCRATCH, extra=a.extra + self._scratch)
                 words += [a.source, a.slot, a.extra]
         mine = np.array(words, np.int64)
         # Threads may prepare it at once; the words of the first are everybody's, or a call's team would never change.
