@@ -72,11 +72,13 @@ def test_reference_counts_stay(monkeypatch):
     assert made
     watched = [X, gamma, eps, out, y, saved.mean, weight, *(p._words for p in made)]
     before = [sys.getrefcount(a) for a in watched]
+    gc.collect()  # what earlier tests have left
     none, objects_before = sys.getrefcount(None), len(gc.get_objects())
     for _ in range(2000):
         calls()
     assert [sys.getrefcount(a) for a in watched] == before
     assert abs(sys.getrefcount(None) - none) < 500  # other threads and caches hold some
+    gc.collect()
     assert abs(len(gc.get_objects()) - objects_before) < 500
 
 
