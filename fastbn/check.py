@@ -19,6 +19,7 @@ import numpy as np
 
 import fastbn
 from fastbn import reference
+from fastbn.cpu.team import PARALLEL_FROM
 from fastbn.environment import float_dtypes, torch_with_our_threads
 from fastbn.threads import get_num_threads
 
@@ -247,7 +248,7 @@ ROUNDINGS = 20  # of intermediate values as large as the terms that are added up
 def _oracle_jobs(xp: Any, quick: bool, parallel: Iterable[str]) -> list[Job]:
     """Every dtype and layout; small arrays run the serial kernels, larger ones the parallel kernels."""
     channels = 4 * get_num_threads() + 3  # whole channels for every thread, and no multiple of a vector
-    small, large = (3, channels, 5, 7), (-(-70_000 // (channels * 29 * 37)), channels, 29, 37)
+    small, large = (3, channels, 5, 7), (1 + PARALLEL_FROM // (channels * 29 * 37), channels, 29, 37)
     cases = [(name, small, False) for name in float_dtypes()] + [(name, large, False) for name in parallel]
     if not quick:
         cases.append(("float32", small, True))

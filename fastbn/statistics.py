@@ -1,7 +1,7 @@
 """Statistics: `mean`, `var`, `std` as drop-ins for NumPy's, `mean_var` and `moments` in one pass.
 
-Accumulation is by corrected two-pass sums in chunks, merged by Chan's update in float64 (see ``cpu/rows.py``): float32
-data with a mean 50 000 times their deviation keep a mean good to 1e-7 and a variance good to 1e-6.
+Accumulation is by corrected two-pass sums in chunks, merged by Chan's update in float64 (``cpu/kernels/rows.py``):
+float32 data with a mean 50 000 times their deviation keep a mean good to 1e-7 and a variance good to 1e-6.
 """
 
 from __future__ import annotations
