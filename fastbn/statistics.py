@@ -6,7 +6,6 @@ float32 data with a mean 50 000 times their deviation keep a mean good to 1e-7 a
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from fastbn import arguments, repeated
+from fastbn import arguments
+from fastbn import statistics_again as again
 from fastbn.dispatch import backend_of, is_foreign, kind_of, on_device, one_kind
 from fastbn.layout import layout_of
 from fastbn.merging import Moments
@@ -76,8 +76,8 @@ def mean(
     >>> fastbn.mean([[1, 2], [3, 5]], axis=0)
     array([2. , 3.5])
     """
-    key = _key("mean", x, axis, dtype, out, keepdims, where)
-    done = _again(key, x)
+    key = again.key_of("mean", x, axis, dtype, out, keepdims, where)
+    done = again.find(key, x)
     if done is not None:
         return done
     x, keepdims, where = _array(x, out), _given(keepdims, False), _given(where, True)
@@ -134,8 +134,8 @@ def var(
     """
     key = None
     if mean is None and correction is None:
-        key = _key("var", x, axis, dtype, out, keepdims, where, ddof)
-        done = _again(key, x)
+        key = again.key_of("var", x, axis, dtype, out, keepdims, where, ddof)
+        done = again.find(key, x)
         if done is not None:
             return done
     x, ddof = _array(x, out), _degrees(ddof, correction)
@@ -173,8 +173,8 @@ def std(
     """
     key = None
     if mean is None and correction is None:
-        key = _key("std", x, axis, dtype, out, keepdims, where, ddof)
-        done = _again(key, x)
+        key = again.key_of("std", x, axis, dtype, out, keepdims, where, ddof)
+        done = again.find(key, x)
         if done is not None:
             return done
     x, ddof = _array(x, out), _degrees(ddof, correction)
@@ -222,8 +222,8 @@ def mean_var(
     """
     key = None
     if weights is None:
-        key = _key("mean_var", x, axis, None, None, keepdims, where, correction)
-        done: tuple[Any, Any] | None = _again(key, x)
+        key = again.key_of("mean_var", x, axis, None, None, keepdims, where, correction)
+        done: tuple[Any, Any] | None = again.find(key, x)
         if done is not None:
             return done
     x, keepdims, where = _array(x), _given(keepdims, False), _given(where, True)
@@ -293,8 +293,8 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
     """
     key = None
     if weights is None and type(channel_axis) is int:
-        key = _key("moments", x, None, None, None, channel_axis, True if where is None else where)
-        done: Moments | None = _again(key, x)
+        key = again.key_of("moments", x, None, None, None, channel_axis, True if where is None else where)
+        done: Moments | None = again.find(key, x)
         if done is not None:
             return done
     x = _array(x)
@@ -303,7 +303,7 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
     backend = backend_of(kind)
     weight = arguments.combined_weight(backend.xp, where, weights, x.shape)
     if key is not None:
-        _remember_kept(key, x, kept, kept)
+        again.remember(key, x, kept, ())
     x = _floating(x)
     return Moments(*_channel_moments(backend, x, kept, weight)[:3])
 
@@ -313,100 +313,6 @@ def _channel_moments(backend: Any, x: Any, kept: frozenset[int], weight: Any) ->
     layout = layout_of(x.shape, x.strides, kept)
     folded = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
     return tuple(layout.kept_array(backend.xp, vector) for vector in backend.moments(layout.fold(x), folded))
-
-
-# --- calls like an earlier one (see `repeated`) -----------------------------------------------------------------------
-
-
-def _key(
-    what: str, x: Any, axis: Any, dtype: Any, out: Any, keepdims: Any, where: Any, ddof: Any = 0
-) -> tuple[Any, ...] | None:
-    """What decides a result's shape, dtype and plan; None for calls out of the ordinary."""
-    if type(x) is not np.ndarray or dtype is not None or out is not None or where is not True:
-        return None
-    if not (axis is None or type(axis) is int or (type(axis) is tuple and all(type(a) is int for a in axis))):
-        return None
-    if type(ddof) not in (int, float) or type(keepdims) not in (int, bool):
-        return None
-    return what, x.shape, x.strides, x.dtype, axis, keepdims, ddof
-
-
-def _again(key: tuple[Any, ...] | None, x: Any) -> Any:
-    """The result, if a call like this one was prepared, and its numbers are within the range of their type."""
-    call = None if key is None else repeated.find(key)
-    return None if call is None else call(x)
-
-
-def _remember(key: tuple[Any, ...] | None, x: Any, axis: Any, keepdims: bool, ddof: float = 0) -> None:
-    """Prepare for calls like this one, whose arguments are right."""
-    if key is not None:
-        kept = _kept(x, axis)
-        _remember_kept(key, x, kept, _shape(x, kept, keepdims), ddof)
-
-
-def _remember_kept(key: tuple[Any, ...], x: Any, kept: frozenset[int], shape: Any, ddof: float = 0) -> None:
-    if not (arguments.is_float(x.dtype) and x.dtype.isnative):
-        return
-    layout = layout_of(x.shape, x.strides, kept)
-    table_of = backend_of("numpy").moments_again(layout, x)
-    divisor = x.size / max(1, math.prod(x.shape[axis] for axis in kept)) - ddof
-    if table_of is not None and divisor > 0:
-        finish = _FINISH[key[0]]
-        most = 0.0 if x.dtype == np.float64 else float(_largest(x.dtype))
-        repeated.remember(key, lambda x: finish(table_of(x), layout, shape, x.dtype, divisor, most))
-
-
-def _largest(dtype: Any) -> float:
-    return 3e38 if dtype.name == "bfloat16" else float(np.finfo(dtype).max)
-
-
-def _finish_mean(table: Any, layout: Any, shape: Any, dtype: Any, divisor: float, most: float) -> Any:
-    if table is None:
-        return None
-    if shape == ():
-        return dtype.type(table[2, 0])
-    return layout.kept_array(np, table[2]).astype(dtype).reshape(shape)
-
-
-def _finish_var(table: Any, layout: Any, shape: Any, dtype: Any, divisor: float, most: float) -> Any:
-    """None where squares left float64's range, or the variance that of its type, or there are NaNs."""
-    if table is None:
-        return None
-    if shape == ():
-        m2 = table[1, 0]
-        return dtype.type(m2 / divisor) if 1e-290 < m2 < (most or 1e300) else None
-    m2 = table[1]
-    if not (m2.min() > 1e-290 and m2.max() < (most or 1e300)):
-        return None
-    return layout.kept_array(np, m2 / divisor).astype(dtype, copy=False).reshape(shape)
-
-
-def _finish_std(table: Any, layout: Any, shape: Any, dtype: Any, divisor: float, most: float) -> Any:
-    variance = _finish_var(table, layout, shape, np.dtype(np.float64), divisor, most)
-    if variance is None:
-        return None
-    return dtype.type(math.sqrt(variance)) if shape == () else np.sqrt(variance).astype(dtype, copy=False)
-
-
-def _finish_mean_var(table: Any, layout: Any, shape: Any, dtype: Any, divisor: float, most: float) -> Any:
-    variance = _finish_var(table, layout, shape, dtype, divisor, most)
-    return None if variance is None else (_finish_mean(table, layout, shape, dtype, divisor, most), variance)
-
-
-def _finish_moments(table: Any, layout: Any, shape: Any, dtype: Any, divisor: float, most: float) -> Any:
-    if table is None:
-        return None
-    count, m2, mean, _ = (layout.kept_array(np, row) for row in table)
-    return Moments(count, mean, m2)
-
-
-_FINISH = {
-    "mean": _finish_mean,
-    "var": _finish_var,
-    "std": _finish_std,
-    "mean_var": _finish_mean_var,
-    "moments": _finish_moments,
-}
 
 
 # --- what the NumPy drop-ins share ------------------------------------------------------------------------------------
@@ -473,6 +379,13 @@ def _reduced(
 def _kept(x: Any, axis: Any) -> frozenset[int]:
     axes = range(x.ndim) if axis is None else normalize_axis_tuple(axis, x.ndim)
     return frozenset(range(x.ndim)).difference(axes)
+
+
+def _remember(key: Any, x: Any, axis: Any, keepdims: bool, ddof: float = 0) -> None:
+    """Prepare for calls like this one, whose arguments are right."""
+    if key is not None:
+        kept = _kept(x, axis)
+        again.remember(key, x, kept, _shape(x, kept, keepdims), ddof)
 
 
 def _shape(x: Any, kept: frozenset[int], keepdims: bool) -> tuple[int, ...]:

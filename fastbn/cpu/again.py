@@ -129,13 +129,15 @@ def moments_again(layout: Layout, x: Array) -> Callable[[Array], Array | None] |
     if folded is None or walked is not folded or strides is None or x.size == 0:
         return None
     size, shares, kept = x.size, threads_for(x.size), layout.folded[0] * layout.folded[2]
-    run = plans.moments(layout.folded, kind_of(x.dtype), strides, None, None, shares)
+    kind = kind_of(x.dtype)
+    run = plans.moments(layout.folded, kind, strides, None, None, shares)
 
     def call(x: Array) -> Array | None:
-        if not x.flags.aligned or threads_for(size) != shares:
+        if not x.flags.aligned:
             return None
-        table = np.empty((4, kept))
-        run(x, None, table, 0.0)
+        table, threads = np.empty((4, kept)), threads_for(size)
+        program = run if threads == shares else plans.moments(layout.folded, kind, strides, None, None, threads)
+        program(x, None, table, 0.0)
         return table
 
     return call
