@@ -27,10 +27,21 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
-_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_HALF, _FLOAT, _DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
-_SCALARS = {types.float32: _FLOAT, types.float64: _DOUBLE}
-_STORED = {types.uint16: _I16, types.int16: _I16, types.uint8: ir.IntType(8)} | _SCALARS
+from fastbn.cpu.kernels.llvm import (
+    DOUBLE,
+    FLOAT,
+    I32,
+    I64,
+    SCALARS,
+    as_words,
+    decode,
+    encode,
+    lanes_below,
+    masked,
+    pointer_to,
+    shuffle,
+    size_of,
+)
 
 
 class Vector(types.Type):
@@ -42,7 +53,7 @@ class Vector(types.Type):
 
     @property
     def llvm(self):
-        return ir.VectorType(_SCALARS[self.scalar], self.lanes)
+        return ir.VectorType(SCALARS[self.scalar], self.lanes)
 
 
 @register_model(Vector)
@@ -155,7 +166,7 @@ def first_lanes(typing, v, n):
 
     def codegen(context, builder, sig, args):
         zero = ir.Constant(v.llvm, [0.0] * v.lanes)
-        return builder.select(_lanes_below(builder, args[1], v.lanes), args[0], zero)
+        return builder.select(lanes_below(builder, args[1], v.lanes), args[0], zero)
 
     return v(v, types.intp), codegen
 
@@ -165,7 +176,7 @@ def blended(typing, n, a, b):
     """The first n lanes of a, then those of b."""
 
     def codegen(context, builder, sig, args):
-        return builder.select(_lanes_below(builder, args[0], a.lanes), args[1], args[2])
+        return builder.select(lanes_below(builder, args[0], a.lanes), args[1], args[2])
 
     return a(types.intp, a, b), codegen
 
@@ -191,7 +202,7 @@ def narrowed(typing, array, v, width):
     short = _vector(array, width)
 
     def codegen(context, builder, sig, args):
-        return _shuffle(builder, args[1], range(short.lanes))
+        return shuffle(builder, args[1], range(short.lanes))
 
     return short(array, v, width), codegen
 
@@ -226,12 +237,12 @@ def total(typing, v):
     def codegen(context, builder, sig, args):
         value, lanes = args[0], v.lanes
         if v.scalar == types.float32:
-            value = builder.fpext(value, ir.VectorType(_DOUBLE, lanes))
+            value = builder.fpext(value, ir.VectorType(DOUBLE, lanes))
         while lanes > 1:
             lanes //= 2
-            low = _shuffle(builder, value, range(lanes))
-            value = builder.fadd(low, _shuffle(builder, value, range(lanes, 2 * lanes)))
-        return builder.extract_element(value, _I32(0))
+            low = shuffle(builder, value, range(lanes))
+            value = builder.fadd(low, shuffle(builder, value, range(lanes, 2 * lanes)))
+        return builder.extract_element(value, I32(0))
 
     return types.float64(v), codegen
 
@@ -243,7 +254,7 @@ def total(typing, v):
 def lanes(typing, array, width):
     """How many values of ``array`` a vector of ``width`` bytes holds; a constant."""
     count = _vector(array, width).lanes
-    return types.intp(array, width), lambda context, builder, sig, args: ir.Constant(_I64, count)
+    return types.intp(array, width), lambda context, builder, sig, args: ir.Constant(I64, count)
 
 
 @intrinsic(prefer_literal=True)
@@ -255,8 +266,8 @@ def splat(typing, array, value, width):
 
     def codegen(context, builder, sig, args):
         value = context.cast(builder, args[1], sig.args[1], v.scalar)
-        single = builder.insert_element(ir.Constant(v.llvm, ir.Undefined), value, _I32(0))
-        return _shuffle(builder, single, [0] * v.lanes)
+        single = builder.insert_element(ir.Constant(v.llvm, ir.Undefined), value, I32(0))
+        return shuffle(builder, single, [0] * v.lanes)
 
     return v(array, value, width), codegen
 
@@ -269,8 +280,8 @@ def load(typing, array, at, width):
     v = _vector(array, width)
 
     def codegen(context, builder, sig, args):
-        pointer = _pointer(builder, array, args[0], args[1], v.lanes)
-        return _decode(builder, builder.load(pointer, align=_size(array)), array.dtype, v)
+        pointer = pointer_to(builder, array, args[0], args[1], v.lanes)
+        return decode(builder, builder.load(pointer, align=size_of(array)), array.dtype, v)
 
     return v(array, types.intp, width), codegen
 
@@ -283,13 +294,13 @@ def load_first(typing, array, at, n, width):
     v = _vector(array, width)
 
     def codegen(context, builder, sig, args):
-        pointer = _pointer(builder, array, args[0], args[1], v.lanes)
+        pointer = pointer_to(builder, array, args[0], args[1], v.lanes)
         stored = pointer.type.pointee
-        mask = _lanes_below(builder, args[2], v.lanes)
-        kind = ir.FunctionType(stored, [pointer.type, _I32, mask.type, stored])
-        function = _masked(builder, "load", kind, stored)
-        value = builder.call(function, [pointer, _I32(_size(array)), mask, ir.Constant(stored, None)])
-        return _decode(builder, value, array.dtype, v)
+        mask = lanes_below(builder, args[2], v.lanes)
+        kind = ir.FunctionType(stored, [pointer.type, I32, mask.type, stored])
+        function = masked(builder, "load", kind, stored)
+        value = builder.call(function, [pointer, I32(size_of(array)), mask, ir.Constant(stored, None)])
+        return decode(builder, value, array.dtype, v)
 
     return v(array, types.intp, types.intp, width), codegen
 
@@ -301,8 +312,8 @@ def store(typing, array, at, v):
         return _absent(types.none, array, types.intp, v)
 
     def codegen(context, builder, sig, args):
-        pointer = _pointer(builder, array, args[0], args[1], v.lanes)
-        builder.store(_encode(builder, args[2], array.dtype, v), pointer, align=_size(array))
+        pointer = pointer_to(builder, array, args[0], args[1], v.lanes)
+        builder.store(encode(builder, args[2], array.dtype, v), pointer, align=size_of(array))
         return context.get_dummy_value()
 
     return types.none(array, types.intp, v), codegen
@@ -315,11 +326,11 @@ def store_first(typing, array, at, n, v):
         return _absent(types.none, array, types.intp, types.intp, v)
 
     def codegen(context, builder, sig, args):
-        pointer = _pointer(builder, array, args[0], args[1], v.lanes)
-        value = _encode(builder, args[3], array.dtype, v)
-        mask = _lanes_below(builder, args[2], v.lanes)
-        kind = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, _I32, mask.type])
-        builder.call(_masked(builder, "store", kind, value.type), [value, pointer, _I32(_size(array)), mask])
+        pointer = pointer_to(builder, array, args[0], args[1], v.lanes)
+        value = encode(builder, args[3], array.dtype, v)
+        mask = lanes_below(builder, args[2], v.lanes)
+        kind = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, I32, mask.type])
+        builder.call(masked(builder, "store", kind, value.type), [value, pointer, I32(size_of(array)), mask])
         return context.get_dummy_value()
 
     return types.none(array, types.intp, types.intp, v), codegen
@@ -336,18 +347,18 @@ def stream(typing, array, at, v):
     """
 
     def codegen(context, builder, sig, args):
-        size = _size(array)
+        size = size_of(array)
         part = Vector(v.scalar, 16 // size if array.dtype == types.uint16 and v.lanes * size > 16 else v.lanes)
         for first in range(0, v.lanes, part.lanes):
             at = builder.add(args[1], ir.Constant(args[1].type, first))
-            pointer = _pointer(builder, array, args[0], at, part.lanes)
-            value = args[2] if part.lanes == v.lanes else _shuffle(builder, args[2], range(first, first + part.lanes))
-            encoded = _encode(builder, value, array.dtype, part)
+            pointer = pointer_to(builder, array, args[0], at, part.lanes)
+            value = args[2] if part.lanes == v.lanes else shuffle(builder, args[2], range(first, first + part.lanes))
+            encoded = encode(builder, value, array.dtype, part)
             if array.dtype == types.uint16 and part.lanes == 8 and builder.module.triple.startswith("x86_64"):
-                encoded = _as_words(builder, encoded)
+                encoded = as_words(builder, encoded)
                 pointer = builder.bitcast(pointer, encoded.type.as_pointer())
             written = builder.store(encoded, pointer, align=min(16, size * part.lanes))
-            written.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+            written.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
         return context.get_dummy_value()
 
     return types.none(array, types.intp, v), codegen
@@ -360,10 +371,10 @@ def prefetch(typing, array, at):
         return _absent(types.none, array, types.intp)
 
     def codegen(context, builder, sig, args):
-        pointer = builder.bitcast(_pointer(builder, array, args[0], args[1], 1), ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        pointer = builder.bitcast(pointer_to(builder, array, args[0], args[1], 1), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, _I32(0), _I32(2), _I32(1)])
+        builder.call(function, [pointer, I32(0), I32(2), I32(1)])
         return context.get_dummy_value()
 
     return types.none(array, types.intp), codegen
@@ -377,10 +388,10 @@ def value(typing, array, at):
     v = Vector(types.float64 if array.dtype == types.float64 else types.float32, 1)
 
     def codegen(context, builder, sig, args):
-        pointer = _pointer(builder, array, args[0], args[1], 1)
-        single = _decode(builder, builder.load(pointer, align=_size(array)), array.dtype, v)
-        single = builder.extract_element(single, _I32(0))
-        return single if v.scalar == types.float64 else builder.fpext(single, _DOUBLE)
+        pointer = pointer_to(builder, array, args[0], args[1], 1)
+        single = decode(builder, builder.load(pointer, align=size_of(array)), array.dtype, v)
+        single = builder.extract_element(single, I32(0))
+        return single if v.scalar == types.float64 else builder.fpext(single, DOUBLE)
 
     return types.float64(array, types.intp), codegen
 
@@ -392,7 +403,7 @@ def rounded(typing, array, number):
     def codegen(context, builder, sig, args):
         if array.dtype == types.float64:
             return args[1]
-        return builder.fpext(builder.fptrunc(args[1], _FLOAT), _DOUBLE)
+        return builder.fpext(builder.fptrunc(args[1], FLOAT), DOUBLE)
 
     return types.float64(array, types.float64), codegen
 
@@ -407,14 +418,14 @@ def unit_of(typing, array, number):
     most = 1000 if array.dtype == types.float64 else 120
 
     def codegen(context, builder, sig, args):
-        kind, integers = ir.VectorType(_DOUBLE, count), ir.VectorType(_I64, count)
+        kind, integers = ir.VectorType(DOUBLE, count), ir.VectorType(I64, count)
 
         def constant(value):
             return ir.Constant(kind, [value] * count)
 
         v = args[1]
         if count == 1:
-            v = builder.insert_element(ir.Constant(kind, ir.Undefined), v, _I32(0))
+            v = builder.insert_element(ir.Constant(kind, ir.Undefined), v, I32(0))
         exponent = ir.Constant(integers, [0x7FF0000000000000] * count)
         power = builder.bitcast(builder.and_(builder.bitcast(v, integers), exponent), kind)
         for compare, bound in (("<", 2.0**-most), (">", 2.0**most)):
@@ -425,7 +436,7 @@ def unit_of(typing, array, number):
             builder.fcmp_ordered(">", v, constant(0.0)), builder.fcmp_ordered("<", v, constant(float("inf")))
         )
         unit = builder.select(builder.and_(ordinary, builder.or_(below, above)), power, constant(1.0))
-        return unit if count > 1 else builder.extract_element(unit, _I32(0))
+        return unit if count > 1 else builder.extract_element(unit, I32(0))
 
     return number(array, number), codegen
 
@@ -435,77 +446,6 @@ def address(typing, array, at):
     """The address of an element in bytes."""
 
     def codegen(context, builder, sig, args):
-        return builder.ptrtoint(_pointer(builder, array, args[0], args[1], 1), _I64)
+        return builder.ptrtoint(pointer_to(builder, array, args[0], args[1], 1), I64)
 
     return types.intp(array, types.intp), codegen
-
-
-# --- LLVM, shared by the above ----------------------------------------------------------------------------------------
-
-
-def _size(array):
-    return array.dtype.bitwidth // 8
-
-
-def _pointer(builder, array, value, at, lanes):
-    vector = ir.VectorType(_STORED[array.dtype], lanes)
-    return builder.bitcast(builder.gep(value, [at]), vector.as_pointer())
-
-
-def _shuffle(builder, value, lanes):
-    undefined = ir.Constant(value.type, ir.Undefined)
-    lanes = list(lanes)
-    return builder.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
-
-
-def _as_words(builder, v):
-    """16 bytes as two words in a register, of whose making LLVM knows nothing."""
-    words = builder.bitcast(v, ir.VectorType(_I64, 2))
-    return builder.asm(ir.FunctionType(words.type, [words.type]), "", "=x,0", [words], side_effect=False)
-
-
-def _lanes_below(builder, n, lanes):
-    kind = ir.VectorType(_I32, lanes)
-    single = builder.insert_element(ir.Constant(kind, ir.Undefined), builder.trunc(n, _I32), _I32(0))
-    return builder.icmp_signed("<", ir.Constant(kind, list(range(lanes))), _shuffle(builder, single, [0] * lanes))
-
-
-def _masked(builder, what, kind, stored):
-    element = stored.element
-    letter = "i" if isinstance(element, ir.IntType) else "f"
-    bits = element.width if letter == "i" else {_FLOAT: 32, _DOUBLE: 64}[element]
-    name = f"llvm.masked.{what}.v{stored.count}{letter}{bits}.p0"
-    return cgutils.get_or_insert_function(builder.module, kind, name)
-
-
-def _decode(builder, stored, dtype, v):
-    if dtype == types.uint16:
-        return builder.fpext(builder.bitcast(stored, ir.VectorType(_HALF, v.lanes)), v.llvm)
-    if dtype == types.int16:
-        bits = builder.zext(stored, ir.VectorType(_I32, v.lanes))
-        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * v.lanes)), v.llvm)
-    if dtype == types.uint8:
-        return builder.uitofp(stored, v.llvm)
-    return stored
-
-
-def _encode(builder, value, dtype, v):
-    if dtype == types.uint16:
-        return builder.bitcast(builder.fptrunc(value, ir.VectorType(_HALF, v.lanes)), ir.VectorType(_I16, v.lanes))
-    if dtype == types.int16:
-        kind = ir.VectorType(_I32, v.lanes)
-
-        def constant(number):
-            return ir.Constant(kind, [number] * v.lanes)
-
-        bits = builder.bitcast(value, kind)
-        # The rounding carry would turn a NaN with a full payload into a zero: such payloads end a little earlier, of
-        # either sign. (Arithmetic makes quiet NaNs, so that none becomes infinite.)
-        for below in ("smin", "umin"):
-            most = constant(0x7FFF7FFF if below == "smin" else 0xFFFF7FFF)
-            compare = builder.icmp_signed if below == "smin" else builder.icmp_unsigned
-            bits = builder.select(compare("<", bits, most), bits, most)
-        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-        bits = builder.add(bits, builder.add(odd, constant(0x7FFF)))
-        return builder.trunc(builder.lshr(bits, constant(16)), ir.VectorType(_I16, v.lanes))
-    return value
