@@ -303,7 +303,7 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
     backend = backend_of(kind)
     weight = arguments.combined_weight(backend.xp, where, weights, x.shape)
     if key is not None:
-        again.remember(key, x, kept, ())
+        again.remember(backend, key, x, kept, ())
     x = _floating(x)
     return Moments(*_channel_moments(backend, x, kept, weight)[:3])
 
@@ -385,7 +385,7 @@ def _remember(key: Any, x: Any, axis: Any, keepdims: bool, ddof: float = 0) -> N
     """Prepare for calls like this one, whose arguments are right."""
     if key is not None:
         kept = _kept(x, axis)
-        again.remember(key, x, kept, _shape(x, kept, keepdims), ddof)
+        again.remember(backend_of(kind_of("x", x)), key, x, kept, _shape(x, kept, keepdims), ddof)
 
 
 def _shape(x: Any, kept: frozenset[int], keepdims: bool) -> tuple[int, ...]:

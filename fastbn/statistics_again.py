@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from fastbn import arguments, repeated
-from fastbn.dispatch import backend_of
 from fastbn.layout import Layout, layout_of
 from fastbn.merging import Moments
 
@@ -56,14 +55,14 @@ def find(key: Key | None, x: Any) -> Any:
     return None if call is None else call(x)
 
 
-def remember(key: Key, x: Any, kept: frozenset[int], shape: tuple[int, ...], ddof: float = 0) -> None:
+def remember(backend: Any, key: Key, x: Any, kept: frozenset[int], shape: tuple[int, ...], ddof: float = 0) -> None:
     """Prepare for calls like this one, whose arguments are right; also that they have no short way."""
     if repeated.find(key) is not None:
         return
     call: Callable[[Any], Any] = _no_short_way
     if arguments.is_float(x.dtype) and x.dtype.isnative and x.size > 0:
         layout = layout_of(x.shape, x.strides, kept)
-        table_of = backend_of("numpy").moments_again(layout, x)
+        table_of = backend.moments_again(layout, x)
         if table_of is not None:
             prepared = Prepared(x, layout, table_of, shape, ddof, _FINISH[key[0]])
             call = prepared if prepared.divisor > 0 else call
