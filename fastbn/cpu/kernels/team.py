@@ -70,6 +70,7 @@ PAYS = 4  # a sleeper is called for so many times what calling it costs
 LINDY = 4  # a burst of jobs is taken to go on for a fourth of the time that it has lasted
 AMORTIZED = 16  # times as long as what a job lost on the team, the caller works alone
 NEGLIGIBLE = 5_000  # ns of a loss: the end of a job on two cores, between which lines of memory go to and fro
+DEAR = 100_000  # ns of calling a sleeper, three times what it takes in a virtual machine
 MOST_LOST = 10_000_000  # ns of a loss that count: one interruption, not a suspended machine
 
 WAIT, WAKE = 128, 129  # a futex of this process alone
@@ -272,9 +273,17 @@ def call_sleepers(team, me, average, left, threads):
             send(member, AWAY)
             wake(member, member + ASLEEP)
             spent = now(me) - before
-            store(team + COST, cost + (spent - cost) // 8)
+            store(team + COST, cost + (min(spent, 4 * cost) - cost) // 8)  # an interruption is no cost
             store(me + SPENT, load(me + SPENT) + spent)
     store(me + CALLED, called)
+
+
+@inner
+def doubt_cost(team):
+    """What has become so dear that nobody is called is not measured any more: after some jobs it is tried again."""
+    cost = load(team + COST)
+    if cost > DEAR:
+        store(team + COST, cost - cost // 32)
 
 
 @inner
@@ -331,6 +340,15 @@ def alone(entry, params, tasks, shares):
 
 
 @inner
+def nobody_comes(team, time, burst, threads):
+    """Whether all workers sleep, and none would be called to a job that takes one thread so long."""
+    for k in range(1, threads):
+        if load(member_at(team, k) + ASLEEP) == 0:
+            return False
+    return time > 0 and time // 2 + burst // LINDY <= PAYS * load(team + COST)
+
+
+@inner
 def share_out(team, entry, params, tasks, shares, lately):
     """Run all tasks, by the team or alone; a second caller meanwhile goes alone, as one does without a team (0).
 
@@ -343,12 +361,14 @@ def share_out(team, entry, params, tasks, shares, lately):
     began = now(me)
     burst = load(team + BURST) if began - load(team + ENDED) < SPIN else 0
     store(team + BURST, burst)
-    if threads < 2 or tasks < 2 or debt > 0:
+    if threads < 2 or tasks < 2 or debt > 0 or nobody_comes(team, load(lately), burst, threads):
         alone(entry, params, tasks, shares)
         ended = now(me)
         store(lately, ended - began)
         store(team + DEBT, max(0, debt - (ended - began)))
+        store(team + BURST, min(burst + ended - began, MOST_LOST))
         store(team + ENDED, ended)
+        doubt_cost(team)
         store(team + BUSY, 0)
         return
     chunks = min(tasks, shares * CHUNKS)
@@ -370,6 +390,8 @@ def share_out(team, entry, params, tasks, shares, lately):
     ended = now(me)
     if mine > 0:
         store(lately, load(me + AVERAGE) * chunks)
+    if load(me + SPENT) == 0:
+        doubt_cost(team)
     lost = ended - ready + load(me + SPENT) - others * load(me + AVERAGE)
     if mine > 0 and lost > max(NEGLIGIBLE, burst // AMORTIZED):
         store(team + DEBT, AMORTIZED * min(lost, MOST_LOST))
