@@ -38,7 +38,7 @@ MONOTONIC = getattr(time, "CLOCK_MONOTONIC", 1)
 # as it is while it runs; its end; what the caller alone knows; then seven lines for each member, the caller first.
 ENTRY, PARAMS, TASKS, CHUNK_COUNT, AT_ONCE, THREADS, STOP = range(0, 56, 8)
 DONE, WAITING = range(128, 144, 8)  # chunks that workers have reported; whether the caller sleeps until they have
-BUSY, COST, DEBT, BURST, ENDED, HIRED = range(256, 304, 8)
+BUSY, COST, CREDIT, DEBT, BURST, ENDED, HIRED = range(256, 312, 8)
 MEMBERS, MEMBER = 384, 896
 TICKET, ASLEEP, CLOCK = 0, 128, 256
 HANDLE, THREAD, INSIDE, SENT, AVERAGE, SPENT, CALLED, TEAM, NUMBER, FUTEXES = range(272, 352, 8)

@@ -9,8 +9,9 @@ member, and these by compare-and-swap. A swap that succeeds took a chunk that no
 that, and stays until every chunk taken is reported. The tickets of an old job are all empty.
 
 Why it does not lose to one thread: a sleeper is called only where its part of the work is worth many times what calling
-has cost lately; and when others cost a job more (calling them, waiting for their last chunks) than they did of it, the
-calling thread works alone until that loss is a small part of its time.
+has cost lately; and when others cost jobs more (calling them, waiting for their last chunks) than they did of them,
+the calling thread works alone until that loss is a small part of its time. What they won before counts, so that single
+interruptions change nothing.
 
 Memory is addressed by words, laid out in `fastbn.cpu.team`.
 """
@@ -34,6 +35,7 @@ from fastbn.cpu.team import (
     CLOCK,
     CONDITION,
     COST,
+    CREDIT,
     DEBT,
     DONE,
     ENDED,
@@ -68,10 +70,10 @@ SPIN = 100_000  # ns that a worker looks out for the next job before it sleeps
 PATIENCE = 20_000  # ns that the caller waits for the last chunks before it fetches whoever has them
 PAYS = 4  # a sleeper is called for so many times what calling it costs
 LINDY = 4  # a burst of jobs is taken to go on for a fourth of the time that it has lasted
-AMORTIZED = 16  # times as long as what a job lost on the team, the caller works alone
+AMORTIZED = 16  # times as long as what jobs have lost on the team, beyond what they won, the caller works alone
 NEGLIGIBLE = 5_000  # ns of a loss: the end of a job on two cores, between which lines of memory go to and fro
 DEAR = 100_000  # ns of calling a sleeper, three times what it takes in a virtual machine
-MOST_LOST = 10_000_000  # ns of a loss that count: one interruption, not a suspended machine
+MOST_LOST = 10_000_000  # ns that are won or lost, at most: some interruptions, not a suspended machine
 
 WAIT, WAKE = 128, 129  # a futex of this process alone
 AWAY, HERE_ON = 1, 2  # where a worker was sent: to any other processor than the caller's, or to that one
@@ -392,10 +394,12 @@ def share_out(team, entry, params, tasks, shares, lately):
         store(lately, load(me + AVERAGE) * chunks)
     if load(me + SPENT) == 0:
         doubt_cost(team)
-    lost = ended - ready + load(me + SPENT) - others * load(me + AVERAGE)
-    if mine > 0 and lost > max(NEGLIGIBLE, burst // AMORTIZED):
-        store(team + DEBT, AMORTIZED * min(lost, MOST_LOST))
-        burst = 0
+    won = others * load(me + AVERAGE) - (ended - ready) - load(me + SPENT)
+    credit = min(load(team + CREDIT) + won, MOST_LOST) if mine > 0 else load(team + CREDIT)
+    if credit < -NEGLIGIBLE:
+        store(team + DEBT, AMORTIZED * min(-credit, MOST_LOST))
+        burst = credit = 0
+    store(team + CREDIT, credit)
     store(team + BURST, min(burst + ended - began, MOST_LOST))
     store(team + ENDED, ended)
     store(team + BUSY, 0)
