@@ -101,7 +101,7 @@ def test_what_it_imports(tmp_path):
         ahead._helper._thread.join(60)
         print(len(ahead._helper._taken) > 0)
     """
-    assert run(program, tmp_path / "cache") == ["True"]
+    assert run(program, tmp_path / "cache", PYTHONPATH=".") == ["True"]
     assert not (tmp_path / "folder" / "imported").exists()
 
 

@@ -1,5 +1,6 @@
 """Prepared calls: two threads that prepare one, and numbers of threads that no machine has."""
 
+import ctypes
 import sys
 import threading
 
@@ -34,6 +35,25 @@ def test_two_threads_prepare_one(monkeypatch):
     assert prepared.call.__self__ is prepared._words
     np.testing.assert_array_equal(tables[0], tables[1])
     np.testing.assert_allclose(tables[0, 2], x.mean(0), atol=1e-6)
+
+
+def test_two_threads_make_the_first_function(monkeypatch):
+    """Functions point to a structure that says what they are, and CPython copies nothing: it is one, and stays.
+
+    Where each thread made its own, that of the first was freed when the second one's was kept.
+    """
+    address, both = program.address, threading.Barrier(2)
+    monkeypatch.setattr(program, "address", lambda name: (both.wait(30), address(name))[1])
+    made = []
+    threads = [threading.Thread(target=lambda: made.append(program._built_in(np.zeros(12, np.int64)))) for _ in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    definition_at = object.__basicsize__  # ml of a PyCFunctionObject, behind what every object begins with
+    pointers = {ctypes.c_int64.from_address(id(function) + definition_at).value for function in made}
+    assert len(made) == 2
+    assert pointers == {ctypes.addressof(program._method)}
 
 
 @pytest.mark.parametrize("threads", [1000, 10**6, sys.maxsize, 1 << 70])

@@ -22,7 +22,8 @@ OFF = "FASTBN_COMPILE_HELPER"
 LONGEST = 60.0  # seconds that a kernel is waited for: the other process may have been stopped
 Kernel = tuple[str, tuple[str, ...]]
 
-# Says that it is there, then reads a kernel a line, compiles it and says so, until nothing more comes.
+# Says that it is there, then reads a kernel a line, compiles it and says so, until nothing more comes. PYTHONPATH may
+# have relative folders, which would be others by now: it gets what became of them.
 _PROGRAM = """
 import sys
 del sys.path[0]  # the working directory: others may have put a json.py there
@@ -55,7 +56,7 @@ class Helper:
     def _feed(self) -> None:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, json.dumps([p for p in sys.path if isinstance(p, str)])],
+                [sys.executable, "-E", "-c", _PROGRAM, json.dumps([p for p in sys.path if isinstance(p, str)])],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                 env=os.environ | {OFF: "0"},
             )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -196,14 +196,15 @@ class _Method(ctypes.Structure):
     _fields_ = (("name", ctypes.c_char_p), ("code", ctypes.c_void_p), ("flags", ctypes.c_int), ("doc", ctypes.c_char_p))
 
 
-@cache
-def _method() -> _Method:
-    return _Method(b"call", address("calls.call"), _FASTCALL, None)
+# One for all functions, which point to it, and for ever: they may outlive this module when the interpreter ends.
+_method = _Method(b"call", None, _FASTCALL, None)
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_method))
 
 
 def _built_in(words: Any) -> Callable[..., object]:
     """A function of Python's own kind, which finds the words as its ``self``."""
+    _method.code = address("calls.call")
     kind = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
     make = kind(("PyCFunction_NewEx", ctypes.pythonapi))  # attributes of pythonapi are everybody's
-    function: Callable[..., object] = make(ctypes.addressof(_method()), words, None)
+    function: Callable[..., object] = make(ctypes.addressof(_method), words, None)
     return function
