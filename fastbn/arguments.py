@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -38,6 +39,11 @@ def data(name: str, array: Any) -> Any:
 def plain(array: Any) -> Any:
     """A memmap as the plain array it is."""
     return array.view(np.ndarray) if type(array) is np.memmap else array
+
+
+def plainer(array: Any) -> Callable[[Any], Any] | None:
+    """What makes arrays of this kind plain, if that takes something."""
+    return plain if type(array) is np.memmap else None
 
 
 def like(name: str, array: Any, x: Any, of: str = "x") -> Any:

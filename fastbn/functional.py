@@ -1,7 +1,7 @@
 """Batch normalization in one call: forward, backward, and inference.
 
-Every function goes the same way: check the arguments, fold the arrays into the kernels' view, call the backend, give
-the results the caller's shape. A call like an earlier one goes a short way (``repeated.py``).
+A function makes the signature of its call and runs the call that was prepared for it (`fastbn.call`,
+`fastbn.prepare`).
 """
 
 from __future__ import annotations
@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastbn import arguments, repeated
-from fastbn.dispatch import backend_of, device_of, one_kind
-from fastbn.formulas import batch_rstd, input_numbers
-from fastbn.kernels import Activation, Axes, normalized
-from fastbn.merging import Moments, merge
-from fastbn.operands import Target, float64_vector, vector
+from fastbn import arguments, prepare
+from fastbn.call import axes_of, find, keep, number_of, of, of_output
+from fastbn.kernels import Activation, Axes
 from fastbn.saved import Gradients, Saved
 
 __all__ = ["batch_norm", "batch_norm_backward", "batch_norm_inference"]
@@ -99,60 +96,21 @@ def batch_norm(
     >>> saved.mean, saved.rstd
     (array([2., 4.]), array([1. , 0.5]))
     """
-    key = None
-    if where is None and weights is None and gather is None:
-        key = repeated.forward_key(x, gamma, beta, channel_axis, eps, residual, activation, out)
-        call = repeated.find(key)
-        done: tuple[Any, Saved] | None = None if call is None else call(x, gamma, beta, residual, out)
-        if done is not None:
-            return done
-    with device_of(x):
-        kind = one_kind({"x": x}, gamma=gamma, beta=beta, where=where, weights=weights, residual=residual, out=out)
-        backend = backend_of(kind)
-        x = arguments.data("x", x)
-        layout = arguments.layout_for(x, channel_axis)
-        eps, relu = arguments.epsilon(eps), arguments.is_relu(activation)
-        scale = vector("gamma", gamma, layout, backend, 1.0)
-        shift = vector("beta", beta, layout, backend)
-        residual = arguments.like("residual", residual, x)
-        out, gather = arguments.output("out", out, x), arguments.hook(gather)
-        weight = arguments.combined_weight(backend.xp, where, weights, x.shape, layout.kept)
-
-        y = backend.empty_like(x) if out is None else out
-        target = Target(backend, layout, y, out is not None, x, residual, gamma, beta)
-        x_ = layout.fold(x)
-        w_ = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
-        r_ = None if residual is None else layout.fold(residual)
-        if gather is None:
-            vectors = backend.forward(x_, w_, scale, shift, eps, r_, relu, target.array)
-            *values, rstd = (layout.kept_array(backend.xp, v) for v in vectors)
-            moments = Moments(*values)
-        else:
-            vectors = backend.moments(x_, w_)
-            local = Moments(*(layout.kept_array(backend.xp, v) for v in vectors[:3]))
-            moments = _merged_over_ranks(backend.xp, gather, local)
-            rstd = batch_rstd(moments.count, moments.m2, eps)
-            mean_, rstd_ = layout.vector(backend.xp, moments.mean), layout.vector(backend.xp, rstd)
-            backend.normalize(x_, mean_, rstd_, scale, shift, None, r_, relu, target.array)
-        target.deliver()
-        x_is_lost = out is not None and backend.overlap(out, x)
-        saved = Saved(
-            x=None if x_is_lost else x,
-            y=y if relu else None,
-            gamma=gamma,
-            weight=weight,
-            moments=moments,
-            mean=moments.mean,
-            rstd=rstd,
-            count=moments.count,
-            channel_axis=arguments.static_axes(channel_axis),
-            activation=activation,
-            has_residual=residual is not None,
-            gathered=gather is not None,
+    signature = (
+        "batch_norm", of(x), None if gamma is None else of(gamma), None if beta is None else of(beta),
+        None if where is None else of(where), None if weights is None else of(weights),
+        None if residual is None else of(residual), None if out is None else of_output(out),
+        None if gather is None else callable(gather),
+        axes_of(channel_axis), number_of(eps), activation,
+    )  # fmt: skip
+    run = find(signature)
+    if run is None:
+        run = keep(
+            signature,
+            prepare.batch_norm(x, gamma, beta, where, weights, residual, out, gather, channel_axis, eps, activation),
         )
-        if key is not None:
-            repeated.remember(key, backend.forward_again(layout, saved, x, y, beta, eps, residual, out))
-        return y, saved
+    result: tuple[Any, Saved] = run(x, gamma, beta, where, weights, residual, out, gather)
+    return result
 
 
 def batch_norm_backward(
@@ -216,71 +174,28 @@ def batch_norm_backward(
     >>> grads.beta, abs(grads.x.sum()) < 1e-15
     (array([1.]), np.True_)
     """
-    key = None
-    if dmean is None and dvar is None and gather is None:
-        key = repeated.backward_key(dy, saved, out)
-        call = repeated.find(key)
-        done: Gradients | None = None if call is None else call(dy, saved, out)
-        if done is not None:
-            return done
-    if not isinstance(saved, Saved):
-        raise TypeError(f"saved: expected a fastbn.Saved, got {type(saved).__name__}")
-    gather = arguments.hook(gather)
-    x, frozen, relu = saved.x, saved.moments is None, saved.activation is not None
-    if x is None:
-        raise ValueError(
-            "saved: expected the input x, but out overwrote it in the forward pass; give it an out of its own"
-        )
-    if (gather is not None) != saved.gathered:
-        came, went = ("a hook", "without one") if gather is not None else ("None", "with one")
-        raise ValueError(f"gather: expected what the forward pass had, which ran {went}, got {came}")
-    with device_of(dy):
-        others = {f"saved.{name}": getattr(saved, name) for name in ("y", "gamma", "weight", "mean", "rstd", "count")}
-        kind = one_kind({"dy": dy, "saved.x": x}, dmean=dmean, dvar=dvar, out=out, **others)
-        backend = backend_of(kind)
-        xp = backend.xp
-        layout = arguments.layout_for(x, saved.channel_axis)
-        dy = arguments.like("dy", dy, x)
-        arguments.like("saved.y", saved.y, x, "saved.x")
-        out = arguments.output("out", out, x)
-        if frozen and not (dmean is None and dvar is None):
-            raise ValueError("dmean, dvar: expected None with frozen statistics, which do not depend on x")
-        given = dmean, dvar
-        # Synchronised sums come back as arrays, which formulas take.
-        numbers_of = vector if gather is None else float64_vector
-        dmean = numbers_of("dmean", dmean, layout, backend)
-        dvar = numbers_of("dvar", dvar, layout, backend)
-        gamma = numbers_of("saved.gamma", saved.gamma, layout, backend, 1.0)
-        mean, rstd = layout.vector(xp, saved.mean), layout.vector(xp, saved.rstd)
-        count = mean if frozen else layout.vector(xp, saved.count)
+    signature = (
+        "batch_norm_backward", of(dy), _of_saved(saved), None if dmean is None else of(dmean),
+        None if dvar is None else of(dvar), None if out is None else of_output(out),
+        None if gather is None else callable(gather),
+    )  # fmt: skip
+    run = find(signature)
+    if run is None:
+        run = keep(signature, prepare.batch_norm_backward(dy, saved, dmean, dvar, out, gather))
+    gradients: Gradients = run(dy, saved, dmean, dvar, out, gather)
+    return gradients
 
-        dx = backend.empty_like(x) if out is None else out
-        dresidual = backend.empty_like(x) if saved.has_residual else None
-        target = Target(
-            backend, layout, dx, out is not None, x, dy, saved.y, saved.weight, saved.gamma, saved.mean, saved.rstd,
-            saved.count, *given,
-        )  # fmt: skip
-        residual_target = None if dresidual is None else Target(backend, layout, dresidual, False)
-        into = (target.array, None if residual_target is None else residual_target.array)
-        x_, dy_ = layout.fold(x), layout.fold(dy)
-        y_ = layout.fold(saved.y) if relu else None
-        w_ = None if saved.weight is None else layout.fold_weight(xp, saved.weight, x.shape)
-        if gather is None:
-            dgamma, dbeta = backend.backward(dy_, x_, y_, w_, mean, rstd, gamma, count, dmean, dvar, frozen, *into)
-        else:
-            dgamma, dbeta = backend.grad_sums(dy_, x_, y_, w_, mean, rstd)
-            local = xp.concatenate([layout.kept_array(xp, v).ravel() for v in (dgamma, dbeta)])
-            summed = arguments.gathered(xp, gather(local), local.size).sum(axis=0).reshape(2, *layout.kept_shape)
-            all_dgamma, all_dbeta = (layout.vector(xp, a) for a in summed)
-            numbers = input_numbers(gamma, rstd, all_dgamma, all_dbeta, count, dmean, dvar, x.itemsize)
-            backend.grad_input(dy_, x_, y_, w_, mean, *numbers, *into)
-        target.deliver()
-        if residual_target is not None:
-            residual_target.deliver()
-        gradients = Gradients(dx, layout.kept_array(xp, dgamma), layout.kept_array(xp, dbeta), dresidual)
-        if key is not None:
-            repeated.remember(key, backend.backward_again(layout, saved, dy, gradients, out))
-        return gradients
+
+def _of_saved(saved: Saved) -> Any:
+    """What a signature has of it."""
+    if type(saved) is not Saved:
+        return object()
+    x, y, gamma, weight, moments, mean, rstd, count, channel_axis, activation, has_residual, gathered = saved
+    return (
+        of(x), None if y is None else of(y), None if gamma is None else of(gamma),
+        None if weight is None else of(weight), moments is None, of(mean), of(rstd),
+        None if count is None else of(count), channel_axis, activation, has_residual, gathered,
+    )  # fmt: skip
 
 
 def batch_norm_inference(
@@ -325,28 +240,17 @@ def batch_norm_inference(
     >>> fastbn.batch_norm_inference(np.array([[3.0, 9.0]]), np.array([1.0, 1.0]), np.array([4.0, 16.0]), eps=0)
     array([[1., 2.]])
     """
-    key = repeated.inference_key(x, mean, var, gamma, beta, channel_axis, eps, residual, activation, out)
-    call = repeated.find(key)
-    if call is not None and (done := call(x, mean, var, gamma, beta, residual, out)) is not None:
-        return done
-    with device_of(x):
-        kind = one_kind({"x": x, "mean": mean, "var": var}, gamma=gamma, beta=beta, residual=residual, out=out)
-        backend = backend_of(kind)
-        x = arguments.data("x", x)
-        layout = arguments.layout_for(x, channel_axis)
-        eps = arguments.epsilon(eps)
-        spread = vector("var", var, layout, backend)
-        y = normalized(backend, x, layout, mean, spread, gamma, beta, eps, residual, activation, out)
-        if key is not None:
-            again = backend.inference_again(
-                layout, x, y, mean, var, gamma, beta, eps, residual, activation is not None, out
-            )
-            repeated.remember(key, again)
-        return y
-
-
-def _merged_over_ranks(xp: Any, gather: Gather, local: Moments) -> Moments:
-    """All ranks' moments, merged in rank order."""
-    packed = xp.concatenate([a.ravel() for a in local])
-    rows = arguments.gathered(xp, gather(packed), packed.size)
-    return merge(*(Moments(*row.reshape(3, *local.count.shape)) for row in rows))
+    signature = (
+        "batch_norm_inference", of(x), of(mean), of(var), None if gamma is None else of(gamma),
+        None if beta is None else of(beta), None if residual is None else of(residual),
+        None if out is None else of_output(out), axes_of(channel_axis), number_of(eps), activation,
+    )  # fmt: skip
+    run = find(signature)
+    if run is None:
+        run = keep(
+            signature,
+            prepare.normalize(
+                x, mean, var, gamma, beta, residual, out, channel_axis, arguments.epsilon(eps), activation, "var"
+            ),
+        )
+    return run(x, mean, var, gamma, beta, residual, out)

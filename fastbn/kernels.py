@@ -6,14 +6,15 @@ Every function goes the way of those in ``functional.py``.
 from __future__ import annotations
 
 import operator
-from numbers import Real
 from typing import Any, Literal
 
-from fastbn import arguments
+import numpy as np
+
+from fastbn import arguments, prepare
+from fastbn.call import axes_of, find, keep, of, of_output
 from fastbn.dispatch import backend_of, on_device, one_kind
-from fastbn.formulas import input_numbers, reciprocal_std
-from fastbn.layout import Layout, Shape, layout_of
-from fastbn.operands import Target, float64_vector, vector
+from fastbn.formulas import reciprocal_std
+from fastbn.layout import Shape, layout_of
 
 __all__ = ["fold", "grad_input", "grad_sums", "normalize"]
 
@@ -21,7 +22,6 @@ Axes = int | tuple[int, ...]
 Activation = Literal["relu"] | None
 
 
-@on_device
 def normalize(
     x: Any,
     mean: Any,
@@ -60,15 +60,20 @@ def normalize(
     array([[-2.],
            [ 2.]])
     """
-    kind = one_kind({"x": x, "mean": mean, "rstd": rstd}, gamma=gamma, beta=beta, residual=residual, out=out)
-    backend = backend_of(kind)
-    x = arguments.data("x", x)
-    layout = arguments.layout_for(x, channel_axis)
-    rstd = vector("rstd", rstd, layout, backend)
-    return normalized(backend, x, layout, mean, rstd, gamma, beta, None, residual, activation, out)
+    signature = (
+        "normalize", of(x), of(mean), of(rstd), None if gamma is None else of(gamma),
+        None if beta is None else of(beta), None if residual is None else of(residual),
+        None if out is None else of_output(out), axes_of(channel_axis), activation,
+    )  # fmt: skip
+    run = find(signature)
+    if run is None:
+        run = keep(
+            signature,
+            prepare.normalize(x, mean, rstd, gamma, beta, residual, out, channel_axis, None, activation, "rstd"),
+        )
+    return run(x, mean, rstd, gamma, beta, residual, out)
 
 
-@on_device
 def grad_sums(
     dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: Axes = 1, where: Any = None, weights: Any = None
 ) -> tuple[Any, Any]:
@@ -102,19 +107,17 @@ def grad_sums(
     >>> fastbn.grad_sums(np.array([[1.0], [2.0]]), x, np.array([4.0]), np.array([2.0]))
     (array([2.]), array([3.]))
     """
-    backend = backend_of(one_kind({"dy": dy, "x": x, "mean": mean, "rstd": rstd}, where=where, weights=weights))
-    x = arguments.data("x", x)
-    layout = arguments.layout_for(x, channel_axis)
-    dy = arguments.like("dy", dy, x)
-    mean = vector("mean", mean, layout, backend)
-    rstd = vector("rstd", rstd, layout, backend)
-    weight = arguments.combined_weight(backend.xp, where, weights, x.shape, layout.kept)
-    w_ = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
-    dgamma, dbeta = backend.grad_sums(layout.fold(dy), layout.fold(x), None, w_, mean, rstd)
-    return layout.kept_array(backend.xp, dgamma), layout.kept_array(backend.xp, dbeta)
+    signature = (
+        "grad_sums", of(dy), of(x), of(mean), of(rstd), None if where is None else of(where),
+        None if weights is None else of(weights), axes_of(channel_axis),
+    )  # fmt: skip
+    run = find(signature)
+    if run is None:
+        run = keep(signature, prepare.grad_sums(dy, x, mean, rstd, where, weights, channel_axis))
+    sums: tuple[Any, Any] = run(dy, x, mean, rstd, where, weights)
+    return sums
 
 
-@on_device
 def grad_input(
     dy: Any,
     x: Any,
@@ -165,33 +168,18 @@ def grad_input(
     array([[0.],
            [0.]])
     """
-    required = {"dy": dy, "x": x, "mean": mean, "rstd": rstd, "dgamma": dgamma, "dbeta": dbeta}
-    if not isinstance(count, Real):
-        required["count"] = count
-    kind = one_kind(required, gamma=gamma, where=where, weights=weights, out=out)
-    backend = backend_of(kind)
-    xp = backend.xp
-    x = arguments.data("x", x)
-    layout = arguments.layout_for(x, channel_axis)
-    dy = arguments.like("dy", dy, x)
-    out = arguments.output("out", out, x)
-    mean, rstd = float64_vector("mean", mean, layout, backend), float64_vector("rstd", rstd, layout, backend)
-    gamma = float64_vector("gamma", gamma, layout, backend, 1.0)
-    dgamma, dbeta = float64_vector("dgamma", dgamma, layout, backend), float64_vector("dbeta", dbeta, layout, backend)
-    count = (
-        xp.full(mean.shape, float(count))
-        if isinstance(count, Real)
-        else float64_vector("count", count, layout, backend)
-    )
-    weight = arguments.combined_weight(xp, where, weights, x.shape, layout.kept)
-
-    dx = backend.empty_like(x) if out is None else out
-    target = Target(backend, layout, dx, out is not None, x, dy, weight, mean)
-    w_ = None if weight is None else layout.fold_weight(xp, weight, x.shape)
-    numbers = input_numbers(gamma, rstd, dgamma, dbeta, count, 0.0, 0.0, x.itemsize)
-    backend.grad_input(layout.fold(dy), layout.fold(x), None, w_, mean, *numbers, target.array, None)
-    target.deliver()
-    return dx
+    signature = (
+        "grad_input", of(dy), of(x), of(mean), of(rstd), None if gamma is None else of(gamma), of(dgamma), of(dbeta),
+        None if isinstance(count, (int, float, np.generic)) else of(count), None if where is None else of(where),
+        None if weights is None else of(weights), None if out is None else of_output(out), axes_of(channel_axis),
+    )  # fmt: skip
+    run = find(signature)
+    if run is None:
+        run = keep(
+            signature,
+            prepare.grad_input(dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, out, channel_axis),
+        )
+    return run(dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, out)
 
 
 @on_device
@@ -263,12 +251,16 @@ def fold(
     groups = _checked_groups(groups, kernel.shape, axis)
     eps = arguments.epsilon(eps)
     layout = layout_of((groups * kernel.shape[axis],), (1,), frozenset((0,)))  # of the output channels
-    bias, shift = (
-        float64_vector("kernel_bias", kernel_bias, layout, backend),
-        float64_vector("beta", beta, layout, backend),
-    )
-    mean, var = float64_vector("mean", mean, layout, backend), float64_vector("var", var, layout, backend)
-    scale = float64_vector("gamma", gamma, layout, backend, 1.0) * reciprocal_std(var, eps)
+    xp = backend.xp
+
+    def vector(name: str, parameter: Any, default: float = 0.0) -> Any:
+        if parameter is None:
+            return xp.full(layout.kept_shape, default)
+        return layout.vector(xp, arguments.parameter(name, parameter, layout))
+
+    bias, shift = vector("kernel_bias", kernel_bias), vector("beta", beta)
+    mean, var = vector("mean", mean), vector("var", var)
+    scale = vector("gamma", gamma, 1.0) * reciprocal_std(var, eps)
     spread = scale
     if groups > 1:  # of each input channel and each output channel of its group
         spread = backend.xp.repeat(scale.reshape(groups, -1), kernel.shape[axis - 1] // groups, axis=0)
@@ -288,25 +280,3 @@ def _checked_groups(groups: Any, shape: Shape, axis: int) -> int:
             f"groups: expected a divisor of kernel.shape[{divided}], which is {shape[divided]}, got {groups}"
         )
     return number if axis else 1
-
-
-# --- what inference does too ------------------------------------------------------------------------------------------
-
-
-def normalized(
-    backend: Any, x: Any, layout: Layout, mean: Any, spread: Any, gamma: Any, beta: Any, eps: float | None,
-    residual: Any, activation: Activation, out: Any,
-) -> Any:  # fmt: skip
-    """The common end of `normalize` and `batch_norm_inference`; spread, the rstd or the variance, is a vector."""
-    relu = arguments.is_relu(activation)
-    mean = vector("mean", mean, layout, backend)
-    scale = vector("gamma", gamma, layout, backend, 1.0)
-    shift = vector("beta", beta, layout, backend)
-    residual = arguments.like("residual", residual, x)
-    out = arguments.output("out", out, x)
-    y = backend.empty_like(x) if out is None else out
-    target = Target(backend, layout, y, out is not None, x, residual, mean, spread, gamma, beta)
-    r_ = None if residual is None else layout.fold(residual)
-    backend.normalize(layout.fold(x), mean, spread, scale, shift, eps, r_, relu, target.array)
-    target.deliver()
-    return y

@@ -1,47 +1,150 @@
-"""What a call hands to a backend: checked parameters as vectors, and the arrays that kernels write."""
+"""What kernels see: operands, which say how arrays lie, and the ways from callers' arrays to these and back."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from fastbn import arguments
-from fastbn.layout import Layout
+from fastbn.layout import Layout, Shape
 
 
-def vector(name: str, parameter: Any, layout: Layout, backend: Any, default: float = 0.0) -> Any:
-    """A checked parameter as the backend's kernels take it."""
-    if parameter is not None:
-        arguments.parameter(name, parameter, layout)
-    return backend.vector(layout, parameter, default)
+class Operand(NamedTuple):
+    """An array as kernels see it, but for its numbers: folded, from its first element on."""
+
+    shape: Shape
+    """Sizes of batch, outer, channel and inner."""
+    strides: Shape
+    """In bytes."""
+    dtype: Any
+    """In the machine's byte order."""
+    fresh: bool = False
+    """Allocated for this call."""
+    device: int = 0
+    offset: int = 0
+    """Of its first element on a device, from a multiple of 16 bytes."""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def kept(self) -> int:
+        """Kept indices, each with statistics of its own."""
+        return self.shape[0] * self.shape[2]
 
 
-def float64_vector(name: str, parameter: Any, layout: Layout, backend: Any, default: float = 0.0) -> Any:
-    """A checked parameter as a float64 vector for formulas, which kernels take as well."""
-    if parameter is None:
-        return backend.xp.full(layout.folded[0] * layout.folded[2], default)
-    return layout.vector(backend.xp, arguments.parameter(name, parameter, layout))
+class Affine(NamedTuple):
+    """Dtypes of the vectors of parameters that normalizing takes; None for one that is absent: gamma 1, beta 0."""
+
+    mean: Any
+    spread: Any
+    gamma: Any
+    beta: Any
 
 
-class Target:
-    """The folded array that kernels write for a result, and the way from there to the caller's array.
+class Numbers(NamedTuple):
+    """Dtypes of the vectors of parameters that gradients take; None for one that is absent, and so 0, but gamma 1."""
 
-    It is a view of the caller's array where that can be viewed and kernels can write it, else an array of its own.
-    """
+    mean: Any
+    rstd: Any
+    gamma: Any = None
+    count: Any = None
+    dmean: Any = None
+    dvar: Any = None
 
-    def __init__(self, backend: Any, layout: Layout, result: Any, given: bool, *inputs: Any) -> None:
-        self.layout, self.result = layout, arguments.plain(result)
-        result = self.result
-        view = backend.folded_view(layout, result)
-        in_place = view is not None
-        if given and in_place:
-            # Kernels read and write element by element: an input may be the output, but not lie askew to it.
-            in_place = all(backend.same_or_apart(result, a) for a in inputs if a is not None)
-        self.in_place = in_place and backend.writable_in_place(view)
-        if self.in_place:
-            self.array = view
-        else:
-            self.array = backend.xp.empty(layout.folded, result.dtype.newbyteorder("="))
 
-    def deliver(self) -> None:
-        if not self.in_place:
-            self.layout.unfold(self.array, self.result)
+def dense(shape: Shape, dtype: Any, device: int = 0) -> Operand:
+    """A contiguous array of its own."""
+    strides = tuple(dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return Operand(shape, strides, dtype, True, device)
+
+
+Way = Callable[[Any], Any] | None
+"""From a caller's array to one that lies as its operand says; None where that is itself."""
+
+
+class Ways:
+    """From the arrays of calls, which share x's layout, to the backend's kernels and back. No array is kept."""
+
+    def __init__(self, backend: Any, layout: Layout, x: Any) -> None:
+        self.backend, self.layout, self.shape = backend, layout, x.shape
+        self.device, _ = backend.place(x)
+
+    def _operand(self, view: Any, fresh: bool = False) -> Operand:
+        """A folded array where it lies."""
+        device, offset = self.backend.place(view)
+        return Operand(view.shape, view.strides, view.dtype, fresh, device, 0 if fresh else offset)
+
+    def data(self, a: Any, fresh: bool = False) -> tuple[Operand | None, Way]:
+        """An array that is read: it is copied where kernels cannot walk it."""
+        if a is None:
+            return None, None
+        view = self.backend.folded_view(self.layout, a)
+        if view is not None and self.backend.reads(view):
+            return self._operand(view, fresh), None
+        layout, xp, dtype = self.layout, self.backend.xp, a.dtype.newbyteorder("=")
+        copied = dense(layout.folded, dtype, self.device)
+        return copied, lambda a: xp.ascontiguousarray(layout.fold(a), dtype=dtype)
+
+    def result(self, x: Any, out: Any) -> tuple[Operand, Way]:
+        """An array like x that is written, or `out`: where kernels cannot, they write one whose numbers are copied."""
+        operand, way = self.data(self.backend.alike(x) if out is None else out, out is None)
+        assert operand is not None
+        if way is None:
+            return operand, None
+        xp, dtype, shape = self.backend.xp, operand.dtype, operand.shape
+        return operand, lambda _: xp.empty(shape, dtype)
+
+    def parameter(self, name: str, p: Any) -> tuple[Any, Way]:
+        """The dtype of a vector of parameters, of which each kept index has one; it is checked."""
+        if p is not None:
+            arguments.parameter(name, p, self.layout)
+        return self.vector(p)
+
+    def vector(self, p: Any) -> tuple[Any, Way]:
+        """The same unchecked. Kernels take floats of all sorts, in one piece."""
+        if p is None:
+            return None, None
+        layout, xp = self.layout, self.backend.xp
+        dtype = p.dtype.newbyteorder("=") if arguments.is_float(p.dtype) else xp.dtype(float)
+        in_order = p.ndim == 1 and p.shape == layout.kept_shape and p.flags.c_contiguous
+        if in_order and p.dtype == dtype and getattr(p.flags, "aligned", True):
+            return dtype, None
+        return dtype, lambda p: xp.ascontiguousarray(layout.laid_out(xp, p), dtype=dtype).reshape(-1)
+
+    def weight(self, where: Any, weights: Any, shared: bool) -> tuple[Operand | None, Any]:
+        """``where * weights``, and what makes of them their product and how kernels see it.
+
+        It is ``shared`` by all channels, or may be x's shape.
+        """
+        if where is None and weights is None:
+            return None, None
+        layout, xp, shape = self.layout, self.backend.xp, self.shape
+        alike = layout.kept if shared else frozenset[int]()
+
+        def way(where: Any, weights: Any) -> tuple[Any, Any]:
+            combined = arguments.combined_weight(xp, where, weights, shape, alike)
+            return combined, layout.fold_weight(xp, combined, shape)
+
+        return self._operand(way(where, weights)[1]), way
+
+    def combined_weight(self, weight: Any) -> tuple[Operand | None, Way]:
+        """The same of a product."""
+        if weight is None:
+            return None, None
+        layout, xp, shape = self.layout, self.backend.xp, self.shape
+        return self._operand(layout.fold_weight(xp, weight, shape)), lambda w: layout.fold_weight(xp, w, shape)
+
+    def shaped(self) -> Way:
+        """From a kernel's vector to an array of the channels' shape."""
+        layout, xp = self.layout, self.backend.xp
+        if layout.kept_order is None and len(layout.kept_shape) == 1:
+            return None
+        return lambda vector: layout.kept_array(xp, vector)
+
+    def askew(self, out: Any, *inputs: Any) -> bool:
+        """Whether an input shares memory with `out` but not element for element: it would be lost before it is read."""
+        same_or_apart = self.backend.same_or_apart
+        return any(a is not None and a is not out and not same_or_apart(out, a) for a in inputs)

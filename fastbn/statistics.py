@@ -19,6 +19,7 @@ from fastbn import statistics_again as again
 from fastbn.dispatch import backend_of, is_foreign, kind_of, on_device, one_kind
 from fastbn.layout import layout_of
 from fastbn.merging import Moments
+from fastbn.operands import Ways
 
 __all__ = ["mean", "mean_var", "moments", "std", "var"]
 
@@ -311,8 +312,11 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
 def _channel_moments(backend: Any, x: Any, kept: frozenset[int], weight: Any) -> tuple[Any, ...]:
     """Count, mean, M2 and rstd."""
     layout = layout_of(x.shape, x.strides, kept)
-    folded = None if weight is None else layout.fold_weight(backend.xp, weight, x.shape)
-    return tuple(layout.kept_array(backend.xp, vector) for vector in backend.moments(layout.fold(x), folded))
+    ways = Ways(backend, layout, x)
+    (x_, to_x), (weight_, to_weight) = ways.data(x), ways.combined_weight(weight)
+    run = backend.moments(x_, weight_)
+    vectors = run(x if to_x is None else to_x(x), weight if to_weight is None else to_weight(weight))
+    return tuple(layout.kept_array(backend.xp, vector) for vector in vectors)
 
 
 # --- what the NumPy drop-ins share ------------------------------------------------------------------------------------

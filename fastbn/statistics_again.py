@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import arguments, repeated
+from fastbn import arguments, call
 from fastbn.layout import Layout, layout_of
 from fastbn.merging import Moments
+from fastbn.operands import Ways
 
 Key = tuple[Any, ...]
 Finish = Callable[["Prepared", Any], Any]
@@ -34,8 +35,7 @@ class Prepared:
         self._table_of, self._finish = table_of, finish
 
     def __call__(self, x: Any) -> Any:
-        table = self._table_of(x)
-        return None if table is None else self._finish(self, table)
+        return self._finish(self, self._table_of(x, None))
 
 
 def key_of(what: str, x: Any, axis: Any, dtype: Any, out: Any, keepdims: Any, where: Any, ddof: Any = 0) -> Key | None:
@@ -46,27 +46,27 @@ def key_of(what: str, x: Any, axis: Any, dtype: Any, out: Any, keepdims: Any, wh
         return None
     if type(ddof) not in (int, float) or type(keepdims) not in (int, bool):
         return None
-    return what, x.shape, x.strides, x.dtype, axis, keepdims, ddof
+    return what, x.shape, x.strides, x.dtype, x.flags.aligned, axis, keepdims, ddof
 
 
 def find(key: Key | None, x: Any) -> Any:
     """The result, if a call like this one was prepared and its numbers are ordinary."""
-    call = None if key is None else repeated.find(key)
-    return None if call is None else call(x)
+    made = None if key is None else call.find(key)
+    return None if made is None else made(x)
 
 
 def remember(backend: Any, key: Key, x: Any, kept: frozenset[int], shape: tuple[int, ...], ddof: float = 0) -> None:
     """Prepare for calls like this one, whose arguments are right; also that they have no short way."""
-    if repeated.find(key) is not None:
+    if call.find(key) is not None:
         return
-    call: Callable[[Any], Any] = _no_short_way
+    made: Callable[[Any], Any] = _no_short_way
     if arguments.is_float(x.dtype) and x.dtype.isnative and x.size > 0:
         layout = layout_of(x.shape, x.strides, kept)
-        table_of = backend.moments_again(layout, x)
-        if table_of is not None:
-            prepared = Prepared(x, layout, table_of, shape, ddof, _FINISH[key[0]])
-            call = prepared if prepared.divisor > 0 else call
-    repeated.remember(key, call)
+        x_, to_x = Ways(backend, layout, x).data(x)
+        if to_x is None and x_ is not None:
+            prepared = Prepared(x, layout, backend.moments(x_, None), shape, ddof, _FINISH[key[0]])
+            made = prepared if prepared.divisor > 0 else made
+    call.keep(key, made)
 
 
 def _no_short_way(x: Any) -> None:
@@ -78,13 +78,13 @@ def _no_short_way(x: Any) -> None:
 
 def _mean(p: Prepared, table: Any) -> Any:
     if p.shape == ():
-        return p.dtype.type(table[2, 0])
-    return p.layout.kept_array(np, table[2]).astype(p.dtype).reshape(p.shape)
+        return p.dtype.type(table[1][0])
+    return p.layout.kept_array(np, table[1]).astype(p.dtype).reshape(p.shape)
 
 
 def _variance(p: Prepared, table: Any) -> Any:
     """In float64; None where a square, or it, is out of range, or there are NaNs."""
-    m2 = table[1]
+    m2 = table[2]
     if p.shape == ():
         number = float(m2[0])
         return number / p.divisor if LEAST < number < p.most else None
@@ -108,7 +108,7 @@ def _mean_var(p: Prepared, table: Any) -> Any:
 
 
 def _moments(p: Prepared, table: Any) -> Moments:
-    count, m2, mean, _ = (p.layout.kept_array(np, row) for row in table)
+    count, mean, m2, _ = (p.layout.kept_array(np, row) for row in table)
     return Moments(count, mean, m2)
 
 

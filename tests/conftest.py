@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastbn import repeated
+from fastbn import call
 from fastbn.cpu import plans
 from tests.support import DTYPES
 
@@ -95,6 +95,6 @@ def fresh_plans():
 
 
 def forget():
-    repeated.forget()
+    call.forget()
     for plan in (plans.moments, plans.normalize, plans.forward, plans.grad_sums, plans.grad_input, plans.backward):
         plan.cache_clear()

@@ -1,4 +1,4 @@
-"""Tests written for NumPy arrays, on CuPy arrays: bounds, properties, outputs, repeated calls.
+"""Tests written for NumPy arrays, on CuPy arrays: bounds, properties, outputs, prepared calls.
 
 Left out is what CuPy arrays cannot be: read-only, unaligned, of another byte order. Bits are the same for one plan, not
 for every alignment and layout of an output: on a GPU these decide how wide loads are, and so in which order sums run.
@@ -13,19 +13,19 @@ import pytest
 
 import fastbn
 from fastbn.check import NIST
-from tests import test_matrix, test_numerics, test_properties, test_repeated
+from tests import test_calls, test_matrix, test_numerics, test_properties
 from tests.simt import host_cupy
 from tests.support import DTYPES, LAYOUTS, OPTIONS
 from tests.test_cuda_matrix import ON_A_DEVICE
 from tests.test_properties import RANKS
 
 pytestmark = pytest.mark.usefixtures("on_cupy")
-short_ways = test_repeated.short_ways
+found = test_calls.found
 
 
 @pytest.fixture
 def on_cupy(cuda_arrays, monkeypatch):
-    for module in (test_matrix, test_numerics, test_properties, test_repeated):
+    for module in (test_matrix, test_numerics, test_properties, test_calls):
         monkeypatch.setattr(module, "fastbn", cuda_arrays)
     monkeypatch.setattr(test_matrix, "SAME_BITS", False)
 
@@ -174,9 +174,9 @@ def test_outputs_bit_for_bit(call):
     call()
 
 
-# --- repeated calls ---------------------------------------------------------------------------------------------------
+# --- prepared calls ---------------------------------------------------------------------------------------------------
 
-SAME = test_repeated.test_same_bits
+SAME = test_calls.test_same_bits
 
 
 @by_call(
@@ -186,30 +186,33 @@ SAME = test_repeated.test_same_bits
         SAME, slow, layout=["NC", "NHWC", "NHWC as NCHW", "NCHW short rows"],
         options=["plain", "affine residual relu"], out=[False, True],
     ),
-    calls(test_repeated.test_other_dtypes, dtype=["float64"]),
-    calls(test_repeated.test_other_dtypes, slow, dtype=["float16"]),
-    calls(test_repeated.test_unusual_arrays_go_the_documented_way, layout=["instance NCHW", "spatial slice"]),
-    calls(test_repeated.test_in_place_forward_has_no_backward_however_often),
+    calls(test_calls.test_other_dtypes, dtype=["float64"]),
+    calls(test_calls.test_other_dtypes, slow, dtype=["float16"]),
     calls(
-        test_repeated.test_out_of_a_later_call_overlaps_an_input,
+        test_calls.test_every_call_is_prepared, layout=["instance NCHW", "spatial slice"],
+        options=["where weights residual"],
+    ),
+    calls(test_calls.test_in_place_forward_has_no_backward_however_often),
+    calls(
+        test_calls.test_out_of_a_later_call_overlaps_an_input,
         **{"function,over": [("forward", "x"), ("backward", "x"), ("backward", "dy")]},
     ),
-    calls(test_repeated.test_inference_without_eps),
-    calls(test_repeated.test_a_gathered_forward_is_another_call),
+    calls(test_calls.test_inference_without_eps),
+    calls(test_calls.test_a_gathered_forward_is_another_call),
     calls(
-        test_repeated.test_every_argument_counts, function=["batch_norm", "batch_norm_inference"],
+        test_calls.test_every_argument_counts, function=["batch_norm", "batch_norm_inference"],
         change=["eps", "activation", "out"],
     ),
     calls(
-        test_repeated.test_every_argument_counts, slow, function=["batch_norm", "batch_norm_inference"],
-        change=[name for name in test_repeated.CHANGES if name not in ("eps", "activation", "out")],
+        test_calls.test_every_argument_counts, slow, function=["batch_norm", "batch_norm_inference"],
+        change=[name for name in test_calls.CHANGES if name not in ("eps", "activation", "out")],
     ),
 )  # fmt: skip
-def test_repeated_calls(short_ways, call):
-    call(short_ways)
+def test_prepared_calls(found, call):
+    call(found)
 
 
-def test_arrays_of_a_later_call_are_looked_at(short_ways, cuda_arrays):
+def test_arrays_of_a_later_call_are_looked_at(found, cuda_arrays):
     """Same key, but other alignment or overlapping arrays."""
     x = np.random.default_rng(0).standard_normal((4, 6, 8, 11)).astype(np.float32)
     mean, var = np.zeros(6), np.ones(6)
@@ -218,15 +221,14 @@ def test_arrays_of_a_later_call_are_looked_at(short_ways, cuda_arrays):
     askew = buffer[1:].reshape(x.shape)
     askew[...] = x
     np.testing.assert_allclose(cuda_arrays.batch_norm_inference(askew, mean, var), expected, rtol=1e-6)
-    assert short_ways.pop() is None
+    assert not found
     for _ in range(2):
         np.testing.assert_array_equal(cuda_arrays.batch_norm_inference(x, mean, var), expected)
-    assert short_ways.pop() is not None
+    assert len(found) == 2
     cuda_arrays.batch_norm_inference(x, mean, var, out=np.empty_like(x))
     both = np.zeros((5, *x.shape[1:]), np.float32)
     both[:4] = x
     np.testing.assert_array_equal(cuda_arrays.batch_norm_inference(both[:4], mean, var, out=both[1:]), expected)
-    assert short_ways.pop() is None
     mine = x.copy()
     assert cuda_arrays.batch_norm_inference(mine, mean, var, out=mine) is mine
     np.testing.assert_array_equal(mine, expected)
@@ -272,4 +274,4 @@ def test_y_of_another_dtype_is_refused(cuda_device):
 
 
 def test_memory_of_programs_without_repetition_is_flat(monkeypatch):
-    test_repeated.test_programs_without_repetition_keep_memory_flat(monkeypatch)
+    test_calls.test_programs_without_repetition_keep_memory_flat(monkeypatch)

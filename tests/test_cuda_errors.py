@@ -14,7 +14,7 @@ import pytest
 
 import fastbn
 from fastbn import Moments
-from tests import test_bad_input, test_repeated
+from tests import test_bad_input, test_calls
 from tests.on_cupy import OnCupy
 from tests.simt import host_cupy
 from tests.test_bad_input import (
@@ -41,7 +41,7 @@ from tests.test_bad_input import (
 
 pytestmark = pytest.mark.usefixtures("cuda_device")
 
-short_ways = test_repeated.short_ways
+found = test_calls.found
 by_function = pytest.mark.parametrize("function", GOOD, ids=label)
 
 
@@ -168,12 +168,12 @@ def test_checks_come_before_allocation(changes):
 
 @pytest.fixture
 def cupy_only(monkeypatch):
-    for module in (test_bad_input, test_repeated):
+    for module in (test_bad_input, test_calls):
         monkeypatch.setattr(module, "fastbn", OnCupy())
 
 
 @pytest.mark.usefixtures("cupy_only")
-def test_single_cases(short_ways):
+def test_single_cases(found):
     test_bad_input.test_a_hook_that_raises()
     for shift in (0, 1, 3):
         test_bad_input.test_backward_after_out_overwrote_x(shift)
@@ -183,7 +183,7 @@ def test_single_cases(short_ways):
     test_bad_input.test_numpy_eps()
     test_bad_input.test_numpy_rate()
     test_bad_input.test_numpy_count()
-    test_repeated.test_errors_stay_errors(short_ways)
+    test_calls.test_errors_stay_errors(found)
 
 
 def test_running_statistics_survive_an_error_in_place(assert_refused_alike):

@@ -1,72 +1,76 @@
-"""The contract of a backend, on NumPy arrays with Numba kernels.
+"""The contract of a backend (`fastbn.backend`), on NumPy arrays with Numba kernels.
 
-Arrays of data are four-dimensional, ``(batch, outer, channel, inner)``, of one dtype: float16, bfloat16, float32 or
-float64. Per-channel numbers are float64 vectors over ``batch * channel``. ``weight`` is None, bool or float64, with
-size 1 where it does not vary. Arrays to be written must be `writable_in_place`; they may be the inputs themselves,
-element for element. What is absent is None.
-
-Here arrays become addresses and strides (`memory`); `plans` chooses the kernels and divides the work, a `Program` runs.
+Here operands become strides and kinds of arrays (`memory`), `plans` chooses kernels and divides the work for them; a
+`Program` runs, and is given the arrays themselves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
-from fastbn.cpu import plans
-from fastbn.cpu.again import backward_again, forward_again, inference_again, moments_again
-from fastbn.cpu.extremes import LEAST_EPS, needs_float64, weight_in_range
+from fastbn.cpu import plans, team
+from fastbn.cpu.extremes import LEAST_EPS, beyond_float32, weight_in_range
 from fastbn.cpu.memory import (
     Array,
-    empty_like,
+    alike,
+    allocator,
     folded_view,
+    kind_or_none,
     overlap,
     past_caches,
+    reads,
     same_or_apart,
-    vector,
-    walkable,
-    walkable_weight,
-    writable_in_place,
+    strides_of,
+    strides_of_weight,
+    viewed,
 )
-from fastbn.cpu.program import kind_of
-from fastbn.cpu.team import threads_for
+from fastbn.cpu.program import Program, kind_of
 from fastbn.formulas import reciprocal_std
+from fastbn.operands import Affine, Numbers, Operand, dense
 
 __all__ = [
+    "alike",
+    "allocator",
     "backward",
-    "backward_again",
-    "empty_like",
     "folded_view",
     "forward",
-    "forward_again",
     "grad_input",
     "grad_sums",
-    "inference_again",
     "moments",
-    "moments_again",
     "normalize",
+    "on_its_device",
     "overlap",
+    "place",
+    "reads",
     "same_or_apart",
-    "vector",
-    "writable_in_place",
     "xp",
 ]
 
 xp = np
-FLOAT64 = ("f8*",) * 6  # kinds of vectors of parameters, as the functions here take them
 
 
-def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array, Array]:
-    """Count, mean, M2 and the reciprocal standard deviation, right even where M2 is 0 or infinite in float64."""
-    return _moments(x, weight, 0.0)
+def on_its_device(call: Callable[..., Any], x: Array) -> Callable[..., Any]:
+    """There is but one."""
+    return call
 
 
-def _moments(x: Array, weight: Array | None, eps: float) -> tuple[Array, Array, Array, Array]:
-    table = np.empty((4, x.shape[0] * x.shape[2]))
-    weight, k = weight_in_range(weight, x)
-    (x_, xs), (w_, ws, kind) = walkable(x), walkable_weight(weight)
-    run = plans.moments(x.shape, kind_of(x.dtype), xs, ws, kind, threads_for(x.size))
-    run(x_, w_, table, eps)
-    return _unscaled(table, k)
+def place(a: Array) -> tuple[int, int]:
+    """Device, and offset of the address from a multiple of 16 bytes where that decides about kernels: not here."""
+    return 0, 0
+
+
+def _launcher(plan: Callable[[int], Program], size: int) -> Callable[..., object]:
+    """What runs the program for as many threads as share so much work; how many these are may change between calls."""
+    if size < team.PARALLEL_FROM:
+        return plan(1).prepared()
+
+    def launch(*given: Any) -> None:
+        plan(team.threads_for(size))(*given)
+
+    return launch
 
 
 def _unscaled(table: Array, k: int) -> tuple[Array, Array, Array, Array]:
@@ -76,126 +80,166 @@ def _unscaled(table: Array, k: int) -> tuple[Array, Array, Array, Array]:
     return table[0], table[2], table[1], table[3]
 
 
-def normalize(
-    x: Array,
-    mean: Array,
-    spread: Array,
-    gamma: Array,
-    beta: Array,
-    eps: float | None,
-    residual: Array | None,
-    relu: bool,
-    y: Array,
-) -> None:
-    """``y = (x - mean) * rstd * gamma + beta + residual``, through relu.
+def moments(x: Operand, weight: Operand | None) -> Callable[..., tuple[Array, ...]]:
+    return _moments(x, weight, 0.0)
 
-    ``spread`` is the variance, to which eps is added, or without eps the rstd.
-    """
-    if needs_float64(x, spread if eps is None else reciprocal_std(spread, eps), gamma, eps):
-        wide, more = np.empty(x.shape), None if residual is None else residual.astype(np.float64)
-        normalize(x.astype(np.float64), mean, spread, gamma, beta, eps, more, relu, wide)
-        y[...] = wide
-        return
-    (x_, xs), (y_, ys), (r_, rs) = walkable(x), walkable(y), walkable(residual)
-    run = plans.normalize(x.shape, kind_of(x.dtype), xs, ys, rs, FLOAT64[:4], relu, threads_for(x.size))
-    numbers = map(np.ascontiguousarray, (mean, spread, gamma, beta))
-    run(x_, y_, r_, *numbers, -1.0 if eps is None else eps, past_caches(y))
+
+def _moments(x: Operand, weight: Operand | None, eps: float) -> Callable[..., tuple[Array, ...]]:
+    shape, kind, xs, (ws, weights), kept = x.shape, kind_of(x.dtype), strides_of(x), strides_of_weight(weight), x.kept
+    launch = _launcher(lambda threads: plans.moments(shape, kind, xs, ws, weights, threads), x.size)
+
+    def run(x: Array, weight: Array | None) -> tuple[Array, ...]:
+        table, k = np.empty((4, kept)), 0
+        if weight is not None:
+            weight, k = weight_in_range(weight, x)
+        launch(x, weight, table, eps)
+        return _unscaled(table, k)
+
+    return run
+
+
+def normalize(
+    x: Operand, y: Operand, residual: Operand | None, parameters: Affine, eps: float | None, relu: bool
+) -> Callable[..., None]:
+    shape, kind, (xs, ys, rs) = x.shape, kind_of(x.dtype), map(strides_of, (x, y, residual))
+    kinds = tuple(map(kind_or_none, parameters))
+    launch = _launcher(lambda threads: plans.normalize(shape, kind, xs, ys, rs, kinds, relu, threads), x.size)
+    added, past, operands = -1.0 if eps is None else eps, past_caches(y), (x, residual, y)
+    careful = x.dtype.itemsize < 8 and added < LEAST_EPS
+
+    def run(
+        x: Array, residual: Array | None, y: Array, mean: Array, spread: Array, gamma: Array | None, beta: Array | None
+    ) -> None:
+        if careful and beyond_float32(spread if eps is None else reciprocal_std(spread.astype(float), eps), gamma):
+            _normalize_in_float64(operands, x, residual, y, mean, spread, gamma, beta, eps, relu)
+        else:
+            launch(x, y, residual, mean, spread, gamma, beta, added, past(y))
+
+    return run
+
+
+def _normalize_in_float64(
+    operands: tuple[Operand | None, ...], x: Array, residual: Array | None, y: Array,
+    mean: Array, spread: Array, gamma: Array | None, beta: Array | None, eps: float | None, relu: bool,
+) -> None:  # fmt: skip
+    """Copies of the arrays; the result is rounded once more."""
+    given = mean, spread, gamma, beta
+    of_x, of_residual, of_y = operands
+    assert of_x is not None
+    assert of_y is not None
+    wide, result = dense(of_x.shape, np.dtype(float)), np.empty(of_x.shape)
+    types = Affine(*(None if a is None else a.dtype for a in given))
+    added = None if of_residual is None else np.array(viewed(of_residual, residual), float, order="C")
+    run = normalize(wide, wide, None if added is None else wide, types, eps, relu)
+    run(np.array(viewed(of_x, x), float, order="C"), added, result, *given)
+    viewed(of_y, y)[...] = result
 
 
 def forward(
-    x: Array,
-    weight: Array | None,
-    gamma: Array,
-    beta: Array,
-    eps: float,
-    residual: Array | None,
-    relu: bool,
-    y: Array,
-) -> tuple[Array, Array, Array, Array]:
-    """Count, mean, M2 and rstd of x, and y normalised by them."""
-    if eps < LEAST_EPS and any(a is not None and np.may_share_memory(a, y) for a in (x, residual)):
-        count, mean, m2, rstd = _moments(x, weight, eps)  # before y is written, should float64 be needed
-        normalize(x, mean, rstd, gamma, beta, None, residual, relu, y)
-        return count, mean, m2, rstd
-    table = np.empty((6, x.shape[0] * x.shape[2]))
-    weight, k = weight_in_range(weight, x)
-    (x_, xs), (w_, ws, weights) = walkable(x), walkable_weight(weight)
-    (y_, ys), (r_, rs) = walkable(y), walkable(residual)
-    run = plans.forward(x.shape, kind_of(x.dtype), xs, ws, weights, ys, rs, FLOAT64[:2], relu, threads_for(x.size))
-    run(x_, w_, y_, r_, *map(np.ascontiguousarray, (gamma, beta)), table, eps, past_caches(y))
-    if needs_float64(x, table[3], gamma, eps):
-        normalize(x, table[2], table[3], gamma, beta, None, residual, relu, y)
-    return _unscaled(table, k)
+    x: Operand, weight: Operand | None, y: Operand, residual: Operand | None, gamma: Any, beta: Any,
+    eps: float, relu: bool,
+) -> Callable[..., tuple[Array, ...]]:  # fmt: skip
+    shape, kind, (xs, ys, rs), kept = x.shape, kind_of(x.dtype), map(strides_of, (x, y, residual)), x.kept
+    (ws, weights), kinds = strides_of_weight(weight), (kind_or_none(gamma), kind_or_none(beta))
+    launch = _launcher(
+        lambda threads: plans.forward(shape, kind, xs, ws, weights, ys, rs, kinds, relu, threads), x.size
+    )
+    past, operands = past_caches(y), (x, residual, y)
+    careful, weighted = x.dtype.itemsize < 8 and eps < LEAST_EPS, weight
+
+    def run(
+        x: Array, weight: Array | None, gamma: Array | None, beta: Array | None, residual: Array | None, y: Array
+    ) -> tuple[Array, ...]:
+        if careful and any(a is not None and np.may_share_memory(a, y) for a in (x, residual)):
+            vectors = _moments(operands[0], weighted, eps)(x, weight)  # before y is written, should float64 be needed
+            given = vectors[1], vectors[3], gamma, beta
+            types = Affine(*(None if a is None else a.dtype for a in given))
+            normalize(operands[0], operands[2], operands[1], types, None, relu)(x, residual, y, *given)
+            return vectors
+        table, k = np.empty((6, kept)), 0
+        if weight is not None:
+            weight, k = weight_in_range(weight, x)
+        launch(x, weight, y, residual, gamma, beta, table, eps, past(y))
+        if careful and beyond_float32(table[3], gamma):
+            _normalize_in_float64(operands, x, residual, y, table[2], table[3], gamma, beta, None, relu)
+        return _unscaled(table, k)
+
+    return run
 
 
 def grad_sums(
-    dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array
-) -> tuple[Array, Array]:
-    """``dgamma = sum(dz * xhat)`` and ``dbeta = sum(dz)``; dz = dy, or 0 where y <= 0.
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, mean: Any, rstd: Any
+) -> Callable[..., tuple[Array, Array]]:
+    shape, kind, (dys, xs, ys), kept = x.shape, kind_of(x.dtype), map(strides_of, (dy, x, y)), x.kept
+    (ws, weights), kinds, empty = strides_of_weight(weight), (kind_of(mean), kind_of(rstd)), x.size == 0
+    launch = _launcher(lambda threads: plans.grad_sums(shape, kind, dys, xs, ys, ws, weights, kinds, threads), x.size)
 
-    What has weight 0 and dz 0 is left out, whatever x is there.
-    """
-    out = np.zeros((2, x.shape[0] * x.shape[2]))
-    if x.size > 0:  # the empty sum is 0, though rstd is NaN
-        weight, _ = weight_in_range(weight, x)
-        (dy_, dys), (x_, xs), (y_, ys) = walkable(dy), walkable(x), walkable(y)
-        w_, ws, weights = walkable_weight(weight)
-        run = plans.grad_sums(x.shape, kind_of(x.dtype), dys, xs, ys, ws, weights, threads_for(x.size))
-        run(dy_, x_, y_, w_, *map(np.ascontiguousarray, (mean, rstd)), out)
-    return out[0], out[1]
+    def run(
+        dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array
+    ) -> tuple[Array, Array]:
+        if empty:  # the empty sum is 0, though rstd is NaN
+            return np.zeros(kept), np.zeros(kept)
+        if weight is not None:
+            weight, _ = weight_in_range(weight, x)
+        sums = np.empty((2, kept))
+        launch(dy, x, y, weight, mean, rstd, sums)
+        return sums[0], sums[1]
+
+    return run
 
 
 def grad_input(
-    dy: Array,
-    x: Array | None,
-    y: Array | None,
-    weight: Array | None,
-    mean: Array,
-    unit: Array,
-    scale: Array,
-    offset: Array,
-    slope: Array,
-    dx: Array,
-    dresidual: Array | None,
-) -> None:
-    """``dx = unit * (scale * dz - weight * (offset + slope * (x - mean)))``; dresidual = dz.
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, sums: tuple[Any, Any],
+    dx: Operand, dresidual: Operand | None,
+) -> Callable[..., None]:  # fmt: skip
+    shape, kind, (dys, xs, ys, dxs, drs) = x.shape, kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
+    (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, (*numbers, *sums)))
+    launch = _launcher(
+        lambda threads: plans.grad_input(shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, threads), x.size
+    )
+    past = past_caches(dx, dresidual)
 
-    Without x, ``dx = unit * scale * dz``. Where weight and dz are 0, dx is 0, whatever x is.
-    """
-    weight, k = weight_in_range(weight, dy)
-    if k != 0:
-        offset, slope = np.ldexp(offset, k), np.ldexp(slope, k)
-    (dy_, dys), (x_, xs), (y_, ys) = walkable(dy), walkable(x), walkable(y)
-    (w_, ws, weights), (dx_, dxs), (dr_, drs) = walkable_weight(weight), walkable(dx), walkable(dresidual)
-    run = plans.grad_input(dy.shape, kind_of(dy.dtype), dys, xs, ys, ws, weights, dxs, drs, threads_for(dy.size))
-    numbers = map(np.ascontiguousarray, (mean, scale, offset, slope, unit))
-    run(dy_, x_, y_, w_, dx_, dr_, *numbers, past_caches(dx, dresidual))
+    def run(
+        dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array, gamma: Array | None,
+        count: Array, dmean: Array | None, dvar: Array | None, dgamma: Array, dbeta: Array,
+        dx: Array, dresidual: Array | None,
+    ) -> None:  # fmt: skip
+        if weight is not None:
+            weight, count = _in_range(weight, count, x)
+        launch(
+            dy, x, y, weight, dx, dresidual, mean, rstd, gamma, count, dmean, dvar, dgamma, dbeta, past(dx, dresidual)
+        )
+
+    return run
+
+
+def _in_range(weight: Array, count: Array, x: Array) -> tuple[Array | None, Array]:
+    """Weights and their sum over the same power of two."""
+    scaled, k = weight_in_range(weight, x)
+    return scaled, count if k == 0 else np.ldexp(count.astype(np.float64), -k)
 
 
 def backward(
-    dy: Array,
-    x: Array,
-    y: Array | None,
-    weight: Array | None,
-    mean: Array,
-    rstd: Array,
-    gamma: Array,
-    count: Array,
-    dmean: Array,
-    dvar: Array,
-    frozen: bool,
-    dx: Array,
-    dresidual: Array | None,
-) -> tuple[Array, Array]:
-    """The two sums; dx from them (frozen: without the statistics' share); dresidual = dz."""
-    out = np.zeros((2, x.shape[0] * x.shape[2]))
-    if x.size > 0:
-        weight, k = weight_in_range(weight, x)
-        count = count if k == 0 else np.ldexp(count, -k)
-        (dy_, dys), (x_, xs), (y_, ys) = walkable(dy), walkable(x), walkable(y)
-        (w_, ws, weights), (dx_, dxs), (dr_, drs) = walkable_weight(weight), walkable(dx), walkable(dresidual)
-        kind, shares = kind_of(x.dtype), threads_for(x.size)
-        run = plans.backward(x.shape, kind, dys, xs, ys, ws, weights, dxs, drs, FLOAT64, frozen, shares)
-        numbers = map(np.ascontiguousarray, (mean, rstd, gamma, count, dmean, dvar))
-        run(dy_, x_, y_, w_, dx_, dr_, *numbers, out, past_caches(dx, dresidual))
-    return out[0], out[1]
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
+    dx: Operand, dresidual: Operand | None,
+) -> Callable[..., tuple[Array, Array]]:  # fmt: skip
+    shape, kind, (dys, xs, ys, dxs, drs) = x.shape, kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
+    (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, numbers))
+    launch = _launcher(
+        lambda threads: plans.backward(shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, frozen, threads), x.size
+    )
+    past, kept, empty = past_caches(dx, dresidual), x.kept, x.size == 0
+
+    def run(
+        dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array, gamma: Array | None,
+        count: Array | None, dmean: Array | None, dvar: Array | None, dx: Array, dresidual: Array | None,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        if empty:
+            return np.zeros(kept), np.zeros(kept)
+        if weight is not None and count is not None:
+            weight, count = _in_range(weight, count, x)
+        sums = np.empty((2, kept))
+        launch(dy, x, y, weight, dx, dresidual, mean, rstd, gamma, count, dmean, dvar, sums, past(dx, dresidual))
+        return sums[0], sums[1]
+
+    return run

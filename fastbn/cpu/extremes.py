@@ -6,22 +6,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from fastbn.cpu.memory import Array
 
-LEAST_EPS = 1e-30  # from here on the reciprocal deviation is below 1e15, and nothing is asked
+LEAST_EPS = 1e-30  # an eps from here on keeps the reciprocal deviation below 1e15
 _MOST = float(np.finfo(np.float32).max)
 
 
-def needs_float64(x: Array, rstd: Array, gamma: Any, eps: float | None) -> bool:
-    """Whether some channel of x is to be normalized in float64; without eps the rstd may be anything."""
-    if x.itemsize == 8 or (eps is not None and eps >= LEAST_EPS):
-        return False
+def beyond_float32(rstd: Array, gamma: Array | None) -> bool:
+    """Whether some channel of float32 data, or narrower, is to be normalized in float64."""
     with np.errstate(over="ignore", invalid="ignore"):
-        scale = np.abs(rstd * gamma)
+        scale = np.abs(rstd.astype(np.float64) * (1.0 if gamma is None else gamma))
     return bool(((scale > _MOST) & (scale < np.inf)).any())
 
 

@@ -1,7 +1,8 @@
-"""Arrays as kernels take them: strides in elements, vectors of numbers; what may be written where."""
+"""Arrays as kernels take them: strides in elements, kinds; memory of results; what may be written where."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from fastbn.caches import last_cache
 from fastbn.cpu.program import kind_of
 from fastbn.layout import Layout
+from fastbn.operands import Operand, dense
 
 Array = np.ndarray[Any, Any]
 Strides = tuple[int, ...]  # in elements: where the first one is, then of batch, outer and channel
@@ -20,17 +22,14 @@ CACHE_SHARE = 4 << 20  # bytes of output; below, streaming stores lose to plain 
 OWN_TIMES = min(max(1, last_cache() // 4 // CACHE_SHARE), 4)
 
 
-def _unit_stride(a: Array) -> bool:
-    """Whether kernels can walk the array: contiguous inner or channel axis, other strides whole elements."""
-    _, _, channel, inner = a.shape
+def reads(view: Array) -> bool:
+    """Whether kernels can walk a folded array: contiguous inner or channel axis, other strides whole elements."""
+    if not (view.dtype.isnative and view.flags.aligned):
+        return False
+    _, _, channel, inner = view.shape
     axis = 3 if inner > 1 or channel == 1 else 2
-    unit = a.shape[axis] == 1 or a.strides[axis] == a.itemsize
-    return unit and all(s % a.itemsize == 0 for s in a.strides)
-
-
-def writable_in_place(a: Array) -> bool:
-    """Whether kernels can write a folded array as it lies in memory."""
-    return bool(a.dtype.isnative and (a.flags.carray or (a.flags.aligned and _unit_stride(a))))
+    unit = view.shape[axis] == 1 or view.strides[axis] == view.itemsize
+    return view.flags.c_contiguous or (unit and all(s % view.itemsize == 0 for s in view.strides))
 
 
 _shares_memory: Any = np.shares_memory  # whose stub knows only two of max_work's values
@@ -51,16 +50,33 @@ def same_or_apart(a: Array, b: Array) -> bool:
     ) or not overlap(a, b)
 
 
-def walkable(a: Array | None) -> tuple[Array | None, Strides | None]:
-    """An array as kernels can walk it, copied if need be, and its strides in elements (0, batch, outer, channel)."""
-    if a is None:
+def strides_of(o: Operand | None) -> Strides | None:
+    """Strides in elements; 0 where there is one element, so that arrays that lie alike have one plan."""
+    if o is None:
+        return None
+    _, outer, channel, inner = o.shape
+    whole = zip(o.strides, dense(o.shape, o.dtype).strides, o.shape, strict=True)
+    if 0 in o.shape or all(s == d or n == 1 for s, d, n in whole):
+        return 0, outer * channel * inner, channel * inner, inner
+    return 0, *(s // o.dtype.itemsize if n > 1 else 0 for s, n in zip(o.strides[:3], o.shape, strict=False))
+
+
+def strides_of_weight(o: Operand | None) -> tuple[Strides | None, str | None]:
+    """The same of a weight, which is contiguous, and its kind; 0 along batch and channel where it does not vary."""
+    if o is None:
         return None, None
-    if not writable_in_place(a):
-        a = np.array(a, dtype=a.dtype.newbyteorder("="), order="C")
-    _, outer, channel, inner = a.shape
-    if a.flags.c_contiguous:
-        return a, (0, outer * channel * inner, channel * inner, inner)
-    return a, (0, *(s // a.itemsize if n > 1 else 0 for s, n in zip(a.strides[:3], a.shape, strict=False)))
+    batch, outer, channel, inner = o.shape
+    return (0, outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1)), kind_of(o.dtype)
+
+
+def kind_or_none(dtype: np.dtype[Any] | None) -> str | None:
+    """Of a vector of parameters, which may be absent."""
+    return None if dtype is None else kind_of(dtype)
+
+
+def viewed(o: Operand, a: Any) -> Array:
+    """A caller's array as its operand says that it lies."""
+    return np.lib.stride_tricks.as_strided(a, o.shape, o.strides)
 
 
 def folded_view(layout: Layout, a: Array) -> Array | None:
@@ -69,23 +85,6 @@ def folded_view(layout: Layout, a: Array) -> Array | None:
         return a.transpose(layout.order).reshape(layout.folded, copy=False)
     except ValueError:
         return None
-
-
-def vector(layout: Layout, parameter: Any, default: float) -> Array:
-    """A parameter as kernels take it: a float64 vector; the default for None."""
-    if parameter is None:
-        return np.full(layout.folded[0] * layout.folded[2], default)
-    numbers: Array = layout.vector(np, parameter)
-    return numbers
-
-
-def walkable_weight(weight: Array | None) -> tuple[Array | None, Strides | None, str | None]:
-    """The same for weights, and their kind: contiguous, and stride 0 along batch and channel where they do not vary."""
-    if weight is None:
-        return None, None, None
-    batch, outer, channel, inner = weight.shape
-    strides = (0, outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1))
-    return np.ascontiguousarray(weight), strides, kind_of(weight.dtype)
 
 
 # New pages cost more than a kernel (25 ms for 100 MB, the kernel 8), and malloc asks the system for new ones whenever
@@ -128,10 +127,30 @@ def empty_like(a: Array) -> Array:
     return flat.transpose(np.argsort(order))
 
 
-def past_caches(*arrays: Array | None) -> float:
-    """Which kernels may write to arrays past the caches: 0 none, they are small; 1 those that find the first line
-    themselves; 2 all, the arrays start at a multiple of 16 bytes, as NumPy's own do.
+def alike(a: Array) -> Array:
+    """An array that lies as results like this one, which nobody reads or writes."""
+    return empty_like(a)
+
+
+def allocator(a: Array) -> Callable[[Array], Array]:
+    """What makes results like arrays that lie like this one."""
+    plain = type(a) is np.ndarray and a.nbytes < CACHE_SHARE
+    return np.empty_like if plain else empty_like
+
+
+def past_caches(*operands: Operand | None) -> Callable[..., float]:
+    """Of arrays that lie so: which kernels may write them past the caches. 0 none, they are small; 1 those that find
+    the first line themselves; 2 all, the arrays start at a multiple of 16 bytes, as NumPy's own do.
     """
-    if any(a is not None and a.nbytes < CACHE_SHARE for a in arrays):
-        return 0.0
-    return 2.0 if all(a is None or a.__array_interface__["data"][0] % 16 == 0 for a in arrays) else 1.0
+    for o in operands:
+        if o is not None and o.size * o.dtype.itemsize < CACHE_SHARE * (OWN_TIMES if o.fresh else 1):
+            return _none_past_caches
+
+    def past(*arrays: Array | None) -> float:
+        return 2.0 if all(a is None or a.__array_interface__["data"][0] % 16 == 0 for a in arrays) else 1.0
+
+    return past
+
+
+def _none_past_caches(*arrays: Array | None) -> float:
+    return 0.0

@@ -325,11 +325,12 @@ def _past_of_rows(shape: Shape, kind: Kind) -> int:
 @lru_cache(maxsize=1024)
 def grad_sums(
     shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
-    shares: int,
+    parameters: Kinds, shares: int,
 ) -> Program:  # fmt: skip
     """``program(dy, x, y, weight, mean, rstd, out)``: (dgamma, dbeta)."""
+    mean, rstd = parameters
     arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights}
-    arrays |= {"mean": "f8*", "rstd": "f8*", "out": "f8*"}
+    arrays |= {"mean": mean, "rstd": rstd, "out": "f8*"}
     p = Program(shares, math.prod(shape), arrays)
     numbers = _numbers(p, shape, mean=0.0, rstd=1.0)
     _add_grad_sums(p, shape, kind, dys, xs, ys, ws, shares, numbers, None, False, False)
@@ -373,17 +374,31 @@ def _add_grad_sums(
 
 @lru_cache(maxsize=1024)
 def grad_input(
-    shape: Shape, kind: Kind, dys: Strides, xs: Strides | None, ys: Strides | None, ws: Strides | None,
-    weights: Kind | None, dxs: Strides, drs: Strides | None, shares: int,
+    shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
+    dxs: Strides, drs: Strides | None, parameters: Kinds, shares: int,
 ) -> Program:  # fmt: skip
-    """``program(dy, x, y, weight, dx, dresidual, mean, scale, offset, slope, unit, past)``."""
-    arrays = {"dy": kind, "x": kind if xs else None, "y": kind if ys else None, "weight": weights, "dx": kind}
-    arrays |= {"dresidual": kind if drs else None}
-    arrays |= dict.fromkeys(("mean", "scale", "offset", "slope", "unit"), "f8*")
+    """``program(dy, x, y, weight, dx, dresidual, mean, rstd, gamma, count, dmean, dvar, dgamma, dbeta, past)``."""
+    names = (*GRADIENT_NUMBERS, "dgamma", "dbeta")
+    arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "dx": kind}
+    arrays |= {"dresidual": kind if drs else None, **dict(zip(names, parameters, strict=True))}
     p = Program(shares, math.prod(shape), arrays, ["past"])
-    numbers = _numbers(p, shape, mean=0.0, scale=0.0, offset=0.0, slope=0.0, unit=1.0)
-    _add_grad_input(p, shape, kind, p.array("x"), dys, xs, ys, ws, dxs, drs, shares, numbers)
+    kept, x = shape[0] * shape[2], p.array("x")
+    numbers, mixed = _gradient_numbers(p, shape, parameters)
+    sums, linear = _numbers(p, shape, dgamma=0.0, dbeta=0.0), p.scratch(5 * kept, "f8*")
+    p.launch("slab.linear_rows", kept, True, x=x, numbers=numbers, kept=p.integers([kept]), mixed=mixed, sums=sums,
+             linear=linear)  # fmt: skip
+    _add_grad_input(p, shape, kind, x, dys, xs, ys, ws, dxs, drs, shares, linear)
     return p
+
+
+GRADIENT_NUMBERS = ("mean", "rstd", "gamma", "count", "dmean", "dvar")
+
+
+def _gradient_numbers(p: Program, shape: Shape, parameters: Kinds) -> tuple[Argument, bool]:
+    """Rows of numbers as `slab.input_numbers` takes them, and whether dmean or dvar is among them."""
+    mixed = parameters[4] is not None or parameters[5] is not None
+    defaults = {"mean": 0.0, "rstd": 1.0, "gamma": 1.0, "count": 1.0} | ({"dmean": 0.0, "dvar": 0.0} if mixed else {})
+    return _numbers(p, shape, **defaults), mixed
 
 
 def _add_grad_input(
@@ -417,14 +432,12 @@ def backward(
 
     See `slab.input_numbers`; ``out`` is for (dgamma, dbeta).
     """
-    names = ("mean", "rstd", "gamma", "count", "dmean", "dvar")
     arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "dx": kind}
-    arrays |= {"dresidual": kind if drs else None, **dict(zip(names, parameters, strict=True)), "out": "f8*"}
+    arrays |= {"dresidual": kind if drs else None, **dict(zip(GRADIENT_NUMBERS, parameters, strict=True)), "out": "f8*"}
     p = Program(shares, math.prod(shape), arrays, ["past"])
     dy, x, y, dx, dresidual = (p.array(name) for name in ("dy", "x", "y", "dx", "dresidual"))
-    mixed = parameters[4] is not None or parameters[5] is not None
-    defaults = {"mean": 0.0, "rstd": 1.0, "gamma": 1.0, "count": 1.0} | ({"dmean": 0.0, "dvar": 0.0} if mixed else {})
-    numbers, out, live = _numbers(p, shape, **defaults), p.array("out"), None if frozen else x
+    numbers, mixed = _gradient_numbers(p, shape, parameters)
+    out, live = p.array("out"), None if frozen else x
     strides, kept = (dys, xs, ys, ws, dxs, drs), shape[0] * shape[2]
     tile = 0
     if ws is None and in_columns(shape, dys, xs, ys, dxs, drs) and folding(shape, _size(kind), dys, xs, ys) == 1:

@@ -19,7 +19,7 @@ from fastbn.cpu.team import RUNTIME, team_for
 
 # Where an argument comes from: itself; a number given at each call; an array given at each call, or the scratch memory,
 # so many bytes from the first element; whether a number given is at least so large.
-CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST, TEMPORARY = range(6)
+CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST, TEMPORARY, INTEGERS = range(7)
 MOST_ARGUMENTS = 32
 ON_STACK = 3 << 10  # bytes of scratch memory at most; with more a frame exceeds 4 kB, which Windows makes a call for
 HELD = 1 << 17  # elements below which a call keeps the interpreter's lock: handing it over can take as long as a call
@@ -78,7 +78,7 @@ class Program:
         self._launches: list[tuple[str, int, int, dict[str, Argument]]] = []
         self._vectors: list[int] = []
         self._scratch = self._temporary = self._used = 0
-        self._kept: list[Any] = []
+        self._integers: list[int] = []
         self._words: Any = None
         self.followed_by: Callable[[], Program] | None = None  # a call that often comes after this one
         self.call: Callable[..., object] = self._first_call
@@ -109,9 +109,10 @@ class Program:
         return Argument(kind, TEMPORARY, 0, place)
 
     def integers(self, values: Sequence[int]) -> Argument:
-        """Constants in memory."""
-        self._kept.append(np.array(values, np.int64))
-        return Argument("i8*", CONSTANT, extra=self._kept[-1].ctypes.data)
+        """Constants in memory: behind the program's words, so that who holds these needs nothing else."""
+        place = 8 * len(self._integers)
+        self._integers += values
+        return Argument("i8*", INTEGERS, extra=place)
 
     def vector(self, name: str, count: int, default: float, to: Argument) -> None:
         """First of all, copy a vector of parameters to a place, in float64; where none is given, its default."""
@@ -138,31 +139,36 @@ class Program:
     def __call__(self, *given: Any) -> None:
         """Arrays, or None for an absent one, and floats: their objects are read as such."""
         if self.threads > 1:
-            self.prepare()._words[0] = team_for(self.threads)
+            self.prepared()
+            self._words[0] = team_for(self.threads)
         self.call(*given)
 
-    def prepare(self) -> Program:
-        """Find its kernels, which a first call does otherwise."""
+    def prepared(self) -> Callable[..., object]:
+        """The call itself, for one thread, with its kernels found."""
         if self._words is None:
             self._prepare()
-        return self
+        return self.call
 
     def _first_call(self, *given: Any) -> object:
-        self._prepare()
-        return self.call(*given)
+        return self.prepared()(*given)
 
     def _prepare(self) -> None:
         python = [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name in _OF_PYTHON]
         sizes = [self._scratch + self._temporary, len(self._vectors) * 8 // VECTOR, len(self._launches)]
         words = [0, self._releases, *python, *sizes, *self._vectors]
         entries = addresses([*self.kernels(), *(RUNTIME[:1] if self.threads < 2 else RUNTIME)], self._later)
+        pointers = []  # words that are to point into these words
         for (_, tasks, threads, arguments), entry in zip(self._launches, entries, strict=False):
             words += [entry, tasks, threads, len(arguments), 0]
             for a in arguments.values():
                 if a.source == TEMPORARY:  # behind all that lasts
                     a = a._replace(source=SCRATCH, extra=a.extra + self._scratch)
+                elif a.source == INTEGERS:
+                    a = a._replace(source=CONSTANT)
+                    pointers.append(len(words) + 2)
                 words += [a.source, a.slot, a.extra]
-        mine = np.array(words, np.int64)
+        mine = np.array(words + self._integers, np.int64)
+        mine[pointers] += mine.ctypes.data + 8 * len(words)
         # Threads may prepare it at once; the words of the first are everybody's, or a call's team would never change.
         self._words, self.call = vars(self).setdefault("_prepared", (mine, _built_in(mine)))
 

@@ -1,152 +1,164 @@
-"""The contract of a backend, on CuPy arrays with CUDA kernels; `fastbn.cpu` says what each function does.
+"""The contract of a backend (`fastbn.backend`), on CuPy arrays with CUDA kernels.
 
-Every function describes its call as a `plans.Problem`, asks for the plan and launches it on the current stream; callers
-make the arrays' device the current one. Per-channel numbers stay in their dtypes, and absent ones None: the kernels
-convert. Results of a call and the scratch behind them are one allocation, so that a captured graph may be replayed as
-long as the results live, unless callers copied something first.
+Every function describes its calls as a `plans.Problem`, for which a plan is chosen, and returns what launches that on
+the current stream. Per-channel numbers stay in their dtypes, and absent ones None: the kernels convert. Results of a
+call and the scratch behind them are one allocation, so that a captured graph may be replayed as long as the results
+live, unless callers copied something first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fastbn.cuda import launch, plans
-from fastbn.cuda.again import backward_again, forward_again, inference_again, moments_again
 from fastbn.cuda.memory import (
     Array,
     Results,
-    empty_like,
+    alike,
+    allocator,
     folded_view,
     overlap,
+    place,
     problem_of,
+    reads,
     same_or_apart,
-    vector,
-    writable_in_place,
 )
+from fastbn.formulas import input_numbers
+from fastbn.operands import Affine, Numbers, Operand
 
 __all__ = [
+    "alike",
+    "allocator",
     "backward",
-    "backward_again",
-    "empty_like",
     "folded_view",
     "forward",
-    "forward_again",
     "grad_input",
     "grad_sums",
-    "inference_again",
     "moments",
-    "moments_again",
     "normalize",
+    "on_its_device",
     "overlap",
+    "place",
+    "reads",
     "same_or_apart",
-    "vector",
-    "writable_in_place",
     "xp",
 ]
 
 xp = launch.cupy
 
 
-def moments(x: Array, weight: Array | None) -> tuple[Array, Array, Array, Array]:
-    problem = problem_of({"x": x}, weight)
-    count, m2, mean, rstd = _run(plans.moments, problem, 4, x=x, weight=weight)
-    return count, mean, m2, rstd
+def on_its_device(call: Callable[..., Any], x: Array) -> Callable[..., Any]:
+    device = x.data.device_id
+
+    def run(*arguments: Any) -> Any:
+        if launch.current_device() == device:
+            return call(*arguments)
+        with xp.cuda.Device(device):
+            return call(*arguments)
+
+    return run
+
+
+def _launcher(choose: Any, problem: plans.Problem, rows: int, names: str) -> Callable[..., list[Array]]:
+    """Of arrays by these names, launches the problem's plan; gives rows of results, a number for every kept index."""
+    if problem.kept == 0:
+        return lambda *arrays: [xp.empty(0, np.float64) for _ in range(rows)]
+    plan: plans.Plan = choose(problem)
+    results = Results(rows, problem.kept, plan)
+    run = plan.run if plan.counters or len(plan.launches) > 1 else plan.launches[0]
+    places = [launch.POINTERS.index(name) for name in names.split()]
+    nowhere = [0] * (len(launch.POINTERS) - 3)
+
+    def launched(*arrays: Array | None) -> list[Array]:
+        at = nowhere.copy()
+        for i, a in zip(places, arrays):  # noqa: B905 (strict takes a tenth of the time)
+            if a is not None:
+                at[i] = a.data.ptr
+        found, *scratch = results()
+        run(*at, *scratch)
+        return found
+
+    return launched
+
+
+def moments(x: Operand, weight: Operand | None) -> Callable[..., tuple[Array, ...]]:
+    launched = _launcher(plans.moments, problem_of({"x": x}, weight), 4, "x weight")
+
+    def run(x: Array, weight: Array | None) -> tuple[Array, ...]:
+        count, m2, mean, rstd = launched(x, weight)
+        return count, mean, m2, rstd
+
+    return run
 
 
 def normalize(
-    x: Array,
-    mean: Array,
-    spread: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    eps: float | None,
-    residual: Array | None,
-    relu: bool,
-    y: Array,
-) -> None:
-    arrays = {"x": x, "y": y, "residual": residual}
-    numbers = {"mean": mean, "spread": spread, "gamma": gamma, "beta": beta}
+    x: Operand, y: Operand, residual: Operand | None, parameters: Affine, eps: float | None, relu: bool
+) -> Callable[..., object]:
     problem = problem_of(
-        arrays, None, numbers, relu, residual is not None, eps=eps or 0.0, spread_is_variance=eps is not None
-    )
-    _run(plans.normalize, problem, 0, **arrays, **numbers)
+        {"x": x, "y": y, "residual": residual}, None, parameters._asdict(), relu,
+        residual is not None, eps=eps or 0.0, spread_is_variance=eps is not None,
+    )  # fmt: skip
+    return _launcher(plans.normalize, problem, 0, "x residual y mean spread gamma beta")
 
 
 def forward(
-    x: Array,
-    weight: Array | None,
-    gamma: Array | None,
-    beta: Array | None,
-    eps: float,
-    residual: Array | None,
-    relu: bool,
-    y: Array,
-) -> tuple[Array, Array, Array, Array]:
+    x: Operand, weight: Operand | None, y: Operand, residual: Operand | None, gamma: Any, beta: Any,
+    eps: float, relu: bool,
+) -> Callable[..., tuple[Array, ...]]:  # fmt: skip
     arrays, numbers = {"x": x, "y": y, "residual": residual}, {"gamma": gamma, "beta": beta}
     problem = problem_of(arrays, weight, numbers, relu, residual is not None, eps=eps)
-    count, m2, mean, rstd = _run(plans.forward, problem, 4, weight=weight, **arrays, **numbers)
-    return count, mean, m2, rstd
+    launched = _launcher(plans.forward, problem, 4, "x weight gamma beta residual y")
+
+    def run(*arrays: Array | None) -> tuple[Array, ...]:
+        count, m2, mean, rstd = launched(*arrays)
+        return count, mean, m2, rstd
+
+    return run
 
 
 def grad_sums(
-    dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array
-) -> tuple[Array, Array]:
-    arrays, numbers = {"x": x, "dy": dy, "y": y}, {"mean": mean, "spread": rstd}
-    problem = problem_of(arrays, weight, numbers, y is not None)
-    dgamma, dbeta = _run(plans.grad_sums, problem, 2, weight=weight, **arrays, **numbers)
-    return dgamma, dbeta
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, mean: Any, rstd: Any
+) -> Callable[..., list[Array]]:
+    problem = problem_of({"x": x, "dy": dy, "y": y}, weight, {"mean": mean, "spread": rstd}, y is not None)
+    return _launcher(plans.grad_sums, problem, 2, "dy x y weight mean spread")
 
 
 def grad_input(
-    dy: Array,
-    x: Array | None,
-    y: Array | None,
-    weight: Array | None,
-    mean: Array,
-    unit: Array,
-    scale: Array,
-    offset: Array,
-    slope: Array,
-    dx: Array,
-    dresidual: Array | None,
-) -> None:
-    arrays = {"dy": dy, "x": x, "y": y, "dx": dx, "dresidual": dresidual}
-    numbers = {"mean": mean, "spread": unit, "gamma": scale, "offset": offset, "slope": slope}
-    problem = problem_of(arrays, weight, numbers, y is not None, dresidual is not None, frozen=x is None)
-    _run(plans.grad_input, problem, 0, weight=weight, **arrays, **numbers)
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, sums: tuple[Any, Any],
+    dx: Operand, dresidual: Operand | None,
+) -> Callable[..., None]:  # fmt: skip
+    float64, itemsize = np.dtype(np.float64), x.dtype.itemsize
+    problem = problem_of(
+        {"dy": dy, "x": x, "y": y, "dx": dx, "dresidual": dresidual}, weight,
+        {"mean": numbers.mean, "spread": float64, "gamma": float64, "offset": float64, "slope": float64},
+        y is not None, dresidual is not None, frozen=False,
+    )  # fmt: skip
+    launched = _launcher(plans.grad_input, problem, 0, "dy x y weight mean spread gamma offset slope dx dresidual")
+
+    def run(
+        dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array, gamma: Array | None,
+        count: Array, dmean: Array | None, dvar: Array | None, dgamma: Array, dbeta: Array,
+        dx: Array, dresidual: Array | None,
+    ) -> None:  # fmt: skip
+        given = [a if a is None else a.astype(np.float64) for a in (gamma, rstd, dgamma, dbeta, count, dmean, dvar)]
+        gamma, rstd, dgamma, dbeta, count, dmean, dvar = (0.0 if a is None else a for a in given)
+        unit, scale, offset, slope = input_numbers(
+            1.0 if given[0] is None else gamma, rstd, dgamma, dbeta, count, dmean, dvar, itemsize
+        )
+        launched(dy, x, y, weight, mean, unit, scale, offset, slope, dx, dresidual)
+
+    return run
 
 
 def backward(
-    dy: Array,
-    x: Array,
-    y: Array | None,
-    weight: Array | None,
-    mean: Array,
-    rstd: Array,
-    gamma: Array | None,
-    count: Array,
-    dmean: Array | None,
-    dvar: Array | None,
-    frozen: bool,
-    dx: Array,
-    dresidual: Array | None,
-) -> tuple[Array, Array]:
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
+    dx: Operand, dresidual: Operand | None,
+) -> Callable[..., list[Array]]:  # fmt: skip
     arrays = {"x": x, "dy": dy, "y": y, "dx": dx, "dresidual": dresidual}
-    numbers = {"mean": mean, "spread": rstd, "gamma": gamma, "count": count, "dmean": dmean, "dvar": dvar}
-    problem = problem_of(arrays, weight, numbers, y is not None, dresidual is not None, frozen=frozen)
-    dgamma, dbeta = _run(plans.backward, problem, 2, weight=weight, **arrays, **numbers)
-    return dgamma, dbeta
-
-
-def _run(choose: Any, problem: plans.Problem, rows: int, **arrays: Array | None) -> list[Array]:
-    """Launch the plan of a problem; the rows of results, each with a number for every kept channel."""
-    channels = problem.shape[0] * problem.shape[2]
-    if channels == 0:
-        return [xp.empty(0, np.float64) for _ in range(rows)]
-    plan = choose(problem)
-    results, *scratch = Results(rows, channels, plan)()
-    addresses = (arrays.get(name) for name in launch.POINTERS[: -len(scratch)])
-    plan.run(*(0 if a is None else a.data.ptr for a in addresses), *scratch)
-    return results
+    mean, rstd, *others = numbers
+    types = {"mean": mean, "spread": rstd, **dict(zip(("gamma", "count", "dmean", "dvar"), others, strict=True))}
+    problem = problem_of(arrays, weight, types, y is not None, dresidual is not None, frozen=frozen)
+    return _launcher(plans.backward, problem, 2, "dy x y weight mean spread gamma count dmean dvar dx dresidual")

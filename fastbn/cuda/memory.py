@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from fastbn.cuda import launch
-from fastbn.cuda.plans import Operand, Plan, Problem, Strides
+from fastbn.cuda import launch, plans
+from fastbn.cuda.plans import Plan, Problem, Strides
 from fastbn.layout import Layout
+from fastbn.operands import Operand
 
 cupy = launch.cupy
 
@@ -26,28 +28,28 @@ def type_of(dtype: Any) -> int:
     return known
 
 
-def strides_of(a: Array) -> Strides:
+def strides_of(o: Operand) -> Strides:
     """Strides in elements; 0 where there is one element, so that arrays of one layout have one plan."""
-    itemsize = a.itemsize
-    return tuple(s // itemsize if n > 1 else 0 for s, n in zip(a.strides, a.shape, strict=True))
+    itemsize = o.dtype.itemsize
+    return tuple(s // itemsize if n > 1 else 0 for s, n in zip(o.strides, o.shape, strict=True))
 
 
 def problem_of(
-    arrays: dict[str, Array | None], weight: Array | None, numbers: dict[str, Array | None] | None = None,
+    arrays: dict[str, Operand | None], weight: Operand | None, types: dict[str, Any] | None = None,
     relu: bool = False, residual: bool = False, eps: float = 0.0, **options: bool,
 ) -> Problem:  # fmt: skip
-    """The description of a call: all that a plan depends on."""
-    present = {name: a for name, a in arrays.items() if a is not None}
+    """The description of calls: all that a plan depends on. Types are those of per-channel numbers."""
+    present = {name: o for name, o in arrays.items() if o is not None}
     first = next(iter(present.values()))
     return Problem(
-        device=launch.device(first.data.device_id),
+        device=launch.device(first.device),
         shape=first.shape,
         dtype=type_of(first.dtype),
-        itemsize=first.itemsize,
-        operands=tuple((name, Operand(strides_of(a), a.data.ptr % 16)) for name, a in present.items()),
+        itemsize=first.dtype.itemsize,
+        operands=tuple((name, plans.Operand(strides_of(o), o.offset)) for name, o in present.items()),
         weight=0 if weight is None else 1 if weight.dtype == np.bool_ else 2,
         weight_strides=() if weight is None else strides_of(weight),
-        types=tuple((name, type_of(a.dtype)) for name, a in (numbers or {}).items() if a is not None),
+        types=tuple((name, type_of(dtype)) for name, dtype in (types or {}).items() if dtype is not None),
         relu=relu,
         residual=residual,
         options=tuple((name, int(value)) for name, value in options.items()),
@@ -55,10 +57,9 @@ def problem_of(
     )
 
 
-def extent(a: Array) -> tuple[int, int]:
-    """From an array's address, the bytes to its first one in memory and behind its last."""
-    reach = [(n - 1) * s for n, s in zip(a.shape, a.strides, strict=True)]
-    return sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + a.itemsize
+def place(a: Array) -> tuple[int, int]:
+    """Device, and offset of the address from a multiple of 16 bytes."""
+    return a.data.device_id, a.data.ptr % 16
 
 
 class Results:
@@ -96,13 +97,6 @@ class Results:
         )
 
 
-def vector(layout: Layout, parameter: Array | None, default: float) -> Array | None:
-    """A parameter as kernels take it: in its own dtype, contiguous; None stays None, for which they have defaults."""
-    if parameter is None:
-        return None
-    return cupy.ascontiguousarray(layout.laid_out(cupy, parameter)).reshape(-1)
-
-
 def folded_view(layout: Layout, a: Array) -> Array | None:
     """An array as kernels see it; None where that takes a copy."""
     view = a.transpose(layout.order)
@@ -113,14 +107,34 @@ def folded_view(layout: Layout, a: Array) -> Array | None:
     return view
 
 
-def empty_like(a: Array) -> Array:
-    """An uninitialised array in the element order of another."""
-    return cupy.empty_like(a)
+def alike(a: Array) -> Array:
+    """An array that lies as results like this one, in its order and without gaps; in its memory, so never written."""
+    strides, step = [0] * a.ndim, a.itemsize
+    for axis in sorted(range(a.ndim), key=lambda axis: (abs(a.strides[axis]), -axis)):
+        strides[axis] = step
+        step *= a.shape[axis]
+    return cupy.ndarray(a.shape, a.dtype, a.data, tuple(strides))
 
 
-def writable_in_place(a: Array) -> bool:
-    """Whether kernels can write an array as it lies in memory: whatever its strides."""
+def allocator(a: Array) -> Callable[[Array], Array]:
+    """What makes results like arrays that lie like this one, of which nothing is kept."""
+    ndarray, alloc, shape, dtype = cupy.ndarray, cupy.cuda.alloc, a.shape, a.dtype
+    if a.flags.c_contiguous:
+        return lambda _: ndarray(shape, dtype)
+    strides, nbytes = alike(a).strides, a.nbytes
+    return lambda _: ndarray(shape, dtype, alloc(nbytes), strides)
+
+
+def reads(view: Array) -> bool:
+    """Whether kernels can walk a folded array: whatever its strides."""
     return True
+
+
+def _extent(a: Array) -> tuple[int, int]:
+    """The addresses of an array's first byte in memory and of the one behind its last."""
+    reach = [(n - 1) * s for n, s in zip(a.shape, a.strides, strict=True)]
+    start = a.data.ptr
+    return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + a.itemsize
 
 
 class _Shadow:
@@ -142,6 +156,9 @@ _shares_memory: Any = np.shares_memory
 def overlap(a: Array, b: Array) -> bool:
     """Whether two arrays share memory; yes where that is too hard to decide."""
     if a.size == 0 or b.size == 0:
+        return False
+    (low, high), (first, end) = _extent(a), _extent(b)
+    if high <= first or end <= low:
         return False
     try:
         return bool(_shares_memory(np.asarray(_Shadow(a)), np.asarray(_Shadow(b)), max_work=1000))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fastbn import repeated
+from fastbn import call
 from tests.on_cupy import OnCupy
 from tests.simt import host_cupy, simt
 
@@ -100,6 +100,6 @@ def forget() -> None:
     """Drop all plans."""
     from fastbn.cuda import plans
 
-    repeated.forget()
+    call.forget()
     for function in (plans.moments, plans.grad_sums, plans.normalize, plans.grad_input, plans.forward, plans.backward):
         function.cache_clear()

@@ -288,3 +288,9 @@ def enter_linear(x, numbers, first, last, kept, frozen, mixed, sums, linear):
         scale, offset, slope, unit = input_numbers(x, numbers, t, kept, frozen, mixed, sums[kept + t], sums[t])
         linear[t], linear[kept + t] = numbers[t], scale
         linear[2 * kept + t], linear[3 * kept + t], linear[4 * kept + t] = offset, slope, unit
+
+
+@kernel
+def linear_rows(share, first, last, x, numbers, kept, mixed, sums, linear):
+    """`enter_linear` by itself, for sums that come from elsewhere."""
+    enter_linear(x, numbers, first, last, kept[0], False, mixed, sums, linear)

@@ -1,39 +1,33 @@
-"""Calls like an earlier one take a short way (`fastbn.repeated`): the same bits, the same errors."""
+"""Prepared calls (`fastbn.call`): the same bits and errors however often, and nothing that a signature leaves out."""
 
 import numpy as np
 import pytest
 
 import fastbn
-from fastbn import repeated
-from fastbn.cpu import again, memory, team
+from fastbn import call
+from fastbn.cpu import memory, team
 from tests.conftest import forget
 from tests.support import LAYOUTS, OPTIONS, make_case
 
 
 @pytest.fixture
-def short_ways(monkeypatch):
-    """Results of calls that took the short way."""
-    taken = []
-    find = repeated.find
+def found(monkeypatch):
+    """Signatures whose calls were prepared before."""
+    signatures, find = [], call.find
 
-    def watched(key):
-        call = find(key)
+    def noted(signature):
+        prepared = find(signature)
+        signatures.extend([signature] * (prepared is not None))
+        return prepared
 
-        def noted(*args):
-            result = call(*args)
-            taken.append(result)
-            return result
-
-        return None if call is None else noted
-
-    forget()
-    monkeypatch.setattr(repeated, "find", watched)
-    yield taken
-    forget()
+    monkeypatch.setattr(call, "_prepared", {})
+    for module in ("functional", "kernels"):
+        monkeypatch.setattr(f"fastbn.{module}.find", noted)
+    return signatures
 
 
 def calls(case, out=False):
-    """Each function that has a short way, and the arrays it returns."""
+    """Forward, backward, inference and its backward; the arrays that they return."""
     keywords = case.keywords | case.epilogue
     new = (lambda: np.zeros_like(case.x)) if out else (lambda: None)
     y, saved = fastbn.batch_norm(case.x, case.gamma, case.beta, out=new(), **keywords)
@@ -50,13 +44,12 @@ def calls(case, out=False):
 @pytest.mark.parametrize("out", [False, True])
 @pytest.mark.parametrize("options", ["plain", "affine residual relu"])
 @pytest.mark.parametrize("layout", ["NC", "NCHW", "NHWC", "NHWC as NCHW", "NCHW short rows", "NCHW long rows"])
-def test_same_bits(short_ways, layout, options, out):
+def test_same_bits(found, layout, options, out):
     case = make_case(LAYOUTS[layout], "float32", OPTIONS[options])
     first, static = calls(case, out)
-    assert not short_ways
+    assert not found
     second, again = calls(case, out)
-    assert len(short_ways) == 4
-    assert all(result is not None for result in short_ways)
+    assert len(found) == 4
     assert static == again
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -64,27 +57,41 @@ def test_same_bits(short_ways, layout, options, out):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_other_dtypes(short_ways, dtype):
+def test_other_dtypes(found, dtype):
     case = make_case(LAYOUTS["NCHW"], dtype, OPTIONS["plain"])
     first, _ = calls(case)
     second, _ = calls(case)
-    assert len(short_ways) == 4
+    assert len(found) == 4
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("layout", ["instance NCHW", "channel slice", "spatial slice", "swapped bytes", "unaligned"])
-def test_unusual_arrays_go_the_documented_way(short_ways, layout):
-    case = make_case(LAYOUTS[layout], "float32", OPTIONS["plain"])
+LYING = (
+    "instance NCHW",
+    "instance Fortran",
+    "channel slice",
+    "spatial slice",
+    "alternating",
+    "swapped bytes",
+    "unaligned",
+)
+
+
+@pytest.mark.parametrize("options", ["plain", "affine residual relu", "where weights residual"])
+@pytest.mark.parametrize("layout", LYING)
+def test_every_call_is_prepared(found, layout, options):
+    """Whatever takes copies, permuted parameters, weights."""
+    case = make_case(LAYOUTS[layout], "float32", OPTIONS[options])
     first, _ = calls(case)
+    assert not found
     second, _ = calls(case)
-    assert all(result is None for result in short_ways)
+    assert len(found) == 4
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_arrays_of_a_later_call_are_looked_at(short_ways):
-    """Same key, but misaligned or overlapping arrays; read-only ones are as good as others."""
+def test_arrays_of_a_later_call_are_looked_at(found):
+    """Misaligned arrays are others, read-only ones are not, but as `out`; and overlaps are seen."""
     x = np.random.default_rng(0).standard_normal((4, 6, 7, 11)).astype(np.float32)
     mean, var = np.zeros(6), np.ones(6)
     expected = fastbn.batch_norm_inference(x, mean, var)
@@ -93,9 +100,10 @@ def test_arrays_of_a_later_call_are_looked_at(short_ways):
     raw = np.zeros(x.nbytes + 1, np.uint8)
     askew = raw[1:].view(np.float32).reshape(x.shape)
     askew[...] = x
-    for a, short in ((locked, True), (askew, False)):
+    for a, like in ((locked, True), (askew, False)):
+        found.clear()
         np.testing.assert_array_equal(fastbn.batch_norm_inference(a, mean, var), expected)
-        assert (short_ways.pop() is not None) == short
+        assert len(found) == like
     out = np.empty_like(x)
     fastbn.batch_norm_inference(x, mean, var, out=out)
     out.flags.writeable = False
@@ -110,7 +118,7 @@ def test_arrays_of_a_later_call_are_looked_at(short_ways):
 
 
 @pytest.mark.parametrize(("function", "over"), [("forward", "x"), ("backward", "x"), ("backward", "dy")])
-def test_out_of_a_later_call_overlaps_an_input(short_ways, function, over):
+def test_out_of_a_later_call_overlaps_an_input(found, function, over):
     """All but a sample of it, which would be written before it is read."""
     rng = np.random.default_rng(0)
     arrays = {name: rng.standard_normal((4, 6, 8, 8)).astype(np.float32) for name in ("x", "dy")}
@@ -124,19 +132,18 @@ def test_out_of_a_later_call_overlaps_an_input(short_ways, function, over):
         expected = result(np.zeros((4, 6, 8, 8), np.float32), **arrays)
     both = np.zeros((5, 6, 8, 8), np.float32)
     both[:4] = arrays[over]
-    found = result(both[1:], **arrays | {over: both[:4]})
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert short_ways[-1] is None
+    result_of_overlap = result(both[1:], **arrays | {over: both[:4]})
+    np.testing.assert_allclose(result_of_overlap, expected, atol=1e-5)
 
 
-def test_in_place_forward_has_no_backward_however_often(short_ways):
+def test_in_place_forward_has_no_backward_however_often(found):
     for _ in range(3):
         x = np.ones((4, 6), np.float32)
         _, saved = fastbn.batch_norm(x, out=x)
         assert saved.x is None
 
 
-def test_errors_stay_errors(short_ways):
+def test_errors_stay_errors(found):
     """A call that differs in what is checked is another call."""
     x, one = np.ones((4, 6), np.float32), np.ones(6)
     for _ in range(2):
@@ -182,7 +189,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("function", ["batch_norm", "batch_norm_inference"])
-def test_every_argument_counts(short_ways, function, change):
+def test_every_argument_counts(found, function, change):
     """A call that differs in one argument gives what it gives without a call before it."""
     rng = np.random.default_rng(0)
     usual = {"x": rng.standard_normal((4, 6, 6)).astype(np.float32), "activation": "relu", "eps": 1e-5}
@@ -201,23 +208,23 @@ def test_every_argument_counts(short_ways, function, change):
     expected = [a.copy("K") for a in results(changed)]
     forget()
     for arguments in (usual, usual, changed, changed):
-        found = results(arguments)
-    assert any(way is not None for way in short_ways)
-    for a, b in zip(found, expected, strict=True):
+        last = results(arguments)
+    assert found
+    for a, b in zip(last, expected, strict=True):
         np.testing.assert_array_equal(a, b)
         assert (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
 
 
-def test_inference_without_eps(short_ways):
+def test_inference_without_eps(found):
     """Zero is an eps like others."""
     x = np.arange(24.0).reshape(4, 6)
     for _ in range(3):
         y = fastbn.batch_norm_inference(x, np.full(6, 3.0), np.full(6, 4.0), eps=0.0)
         np.testing.assert_array_equal(y, (x - 3) / 2)
-    assert len(short_ways) == 2
+    assert len(found) == 2
 
 
-def test_a_gathered_forward_is_another_call(short_ways):
+def test_a_gathered_forward_is_another_call(found):
     x = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
     for _ in range(2):
         fastbn.batch_norm_backward(x, fastbn.batch_norm(x)[1])
@@ -227,15 +234,15 @@ def test_a_gathered_forward_is_another_call(short_ways):
 
 
 @pytest.mark.parametrize("name", ["mean", "rstd", "count"])
-def test_numbers_of_other_dtypes(short_ways, name):
+def test_numbers_of_other_dtypes(found, name):
     """In a `Saved` made by hand."""
     x = np.arange(24.0).reshape(4, 6)
     _, saved = fastbn.batch_norm(x)
     whole = saved._replace(**{name: np.full(6, 4.0)})
     expected = fastbn.batch_norm_backward(x, whole)
     for _ in range(3):
-        found = fastbn.batch_norm_backward(x, whole._replace(**{name: np.full(6, 4)}))
-        for a, b in zip(found[:3], expected[:3], strict=True):
+        gradients = fastbn.batch_norm_backward(x, whole._replace(**{name: np.full(6, 4)}))
+        for a, b in zip(gradients[:3], expected[:3], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
@@ -247,21 +254,29 @@ def test_y_of_another_dtype():
             fastbn.batch_norm_backward(x, saved._replace(y=wrong))
 
 
-def test_other_threads_are_another_division(short_ways, monkeypatch):
-    """A plan for so many threads serves only these."""
+def test_threads_may_change_between_calls(found):
+    """A call that was prepared by one thread is not serial for ever."""
     x = np.random.default_rng(0).standard_normal((8, 16, 40, 40)).astype(np.float32)
-    expected = fastbn.batch_norm(x)[0]
-    monkeypatch.setattr(team, "PARALLEL_FROM", 1 << 60)
-    np.testing.assert_array_equal(fastbn.batch_norm(x)[0], expected)
-    assert short_ways == [None] or team.threads_for(1 << 61) == 1
+    assert x.size >= team.PARALLEL_FROM
+    asked, hire = [], team.team_for
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastbn.cpu.program.team_for", lambda threads: asked.append(threads) or hire(threads))
+        results = []
+        for threads in (1, 2, 1, 2):
+            with fastbn.threads.num_threads(threads):
+                results.append(fastbn.batch_norm(x)[0])
+    assert asked == [2, 2]
+    assert len(found) == 3
+    for y in results:
+        np.testing.assert_array_equal(y, results[0])
 
 
 def test_programs_without_repetition_keep_memory_flat(monkeypatch):
-    monkeypatch.setattr(repeated, "MOST", 8)
+    monkeypatch.setattr(call, "MOST", 8)
     forget()
     for n in range(1, 40):
         fastbn.batch_norm_inference(np.ones((n, 3), np.float32), np.zeros(3), np.ones(3))
-    assert len(repeated._calls) <= 8
+    assert len(call._prepared) <= 8
 
 
 # --- large results: their memory is used again ------------------------------------------------------------------------
@@ -307,15 +322,15 @@ def test_what_may_be_streamed(monkeypatch, fresh_plans, kilobytes, own, given):
     monkeypatch.setattr(memory, "CACHE_SHARE", 4 << 10)
     monkeypatch.setattr(memory, "OWN_TIMES", 2)
     asked = []
-    monkeypatch.setattr(again, "past_caches", lambda *arrays: asked.append(arrays) or 0)
+    monkeypatch.setattr(memory, "_none_past_caches", lambda *arrays: asked.append(arrays) or 0.0)
     x = np.random.default_rng(0).standard_normal((kilobytes * 256 // 4, 4), dtype=np.float32)
     for out, expected in ((None, own), (np.empty_like(x), given)):
         asked.clear()
-        for _ in range(2):  # the second goes the short way
+        for _ in range(2):
             _, saved = fastbn.batch_norm(x, out=out)
             fastbn.batch_norm_backward(x, saved, out=out)
             fastbn.batch_norm_inference(x, np.zeros(4), np.ones(4), out=out)
-        assert len(asked) == 3 * expected
+        assert len(asked) == 6 * (not expected)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -358,7 +373,7 @@ def test_statistics_again(name, dtype, axis):
         documented = [STATISTICS[name](first, axis)]
         forget()
         documented.append(STATISTICS[name](second, axis))
-        assert len(repeated._calls) == 1 or lies not in ("C", "read-only")
+        assert len(call._prepared) == 1 or lies not in ("C", "read-only")
         for x, expected in ((first, documented[0]), (second, documented[1])):
             found = STATISTICS[name](x, axis)
             assert type(found) is type(expected)

@@ -1,0 +1,80 @@
+"""From a call's signature to the prepared call that runs it.
+
+A signature is all that decides how a call goes, but for the numbers in its arrays: kinds, shapes, strides, dtypes,
+alignment, options. The first call of a signature is prepared (`fastbn.prepare`): arguments are checked, layouts and
+kernels chosen. What comes of that is kept and runs this call and all later ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from numbers import Real
+from operator import index
+from typing import Any
+
+import numpy as np
+
+Call = Callable[..., Any]
+
+MOST = 4096  # prepared calls that are kept, for programs whose shapes never repeat
+_prepared: dict[Any, Call] = {}
+_ndarray = np.ndarray
+
+
+def of(a: Any) -> Any:
+    """What a signature has of an array, or of None. What is neither is like nothing else: preparing tells of it."""
+    if type(a) is _ndarray:
+        return a.shape, a.strides, a.dtype, a.flags.aligned
+    return None if a is None else _of_another(a)
+
+
+def of_output(a: Any) -> Any:
+    """The same of an array that is to be written, which must be allowed."""
+    return None if a is None else (of(a), getattr(a.flags, "writeable", True)) if hasattr(a, "flags") else object()
+
+
+def _of_another(a: Any) -> Any:
+    if type(a) is np.memmap:
+        return np.memmap, a.shape, a.strides, a.dtype, a.flags.aligned
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(a, cupy.ndarray):
+        memory = a.data
+        return type(a), a.shape, a.strides, a.dtype, memory.device_id, memory.ptr & 15
+    return object()
+
+
+def axes_of(channel_axis: Any) -> Any:
+    """The same of an int or several, which may be equal to numbers that are none."""
+    if type(channel_axis) is int:
+        return channel_axis
+    try:
+        return tuple(map(index, channel_axis)) if isinstance(channel_axis, (tuple, list)) else index(channel_axis)
+    except TypeError:
+        return object()
+
+
+def number_of(number: Any) -> Any:
+    """The same of a real number."""
+    return number if type(number) is float else float(number) if isinstance(number, Real) else object()
+
+
+def find(signature: Any) -> Call | None:
+    """The call that was prepared, if any."""
+    try:
+        return _prepared.get(signature)
+    except TypeError:  # an option that cannot be hashed
+        return None
+
+
+def keep(signature: Any, call: Call) -> Call:
+    """For later calls."""
+    if len(_prepared) >= MOST:
+        _prepared.clear()
+    _prepared[signature] = call
+    return call
+
+
+def forget() -> None:
+    """Drop what was prepared, for those who change how work is divided."""
+    _prepared.clear()

@@ -1,0 +1,380 @@
+"""Prepared calls of the kernels: what `fastbn.call` keeps.
+
+Each function checks the arguments of a call, chooses how arrays become what kernels take (`operands`), asks the backend
+for kernels, and returns a function of the arrays alone, which allocates results and runs these. What is left to look at
+in each call is whether `out` overlaps an input, and the values of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from numbers import Real
+from typing import Any
+
+from fastbn import arguments
+from fastbn.dispatch import backend_of, device_of, one_kind
+from fastbn.formulas import batch_rstd
+from fastbn.layout import Layout
+from fastbn.merging import Moments, merge
+from fastbn.operands import Affine, Numbers, Way, Ways
+from fastbn.saved import Gradients, Saved
+
+Call = Callable[..., Any]
+
+
+def batch_norm(
+    x: Any, gamma: Any, beta: Any, where: Any, weights: Any, residual: Any, out: Any, gather: Any,
+    channel_axis: Any, eps: Any, activation: Any,
+) -> Call:  # fmt: skip
+    """``call(x, gamma, beta, where, weights, residual, out, gather)``."""
+    options = channel_axis, eps, activation
+    with device_of(x):
+        kind = one_kind({"x": x}, gamma=gamma, beta=beta, where=where, weights=weights, residual=residual, out=out)
+        backend = backend_of(kind)
+        plain = arguments.plainer(x)
+        x = arguments.data("x", x)
+        layout = arguments.layout_for(x, channel_axis)
+        eps, relu = arguments.epsilon(eps), arguments.is_relu(activation)
+        ways = Ways(backend, layout, x)
+        gamma_type, to_gamma = ways.parameter("gamma", gamma)
+        beta_type, to_beta = ways.parameter("beta", beta)
+        residual = arguments.like("residual", residual, x)
+        out, gather = arguments.output("out", out, x), arguments.hook(gather)
+        weight_, weigh = ways.weight(where, weights, shared=True)
+        make = backend.allocator(x)
+        (x_, to_x), (residual_, to_residual) = ways.data(x), ways.data(residual)
+        y_, to_y = ways.result(x, out)
+        if gather is None:
+            run = backend.forward(x_, weight_, y_, residual_, gamma_type, beta_type, eps, relu)
+        else:
+            moments, float64 = backend.moments(x_, weight_), backend.xp.dtype(float)
+            parameters = Affine(float64, float64, gamma_type, beta_type)
+            run = _over_ranks(
+                backend, layout, moments, backend.normalize(x_, y_, residual_, parameters, None, relu), eps
+            )
+    shaped, axes = ways.shaped(), arguments.static_axes(channel_axis)
+    has_residual, gathered = residual is not None, gather is not None
+
+    def call(
+        x: Any, gamma: Any, beta: Any, where: Any, weights: Any, residual: Any, out: Any, gather: Any
+    ) -> tuple[Any, Saved]:
+        if plain is not None:
+            x = plain(x)
+        if out is None:
+            y, kept_x = make(x), x
+        else:
+            y, kept_x = out, None if backend.overlap(out, x) else x
+            if ways.askew(out, x, residual, gamma, beta, where, weights):
+                apart = batch_norm(x, gamma, beta, where, weights, residual, None, gather, *options)
+                result, saved = apart(x, gamma, beta, where, weights, residual, None, gather)
+                out[...] = result
+                return out, saved._replace(x=kept_x, y=out if relu else None)
+        weight, w = (None, None) if weigh is None else weigh(where, weights)
+        into = y if to_y is None else to_y(y)
+        count, mean, m2, rstd = run(
+            x if to_x is None else to_x(x),
+            w,
+            gamma if to_gamma is None else to_gamma(gamma),
+            beta if to_beta is None else to_beta(beta),
+            residual if to_residual is None else to_residual(residual),
+            into,
+            *((gather,) if gathered else ()),
+        )
+        if into is not y:
+            layout.unfold(into, y)
+        if shaped is not None:
+            count, mean, m2, rstd = shaped(count), shaped(mean), shaped(m2), shaped(rstd)
+        # By position: names cost as much again as all checks, 0.5 us.
+        return y, Saved(
+            kept_x, y if relu else None, gamma, weight, Moments(count, mean, m2), mean, rstd, count,
+            axes, activation, has_residual, gathered,
+        )  # fmt: skip
+
+    prepared: Call = backend.on_its_device(call, x)
+    return prepared
+
+
+def _over_ranks(backend: Any, layout: Layout, moments: Call, normalize: Call, eps: float) -> Call:
+    """The forward pass with the statistics of all ranks, merged in rank order."""
+    xp = backend.xp
+
+    def run(x: Any, w: Any, gamma: Any, beta: Any, residual: Any, y: Any, gather: Any) -> tuple[Any, ...]:
+        local = [layout.kept_array(xp, vector) for vector in moments(x, w)[:3]]
+        packed = xp.concatenate([a.ravel() for a in local])
+        rows = arguments.gathered(xp, gather(packed), packed.size)
+        count, mean, m2 = merge(*(Moments(*row.reshape(3, *layout.kept_shape)) for row in rows))
+        rstd = batch_rstd(count, m2, eps)
+        count, mean, m2, rstd = (layout.vector(xp, a) for a in (count, mean, m2, rstd))
+        normalize(x, residual, y, mean, rstd, gamma, beta)
+        return count, mean, m2, rstd
+
+    return run
+
+
+def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, gather: Any) -> Call:
+    """``call(dy, saved, dmean, dvar, out, gather)``."""
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved: expected a fastbn.Saved, got {type(saved).__name__}")
+    gather = arguments.hook(gather)
+    x, frozen, relu = saved.x, saved.moments is None, saved.activation is not None
+    if x is None:
+        raise ValueError(
+            "saved: expected the input x, but out overwrote it in the forward pass; give it an out of its own"
+        )
+    if (gather is not None) != saved.gathered:
+        came, went = ("a hook", "without one") if gather is not None else ("None", "with one")
+        raise ValueError(f"gather: expected what the forward pass had, which ran {went}, got {came}")
+    with device_of(dy):
+        others = {f"saved.{name}": getattr(saved, name) for name in ("y", "gamma", "weight", "mean", "rstd", "count")}
+        kind = one_kind({"dy": dy, "saved.x": x}, dmean=dmean, dvar=dvar, out=out, **others)
+        backend = backend_of(kind)
+        layout = arguments.layout_for(x, saved.channel_axis)
+        plain = arguments.plainer(x)
+        x, dy = arguments.plain(x), arguments.like("dy", dy, x)
+        y = arguments.like("saved.y", saved.y, x, "saved.x") if relu else None
+        out = arguments.output("out", out, x)
+        if frozen and not (dmean is None and dvar is None):
+            raise ValueError("dmean, dvar: expected None with frozen statistics, which do not depend on x")
+        ways = Ways(backend, layout, x)
+        dmean_type, to_dmean = ways.parameter("dmean", dmean)
+        dvar_type, to_dvar = ways.parameter("dvar", dvar)
+        gamma_type, to_gamma = ways.parameter("saved.gamma", saved.gamma)
+        (mean_type, to_mean), (rstd_type, to_rstd) = ways.vector(saved.mean), ways.vector(saved.rstd)
+        count_type, to_count = ways.vector(None if frozen else saved.count)
+        weight_, to_weight = ways.combined_weight(saved.weight)
+        make, has_residual = backend.allocator(x), saved.has_residual
+        (x_, to_x), (dy_, to_dy), (y_, to_y) = ways.data(x), ways.data(dy), ways.data(y)
+        dx_, to_dx = ways.result(x, out)
+        residual_, to_residual = ways.result(x, None) if has_residual else (None, None)
+        numbers = Numbers(mean_type, rstd_type, gamma_type, count_type, dmean_type, dvar_type)
+        if gather is None:
+            run = backend.backward(dy_, x_, y_, weight_, numbers, frozen, dx_, residual_)
+        else:
+            sums = (backend.xp.dtype(float),) * 2
+            run = _summed_over_ranks(
+                backend, layout, backend.grad_sums(dy_, x_, y_, weight_, mean_type, rstd_type),
+                backend.grad_input(dy_, x_, y_, weight_, numbers, sums, dx_, residual_),
+            )  # fmt: skip
+    shaped, gathered = ways.shaped(), gather is not None
+
+    def call(dy: Any, saved: Saved, dmean: Any, dvar: Any, out: Any, gather: Any) -> Gradients:
+        x, y, gamma, weight, _, mean, rstd, count, *_ = saved
+        if plain is not None:
+            x = plain(x)
+        if out is None:
+            dx = make(x)
+        elif ways.askew(out, dy, x, y, gamma, weight, mean, rstd, count, dmean, dvar):
+            apart = batch_norm_backward(dy, saved, dmean, dvar, None, gather)
+            gradients: Gradients = apart(dy, saved, dmean, dvar, None, gather)
+            out[...] = gradients.x
+            return gradients._replace(x=out)
+        else:
+            dx = out
+        dresidual = make(x) if has_residual else None
+        into = dx if to_dx is None else to_dx(dx)
+        into_residual = dresidual if to_residual is None else to_residual(dresidual)
+        dgamma, dbeta = run(
+            dy if to_dy is None else to_dy(dy),
+            x if to_x is None else to_x(x),
+            (y if to_y is None else to_y(y)) if relu else None,
+            weight if to_weight is None else to_weight(weight),
+            mean if to_mean is None else to_mean(mean),
+            rstd if to_rstd is None else to_rstd(rstd),
+            gamma if to_gamma is None else to_gamma(gamma),
+            None if frozen else count if to_count is None else to_count(count),
+            dmean if to_dmean is None else to_dmean(dmean),
+            dvar if to_dvar is None else to_dvar(dvar),
+            into,
+            into_residual,
+            *((gather,) if gathered else ()),
+        )
+        if into is not dx:
+            layout.unfold(into, dx)
+        if into_residual is not dresidual:
+            layout.unfold(into_residual, dresidual)
+        if shaped is not None:
+            dgamma, dbeta = shaped(dgamma), shaped(dbeta)
+        return Gradients(dx, dgamma, dbeta, dresidual)
+
+    prepared: Call = backend.on_its_device(call, x)
+    return prepared
+
+
+def _summed_over_ranks(backend: Any, layout: Layout, grad_sums: Call, grad_input: Call) -> Call:
+    """The backward pass with the sums of all ranks; it returns this rank's."""
+    xp = backend.xp
+
+    def run(
+        dy: Any, x: Any, y: Any, w: Any, mean: Any, rstd: Any, gamma: Any, count: Any, dmean: Any, dvar: Any,
+        dx: Any, dresidual: Any, gather: Any,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        dgamma, dbeta = grad_sums(dy, x, y, w, mean, rstd)
+        local = xp.concatenate([layout.kept_array(xp, v).ravel() for v in (dgamma, dbeta)])
+        summed = arguments.gathered(xp, gather(local), local.size).sum(axis=0).reshape(2, *layout.kept_shape)
+        sums = (layout.vector(xp, a) for a in summed)
+        grad_input(dy, x, y, w, mean, rstd, gamma, count, dmean, dvar, *sums, dx, dresidual)
+        return dgamma, dbeta
+
+    return run
+
+
+def normalize(
+    x: Any, mean: Any, spread: Any, gamma: Any, beta: Any, residual: Any, out: Any,
+    channel_axis: Any, eps: Any, activation: Any, name: str,
+) -> Call:  # fmt: skip
+    """``call(x, mean, spread, gamma, beta, residual, out)``; spread, so named, is the variance, or without eps rstd."""
+    options = channel_axis, eps, activation, name
+    with device_of(x):
+        given = {"x": x, "mean": mean, name: spread}
+        backend = backend_of(one_kind(given, gamma=gamma, beta=beta, residual=residual, out=out))
+        plain = arguments.plainer(x)
+        x = arguments.data("x", x)
+        layout = arguments.layout_for(x, channel_axis)
+        eps = None if eps is None else arguments.epsilon(eps)
+        ways = Ways(backend, layout, x)
+        spread_type, to_spread = ways.parameter(name, spread)
+        relu = arguments.is_relu(activation)
+        mean_type, to_mean = ways.parameter("mean", mean)
+        gamma_type, to_gamma = ways.parameter("gamma", gamma)
+        beta_type, to_beta = ways.parameter("beta", beta)
+        residual, out = arguments.like("residual", residual, x), arguments.output("out", out, x)
+        make = backend.allocator(x)
+        (x_, to_x), (residual_, to_residual) = ways.data(x), ways.data(residual)
+        y_, to_y = ways.result(x, out)
+        parameters = Affine(mean_type, spread_type, gamma_type, beta_type)
+        run = backend.normalize(x_, y_, residual_, parameters, eps, relu)
+
+    def call(x: Any, mean: Any, spread: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> Any:
+        if plain is not None:
+            x = plain(x)
+        if out is None:
+            y = make(x)
+        elif ways.askew(out, x, residual, mean, spread, gamma, beta):
+            apart = normalize(x, mean, spread, gamma, beta, residual, None, *options)
+            out[...] = apart(x, mean, spread, gamma, beta, residual, None)
+            return out
+        else:
+            y = out
+        into = y if to_y is None else to_y(y)
+        run(
+            x if to_x is None else to_x(x),
+            residual if to_residual is None else to_residual(residual),
+            into,
+            mean if to_mean is None else to_mean(mean),
+            spread if to_spread is None else to_spread(spread),
+            gamma if to_gamma is None else to_gamma(gamma),
+            beta if to_beta is None else to_beta(beta),
+        )
+        if into is not y:
+            layout.unfold(into, y)
+        return y
+
+    prepared: Call = backend.on_its_device(call, x)
+    return prepared
+
+
+def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
+    """``call(dy, x, mean, rstd, where, weights)``."""
+    with device_of(dy):
+        backend = backend_of(one_kind({"dy": dy, "x": x, "mean": mean, "rstd": rstd}, where=where, weights=weights))
+        x = arguments.data("x", x)
+        layout = arguments.layout_for(x, channel_axis)
+        dy = arguments.like("dy", dy, x)
+        ways = Ways(backend, layout, x)
+        mean_type, to_mean = ways.parameter("mean", mean)
+        rstd_type, to_rstd = ways.parameter("rstd", rstd)
+        weight_, weigh = ways.weight(where, weights, shared=True)
+        (dy_, to_dy), (x_, to_x) = ways.data(dy), ways.data(x)
+        run = backend.grad_sums(dy_, x_, None, weight_, mean_type, rstd_type)
+    shaped = ways.shaped()
+
+    def call(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any) -> tuple[Any, Any]:
+        dgamma, dbeta = run(
+            dy if to_dy is None else to_dy(dy),
+            x if to_x is None else to_x(x),
+            None,
+            None if weigh is None else weigh(where, weights)[1],
+            mean if to_mean is None else to_mean(mean),
+            rstd if to_rstd is None else to_rstd(rstd),
+        )
+        return (dgamma, dbeta) if shaped is None else (shaped(dgamma), shaped(dbeta))
+
+    prepared: Call = backend.on_its_device(call, x)
+    return prepared
+
+
+def grad_input(
+    dy: Any, x: Any, mean: Any, rstd: Any, gamma: Any, dgamma: Any, dbeta: Any, count: Any, where: Any, weights: Any,
+    out: Any, channel_axis: Any,
+) -> Call:  # fmt: skip
+    """``call(dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, out)``."""
+    with device_of(dy):
+        required = {"dy": dy, "x": x, "mean": mean, "rstd": rstd, "dgamma": dgamma, "dbeta": dbeta}
+        if not isinstance(count, Real):
+            required["count"] = count
+        backend = backend_of(one_kind(required, gamma=gamma, where=where, weights=weights, out=out))
+        xp = backend.xp
+        plain = arguments.plainer(x)
+        x = arguments.data("x", x)
+        layout = arguments.layout_for(x, channel_axis)
+        dy, out = arguments.like("dy", dy, x), arguments.output("out", out, x)
+        ways, float64 = Ways(backend, layout, x), xp.dtype(float)
+        (mean_type, to_mean), (rstd_type, to_rstd) = ways.parameter("mean", mean), ways.parameter("rstd", rstd)
+        gamma_type, to_gamma = ways.parameter("gamma", gamma)
+        dgamma_type, to_dgamma = ways.parameter("dgamma", dgamma)
+        dbeta_type, to_dbeta = ways.parameter("dbeta", dbeta)
+        to_count: Way
+        if isinstance(count, Real):
+            count_type, to_count = float64, partial(_filled, xp, layout.folded[0] * layout.folded[2])
+        else:
+            count_type, to_count = ways.parameter("count", count)
+        weight_, weigh = ways.weight(where, weights, shared=True)
+        make = backend.allocator(x)
+        (dy_, to_dy), (x_, to_x) = ways.data(dy), ways.data(x)
+        dx_, to_dx = ways.result(x, out)
+        numbers = Numbers(mean_type, rstd_type, gamma_type, count_type)
+        run = backend.grad_input(dy_, x_, None, weight_, numbers, (dgamma_type, dbeta_type), dx_, None)
+
+    def call(
+        dy: Any, x: Any, mean: Any, rstd: Any, gamma: Any, dgamma: Any, dbeta: Any, count: Any, where: Any,
+        weights: Any, out: Any,
+    ) -> Any:  # fmt: skip
+        if plain is not None:
+            x = plain(x)
+        if out is None:
+            dx = make(x)
+        elif ways.askew(out, dy, x, mean, rstd, gamma, dgamma, dbeta, where, weights):
+            given = dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, None
+            out[...] = grad_input(*given, channel_axis)(*given)
+            return out
+        else:
+            dx = out
+        into = dx if to_dx is None else to_dx(dx)
+        run(
+            dy if to_dy is None else to_dy(dy),
+            x if to_x is None else to_x(x),
+            None,
+            None if weigh is None else weigh(where, weights)[1],
+            mean if to_mean is None else to_mean(mean),
+            rstd if to_rstd is None else to_rstd(rstd),
+            gamma if to_gamma is None else to_gamma(gamma),
+            count if to_count is None else to_count(count),
+            None,
+            None,
+            dgamma if to_dgamma is None else to_dgamma(dgamma),
+            dbeta if to_dbeta is None else to_dbeta(dbeta),
+            into,
+            None,
+        )
+        if into is not dx:
+            layout.unfold(into, dx)
+        return dx
+
+    prepared: Call = backend.on_its_device(call, x)
+    return prepared
+
+
+def _filled(xp: Any, kept: int, number: Real) -> Any:
+    """A number for every kept index."""
+    return xp.full(kept, float(number))
