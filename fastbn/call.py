@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from numbers import Real
 from operator import index
 from typing import Any
@@ -71,7 +72,8 @@ def keep(signature: Any, call: Call) -> Call:
     """For later calls."""
     if len(_prepared) >= MOST:
         _prepared.clear()
-    _prepared[signature] = call
+    with suppress(TypeError):
+        _prepared[signature] = call
     return call
 
 

@@ -22,7 +22,8 @@ import numpy as np
 
 import fastbn
 from fastbn import arguments
-from fastbn.merging import Moments, united
+from fastbn.formulas import united
+from fastbn.merging import Moments
 
 try:
     import dask.array as da

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from fastbn.backend import Backend
 
 _INSTEAD = {
     "torch": "use fastbn.torch, or pass t.detach().numpy() (CPU) or cupy.from_dlpack(t) (CUDA)",
@@ -73,7 +75,7 @@ def one_kind(required: dict[str, Any], **optional: Any) -> str:
     return kind
 
 
-def backend_of(kind: str) -> ModuleType:
+def backend_of(kind: str) -> Backend:
     """The module of kernels for arrays of this kind."""
     if kind == "numpy":
         from fastbn import cpu

@@ -49,9 +49,9 @@ def backend_state(kind: str) -> str:
     if importlib.util.find_spec(kind) is None:
         return "not installed"
     try:
-        backend = dispatch.backend_of(kind)
+        dispatch.backend_of(kind)
         if kind == "cupy":
-            backend.launch.device(0)
+            importlib.import_module("fastbn.cuda.launch").device(0)
     except Exception as error:  # a CUDA library without its driver raises what it likes
         return f"installed, but not usable: {error}"
     return "ready"

@@ -1,20 +1,13 @@
-"""The kernels by themselves: `normalize`, `grad_sums`, `grad_input`; and `fold`, which leaves none to run.
-
-Every function goes the way of those in ``functional.py``.
-"""
+"""The kernels by themselves: `normalize`, `grad_sums`, `grad_input`; and `fold`, which leaves none to run."""
 
 from __future__ import annotations
 
-import operator
 from typing import Any, Literal
 
 import numpy as np
 
-from fastbn import arguments, prepare
-from fastbn.call import axes_of, find, keep, of, of_output
-from fastbn.dispatch import backend_of, on_device, one_kind
-from fastbn.formulas import reciprocal_std
-from fastbn.layout import Shape, layout_of
+from fastbn import prepare
+from fastbn.call import axes_of, find, keep, number_of, of, of_output
 
 __all__ = ["fold", "grad_input", "grad_sums", "normalize"]
 
@@ -182,7 +175,6 @@ def grad_input(
     return run(dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, out)
 
 
-@on_device
 def fold(
     kernel: Any,
     kernel_bias: Any,
@@ -241,42 +233,13 @@ def fold(
     >>> fastbn.fold(np.ones((4, 1)), None, np.zeros(2), np.array([4.0, 1.0]), eps=0, axis=1, groups=2)[0].ravel()
     array([0.5, 0.5, 1. , 1. ])
     """
-    kind = one_kind({"kernel": kernel, "mean": mean, "var": var}, kernel_bias=kernel_bias, gamma=gamma, beta=beta)
-    backend = backend_of(kind)
-    kernel = arguments.data("kernel", kernel)
-    axes = arguments.channel_axes(kernel.ndim, axis, "axis")
-    if len(axes) != 1:
-        raise TypeError(f"axis: expected an int, got {axis!r}")
-    (axis,) = axes
-    groups = _checked_groups(groups, kernel.shape, axis)
-    eps = arguments.epsilon(eps)
-    layout = layout_of((groups * kernel.shape[axis],), (1,), frozenset((0,)))  # of the output channels
-    xp = backend.xp
-
-    def vector(name: str, parameter: Any, default: float = 0.0) -> Any:
-        if parameter is None:
-            return xp.full(layout.kept_shape, default)
-        return layout.vector(xp, arguments.parameter(name, parameter, layout))
-
-    bias, shift = vector("kernel_bias", kernel_bias), vector("beta", beta)
-    mean, var = vector("mean", mean), vector("var", var)
-    scale = vector("gamma", gamma, 1.0) * reciprocal_std(var, eps)
-    spread = scale
-    if groups > 1:  # of each input channel and each output channel of its group
-        spread = backend.xp.repeat(scale.reshape(groups, -1), kernel.shape[axis - 1] // groups, axis=0)
-    folded = kernel.astype(backend.xp.float64) * spread.reshape(spread.shape + (1,) * (kernel.ndim - 1 - axis))
-    return folded.astype(kernel.dtype), ((bias - mean) * scale + shift).astype(kernel.dtype)
-
-
-def _checked_groups(groups: Any, shape: Shape, axis: int) -> int:
-    """How many groups the axis before ``axis`` has; 1 on axis 0, where output channels are those of all groups."""
-    try:
-        number = operator.index(groups)
-    except TypeError:
-        raise TypeError(f"groups: expected an int, got {type(groups).__name__}") from None
-    divided = max(axis - 1, 0)
-    if number < 1 or shape[divided] % number:
-        raise ValueError(
-            f"groups: expected a divisor of kernel.shape[{divided}], which is {shape[divided]}, got {groups}"
-        )
-    return number if axis else 1
+    signature = (
+        "fold", of(kernel), None if kernel_bias is None else of(kernel_bias), of(mean), of(var),
+        None if gamma is None else of(gamma), None if beta is None else of(beta), number_of(eps), axes_of(axis),
+        axes_of(groups),
+    )  # fmt: skip
+    run = find(signature)
+    if run is None:
+        run = keep(signature, prepare.fold(kernel, kernel_bias, mean, var, gamma, beta, eps, axis, groups))
+    folded: tuple[Any, Any] = run(kernel, kernel_bias, mean, var, gamma, beta)
+    return folded

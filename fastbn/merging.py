@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 from collections.abc import Iterable
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from fastbn import arguments
-from fastbn.dispatch import device_of, kind_of, on_device, one_kind
+from fastbn.call import Call, find, keep, of, of_output
+from fastbn.dispatch import backend_of, device_of, kind_of, on_device, one_kind
+
+if TYPE_CHECKING:
+    from fastbn.backend import Backend
+    from fastbn.operands import Way
 
 
 def namespace(array: Any) -> Any:
@@ -81,7 +88,6 @@ class Moments(NamedTuple):
             return 1.0 / namespace(self.m2).sqrt(self.var() + eps)
 
 
-@on_device
 def merge(*moments: Moments) -> Moments:
     """Moments of the union of disjoint samples, by Chan's update in the order given.
 
@@ -125,66 +131,69 @@ def merge(*moments: Moments) -> Moments:
     >>> both.mean, both.m2
     (array([5., 6.]), array([70., 70.]))
     """
+    signature = ("merge", *map(_of_moments, moments))
+    run = find(signature)
+    if run is None:
+        run = keep(signature, _prepare_merge(*moments))
+    merged: Moments = run(*moments)
+    return merged
+
+
+def _of_moments(moments: Moments) -> Any:
+    """What a signature has of them."""
+    if type(moments) is not Moments:
+        return object()
+    return of(moments[0]), of(moments[1]), of(moments[2])
+
+
+def _prepare_merge(*moments: Moments) -> Call:
     if not moments:
         raise ValueError("moments: expected at least one Moments, got none")
-    xp = _checked_together({f"moments[{i}]": operand for i, operand in enumerate(moments)})
-    n, mean, _, m2 = united(xp, ((m.count, m.mean, xp.zeros(m.mean.shape), m.m2) for m in moments))
-    return Moments(n, mean, m2)
+    with device_of(*moments):
+        backend = _checked_together({f"moments[{i}]": operand for i, operand in enumerate(moments)})
+        shape = moments[0].count.shape
+        types, ways = zip(*(_vector(backend, a) for m in moments for a in m), strict=True)
+        run = backend.merge(math.prod(shape), tuple(types[i : i + 3] for i in range(0, len(types), 3)))
+        as_they_are, flat = not any(ways), len(shape) == 1
+
+    def call(*moments: Moments) -> Moments:
+        vectors: Iterable[Any] = itertools.chain(*moments)
+        if not as_they_are:
+            vectors = (a if way is None else way(a) for a, way in zip(vectors, ways, strict=True))
+        count, mean, m2 = run(*vectors)
+        if flat:
+            return Moments(count, mean, m2)
+        return Moments(count.reshape(shape), mean.reshape(shape), m2.reshape(shape))
+
+    return backend.on_its_device(call, moments[0].count)
 
 
-def united(xp: Any, parts: Iterable[tuple[Any, Any, Any, Any]]) -> tuple[Any, Any, Any, Any]:
-    """Count, mean and m2 of a union whose means are each the sum of two numbers: (count, hi, lo, m2) of each part.
-
-    ``hi`` is the sum rounded to float64. So merging adds no error of the mean's size, however many parts there are.
-    """
-    first, *others = parts
-    n, hi, lo, m2 = (xp.array(a, dtype=xp.float64) for a in first)
-    rest = xp.zeros_like(m2)  # of m2: 20 000 equal parts would cost a digit and a half
-    with np.errstate(all="ignore"):
-        for count, other_hi, other_lo, other_m2 in others:
-            together = xp.asarray(n + count)
-            share = count / together
-            delta = (other_hi - hi) + (other_lo - lo)
-            high, low = _two_sum(hi, lo + delta * share)
-            # Infinities, or finite means so far apart that their difference overflows.
-            finite = xp.isfinite(delta)
-            high = xp.where(finite, high, hi * (n / together) + other_hi * share)
-            squares, left = _two_sum(m2, other_m2 + delta * delta * (n * share))
-            squares = xp.where(xp.isfinite(high), squares, np.nan)
-            both, none = (count != 0) & (n != 0), n == 0
-            hi = xp.where(both, high, xp.where(none, other_hi, hi))
-            lo = xp.where(both, xp.where(finite, low, 0.0), xp.where(none, other_lo, lo))
-            m2 = xp.where(both, squares, xp.where(none, other_m2, m2))
-            rest = rest + xp.where(both & xp.isfinite(left), left, 0.0)
-            n = together
-    return n, hi, lo, xp.where(rest == 0, m2, m2 + rest)
+def _vector(backend: Backend, a: Any) -> tuple[Any, Way]:
+    """The dtype of a vector of numbers as kernels take it, and what makes one of an array like this."""
+    xp = backend.xp
+    dtype = a.dtype.newbyteorder("=") if arguments.is_float(a.dtype) else xp.dtype(float)
+    if a.ndim == 1 and a.dtype == dtype and a.flags.c_contiguous and getattr(a.flags, "aligned", True):
+        return dtype, None
+    return dtype, lambda a: xp.ascontiguousarray(a, dtype=dtype).reshape(-1)
 
 
-def _two_sum(a: Any, b: Any) -> tuple[Any, Any]:
-    """The rounded sum and what rounding left of it (Knuth, The Art of Computer Programming 2, 4.2.2, theorem B)."""
-    total = a + b
-    shared = total - a
-    return total, (a - (total - shared)) + (b - shared)
-
-
-def _checked_together(operands: dict[str, Any], **others: Any) -> Any:
-    """Check moments that are to be combined, and other arrays with them: one kind, one shape. Returns the namespace."""
+def _checked_together(operands: dict[str, Any], **others: Any) -> Backend:
+    """Check moments that are to be combined, and other arrays with them: one kind, one shape. Returns the backend."""
     arrays: dict[str, Any] = {}
     for name, moments in operands.items():
         if not isinstance(moments, Moments):
             raise TypeError(f"{name}: expected a fastbn.Moments, got {type(moments).__name__}")
         arrays |= {f"{name}.{field}": array for field, array in zip(Moments._fields, moments, strict=True)}
-    one_kind(arrays | others)
+    kind = one_kind(arrays | others)
     (first, example), *_ = arrays.items()
     for name, array in (arrays | others).items():
         if not (arguments.is_float(array.dtype) or array.dtype.kind in "fiu"):
             raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
         if array.shape != example.shape:
             raise ValueError(f"{name}: expected the shape of {first}, {example.shape}, got {array.shape}")
-    return namespace(example)
+    return backend_of(kind)
 
 
-@on_device
 def update_running(
     mean: Any,
     var: Any,
@@ -231,36 +240,85 @@ def update_running(
     >>> fastbn.update_running(np.zeros(1), np.ones(1), batch)
     (array([0.2]), array([1.1]))
     """
+    signature = (
+        "update_running", of(mean), of(var), _of_moments(moments), skip_nonfinite,
+        None if out is None else _of_outputs(out),
+    )  # fmt: skip
+    run = find(signature)
+    if run is None:
+        run = keep(signature, _prepare_update(mean, var, moments, skip_nonfinite, out))
+    both: tuple[Any, Any] = run(mean, var, moments, rate, correction, out)
+    return both
+
+
+def _of_outputs(out: Any) -> Any:
+    if not isinstance(out, tuple) or len(out) != 2:
+        return object()
+    return of_output(out[0]), of_output(out[1])
+
+
+def _prepare_update(mean: Any, var: Any, moments: Any, skip_nonfinite: bool, out: Any) -> Call:
+    """``call(mean, var, moments, rate, correction, out)``."""
     outs = {}
     if out is not None:
         if not isinstance(out, tuple) or len(out) != 2:
             raise TypeError(f"out: expected a pair of arrays, got {type(out).__name__}")
         outs = {"out[0]": out[0], "out[1]": out[1]}
-    xp = _checked_together({"moments": moments}, mean=mean, var=var, **outs)
-    for name, array in {"mean": mean, "var": var}.items():
-        if not (arguments.is_float(array.dtype) or array.dtype.kind == "f"):
-            raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
-    if out is not None:
-        arguments.output("out[0]", out[0], mean, "mean")
-        arguments.output("out[1]", out[1], var, "var")
-    rate = arguments.real("rate", rate)
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate: expected a number in [0, 1], got {rate}")
-    batch_var = moments.var(correction)
-    update = moments.count > correction
-    if skip_nonfinite:
-        update &= xp.isfinite(moments.mean) & xp.isfinite(batch_var)
-    results = []
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities of both signs; what float16 cannot hold
-        for array, batch in ((mean, moments.mean), (var, batch_var)):
-            running = array.astype(xp.float64)
-            # The ends are exact and take nothing of the other side, which may be infinite.
-            mixed = batch if rate == 1 else running if rate == 0 else (1.0 - rate) * running + rate * batch
-            results.append(xp.where(update, mixed, running).astype(array.dtype))
-    if out is None:
-        return results[0], results[1]
-    out[0][...], out[1][...] = results
-    return out
+    with device_of(mean):
+        backend = _checked_together({"moments": moments}, mean=mean, var=var, **outs)
+        for name, array in {"mean": mean, "var": var}.items():
+            if not (arguments.is_float(array.dtype) or array.dtype.kind == "f"):
+                raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
+        if out is not None:
+            arguments.output("out[0]", out[0], mean, "mean")
+            arguments.output("out[1]", out[1], var, "var")
+        pair = (None, None) if out is None else out
+        mean_type, make_mean, end_mean = _target(backend, mean, pair[0])
+        var_type, make_var, end_var = _target(backend, var, pair[1])
+        types, ways = zip(*(_vector(backend, a) for a in (mean, var, *moments)), strict=True)
+        run = backend.update_running(mean.size, (*types, mean_type, var_type), bool(skip_nonfinite))
+        as_they_are = not any(ways)
+
+    def call(mean: Any, var: Any, moments: Moments, rate: Any, correction: Any, out: Any) -> tuple[Any, Any]:
+        if type(rate) is not float:
+            rate = arguments.real("rate", rate)
+        if type(correction) is not float:
+            correction = arguments.real("correction", correction)
+        if not 0.0 <= rate <= 1.0:
+            raise ValueError(f"rate: expected a number in [0, 1], got {rate}")
+        vectors: Any = (mean, var, *moments)
+        if not as_they_are:
+            vectors = (a if way is None else way(a) for a, way in zip(vectors, ways, strict=True))
+        given_mean, given_var = (None, None) if out is None else out
+        new_mean = given_mean if make_mean is None else make_mean()
+        new_var = given_var if make_var is None else make_var()
+        run(*vectors, new_mean, new_var, rate, correction)
+        if end_mean is not None:
+            new_mean = end_mean(new_mean, given_mean)
+        if end_var is not None:
+            new_var = end_var(new_var, given_var)
+        return (new_mean, new_var) if out is None else out
+
+    return backend.on_its_device(call, mean)
+
+
+def _target(backend: Backend, like: Any, out: Any) -> tuple[Any, Any, Any]:
+    """Of a result like an array: the dtype that kernels write, what makes them one, what makes the result of that."""
+    xp, dtype, shape, kept = backend.xp, like.dtype, like.shape, like.size
+    if dtype in (xp.dtype(xp.float32), xp.dtype(float)):
+        if out is None:
+            return dtype, lambda: xp.empty(shape, dtype), None
+        if _vector(backend, out)[1] is None:
+            return dtype, None, None
+
+    def end(vector: Any, out: Any) -> Any:
+        with np.errstate(over="ignore"):  # what float16 cannot hold
+            if out is None:
+                return vector.astype(dtype).reshape(shape)
+            out[...] = vector.reshape(shape)
+            return out
+
+    return xp.dtype(float), lambda: xp.empty(kept), end
 
 
 def population(moments_of_batches: Iterable[Moments]) -> tuple[Any, Any]:
@@ -300,7 +358,7 @@ def population(moments_of_batches: Iterable[Moments]) -> tuple[Any, Any]:
     if not batches:
         raise ValueError("moments_of_batches: expected at least one Moments, got none")
     with device_of(*batches):
-        xp = _checked_together({f"moments_of_batches[{i}]": batch for i, batch in enumerate(batches)})
+        xp = _checked_together({f"moments_of_batches[{i}]": batch for i, batch in enumerate(batches)}).xp
         used, mean, var = (xp.zeros(batches[0].count.shape) for _ in range(3))
         with np.errstate(invalid="ignore"):  # infinities of both signs
             for m in batches:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastbn import arguments
 from fastbn.layout import Layout, Shape
+
+if TYPE_CHECKING:
+    from fastbn.backend import Backend
 
 
 class Operand(NamedTuple):
@@ -68,7 +71,7 @@ Way = Callable[[Any], Any] | None
 class Ways:
     """From the arrays of calls, which share x's layout, to the backend's kernels and back. No array is kept."""
 
-    def __init__(self, backend: Any, layout: Layout, x: Any) -> None:
+    def __init__(self, backend: Backend, layout: Layout, x: Any) -> None:
         self.backend, self.layout, self.shape = backend, layout, x.shape
         self.device, _ = backend.place(x)
 
@@ -77,10 +80,12 @@ class Ways:
         device, offset = self.backend.place(view)
         return Operand(view.shape, view.strides, view.dtype, fresh, device, 0 if fresh else offset)
 
-    def data(self, a: Any, fresh: bool = False) -> tuple[Operand | None, Way]:
+    def optional(self, a: Any) -> tuple[Operand | None, Way]:
+        """`data` that may be absent."""
+        return (None, None) if a is None else self.data(a)
+
+    def data(self, a: Any, fresh: bool = False) -> tuple[Operand, Way]:
         """An array that is read: it is copied where kernels cannot walk it."""
-        if a is None:
-            return None, None
         view = self.backend.folded_view(self.layout, a)
         if view is not None and self.backend.reads(view):
             return self._operand(view, fresh), None
@@ -91,7 +96,6 @@ class Ways:
     def result(self, x: Any, out: Any) -> tuple[Operand, Way]:
         """An array like x that is written, or `out`: where kernels cannot, they write one whose numbers are copied."""
         operand, way = self.data(self.backend.alike(x) if out is None else out, out is None)
-        assert operand is not None
         if way is None:
             return operand, None
         xp, dtype, shape = self.backend.xp, operand.dtype, operand.shape

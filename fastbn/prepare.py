@@ -7,15 +7,17 @@ in each call is whether `out` overlaps an input, and the values of weights.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
 from typing import Any
 
 from fastbn import arguments
+from fastbn.backend import Backend
 from fastbn.dispatch import backend_of, device_of, one_kind
-from fastbn.formulas import batch_rstd
-from fastbn.layout import Layout
+from fastbn.formulas import batch_rstd, reciprocal_std
+from fastbn.layout import Layout, Shape, layout_of
 from fastbn.merging import Moments, merge
 from fastbn.operands import Affine, Numbers, Way, Ways
 from fastbn.saved import Gradients, Saved
@@ -43,7 +45,7 @@ def batch_norm(
         out, gather = arguments.output("out", out, x), arguments.hook(gather)
         weight_, weigh = ways.weight(where, weights, shared=True)
         make = backend.allocator(x)
-        (x_, to_x), (residual_, to_residual) = ways.data(x), ways.data(residual)
+        (x_, to_x), (residual_, to_residual) = ways.data(x), ways.optional(residual)
         y_, to_y = ways.result(x, out)
         if gather is None:
             run = backend.forward(x_, weight_, y_, residual_, gamma_type, beta_type, eps, relu)
@@ -91,11 +93,10 @@ def batch_norm(
             axes, activation, has_residual, gathered,
         )  # fmt: skip
 
-    prepared: Call = backend.on_its_device(call, x)
-    return prepared
+    return backend.on_its_device(call, x)
 
 
-def _over_ranks(backend: Any, layout: Layout, moments: Call, normalize: Call, eps: float) -> Call:
+def _over_ranks(backend: Backend, layout: Layout, moments: Call, normalize: Call, eps: float) -> Call:
     """The forward pass with the statistics of all ranks, merged in rank order."""
     xp = backend.xp
 
@@ -144,7 +145,7 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         count_type, to_count = ways.vector(None if frozen else saved.count)
         weight_, to_weight = ways.combined_weight(saved.weight)
         make, has_residual = backend.allocator(x), saved.has_residual
-        (x_, to_x), (dy_, to_dy), (y_, to_y) = ways.data(x), ways.data(dy), ways.data(y)
+        (x_, to_x), (dy_, to_dy), (y_, to_y) = ways.data(x), ways.data(dy), ways.optional(y)
         dx_, to_dx = ways.result(x, out)
         residual_, to_residual = ways.result(x, None) if has_residual else (None, None)
         numbers = Numbers(mean_type, rstd_type, gamma_type, count_type, dmean_type, dvar_type)
@@ -197,11 +198,10 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
             dgamma, dbeta = shaped(dgamma), shaped(dbeta)
         return Gradients(dx, dgamma, dbeta, dresidual)
 
-    prepared: Call = backend.on_its_device(call, x)
-    return prepared
+    return backend.on_its_device(call, x)
 
 
-def _summed_over_ranks(backend: Any, layout: Layout, grad_sums: Call, grad_input: Call) -> Call:
+def _summed_over_ranks(backend: Backend, layout: Layout, grad_sums: Call, grad_input: Call) -> Call:
     """The backward pass with the sums of all ranks; it returns this rank's."""
     xp = backend.xp
 
@@ -240,7 +240,7 @@ def normalize(
         beta_type, to_beta = ways.parameter("beta", beta)
         residual, out = arguments.like("residual", residual, x), arguments.output("out", out, x)
         make = backend.allocator(x)
-        (x_, to_x), (residual_, to_residual) = ways.data(x), ways.data(residual)
+        (x_, to_x), (residual_, to_residual) = ways.data(x), ways.optional(residual)
         y_, to_y = ways.result(x, out)
         parameters = Affine(mean_type, spread_type, gamma_type, beta_type)
         run = backend.normalize(x_, y_, residual_, parameters, eps, relu)
@@ -270,8 +270,7 @@ def normalize(
             layout.unfold(into, y)
         return y
 
-    prepared: Call = backend.on_its_device(call, x)
-    return prepared
+    return backend.on_its_device(call, x)
 
 
 def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
@@ -300,8 +299,7 @@ def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any, c
         )
         return (dgamma, dbeta) if shaped is None else (shaped(dgamma), shaped(dbeta))
 
-    prepared: Call = backend.on_its_device(call, x)
-    return prepared
+    return backend.on_its_device(call, x)
 
 
 def grad_input(
@@ -371,10 +369,61 @@ def grad_input(
             layout.unfold(into, dx)
         return dx
 
-    prepared: Call = backend.on_its_device(call, x)
-    return prepared
+    return backend.on_its_device(call, x)
 
 
 def _filled(xp: Any, kept: int, number: Real) -> Any:
     """A number for every kept index."""
     return xp.full(kept, float(number))
+
+
+def fold(
+    kernel: Any, kernel_bias: Any, mean: Any, var: Any, gamma: Any, beta: Any, eps: Any, axis: Any, groups: Any
+) -> Call:
+    """``call(kernel, kernel_bias, mean, var, gamma, beta)``."""
+    with device_of(kernel):
+        kind = one_kind({"kernel": kernel, "mean": mean, "var": var}, kernel_bias=kernel_bias, gamma=gamma, beta=beta)
+        backend = backend_of(kind)
+        kernel = arguments.data("kernel", kernel)
+        axes = arguments.channel_axes(kernel.ndim, axis, "axis")
+        if len(axes) != 1:
+            raise TypeError(f"axis: expected an int, got {axis!r}")
+        (axis,) = axes
+        groups = _checked_groups(groups, kernel.shape, axis)
+        eps = arguments.epsilon(eps)
+        layout = layout_of((groups * kernel.shape[axis],), (1,), frozenset((0,)))  # of the output channels
+        given = {"kernel_bias": kernel_bias, "beta": beta, "mean": mean, "var": var, "gamma": gamma}
+        for name, parameter in given.items():
+            if parameter is not None:
+                arguments.parameter(name, parameter, layout)
+    xp, dtype, inputs, inner = backend.xp, kernel.dtype, kernel.shape[axis - 1], (1,) * (kernel.ndim - 1 - axis)
+
+    def call(kernel: Any, kernel_bias: Any, mean: Any, var: Any, gamma: Any, beta: Any) -> tuple[Any, Any]:
+        scale = reciprocal_std(layout.vector(xp, var), eps)
+        if gamma is not None:
+            scale = scale * layout.vector(xp, gamma)
+        bias = (0.0 if kernel_bias is None else layout.vector(xp, kernel_bias)) - layout.vector(xp, mean)
+        bias = bias * scale
+        if beta is not None:
+            bias = bias + layout.vector(xp, beta)
+        spread = scale
+        if groups > 1:  # of each input channel and each output channel of its group
+            spread = xp.repeat(scale.reshape(groups, -1), inputs // groups, axis=0)
+        folded = kernel.astype(xp.float64) * spread.reshape(spread.shape + inner)
+        return folded.astype(dtype, copy=False), bias.astype(dtype, copy=False)
+
+    return backend.on_its_device(call, kernel)
+
+
+def _checked_groups(groups: Any, shape: Shape, axis: int) -> int:
+    """How many groups the axis before ``axis`` has; 1 on axis 0, where output channels are those of all groups."""
+    try:
+        number = operator.index(groups)
+    except TypeError:
+        raise TypeError(f"groups: expected an int, got {type(groups).__name__}") from None
+    divided = max(axis - 1, 0)
+    if number < 1 or shape[divided] % number:
+        raise ValueError(
+            f"groups: expected a divisor of kernel.shape[{divided}], which is {shape[divided]}, got {groups}"
+        )
+    return number if axis else 1

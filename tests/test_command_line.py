@@ -172,7 +172,7 @@ def broken(name, change):
 def use(monkeypatch, backend):
     """For every call, none of which is prepared."""
     monkeypatch.setattr("fastbn.call._prepared", {})
-    for module in ("prepare", "statistics"):
+    for module in ("prepare", "reductions"):
         monkeypatch.setattr(f"fastbn.{module}.backend_of", lambda kind: backend)
 
 

@@ -6,6 +6,7 @@ import types
 import pytest
 
 from fastbn import check, cpu, environment
+from fastbn.backend import Backend
 
 cupy = pytest.importorskip("cupy")
 if int(cupy.__version__.partition(".")[0]) < 13:
@@ -16,11 +17,13 @@ from fastbn.cuda import requirements  # noqa: E402 - likewise
 
 
 def test_backends_define_the_same_functions():
-    """The names, the arguments and their order; `xp` is the library of the arrays."""
-    assert sorted(cpu.__all__) == sorted(cuda.__all__)
-    for name in set(cpu.__all__) - {"xp"}:
-        ours, theirs = (inspect.signature(getattr(backend, name)) for backend in (cpu, cuda))
-        assert list(ours.parameters) == list(theirs.parameters), name
+    """Those of the contract: the names, the arguments and their order; `xp` is the library of the arrays."""
+    names = {name for name in vars(Backend) if not name.startswith("_")}
+    assert names == set(cpu.__all__) == set(cuda.__all__)
+    for name in names - {"xp"}:
+        _self, *wanted = inspect.signature(getattr(Backend, name)).parameters
+        for backend in (cpu, cuda):
+            assert list(inspect.signature(getattr(backend, name)).parameters) == wanted, name
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastbn.cpu import plans, team
-from fastbn.cpu.extremes import LEAST_EPS, beyond_float32, weight_in_range
+from fastbn.cpu.extremes import LEAST_EPS, find_beyond, weight_in_range
 from fastbn.cpu.memory import (
     Array,
     alike,
@@ -39,6 +39,7 @@ __all__ = [
     "forward",
     "grad_input",
     "grad_sums",
+    "merge",
     "moments",
     "normalize",
     "on_its_device",
@@ -46,6 +47,7 @@ __all__ = [
     "place",
     "reads",
     "same_or_apart",
+    "update_running",
     "xp",
 ]
 
@@ -105,12 +107,14 @@ def normalize(
     kinds = tuple(map(kind_or_none, parameters))
     launch = _launcher(lambda threads: plans.normalize(shape, kind, xs, ys, rs, kinds, relu, threads), x.size)
     added, past, operands = -1.0 if eps is None else eps, past_caches(y), (x, residual, y)
-    careful = x.dtype.itemsize < 8 and added < LEAST_EPS
+    beyond = None
+    if x.dtype.itemsize < 8 and added < LEAST_EPS:
+        beyond = find_beyond(x.kept, np.dtype(float) if eps is not None else parameters.spread, parameters.gamma)
 
     def run(
         x: Array, residual: Array | None, y: Array, mean: Array, spread: Array, gamma: Array | None, beta: Array | None
     ) -> None:
-        if careful and beyond_float32(spread if eps is None else reciprocal_std(spread.astype(float), eps), gamma):
+        if beyond and beyond(spread if eps is None else reciprocal_std(spread.astype(float), eps), gamma):
             _normalize_in_float64(operands, x, residual, y, mean, spread, gamma, beta, eps, relu)
         else:
             launch(x, y, residual, mean, spread, gamma, beta, added, past(y))
@@ -145,12 +149,13 @@ def forward(
         lambda threads: plans.forward(shape, kind, xs, ws, weights, ys, rs, kinds, relu, threads), x.size
     )
     past, operands = past_caches(y), (x, residual, y)
-    careful, weighted = x.dtype.itemsize < 8 and eps < LEAST_EPS, weight
+    weighted, narrow = weight, x.dtype.itemsize < 8
+    beyond = find_beyond(kept, np.dtype(float), gamma) if narrow and eps < LEAST_EPS else None
 
     def run(
         x: Array, weight: Array | None, gamma: Array | None, beta: Array | None, residual: Array | None, y: Array
     ) -> tuple[Array, ...]:
-        if careful and any(a is not None and np.may_share_memory(a, y) for a in (x, residual)):
+        if beyond and any(a is not None and np.may_share_memory(a, y) for a in (x, residual)):
             vectors = _moments(operands[0], weighted, eps)(x, weight)  # before y is written, should float64 be needed
             given = vectors[1], vectors[3], gamma, beta
             types = Affine(*(None if a is None else a.dtype for a in given))
@@ -160,7 +165,7 @@ def forward(
         if weight is not None:
             weight, k = weight_in_range(weight, x)
         launch(x, weight, y, residual, gamma, beta, table, eps, past(y))
-        if careful and beyond_float32(table[3], gamma):
+        if beyond and beyond(table[3], gamma):
             _normalize_in_float64(operands, x, residual, y, table[2], table[3], gamma, beta, None, relu)
         return _unscaled(table, k)
 
@@ -241,5 +246,28 @@ def backward(
         sums = np.empty((2, kept))
         launch(dy, x, y, weight, dx, dresidual, mean, rstd, gamma, count, dmean, dvar, sums, past(dx, dresidual))
         return sums[0], sums[1]
+
+    return run
+
+
+def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool) -> Callable[..., object]:
+    return plans.update_running(kept, tuple(map(kind_of, types)), skip_nonfinite).prepared()
+
+
+AT_ONCE = 8  # parts that one program merges
+
+
+def merge(kept: int, types: tuple[tuple[Any, Any, Any], ...]) -> Callable[..., tuple[Array, Array, Array]]:
+    kinds = [tuple(map(kind_of, three)) for three in types]
+    starts = range(0, len(kinds), AT_ONCE)
+    launches = [
+        plans.merge(kept, tuple(kinds[i : i + AT_ONCE]), i == 0, i + AT_ONCE >= len(kinds)).prepared() for i in starts
+    ]
+
+    def run(*vectors: Array) -> tuple[Array, Array, Array]:
+        state = np.empty((5, kept))
+        for i, launch in enumerate(launches):
+            launch(state, *vectors[3 * AT_ONCE * i : 3 * AT_ONCE * (i + 1)])
+        return state[0], state[1], state[3]
 
     return run

@@ -6,20 +6,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from fastbn.cpu.memory import Array
+from fastbn.cpu import plans
+from fastbn.cpu.memory import Array, kind_or_none
 
 LEAST_EPS = 1e-30  # an eps from here on keeps the reciprocal deviation below 1e15
-_MOST = float(np.finfo(np.float32).max)
 
 
-def beyond_float32(rstd: Array, gamma: Array | None) -> bool:
-    """Whether some channel of float32 data, or narrower, is to be normalized in float64."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        scale = np.abs(rstd.astype(np.float64) * (1.0 if gamma is None else gamma))
-    return bool(((scale > _MOST) & (scale < np.inf)).any())
+def find_beyond(kept: int, rstd: Any, gamma: Any) -> Callable[[Array, Array | None], bool]:
+    """``beyond(rstd, gamma)``: whether channels of float32 data, or narrower, are to be normalized in float64."""
+    launch = plans.find_beyond(kept, (kind_or_none(rstd), kind_or_none(gamma))).prepared()
+
+    def beyond(rstd: Array, gamma: Array | None) -> bool:
+        out = np.empty(1)
+        launch(rstd, gamma, out)
+        return bool(out[0])
+
+    return beyond
 
 
 def weight_in_range(weight: Array | None, x: Array) -> tuple[Array | None, int]:

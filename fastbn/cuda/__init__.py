@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fastbn import formulas
 from fastbn.cuda import launch, plans
 from fastbn.cuda.memory import (
     Array,
@@ -26,7 +27,6 @@ from fastbn.cuda.memory import (
     reads,
     same_or_apart,
 )
-from fastbn.formulas import input_numbers
 from fastbn.operands import Affine, Numbers, Operand
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "forward",
     "grad_input",
     "grad_sums",
+    "merge",
     "moments",
     "normalize",
     "on_its_device",
@@ -44,6 +45,7 @@ __all__ = [
     "place",
     "reads",
     "same_or_apart",
+    "update_running",
     "xp",
 ]
 
@@ -145,7 +147,7 @@ def grad_input(
     ) -> None:  # fmt: skip
         given = [a if a is None else a.astype(np.float64) for a in (gamma, rstd, dgamma, dbeta, count, dmean, dvar)]
         gamma, rstd, dgamma, dbeta, count, dmean, dvar = (0.0 if a is None else a for a in given)
-        unit, scale, offset, slope = input_numbers(
+        unit, scale, offset, slope = formulas.input_numbers(
             1.0 if given[0] is None else gamma, rstd, dgamma, dbeta, count, dmean, dvar, itemsize
         )
         launched(dy, x, y, weight, mean, unit, scale, offset, slope, dx, dresidual)
@@ -162,3 +164,23 @@ def backward(
     types = {"mean": mean, "spread": rstd, **dict(zip(("gamma", "count", "dmean", "dvar"), others, strict=True))}
     problem = problem_of(arrays, weight, types, y is not None, dresidual is not None, frozen=frozen)
     return _launcher(plans.backward, problem, 2, "dy x y weight mean spread gamma count dmean dvar dx dresidual")
+
+
+def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool) -> Callable[..., None]:
+    def run(
+        mean: Array, var: Array, count: Array, batch_mean: Array, m2: Array, new_mean: Array, new_var: Array,
+        rate: float, correction: float,
+    ) -> None:  # fmt: skip
+        given = mean, var, count, batch_mean, m2, rate, correction
+        new_mean[...], new_var[...] = formulas.running(xp, *given, skip_nonfinite)
+
+    return run
+
+
+def merge(kept: int, types: tuple[tuple[Any, Any, Any], ...]) -> Callable[..., tuple[Array, Array, Array]]:
+    def run(*vectors: Array) -> tuple[Array, Array, Array]:
+        parts = (vectors[i : i + 3] for i in range(0, len(vectors), 3))
+        count, mean, _, m2 = formulas.united(xp, ((n, mean, xp.zeros(kept), m2) for n, mean, m2 in parts))
+        return count, mean, m2
+
+    return run

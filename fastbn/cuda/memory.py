@@ -108,7 +108,7 @@ def folded_view(layout: Layout, a: Array) -> Array | None:
 
 
 def alike(a: Array) -> Array:
-    """An array that lies as results like this one, in its order and without gaps; in its memory, so never written."""
+    """In its order and without gaps; in its memory, which costs none."""
     strides, step = [0] * a.ndim, a.itemsize
     for axis in sorted(range(a.ndim), key=lambda axis: (abs(a.strides[axis]), -axis)):
         strides[axis] = step

@@ -1,0 +1,105 @@
+"""The contract of a backend: kernels for one kind of array, and what it takes to call them.
+
+A backend is a module. `fastbn.cpu` is the one of NumPy arrays, `fastbn.cuda` that of CuPy arrays.
+
+Kernels are prepared for operands (`fastbn.operands`): folded arrays ``(batch, outer, channel, inner)`` of one dtype,
+float16, bfloat16, float32 or float64, and vectors of parameters, a float of each kept index, whose dtypes are given.
+What is prepared runs on arrays that lie so, in any shape, since kernels see but addresses. A weight is None, or a bool
+or float64 array with size 1 where it does not vary. Results are float64 vectors of ``batch * channel`` numbers. Arrays
+that are written may be inputs as well, element for element. What is absent is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from fastbn.layout import Layout
+from fastbn.operands import Affine, Numbers, Operand
+
+
+class Backend(Protocol):
+    """What a module of kernels has."""
+
+    @property
+    def xp(self) -> Any:
+        """The library of the arrays."""
+
+    # --- kernels ---
+
+    def moments(self, x: Operand, weight: Operand | None) -> Callable[..., Any]:
+        """``run(x, weight)`` gives count, mean, M2 and ``1 / std``, right even where M2 is 0 or infinite in float64."""
+
+    def normalize(
+        self, x: Operand, y: Operand, residual: Operand | None, parameters: Affine, eps: float | None, relu: bool
+    ) -> Callable[..., Any]:
+        """``run(x, residual, y, mean, spread, gamma, beta)``: ``y = (x - mean) * rstd * gamma + beta + residual``.
+
+        Through relu, if so. The spread is the variance, to which eps is added, or without eps the rstd.
+        """
+
+    def forward(
+        self, x: Operand, weight: Operand | None, y: Operand, residual: Operand | None, gamma: Any, beta: Any,
+        eps: float, relu: bool,
+    ) -> Callable[..., Any]:  # fmt: skip
+        """``run(x, weight, gamma, beta, residual, y)``: y by x's own statistics; gives count, mean, M2 and rstd."""
+
+    def grad_sums(
+        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, mean: Any, rstd: Any
+    ) -> Callable[..., Any]:
+        """``run(dy, x, y, weight, mean, rstd)`` gives ``dgamma = sum(dz * xhat)`` and ``dbeta = sum(dz)``.
+
+        dz is dy, or 0 where y <= 0. What has weight 0 and dz 0 is left out, whatever x is there.
+        """
+
+    def grad_input(
+        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers,
+        sums: tuple[Any, Any], dx: Operand, dresidual: Operand | None,
+    ) -> Callable[..., Any]:  # fmt: skip
+        """``run(dy, x, y, weight, *numbers, dgamma, dbeta, dx, dresidual)``: dx of the sums; ``dresidual = dz``.
+
+        See `fastbn.formulas.input_numbers`. Where weight and dz are 0, dx is 0, whatever x is.
+        """
+
+    def backward(
+        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
+        dx: Operand, dresidual: Operand | None,
+    ) -> Callable[..., Any]:  # fmt: skip
+        """``run(dy, x, y, weight, *numbers, dx, dresidual)``: both; gives the sums. Frozen statistics have no share."""
+
+    # --- vectors of a number per kept index, in their own dtypes ---
+
+    def update_running(self, kept: int, types: tuple[Any, ...], skip_nonfinite: bool) -> Callable[..., Any]:
+        """``run(mean, var, count, batch_mean, m2, new_mean, new_var, rate, correction)``: `fastbn.formulas.running`.
+
+        The new ones, float32 or float64, may be the old ones.
+        """
+
+    def merge(self, kept: int, types: tuple[tuple[Any, Any, Any], ...]) -> Callable[..., Any]:
+        """``run(count, mean, m2, count, mean, m2, ...)`` gives those of all: `fastbn.formulas.united`."""
+
+    # --- arrays ---
+
+    def folded_view(self, layout: Layout, a: Any) -> Any:
+        """An array as kernels see it; None where that takes a copy."""
+
+    def reads(self, view: Any) -> bool:
+        """Whether kernels can walk a folded array, and write it."""
+
+    def place(self, a: Any) -> tuple[int, int]:
+        """The device, and the offset of the address from a multiple of 16 bytes where that decides about kernels."""
+
+    def allocator(self, a: Any) -> Callable[[Any], Any]:
+        """What makes results like arrays that lie like this one."""
+
+    def alike(self, a: Any) -> Any:
+        """An array that lies as such results do, which nobody reads or writes."""
+
+    def overlap(self, a: Any, b: Any) -> bool:
+        """Whether two arrays share memory; yes where that is too hard to decide."""
+
+    def same_or_apart(self, a: Any, b: Any) -> bool:
+        """Whether each element of `a` lies where the same element of `b` does, or the arrays share no memory."""
+
+    def on_its_device(self, call: Callable[..., Any], x: Any) -> Callable[..., Any]:
+        """The call, with the device of this array the current one."""
