@@ -20,24 +20,32 @@ Call = Callable[..., Any]
 
 MOST = 4096  # prepared calls that are kept, for programs whose shapes never repeat
 _prepared: dict[Any, Call] = {}
-_ndarray = np.ndarray
 
 
-def of(a: Any) -> Any:
-    """What a signature has of an array, or of None. What is neither is like nothing else: preparing tells of it."""
-    if type(a) is _ndarray:
-        return a.shape, a.strides, a.dtype, a.flags.aligned
-    return None if a is None else _of_another(a)
+def describe(*arrays: Any) -> Any:
+    """What a signature has of arrays, or of None. What is neither is like nothing else: preparing tells of it."""
+    return _compiled(*arrays) or tuple(map(_of, arrays))
 
 
-def of_output(a: Any) -> Any:
-    """The same of an array that is to be written, which must be allowed."""
-    return None if a is None else (of(a), getattr(a.flags, "writeable", True)) if hasattr(a, "flags") else object()
+def _first(*arrays: Any) -> bytes | None:
+    """For NumPy arrays there is a compiled function, ten times as fast as asking for their attributes."""
+    global _compiled
+    if not any(type(a) is np.ndarray for a in arrays):
+        return None
+    from fastbn.cpu.program import describe
+
+    _compiled = describe()
+    return _compiled(*arrays)
 
 
-def _of_another(a: Any) -> Any:
-    if type(a) is np.memmap:
-        return np.memmap, a.shape, a.strides, a.dtype, a.flags.aligned
+_compiled: Callable[..., bytes | None] = _first
+
+
+def _of(a: Any) -> Any:
+    if a is None:
+        return None
+    if type(a) in (np.ndarray, np.memmap):
+        return type(a), a.shape, a.strides, a.dtype, a.flags.aligned, a.flags.writeable
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(a, cupy.ndarray):
         memory = a.data

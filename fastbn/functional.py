@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastbn import arguments, prepare
-from fastbn.call import axes_of, find, keep, number_of, of, of_output
+from fastbn.call import axes_of, describe, find, keep, number_of
 from fastbn.kernels import Activation, Axes
 from fastbn.saved import Gradients, Saved
 
@@ -97,11 +97,8 @@ def batch_norm(
     (array([2., 4.]), array([1. , 0.5]))
     """
     signature = (
-        "batch_norm", of(x), None if gamma is None else of(gamma), None if beta is None else of(beta),
-        None if where is None else of(where), None if weights is None else of(weights),
-        None if residual is None else of(residual), None if out is None else of_output(out),
-        None if gather is None else callable(gather),
-        axes_of(channel_axis), number_of(eps), activation,
+        "batch_norm", describe(x, gamma, beta, where, weights, residual, out),
+        None if gather is None else callable(gather), axes_of(channel_axis), number_of(eps), activation,
     )  # fmt: skip
     run = find(signature)
     if run is None:
@@ -174,28 +171,18 @@ def batch_norm_backward(
     >>> grads.beta, abs(grads.x.sum()) < 1e-15
     (array([1.]), np.True_)
     """
-    signature = (
-        "batch_norm_backward", of(dy), _of_saved(saved), None if dmean is None else of(dmean),
-        None if dvar is None else of(dvar), None if out is None else of_output(out),
-        None if gather is None else callable(gather),
-    )  # fmt: skip
+    signature: Any = object()
+    if type(saved) is Saved:
+        x, y, gamma, weight, moments, mean, rstd, count, *options = saved
+        signature = (
+            "batch_norm_backward", describe(dy, x, y, gamma, weight, mean, rstd, count, dmean, dvar, out),
+            None if gather is None else callable(gather), moments is None, *options,
+        )  # fmt: skip
     run = find(signature)
     if run is None:
         run = keep(signature, prepare.batch_norm_backward(dy, saved, dmean, dvar, out, gather))
     gradients: Gradients = run(dy, saved, dmean, dvar, out, gather)
     return gradients
-
-
-def _of_saved(saved: Saved) -> Any:
-    """What a signature has of it."""
-    if type(saved) is not Saved:
-        return object()
-    x, y, gamma, weight, moments, mean, rstd, count, channel_axis, activation, has_residual, gathered = saved
-    return (
-        of(x), None if y is None else of(y), None if gamma is None else of(gamma),
-        None if weight is None else of(weight), moments is None, of(mean), of(rstd),
-        None if count is None else of(count), channel_axis, activation, has_residual, gathered,
-    )  # fmt: skip
 
 
 def batch_norm_inference(
@@ -241,9 +228,8 @@ def batch_norm_inference(
     array([[1., 2.]])
     """
     signature = (
-        "batch_norm_inference", of(x), of(mean), of(var), None if gamma is None else of(gamma),
-        None if beta is None else of(beta), None if residual is None else of(residual),
-        None if out is None else of_output(out), axes_of(channel_axis), number_of(eps), activation,
+        "batch_norm_inference", describe(x, mean, var, gamma, beta, residual, out), axes_of(channel_axis),
+        number_of(eps), activation,
     )  # fmt: skip
     run = find(signature)
     if run is None:

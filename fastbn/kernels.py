@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fastbn import prepare
-from fastbn.call import axes_of, find, keep, number_of, of, of_output
+from fastbn.call import axes_of, describe, find, keep, number_of
 
 __all__ = ["fold", "grad_input", "grad_sums", "normalize"]
 
@@ -54,9 +54,7 @@ def normalize(
            [ 2.]])
     """
     signature = (
-        "normalize", of(x), of(mean), of(rstd), None if gamma is None else of(gamma),
-        None if beta is None else of(beta), None if residual is None else of(residual),
-        None if out is None else of_output(out), axes_of(channel_axis), activation,
+        "normalize", describe(x, mean, rstd, gamma, beta, residual, out), axes_of(channel_axis), activation,
     )  # fmt: skip
     run = find(signature)
     if run is None:
@@ -101,8 +99,7 @@ def grad_sums(
     (array([2.]), array([3.]))
     """
     signature = (
-        "grad_sums", of(dy), of(x), of(mean), of(rstd), None if where is None else of(where),
-        None if weights is None else of(weights), axes_of(channel_axis),
+        "grad_sums", describe(dy, x, mean, rstd, where, weights), axes_of(channel_axis),
     )  # fmt: skip
     run = find(signature)
     if run is None:
@@ -161,10 +158,11 @@ def grad_input(
     array([[0.],
            [0.]])
     """
+    number = isinstance(count, (int, float, np.generic))
     signature = (
-        "grad_input", of(dy), of(x), of(mean), of(rstd), None if gamma is None else of(gamma), of(dgamma), of(dbeta),
-        None if isinstance(count, (int, float, np.generic)) else of(count), None if where is None else of(where),
-        None if weights is None else of(weights), None if out is None else of_output(out), axes_of(channel_axis),
+        "grad_input",
+        describe(dy, x, mean, rstd, gamma, dgamma, dbeta, None if number else count, where, weights, out),
+        number, axes_of(channel_axis),
     )  # fmt: skip
     run = find(signature)
     if run is None:
@@ -234,8 +232,7 @@ def fold(
     array([0.5, 0.5, 1. , 1. ])
     """
     signature = (
-        "fold", of(kernel), None if kernel_bias is None else of(kernel_bias), of(mean), of(var),
-        None if gamma is None else of(gamma), None if beta is None else of(beta), number_of(eps), axes_of(axis),
+        "fold", describe(kernel, kernel_bias, mean, var, gamma, beta), number_of(eps), axes_of(axis),
         axes_of(groups),
     )  # fmt: skip
     run = find(signature)

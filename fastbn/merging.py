@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 
 from fastbn import arguments
-from fastbn.call import Call, find, keep, of, of_output
+from fastbn.call import Call, describe, find, keep
 from fastbn.dispatch import backend_of, device_of, kind_of, on_device, one_kind
 
 if TYPE_CHECKING:
@@ -131,19 +131,14 @@ def merge(*moments: Moments) -> Moments:
     >>> both.mean, both.m2
     (array([5., 6.]), array([70., 70.]))
     """
-    signature = ("merge", *map(_of_moments, moments))
+    signature: Any = object()
+    if all(type(m) is Moments for m in moments):
+        signature = ("merge", describe(*itertools.chain(*moments)))
     run = find(signature)
     if run is None:
         run = keep(signature, _prepare_merge(*moments))
     merged: Moments = run(*moments)
     return merged
-
-
-def _of_moments(moments: Moments) -> Any:
-    """What a signature has of them."""
-    if type(moments) is not Moments:
-        return object()
-    return of(moments[0]), of(moments[1]), of(moments[2])
 
 
 def _prepare_merge(*moments: Moments) -> Call:
@@ -240,21 +235,14 @@ def update_running(
     >>> fastbn.update_running(np.zeros(1), np.ones(1), batch)
     (array([0.2]), array([1.1]))
     """
-    signature = (
-        "update_running", of(mean), of(var), _of_moments(moments), skip_nonfinite,
-        None if out is None else _of_outputs(out),
-    )  # fmt: skip
+    signature: Any = object()
+    if type(moments) is Moments and (out is None or (isinstance(out, tuple) and len(out) == 2)):
+        signature = "update_running", describe(mean, var, *moments, *(out or ())), skip_nonfinite
     run = find(signature)
     if run is None:
         run = keep(signature, _prepare_update(mean, var, moments, skip_nonfinite, out))
     both: tuple[Any, Any] = run(mean, var, moments, rate, correction, out)
     return both
-
-
-def _of_outputs(out: Any) -> Any:
-    if not isinstance(out, tuple) or len(out) != 2:
-        return object()
-    return of_output(out[0]), of_output(out[1])
 
 
 def _prepare_update(mean: Any, var: Any, moments: Any, skip_nonfinite: bool, out: Any) -> Call:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import reductions
-from fastbn.call import axes_of, find, keep, number_of, of, of_output
+from fastbn.call import axes_of, describe, find, keep, number_of
 from fastbn.dispatch import is_foreign, kind_of
 from fastbn.merging import Moments
 from fastbn.reductions import Options, statistic
@@ -75,9 +75,7 @@ def mean(
     if type(x) is not np.ndarray:
         x = _array(x)
     where, keepdims = _mask(where), _given(keepdims, False)
-    signature = (
-        "mean", of(x), _of_axis(axis), dtype, of_output(out), keepdims, None if where is None else of(where)
-    )  # fmt: skip
+    signature = "mean", describe(x, where, out), _of_axis(axis), dtype, keepdims
     run = find(signature)
     if run is None:
         run = keep(signature, statistic("mean", x, where, None, None, out, Options(axis, dtype, keepdims)))
@@ -189,8 +187,7 @@ def mean_var(
         x = _array(x)
     where, keepdims, correction = _mask(where), _given(keepdims, False), _given(correction, 0)
     signature = (
-        "mean_var", of(x), _of_axis(axis), keepdims, number_of(correction), None if where is None else of(where),
-        None if weights is None else of(weights),
+        "mean_var", describe(x, where, weights), _of_axis(axis), keepdims, number_of(correction),
     )  # fmt: skip
     run = find(signature)
     if run is None:
@@ -252,8 +249,7 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
     if type(x) is not np.ndarray:
         x = _array(x)
     signature = (
-        "moments", of(x), axes_of(channel_axis), None if where is None else of(where),
-        None if weights is None else of(weights),
+        "moments", describe(x, where, weights), axes_of(channel_axis),
     )  # fmt: skip
     run = find(signature)
     if run is None:
@@ -272,9 +268,10 @@ def _spread(
     if type(x) is not np.ndarray:
         x = _array(x)
     where, keepdims, given = _mask(where), _given(keepdims, False), _given(given, None)
+    number = isinstance(given, (int, float))
     signature = (
-        what, of(x), _of_axis(axis), dtype, of_output(out), number_of(ddof), keepdims,
-        None if where is None else of(where), type(given) if isinstance(given, (int, float)) else of(given),
+        what, describe(x, where, None if number else given, out), type(given) if number else None, _of_axis(axis),
+        dtype, number_of(ddof), keepdims,
     )  # fmt: skip
     run = find(signature)
     if run is None:

@@ -15,8 +15,8 @@ def test_two_threads_prepare_one(monkeypatch):
     """The words that are told of the team are those that the call reads."""
     built_in, begun, finished = program._built_in, threading.Event(), threading.Event()
 
-    def slowly(words):
-        made = built_in(words)
+    def slowly(*given):
+        made = built_in(*given)
         if threading.current_thread() is not threading.main_thread():
             begun.set()
             finished.wait(30)
@@ -45,7 +45,12 @@ def test_two_threads_make_the_first_function(monkeypatch):
     address, both = program.address, threading.Barrier(2)
     monkeypatch.setattr(program, "address", lambda name: (both.wait(30), address(name))[1])
     made = []
-    threads = [threading.Thread(target=lambda: made.append(program._built_in(np.zeros(12, np.int64)))) for _ in "ab"]
+    threads = [
+        threading.Thread(
+            target=lambda: made.append(program._built_in(program._call, "calls.call", np.zeros(12, np.int64)))
+        )
+        for _ in "ab"
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -53,7 +58,7 @@ def test_two_threads_make_the_first_function(monkeypatch):
     definition_at = object.__basicsize__  # ml of a PyCFunctionObject, behind what every object begins with
     pointers = {ctypes.c_int64.from_address(id(function) + definition_at).value for function in made}
     assert len(made) == 2
-    assert pointers == {ctypes.addressof(program._method)}
+    assert pointers == {ctypes.addressof(program._call)}
 
 
 @pytest.mark.parametrize("threads", [1000, 10**6, sys.maxsize, 1 << 70])

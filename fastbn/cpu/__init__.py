@@ -117,7 +117,7 @@ def normalize(
         if beyond and beyond(spread if eps is None else reciprocal_std(spread.astype(float), eps), gamma):
             _normalize_in_float64(operands, x, residual, y, mean, spread, gamma, beta, eps, relu)
         else:
-            launch(x, y, residual, mean, spread, gamma, beta, added, past(y))
+            launch(x, y, residual, mean, spread, gamma, beta, added, past(y) if past else 0.0)
 
     return run
 
@@ -164,10 +164,10 @@ def forward(
         table, k = np.empty((6, kept)), 0
         if weight is not None:
             weight, k = weight_in_range(weight, x)
-        launch(x, weight, y, residual, gamma, beta, table, eps, past(y))
+        launch(x, weight, y, residual, gamma, beta, table, eps, past(y) if past else 0.0)
         if beyond and beyond(table[3], gamma):
             _normalize_in_float64(operands, x, residual, y, table[2], table[3], gamma, beta, None, relu)
-        return _unscaled(table, k)
+        return _unscaled(table, k) if k else (table[0], table[2], table[1], table[3])
 
     return run
 
@@ -212,7 +212,21 @@ def grad_input(
         if weight is not None:
             weight, count = _in_range(weight, count, x)
         launch(
-            dy, x, y, weight, dx, dresidual, mean, rstd, gamma, count, dmean, dvar, dgamma, dbeta, past(dx, dresidual)
+            dy,
+            x,
+            y,
+            weight,
+            dx,
+            dresidual,
+            mean,
+            rstd,
+            gamma,
+            count,
+            dmean,
+            dvar,
+            dgamma,
+            dbeta,
+            past(dx, dresidual) if past else 0.0,
         )
 
     return run
@@ -244,7 +258,22 @@ def backward(
         if weight is not None and count is not None:
             weight, count = _in_range(weight, count, x)
         sums = np.empty((2, kept))
-        launch(dy, x, y, weight, dx, dresidual, mean, rstd, gamma, count, dmean, dvar, sums, past(dx, dresidual))
+        launch(
+            dy,
+            x,
+            y,
+            weight,
+            dx,
+            dresidual,
+            mean,
+            rstd,
+            gamma,
+            count,
+            dmean,
+            dvar,
+            sums,
+            past(dx, dresidual) if past else 0.0,
+        )
         return sums[0], sums[1]
 
     return run

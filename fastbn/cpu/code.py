@@ -24,8 +24,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-from fastbn.cpu import ahead
-from fastbn.cpu.objects import DATA_AT, FLOAT_AT
+from fastbn.cpu import ahead, objects
 from fastbn.cpu.store import Store, store_of
 
 _HERE = Path(__file__).parent
@@ -143,7 +142,7 @@ def build(level: str, name: str, kinds: tuple[str, ...], folder: Path = SHIPPED)
 @lru_cache
 def sources() -> str:
     """A hash of this folder's sources, and of what they take of Python's objects as given."""
-    digest = hashlib.sha256(f"{DATA_AT} {FLOAT_AT}".encode())
+    digest = hashlib.sha256(str([value for name, value in vars(objects).items() if name.endswith("_AT")]).encode())
     for source in sorted(_HERE.rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]

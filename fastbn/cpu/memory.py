@@ -138,19 +138,16 @@ def allocator(a: Array) -> Callable[[Array], Array]:
     return np.empty_like if plain else empty_like
 
 
-def past_caches(*operands: Operand | None) -> Callable[..., float]:
-    """Of arrays that lie so: which kernels may write them past the caches. 0 none, they are small; 1 those that find
-    the first line themselves; 2 all, the arrays start at a multiple of 16 bytes, as NumPy's own do.
+def past_caches(*operands: Operand | None) -> Callable[..., float] | None:
+    """Of arrays that lie so: which kernels may write them past the caches. None: they are small. Else ``past(*arrays)``
+    is 1 for those kernels that find the first line themselves; 2 for all, if the arrays start at a multiple of 16
+    bytes, as NumPy's own do.
     """
     for o in operands:
         if o is not None and o.size * o.dtype.itemsize < CACHE_SHARE * (OWN_TIMES if o.fresh else 1):
-            return _none_past_caches
+            return None
 
     def past(*arrays: Array | None) -> float:
         return 2.0 if all(a is None or a.__array_interface__["data"][0] % 16 == 0 for a in arrays) else 1.0
 
     return past
-
-
-def _none_past_caches(*arrays: Array | None) -> float:
-    return 0.0

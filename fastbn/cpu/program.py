@@ -153,9 +153,8 @@ class Program:
         return self.prepared()(*given)
 
     def _prepare(self) -> None:
-        python = [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name in _OF_PYTHON]
         sizes = [self._scratch + self._temporary, len(self._vectors) * 8 // VECTOR, len(self._launches)]
-        words = [0, self._releases, *python, *sizes, *self._vectors]
+        words = [0, self._releases, *_of_python(*_OF_PYTHON), *sizes, *self._vectors]
         entries = addresses([*self.kernels(), *(RUNTIME[:1] if self.threads < 2 else RUNTIME)], self._later)
         pointers = []  # words that are to point into these words
         for (_, tasks, threads, arguments), entry in zip(self._launches, entries, strict=False):
@@ -170,7 +169,7 @@ class Program:
         mine = np.array(words + self._integers, np.int64)
         mine[pointers] += mine.ctypes.data + 8 * len(words)
         # Threads may prepare it at once; the words of the first are everybody's, or a call's team would never change.
-        self._words, self.call = vars(self).setdefault("_prepared", (mine, _built_in(mine)))
+        self._words, self.call = vars(self).setdefault("_prepared", (mine, _built_in(_call, "calls.call", mine)))
 
 
 def _argument(given: Argument | bool | float | None) -> Argument:
@@ -202,15 +201,34 @@ class _Method(ctypes.Structure):
     _fields_ = (("name", ctypes.c_char_p), ("code", ctypes.c_void_p), ("flags", ctypes.c_int), ("doc", ctypes.c_char_p))
 
 
-# One for all functions, which point to it, and for ever: they may outlive this module when the interpreter ends.
-_method = _Method(b"call", None, _FASTCALL, None)
-ctypes.pythonapi.Py_IncRef(ctypes.py_object(_method))
+def _definition() -> _Method:
+    """One for all functions of a kind, and for ever: they may outlive this module when the interpreter ends."""
+    made = _Method(b"call", None, _FASTCALL, None)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
+    return made
 
 
-def _built_in(words: Any) -> Callable[..., object]:
+_call, _describe = _definition(), _definition()
+
+
+def _built_in(definition: _Method, code: str, words: Any) -> Callable[..., Any]:
     """A function of Python's own kind, which finds the words as its ``self``."""
-    _method.code = address("calls.call")
+    definition.code = address(code)
     kind = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
     make = kind(("PyCFunction_NewEx", ctypes.pythonapi))  # attributes of pythonapi are everybody's
-    function: Callable[..., object] = make(ctypes.addressof(_method), words, None)
+    function: Callable[..., Any] = make(ctypes.addressof(definition), words, None)
     return function
+
+
+def _of_python(*names: str) -> list[int | None]:
+    """Addresses of the interpreter's functions."""
+    return [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name in names]
+
+
+ARRAY_TYPE, NONE_AT, NEW_BYTES, INCREASE = range(0, 32, 8)  # words of `describe`
+
+
+def describe() -> Callable[..., bytes | None]:
+    """``describe(*arrays)``: what a signature has of NumPy arrays and Nones, in bytes; None if there are others."""
+    words = [id(np.ndarray), id(None), *_of_python("PyBytes_FromStringAndSize", "Py_IncRef")]
+    return _built_in(_describe, "signatures.describe", np.array(words, np.int64))

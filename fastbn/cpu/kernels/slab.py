@@ -40,6 +40,8 @@ def four(geometry, k):
 @inner
 def channel_start(strides, t, shape):
     """Where the slab of kept index t = batch * channels + channel begins."""
+    if t < shape[2]:
+        return strides[0] + t * strides[3]
     return strides[0] + t // shape[2] * strides[1] + t % shape[2] * strides[3]
 
 
@@ -183,6 +185,13 @@ def affine_of(x, numbers, t, kept, eps):
     hi = rounded(x, mean)
     scale = rstd * numbers[2 * kept + t]
     return hi, scale, numbers[3 * kept + t] - (mean - hi) * scale
+
+
+@inner
+def enter_affine(x, numbers, t, kept, work, at, pitch):
+    """The three of (mean, rstd, gamma, beta) into ``work``, a pitch apart."""
+    hi, scale, shift = affine_of(x, numbers, t, kept, -1.0)
+    work[at], work[at + pitch], work[at + 2 * pitch] = hi, scale, shift
 
 
 @inner

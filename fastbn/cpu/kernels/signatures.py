@@ -1,0 +1,74 @@
+"""What a signature has of arrays (`fastbn.call`), read from their objects: `fastbn.cpu.objects` says where."""
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from fastbn.cpu.kernels.calls import invoke, reserve
+from fastbn.cpu.kernels.compiler import inner, plain
+from fastbn.cpu.kernels.team import load, store
+from fastbn.cpu.objects import (
+    DATA_AT,
+    DIMENSIONS_AT,
+    DTYPE_AT,
+    FLAGS_AT,
+    NUMBER_AT,
+    SCALAR_AT,
+    SHAPE_AT,
+    STRIDES_AT,
+    TYPE_AT,
+)
+from fastbn.cpu.program import ARRAY_TYPE, INCREASE, NEW_BYTES, NONE_AT
+
+I64 = ir.IntType(64)
+MOST = 256  # words
+OF_EACH = 3  # words of an array beside sizes and strides
+ALIGNED, WRITABLE = 0x100, 0x400  # of NumPy's flags
+
+
+@intrinsic
+def new_bytes(typing, function, start, count):
+    """Call the interpreter's function for so many bytes."""
+
+    def codegen(context, builder, signature, values):
+        pointer = builder.inttoptr(values[0], ir.FunctionType(I64, [I64, I64]).as_pointer())
+        return builder.call(pointer, values[1:])
+
+    return types.int64(types.int64, types.int64, types.int64), codegen
+
+
+@inner
+def describe_array(a, at, end):
+    """Its dtype, dimensions, alignment, whether it may be written; sizes and strides. Where that ends; 0: no room."""
+    dtype, dimensions = load(a + DTYPE_AT), load(a + DIMENSIONS_AT) & 0xFFFFFFFF
+    if at + 8 * OF_EACH + 16 * dimensions > end:
+        return 0
+    store(at, load(dtype + SCALAR_AT))
+    store(at + 8, load(dtype + NUMBER_AT))
+    store(at + 16, dimensions << 32 | load(a + FLAGS_AT) & (ALIGNED | WRITABLE))
+    at += 8 * OF_EACH
+    shape, strides = load(a + SHAPE_AT), load(a + STRIDES_AT)
+    for axis in range(dimensions):
+        store(at + 16 * axis, load(shape + 8 * axis))
+        store(at + 16 * axis + 8, load(strides + 8 * axis))
+    return at + 16 * dimensions
+
+
+@plain
+def describe(me, args, count):
+    """``PyObject *describe(PyObject *self, PyObject *const *args, Py_ssize_t nargs)``: bytes, or None."""
+    words, start = load(me + DATA_AT), reserve(MOST)
+    array_type, none, at = load(words + ARRAY_TYPE), load(words + NONE_AT), start
+    for i in range(count):
+        a = load(args + 8 * i)
+        if a == none and at < start + 8 * MOST:
+            store(at, 0)
+            at += 8
+        elif load(a + TYPE_AT) == array_type:
+            at = describe_array(a, at, start + 8 * MOST)
+        else:
+            at = 0
+        if at == 0:
+            invoke(load(words + INCREASE), none)
+            return none
+    return new_bytes(load(words + NEW_BYTES), start, at - start)
