@@ -28,14 +28,20 @@ def describe(*arrays: Any) -> Any:
 
 
 def _first(*arrays: Any) -> bytes | None:
-    """For NumPy arrays there is a compiled function, ten times as fast as asking for their attributes."""
+    """For NumPy arrays there is a compiled function, ten times as fast as asking for their attributes.
+
+    A process that has to compile it first prepares its first call twice.
+    """
     global _compiled
     if not any(type(a) is np.ndarray for a in arrays):
         return None
     from fastbn.cpu.program import describe
 
-    _compiled = describe()
-    return _compiled(*arrays)
+    compiled = describe()
+    if compiled is None:
+        return None
+    _compiled = compiled
+    return compiled(*arrays)
 
 
 _compiled: Callable[..., bytes | None] = _first

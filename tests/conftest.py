@@ -5,8 +5,10 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import fastbn
 from fastbn import call
 from fastbn.cpu import plans
 from tests.support import DTYPES
@@ -84,6 +86,12 @@ def example(monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
     return importlib.import_module
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_signatures():
+    """The first call of a process may be signed in another way than those that follow."""
+    fastbn.mean(np.ones(3))
 
 
 @pytest.fixture

@@ -235,6 +235,35 @@ def test_another_processor(tmp_path):
         assert len(list((tmp_path / "fastbn").iterdir())) == folders
 
 
+HALVES = """
+import numpy as np
+import fastbn
+bits = np.arange(1 << 16, dtype=np.uint16)
+x = bits.view(np.float16).reshape(-1, 4)
+finite = np.isfinite(x)
+one, none = np.ones(4, np.float16), np.zeros(4, np.float16)
+y = fastbn.batch_norm_inference(x, none, one, eps=0)
+assert (y == x)[finite].all() and np.isnan(y[np.isnan(x)]).all() and (np.abs(y[np.isinf(x)]) == np.inf).all()
+for scale in (0.37, 3.1, 1 / 3, 2.0**-12 * 1.0001, 31.9):
+    gamma = np.full(4, scale, np.float16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        wanted = (x.astype(np.float32) * gamma.astype(np.float32)).astype(np.float16)
+    y = fastbn.batch_norm_inference(x, none, one, gamma, eps=0)
+    assert (y == wanted)[finite].all(), scale
+y, saved = fastbn.batch_norm(x[:7000:7] * 0 + np.arange(4, dtype=np.float16), one, none)
+grads = fastbn.batch_norm_backward(y, saved)
+print(y.dtype, saved.mean)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="others have instructions for halves")
+def test_float16_on_processors_without_instructions_for_it(tmp_path):
+    """Every half is read and rounded as F16C does; twice, since what is compiled is then loaded without Numba."""
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "x86-64-v2", "NUMBA_CPU_FEATURES": ""}
+    for _ in range(2):
+        assert run(PACKAGE.parent, HALVES, **environment) == "float16 [0. 1. 2. 3.]\n"
+
+
 # --- kernels that come with an installation ---------------------------------------------------------------------------
 
 NAMES = """

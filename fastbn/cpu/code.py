@@ -24,7 +24,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-from fastbn.cpu import ahead, objects
+from fastbn.cpu import ahead, halves, objects
 from fastbn.cpu.store import Store, store_of
 
 _HERE = Path(__file__).parent
@@ -48,6 +48,12 @@ def addresses(kernels: list[Kernel], later: Callable[[], list[Kernel]] = list) -
         if missing and store_of(version()) is not None:
             ahead.compile_all(missing, [k for k in later() if _is_missing(*k)], lambda k: _address(*k))
         return [_address(*kernel) for kernel in kernels]
+
+
+def is_missing(name: str, *kinds: str) -> bool:
+    """Whether a kernel has yet to be compiled."""
+    with _lock:
+        return _is_missing(name, kinds)
 
 
 def _is_missing(name: str, kinds: tuple[str, ...]) -> bool:
@@ -83,7 +89,10 @@ def _symbol(name: str, kinds: tuple[str, ...]) -> str:
 def _engine() -> Any:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine_for(None))
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine_for(None))
+    if llvm.get_process_triple().startswith("x86_64") and "+f16c" not in processor()[1].split(","):
+        halves.provide(engine)
+    return engine
 
 
 def machine_for(level: str | None) -> Any:

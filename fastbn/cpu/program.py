@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn.cpu.code import Kernel, address, addresses
-from fastbn.cpu.team import RUNTIME, team_for
+from fastbn.cpu.code import Kernel, address, addresses, is_missing
+from fastbn.cpu.team import OF_THE_TEAM, RUNTIME, team_for
 
 # Where an argument comes from: itself; a number given at each call; an array given at each call, or the scratch memory,
 # so many bytes from the first element; whether a number given is at least so large.
@@ -155,7 +155,7 @@ class Program:
     def _prepare(self) -> None:
         sizes = [self._scratch + self._temporary, len(self._vectors) * 8 // VECTOR, len(self._launches)]
         words = [0, self._releases, *_of_python(*_OF_PYTHON), *sizes, *self._vectors]
-        entries = addresses([*self.kernels(), *(RUNTIME[:1] if self.threads < 2 else RUNTIME)], self._later)
+        entries = addresses([*self.kernels(), *RUNTIME, *(OF_THE_TEAM if self.threads > 1 else ())], self._later)
         pointers = []  # words that are to point into these words
         for (_, tasks, threads, arguments), entry in zip(self._launches, entries, strict=False):
             words += [entry, tasks, threads, len(arguments), 0]
@@ -228,7 +228,12 @@ def _of_python(*names: str) -> list[int | None]:
 ARRAY_TYPE, NONE_AT, NEW_BYTES, INCREASE = range(0, 32, 8)  # words of `describe`
 
 
-def describe() -> Callable[..., bytes | None]:
-    """``describe(*arrays)``: what a signature has of NumPy arrays and Nones, in bytes; None if there are others."""
+def describe() -> Callable[..., bytes | None] | None:
+    """``describe(*arrays)``: what a signature has of NumPy arrays and Nones, in bytes; None if there are others.
+
+    None until it is compiled: a first call compiles it beside its kernels, in two processes.
+    """
+    if is_missing("signatures.describe"):
+        return None
     words = [id(np.ndarray), id(None), *_of_python("PyBytes_FromStringAndSize", "Py_IncRef")]
     return _built_in(_describe, "signatures.describe", np.array(words, np.int64))

@@ -20,8 +20,9 @@ from functools import cache
 from fastbn.cpu.code import Kernel, address
 from fastbn.threads import get_num_threads
 
-# What every program needs compiled, and those that the team runs.
-RUNTIME: list[Kernel] = [("calls.call", ()), ("team.serve", ()), ("team.dismiss", ())]
+# What every call needs compiled, and the team.
+RUNTIME: list[Kernel] = [("calls.call", ()), ("signatures.describe", ())]
+OF_THE_TEAM: list[Kernel] = [("team.serve", ()), ("team.dismiss", ())]
 
 PARALLEL_FROM = 3 << 16  # elements; below, one thread takes 40 us, in which no other can do much
 COST_AT_FIRST = 10_000  # ns of calling a sleeper, before the first call has been measured
