@@ -17,6 +17,7 @@ from fastbn.cpu.memory import (
     Array,
     alike,
     allocator,
+    apart,
     folded_view,
     kind_or_none,
     overlap,
@@ -34,6 +35,7 @@ from fastbn.operands import Affine, Numbers, Operand, dense
 __all__ = [
     "alike",
     "allocator",
+    "apart",
     "backward",
     "folded_view",
     "forward",

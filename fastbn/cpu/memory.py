@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastbn.caches import last_cache
+from fastbn.cpu import program
 from fastbn.cpu.program import kind_of
 from fastbn.layout import Layout
 from fastbn.operands import Operand, dense
@@ -35,10 +36,17 @@ def reads(view: Array) -> bool:
 _shares_memory: Any = np.shares_memory  # whose stub knows only two of max_work's values
 
 
+def apart(out: Array, *others: Array | None) -> bool:
+    """By first and last bytes, in compiled code: for the gradients' arrays 0.3 us, where asking NumPy takes 3."""
+    return program.apart()(out, *others)
+
+
 def overlap(a: Array, b: Array) -> bool:
     """Whether two arrays share memory; yes where that is too hard to decide."""
+    if a is b:
+        return a.size > 0
     try:
-        return bool(np.may_share_memory(a, b) and _shares_memory(a, b, max_work=1000))
+        return not apart(a, b) and bool(_shares_memory(a, b, max_work=1000))
     except np.exceptions.TooHardError:
         return True
 

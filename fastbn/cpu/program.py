@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -208,7 +208,7 @@ def _definition() -> _Method:
     return made
 
 
-_call, _describe = _definition(), _definition()
+_call, _describe, _apart = _definition(), _definition(), _definition()
 
 
 def _built_in(definition: _Method, code: str, words: Any) -> Callable[..., Any]:
@@ -225,7 +225,7 @@ def _of_python(*names: str) -> list[int | None]:
     return [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name in names]
 
 
-ARRAY_TYPE, NONE_AT, NEW_BYTES, INCREASE = range(0, 32, 8)  # words of `describe`
+ARRAY_TYPE, NONE_AT, TRUE_AT, FALSE_AT, NEW_BYTES, INCREASE = range(0, 48, 8)  # words of those below
 
 
 def describe() -> Callable[..., bytes | None] | None:
@@ -235,5 +235,16 @@ def describe() -> Callable[..., bytes | None] | None:
     """
     if is_missing("signatures.describe"):
         return None
-    words = [id(np.ndarray), id(None), *_of_python("PyBytes_FromStringAndSize", "Py_IncRef")]
-    return _built_in(_describe, "signatures.describe", np.array(words, np.int64))
+    return _built_in(_describe, "signatures.describe", _objects())
+
+
+def _objects() -> Any:
+    return np.array(
+        [*map(id, (np.ndarray, None, True, False)), *_of_python("PyBytes_FromStringAndSize", "Py_IncRef")], np.int64
+    )
+
+
+@cache
+def apart() -> Callable[..., bool]:
+    """``apart(out, *others)``: whether it surely shares no memory with other arrays; itself does not count."""
+    return _built_in(_apart, "signatures.apart", _objects())

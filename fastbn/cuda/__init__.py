@@ -20,6 +20,7 @@ from fastbn.cuda.memory import (
     Results,
     alike,
     allocator,
+    apart,
     folded_view,
     overlap,
     place,
@@ -32,6 +33,7 @@ from fastbn.operands import Affine, Numbers, Operand
 __all__ = [
     "alike",
     "allocator",
+    "apart",
     "backward",
     "folded_view",
     "forward",

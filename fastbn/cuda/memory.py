@@ -153,6 +153,16 @@ class _Shadow:
 _shares_memory: Any = np.shares_memory
 
 
+def apart(out: Array, *others: Array | None) -> bool:
+    low, high = _extent(out)
+    for a in others:
+        if a is not None and a is not out:
+            first, end = _extent(a)
+            if first < high and low < end:
+                return False
+    return True
+
+
 def overlap(a: Array, b: Array) -> bool:
     """Whether two arrays share memory; yes where that is too hard to decide."""
     if a.size == 0 or b.size == 0:

@@ -1,4 +1,4 @@
-"""What a signature has of arrays (`fastbn.call`), read from their objects: `fastbn.cpu.objects` says where."""
+"""What a signature has of arrays (`fastbn.call`), and whether they lie apart; where to look says `cpu.objects`."""
 
 from llvmlite import ir
 from numba import types
@@ -18,10 +18,11 @@ from fastbn.cpu.objects import (
     STRIDES_AT,
     TYPE_AT,
 )
-from fastbn.cpu.program import ARRAY_TYPE, INCREASE, NEW_BYTES, NONE_AT
+from fastbn.cpu.program import ARRAY_TYPE, FALSE_AT, INCREASE, NEW_BYTES, NONE_AT, TRUE_AT
 
 I64 = ir.IntType(64)
 MOST = 256  # words
+LONGEST = 16  # bytes of an element, of which only the address is asked for
 OF_EACH = 3  # words of an array beside sizes and strides
 ALIGNED, WRITABLE = 0x100, 0x400  # of NumPy's flags
 
@@ -72,3 +73,39 @@ def describe(me, args, count):
             invoke(load(words + INCREASE), none)
             return none
     return new_bytes(load(words + NEW_BYTES), start, at - start)
+
+
+@inner
+def extent(a):
+    """The addresses of an array's first byte in memory, and of one behind its last."""
+    low = high = load(a + DATA_AT)
+    shape, strides = load(a + SHAPE_AT), load(a + STRIDES_AT)
+    for axis in range(load(a + DIMENSIONS_AT) & 0xFFFFFFFF):
+        reach = (load(shape + 8 * axis) - 1) * load(strides + 8 * axis)
+        low, high = low + min(reach, 0), high + max(reach, 0)
+    return low, high + LONGEST
+
+
+@plain
+def apart(me, args, count):
+    """``PyObject *apart(PyObject *self, PyObject *const *args, Py_ssize_t nargs)``: True or False."""
+    words = load(me + DATA_AT)
+    array_type, none, out = load(words + ARRAY_TYPE), load(words + NONE_AT), load(args)
+    result = load(words + TRUE_AT)
+    if load(out + TYPE_AT) != array_type:
+        result = load(words + FALSE_AT)
+    else:
+        low, high = extent(out)
+        for i in range(1, count):
+            a = load(args + 8 * i)
+            if a == none or a == out:  # noqa: SIM109 (kernels compare words)
+                continue
+            if load(a + TYPE_AT) != array_type:
+                result = load(words + FALSE_AT)
+                break
+            first, end = extent(a)
+            if first < high and low < end:
+                result = load(words + FALSE_AT)
+                break
+    invoke(load(words + INCREASE), result)
+    return result
