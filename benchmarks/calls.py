@@ -10,6 +10,7 @@ import tracemalloc
 from typing import Any
 
 from benchmarks.kernels import BACKENDS, LARGE, case, samples
+from benchmarks.small import NAMES, burst, rows
 from benchmarks.workloads import EPS, LAYOUTS, SHAPES
 
 SMALL = "small_1x16x8"
@@ -98,6 +99,24 @@ class SmallCall:
 
     track_call.unit = "us"  # type: ignore[attr-defined]
     track_times_numpy.unit = "times NumPy's formula"  # type: ignore[attr-defined]
+
+
+class EachFunction:
+    """Microseconds of a call of every public function on a small array."""
+
+    params = (NAMES,)
+    param_names = ("call",)
+    version = "1"
+    timeout = 120
+
+    def setup(self, name: str) -> None:
+        self.call = rows()[name].call
+        burst(self.call)
+
+    def track_call(self, name: str) -> dict[str, Any]:
+        return samples([burst(self.call) for _ in range(50)], BURST)
+
+    track_call.unit = "us"  # type: ignore[attr-defined]
 
 
 class Memory:

@@ -23,6 +23,14 @@ ROUNDS, BURST = 40, 100
 ADD = 0.45  # us of numpy.add, to which goals in microseconds refer
 
 
+NAMES = (
+    "batch_norm", "batch_norm_backward", "batch_norm_inference", "batch_norm, where", "mean", "var", "std", "mean_var",
+    "moments", "merge", "update_running", "update_running, out", "population", "normalize", "grad_sums", "grad_input",
+    "fold", "Saved.frozen",
+)  # fmt: skip
+"""Of `rows`, which asv wants to know before anything runs."""
+
+
 class Row(NamedTuple):
     """A call, its peer, and what is wanted: a share of the peer's time, or microseconds."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
-from fastbn.dispatch import one_kind
+from fastbn.arrays import one_kind
 from fastbn.layout import Layout, Shape, layout_of
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")

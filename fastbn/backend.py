@@ -1,4 +1,4 @@
-"""The contract of a backend: kernels for one kind of array, and what it takes to call them.
+"""The contract of a backend: kernels for one kind of array, and what it takes to call them; and which one it is.
 
 A backend is a module. `fastbn.cpu` is the one of NumPy arrays, `fastbn.cuda` that of CuPy arrays.
 
@@ -106,3 +106,14 @@ class Backend(Protocol):
 
     def on_its_device(self, call: Callable[..., Any], x: Any) -> Callable[..., Any]:
         """The call, with the device of this array the current one."""
+
+
+def backend_of(kind: str) -> Backend:
+    """The module of kernels for arrays of this kind."""
+    if kind == "numpy":
+        from fastbn import cpu
+
+        return cpu
+    from fastbn import cuda
+
+    return cuda

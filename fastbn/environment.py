@@ -16,7 +16,7 @@ import llvmlite
 import numpy as np
 
 import fastbn
-from fastbn import dispatch
+from fastbn import backend
 from fastbn.caches import last_cache
 from fastbn.threads import get_num_threads
 
@@ -49,7 +49,7 @@ def backend_state(kind: str) -> str:
     if importlib.util.find_spec(kind) is None:
         return "not installed"
     try:
-        dispatch.backend_of(kind)
+        backend.backend_of(kind)
         if kind == "cupy":
             importlib.import_module("fastbn.cuda.launch").device(0)
     except Exception as error:  # a CUDA library without its driver raises what it likes

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 
 from fastbn import arguments
+from fastbn.arrays import device_of, kind_of, on_device, one_kind
+from fastbn.backend import backend_of
 from fastbn.call import Call, describe, find, keep
-from fastbn.dispatch import backend_of, device_of, kind_of, on_device, one_kind
 
 if TYPE_CHECKING:
     from fastbn.backend import Backend
-    from fastbn.operands import Way
+    from fastbn.ways import Way
 
 
 def namespace(array: Any) -> Any:

@@ -1,16 +1,11 @@
-"""What kernels see: operands, which say how arrays lie, and the ways from callers' arrays to these and back."""
+"""What kernels see: operands, which say how arrays lie, and the dtypes of vectors of parameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from fastbn import arguments
-from fastbn.layout import Layout, Shape
-
-if TYPE_CHECKING:
-    from fastbn.backend import Backend
+from fastbn.layout import Shape
 
 
 class Operand(NamedTuple):
@@ -62,95 +57,3 @@ def dense(shape: Shape, dtype: Any, device: int = 0) -> Operand:
     """A contiguous array of its own."""
     strides = tuple(dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     return Operand(shape, strides, dtype, True, device)
-
-
-Way = Callable[[Any], Any] | None
-"""From a caller's array to one that lies as its operand says; None where that is itself."""
-
-
-class Ways:
-    """From the arrays of calls, which share x's layout, to the backend's kernels and back. No array is kept."""
-
-    def __init__(self, backend: Backend, layout: Layout, x: Any) -> None:
-        self.backend, self.layout, self.shape = backend, layout, x.shape
-        self.device, _ = backend.place(x)
-
-    def _operand(self, view: Any, fresh: bool = False) -> Operand:
-        """A folded array where it lies."""
-        device, offset = self.backend.place(view)
-        return Operand(view.shape, view.strides, view.dtype, fresh, device, 0 if fresh else offset)
-
-    def optional(self, a: Any) -> tuple[Operand | None, Way]:
-        """`data` that may be absent."""
-        return (None, None) if a is None else self.data(a)
-
-    def data(self, a: Any, fresh: bool = False) -> tuple[Operand, Way]:
-        """An array that is read: it is copied where kernels cannot walk it."""
-        view = self.backend.folded_view(self.layout, a)
-        if view is not None and self.backend.reads(view):
-            return self._operand(view, fresh), None
-        layout, xp, dtype = self.layout, self.backend.xp, a.dtype.newbyteorder("=")
-        copied = dense(layout.folded, dtype, self.device)
-        return copied, lambda a: xp.ascontiguousarray(layout.fold(a), dtype=dtype)
-
-    def result(self, x: Any, out: Any) -> tuple[Operand, Way]:
-        """An array like x that is written, or `out`: where kernels cannot, they write one whose numbers are copied."""
-        operand, way = self.data(self.backend.alike(x) if out is None else out, out is None)
-        if way is None:
-            return operand, None
-        xp, dtype, shape = self.backend.xp, operand.dtype, operand.shape
-        return operand, lambda _: xp.empty(shape, dtype)
-
-    def parameter(self, name: str, p: Any) -> tuple[Any, Way]:
-        """The dtype of a vector of parameters, of which each kept index has one; it is checked."""
-        if p is not None:
-            arguments.parameter(name, p, self.layout)
-        return self.vector(p)
-
-    def vector(self, p: Any) -> tuple[Any, Way]:
-        """The same unchecked. Kernels take floats of all sorts, in one piece."""
-        if p is None:
-            return None, None
-        layout, xp = self.layout, self.backend.xp
-        dtype = p.dtype.newbyteorder("=") if arguments.is_float(p.dtype) else xp.dtype(float)
-        in_order = p.ndim == 1 and p.shape == layout.kept_shape and p.flags.c_contiguous
-        if in_order and p.dtype == dtype and getattr(p.flags, "aligned", True):
-            return dtype, None
-        return dtype, lambda p: xp.ascontiguousarray(layout.laid_out(xp, p), dtype=dtype).reshape(-1)
-
-    def weight(self, where: Any, weights: Any, shared: bool) -> tuple[Operand | None, Any]:
-        """``where * weights``, and what makes of them their product and how kernels see it.
-
-        It is ``shared`` by all channels, or may be x's shape.
-        """
-        if where is None and weights is None:
-            return None, None
-        layout, xp, shape = self.layout, self.backend.xp, self.shape
-        alike = layout.kept if shared else frozenset[int]()
-
-        def way(where: Any, weights: Any) -> tuple[Any, Any]:
-            combined = arguments.combined_weight(xp, where, weights, shape, alike)
-            return combined, layout.fold_weight(xp, combined, shape)
-
-        return self._operand(way(where, weights)[1]), way
-
-    def combined_weight(self, weight: Any) -> tuple[Operand | None, Way]:
-        """The same of a product."""
-        if weight is None:
-            return None, None
-        layout, xp, shape = self.layout, self.backend.xp, self.shape
-        return self._operand(layout.fold_weight(xp, weight, shape)), lambda w: layout.fold_weight(xp, w, shape)
-
-    def shaped(self) -> Way:
-        """From a kernel's vector to an array of the channels' shape."""
-        layout, xp = self.layout, self.backend.xp
-        if layout.kept_order is None and len(layout.kept_shape) == 1:
-            return None
-        return lambda vector: layout.kept_array(xp, vector)
-
-    def askew(self, out: Any, *inputs: Any) -> bool:
-        """Whether an input shares memory with `out` but not element for element: it would be lost before it is read."""
-        if self.backend.apart(out, *inputs):
-            return False
-        same_or_apart = self.backend.same_or_apart
-        return any(a is not None and a is not out and not same_or_apart(out, a) for a in inputs)

@@ -14,13 +14,14 @@ from numbers import Real
 from typing import Any
 
 from fastbn import arguments
-from fastbn.backend import Backend
-from fastbn.dispatch import backend_of, device_of, one_kind
+from fastbn.arrays import device_of, one_kind
+from fastbn.backend import Backend, backend_of
 from fastbn.formulas import batch_rstd, reciprocal_std
 from fastbn.layout import Layout, Shape, layout_of
 from fastbn.merging import Moments, merge
-from fastbn.operands import Affine, Numbers, Way, Ways
+from fastbn.operands import Affine, Numbers
 from fastbn.saved import Gradients, Saved
+from fastbn.ways import Way, Ways
 
 Call = Callable[..., Any]
 new: Any = tuple.__new__  # of named tuples: their own takes twice as long, 0.4 us of a call

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from fastbn import arguments
-from fastbn.dispatch import backend_of, device_of, is_foreign, kind_of, one_kind
+from fastbn.arrays import device_of, is_foreign, kind_of, one_kind
+from fastbn.backend import backend_of
 from fastbn.layout import Shape, layout_of
 from fastbn.merging import Moments
-from fastbn.operands import Way, Ways
+from fastbn.ways import Way, Ways
 
 Call = Callable[..., Any]
 

@@ -6,7 +6,8 @@ from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple
 
 from fastbn import arguments
-from fastbn.dispatch import backend_of, on_device, one_kind
+from fastbn.arrays import on_device, one_kind
+from fastbn.backend import backend_of
 from fastbn.formulas import reciprocal_std
 from fastbn.merging import Moments
 

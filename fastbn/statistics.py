@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from fastbn import reductions
+from fastbn.arrays import is_foreign, kind_of
 from fastbn.call import axes_of, describe, find, keep, number_of
-from fastbn.dispatch import is_foreign, kind_of
 from fastbn.merging import Moments
 from fastbn.reductions import Options, statistic
 

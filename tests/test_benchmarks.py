@@ -18,7 +18,8 @@ import pytest
 from fastbn import bench, environment, threads
 
 kernels = pytest.importorskip("benchmarks.kernels", reason="installed without the benchmarks")
-from benchmarks import busy, calls, frameworks, gate, host, workloads  # noqa: E402
+import fastbn  # noqa: E402
+from benchmarks import busy, calls, frameworks, gate, host, small, workloads  # noqa: E402
 
 TOY = (2, 4, 3, 5)
 PREFIXES = ("time_", "track_", "peakmem_", "timeraw_")
@@ -225,6 +226,30 @@ def test_the_costs_of_adapters(monkeypatch, capsys):
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert header == "| call, us | 2x3x4x4 | 4x3x4x4 |"
     assert len(rows) == 2 + 4 * bool(environment.optional("torch")) + 3 * bool(environment.optional("jax"))
+
+
+# --- small calls ------------------------------------------------------------------------------------------------------
+
+
+def test_small_calls(monkeypatch, capsys):
+    """Every function has a row, and what is missed is the status."""
+    monkeypatch.setattr(small, "ROUNDS", 1)
+    monkeypatch.setattr(small, "BURST", 2)
+    assert tuple(small.rows()) == small.NAMES
+    monkeypatch.setattr(small, "ADD", 1e-9)  # a machine on which every limit is far away
+    monkeypatch.setattr(small, "torchs", lambda *_: dict.fromkeys(("forward", "backward", "inference"), ()))
+    rows = small.rows()
+    easy = {name: row._replace(share=None) for name, row in rows.items()}
+    monkeypatch.setattr(small, "rows", lambda: easy)
+    assert small.main() == 0
+    assert "MISSED" not in capsys.readouterr().out
+    hard = easy | {"mean": rows["mean"]._replace(share=1e-9)}
+    monkeypatch.setattr(small, "rows", lambda: hard)
+    assert small.main() == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" |")[0] for line in printed if "MISSED" in line] == ["| mean"]
+    functions = {name.partition(",")[0].partition(".")[0] for name in small.NAMES}
+    assert functions == set(fastbn.__all__) - {"Moments", "Gradients", "threads", "__version__"}
 
 
 # --- on a busy machine ------------------------------------------------------------------------------------------------

@@ -342,7 +342,7 @@ def test_signatures_leave_no_references():
 
 
 def test_what_lies_apart():
-    """Said of no two arrays that share memory, of slices whatever way they run, and of all that are far from another."""
+    """Said of no two arrays that share memory, of slices whatever way they run; of all that are far from another."""
     whole = np.zeros((12, 10, 8))
     pieces = [whole[i : i + 3, ::s, ::t] for i in (0, 2, 5, 9) for s in (1, -1, 3) for t in (1, -2)]
     pieces += [whole.T[:, :, ::-4], whole[:0], np.broadcast_to(whole[5, 5, 5], (4, 4)), np.zeros(3), whole[1, 1, 1:1]]

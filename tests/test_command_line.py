@@ -63,7 +63,7 @@ def test_cupy_is_imported_only_if_installed(capsys, monkeypatch):
     def no_driver(kind):
         raise RuntimeError("no NVIDIA driver")
 
-    monkeypatch.setattr(environment.dispatch, "backend_of", no_driver)
+    monkeypatch.setattr(environment.backend, "backend_of", no_driver)
     assert environment.backend_state("cupy") == "installed, but not usable: no NVIDIA driver"
 
 

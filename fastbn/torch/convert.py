@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any
-
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastbn.torch import modules
-from fastbn.torch.modules import SYNCHRONISED, _Mixin
+from fastbn.torch.modules import OURS, _Mixin, check_model, warn_of
 
-OURS: dict[type, type] = {
-    nn.BatchNorm1d: modules.BatchNorm1d,
-    nn.BatchNorm2d: modules.BatchNorm2d,
-    nn.BatchNorm3d: modules.BatchNorm3d,
-    nn.SyncBatchNorm: modules.SyncBatchNorm,
-    modules.UnfusedBatchNormAct2d: modules.BatchNormAct2d,
-    modules.UnfusedSyncBatchNormAct: modules.SyncBatchNormAct,
-}
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 LAZY: dict[type, type] = {
     nn.LazyBatchNorm1d: modules.BatchNorm1d,
     nn.LazyBatchNorm2d: modules.BatchNorm2d,
     nn.LazyBatchNorm3d: modules.BatchNorm3d,
 }
-
-_log = logging.getLogger("fastbn.torch")
 
 
 def convert(model: nn.Module, *, where_faster: bool | None = True) -> nn.Module:
@@ -64,7 +51,7 @@ def convert(model: nn.Module, *, where_faster: bool | None = True) -> nn.Module:
     >>> isinstance(fastbn.torch.convert(model)[1], fastbn.torch.BatchNorm2d)
     True
     """
-    _check(model)
+    check_model(model)
     left = []
     for name, module in model.named_modules():
         kind = type(module)
@@ -76,7 +63,7 @@ def convert(model: nn.Module, *, where_faster: bool | None = True) -> nn.Module:
             module.where_faster = where_faster
         elif isinstance(module, _BatchNorm) and not isinstance(module, _Mixin):
             left.append((name, kind))
-    _say("convert", left)
+    warn_of("convert", left)
     return model
 
 
@@ -114,7 +101,7 @@ def revert(model: nn.Module) -> nn.Module:
     >>> fused[1]
     Identity()
     """
-    _check(model)
+    check_model(model)
     left = []
     for name, module in model.named_modules():
         kind = type(module)
@@ -124,31 +111,5 @@ def revert(model: nn.Module) -> nn.Module:
                 module.__dict__.pop(name_of_ours, None)
         elif isinstance(module, _Mixin):
             left.append((name, kind))
-    _say("revert", left)
+    warn_of("revert", left)
     return model
-
-
-def synchronise(model: nn.Module, process_group: Any) -> nn.Module:
-    """`SyncBatchNorm.convert_sync_batchnorm`."""
-    _check(model)
-    left = []
-    for name, module in model.named_modules():
-        kind = OURS.get(type(module), type(module))
-        if kind in SYNCHRONISED:
-            module.__class__ = SYNCHRONISED[kind]
-            module.process_group = process_group
-        elif isinstance(module, _BatchNorm):
-            left.append((name, kind))
-    _say("SyncBatchNorm.convert_sync_batchnorm", left)
-    return model
-
-
-def _check(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-
-
-def _say(caller: str, left: list[tuple[str, type]]) -> None:
-    if left:
-        named = ", ".join(f"{name or 'the model itself'} ({kind.__module__}.{kind.__name__})" for name, kind in left)
-        _log.warning("fastbn.torch.%s left alone: %s", caller, named)

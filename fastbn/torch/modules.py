@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -238,8 +239,6 @@ class SyncBatchNorm(_Mixin, _BatchNorm):
         >>> isinstance(model[1], fastbn.torch.SyncBatchNorm)
         True
         """
-        from fastbn.torch.convert import synchronise  # which needs these classes
-
         return synchronise(module, process_group)
 
 
@@ -271,9 +270,51 @@ class UnfusedSyncBatchNormAct(_State, nn.SyncBatchNorm):
         return ended(super().forward(input), residual, self.activation)
 
 
+# --- what each class becomes ------------------------------------------------------------------------------------------
+
+OURS: dict[type, type] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
+    UnfusedBatchNormAct2d: BatchNormAct2d,
+    UnfusedSyncBatchNormAct: SyncBatchNormAct,
+}
+"""By `fastbn.torch.convert`."""
+
 SYNCHRONISED: dict[type, type] = {
     **dict.fromkeys((BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm), SyncBatchNorm),
     **dict.fromkeys((BatchNormAct2d, SyncBatchNormAct), SyncBatchNormAct),
     **dict.fromkeys((UnfusedBatchNormAct2d, UnfusedSyncBatchNormAct), UnfusedSyncBatchNormAct),
 }
 """What each becomes by `convert_sync_batchnorm`."""
+
+_log = logging.getLogger("fastbn.torch")
+
+
+def synchronise(model: nn.Module, process_group: Any) -> nn.Module:
+    """`SyncBatchNorm.convert_sync_batchnorm`."""
+    check_model(model)
+    left = []
+    for name, module in model.named_modules():
+        kind = OURS.get(type(module), type(module))
+        if kind in SYNCHRONISED:
+            module.__class__ = SYNCHRONISED[kind]
+            module.process_group = process_group
+        elif isinstance(module, _BatchNorm):
+            left.append((name, kind))
+    warn_of("SyncBatchNorm.convert_sync_batchnorm", left)
+    return model
+
+
+def check_model(model: Any) -> None:
+    """A module it must be."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def warn_of(caller: str, left: list[tuple[str, type]]) -> None:
+    """What was left alone."""
+    if left:
+        named = ", ".join(f"{name or 'the model itself'} ({kind.__module__}.{kind.__name__})" for name, kind in left)
+        _log.warning("fastbn.torch.%s left alone: %s", caller, named)

@@ -1,4 +1,4 @@
-"""From an array to the backend that computes on it. Never imports what the user has not imported."""
+"""Of which library an array is, and on which device. Never imports what the user has not imported."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from fastbn.backend import Backend
 
 _INSTEAD = {
     "torch": "use fastbn.torch, or pass t.detach().numpy() (CPU) or cupy.from_dlpack(t) (CUDA)",
@@ -73,17 +70,6 @@ def one_kind(required: dict[str, Any], **optional: Any) -> str:
                 f"{name}: expected an array on CUDA device {device} like {first}, got one on {array.data.device_id}"
             )
     return kind
-
-
-def backend_of(kind: str) -> Backend:
-    """The module of kernels for arrays of this kind."""
-    if kind == "numpy":
-        from fastbn import cpu
-
-        return cpu
-    from fastbn import cuda
-
-    return cuda
 
 
 def device_of(*arguments: Any) -> AbstractContextManager[Any]:
