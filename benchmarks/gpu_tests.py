@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
-TESTS = "tests/test_cuda_matrix.py"
+TESTS = "tests/cuda/test_matrix.py"
 TEST_SECONDS = 150.0  # at most, and at most a third of the budget
 OUTCOMES = {"passed": ".", "failed": "F", "skipped": "s", "errors": "E"}  # in pytest's words, and its marks
 WORKERS = 4  # as many groups as the matrix has

@@ -7,10 +7,11 @@ one is missed. asv imports this file: nothing runs before `main`.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,6 +98,19 @@ def torchs(*arrays: Any) -> dict[str, tuple[Any, ...]]:
     }
 
 
+@contextlib.contextmanager
+def one_thread(torch: Any) -> Iterator[None]:
+    """Of PyTorch, if it is there."""
+    before = torch and torch.get_num_threads()
+    try:
+        if torch is not None:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        if torch is not None:
+            torch.set_num_threads(before)
+
+
 def medians(calls: list[Callable[[], object]]) -> list[float]:
     """Microseconds of each."""
     for call in calls:
@@ -117,9 +131,7 @@ def main() -> int:
     """Print a table."""
     table, twelve = rows(), np.ones(SHAPE[1])
     missed = False
-    with fastbn.threads.num_threads(1):
-        if (torch := Host().torch) is not None:
-            torch.set_num_threads(1)
+    with fastbn.threads.num_threads(1), one_thread(Host().torch):
         calls = [lambda: np.add(twelve, twelve), *(c for row in table.values() for c in (row.call, row.peer) if c)]
         add, *found = medians(calls)
     print(f"A call on arrays of {SHAPE}, float32, in us; numpy.add of {SHAPE[1]} numbers takes {add:.2f}\n")

@@ -1,4 +1,4 @@
-"""Recipes for scikit-learn, xarray, ONNX, and whatever speaks DLPack; each runs as a test (``tests/test_recipes.py``).
+"""Recipes for scikit-learn, xarray, ONNX, and whatever speaks DLPack; each is a test (``tests/api/test_recipes.py``).
 
 ``from recipes import Scaler, standardized, onnx_batch_normalization, moments_of``
 """

@@ -1,4 +1,4 @@
-"""Checks of what users pass. Each names the argument, what was expected and what came; nothing has been written then."""
+"""Checks of what users pass. Each names the argument, what was expected and what came; nothing was written."""
 
 from __future__ import annotations
 

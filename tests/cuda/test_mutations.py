@@ -1,8 +1,8 @@
 """Faults put into the CUDA kernels, one at a time: a check must find each, and pass without it.
 
-The checks are those of test_matrix.py, and two for what these leave out.
+The checks are those of tests/api/test_matrix.py, and two for what these leave out.
 
-`python -m tests.test_cuda_mutations` prints which check found what.
+`python -m tests.cuda.test_mutations` prints which check found what.
 """
 
 import contextlib
@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from fastbn import reference
-from tests import test_cuda_scales, test_matrix
+from tests.api import test_matrix
 from tests.conftest import missing
+from tests.cuda import test_scales
 from tests.on_cupy import OnCupy
 from tests.simt import cuda, host_cupy, simt
 from tests.support import OPTIONS, Layout, make_case
@@ -124,7 +125,7 @@ def check_far_from_0(case):
 
 
 def check_gradients_of_statistics(case):
-    """dmean and dvar, which the checks of test_matrix.py do not have."""
+    """dmean and dvar, which the checks of tests/api/test_matrix.py do not have."""
     statistics = dict(zip(("dmean", "dvar"), np.random.default_rng(5).random((2, *case.layout.channels)), strict=True))
     y, saved = test_matrix.fastbn.batch_norm(case.x, case.gamma, case.beta, **case.keywords)
     grads = test_matrix.fastbn.batch_norm_backward(case.dy, saved, **statistics)
@@ -137,17 +138,17 @@ def check_scaled(exponent):
     """Statistics and gradients of the case times a power of two."""
 
     def check(case):
-        x, dy, along = test_cuda_scales.put_at_scale(case, exponent)
-        test_cuda_scales.check_training(case, x, dy, exponent, along)
+        x, dy, along = test_scales.put_at_scale(case, exponent)
+        test_scales.check_training(case, x, dy, exponent, along)
 
     return check
 
 
 def check_masked_out(case):
     """NaN, infinities and large numbers that weigh nothing."""
-    case, garbage = test_cuda_scales.masked_case(case.layout, case.dtype.name, "where")
-    y, saved, clean = test_cuda_scales.forward_over(case, garbage, test_matrix.fastbn)
-    test_cuda_scales.check_masked(case, garbage, test_matrix.fastbn.batch_norm_backward(case.dy, saved), clean, y)
+    case, garbage = test_scales.masked_case(case.layout, case.dtype.name, "where")
+    y, saved, clean = test_scales.forward_over(case, garbage, test_matrix.fastbn)
+    test_scales.check_masked(case, garbage, test_matrix.fastbn.batch_norm_backward(case.dy, saved), clean, y)
 
 
 def nan_in_the_first_channel(case):
@@ -270,16 +271,16 @@ RUNS = {
         check_scaled(-110), ROWS, strategy="block", settings=TWICE, alter=large_gamma
     ),
     "training, cooperative, float64, small": Run(check_scaled(-900), COLUMNS, dtype="float64", strategy="cooperative"),
-    "mixed scales, rows": Run(lambda case: test_cuda_scales.check_mixed("float64", "rows"), ROWS, strategy="block"),
+    "mixed scales, rows": Run(lambda case: test_scales.check_mixed("float64", "rows"), ROWS, strategy="block"),
     "mixed scales, columns": Run(
-        lambda case: test_cuda_scales.check_mixed("float64", "columns"),
+        lambda case: test_scales.check_mixed("float64", "columns"),
         COLUMNS,
         strategy="two passes",
         settings={"tuning": {"along_channels": 128, "passes": 64}},
     ),
     "training, block, masked out": Run(check_masked_out, COLUMNS, strategy="block", settings=TWICE),
     "training, block, any channel": Run(
-        lambda case: test_cuda_scales.check_whatever_a_channel_holds(case, "where"),
+        lambda case: test_scales.check_whatever_a_channel_holds(case, "where"),
         COLUMNS,
         strategy="block",
         settings=TWICE,

@@ -415,7 +415,7 @@ def test_the_matrix_runs_in_a_process(tmp_path, monkeypatch):
     find = gpu_tests.importlib.util.find_spec
     monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda name: None if name == "xdist" else find(name))
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # its options may be of this project's conftest
-    (tmp_path / "tests").mkdir()
+    (tmp_path / gpu_tests.TESTS).parent.mkdir(parents=True)
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / gpu_tests.TESTS).write_text(MATRIX)
     found = gpu_tests.run_tests(60, tmp_path)

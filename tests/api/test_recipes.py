@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 
 @pytest.fixture(scope="module")
 def recipes():
-    path = Path(__file__).parent.parent / "examples" / "recipes.py"
+    path = Path(__file__).parents[2] / "examples" / "recipes.py"
     spec = importlib.util.spec_from_file_location("recipes", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

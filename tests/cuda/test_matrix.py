@@ -1,10 +1,10 @@
-"""The matrix of test_matrix.py on CuPy arrays: on a GPU, or executed on the CPU with real dispatch and plans."""
+"""The matrix of tests/api/test_matrix.py on CuPy arrays: on a GPU, or executed on the CPU with real plans."""
 
 import itertools
 
 import pytest
 
-from tests import test_matrix
+from tests.api import test_matrix
 from tests.on_cupy import OnGpu
 from tests.support import DTYPES, LAYOUTS, OPTIONS, make_case
 

@@ -618,7 +618,7 @@ UNDER_SANITIZERS = """
 import sys
 import numpy as np
 from tests.simt import simt
-from tests.test_simt import execute, numbers, REVERSE
+from tests.cuda.test_simt import execute, numbers, REVERSE
 body = '''
     volatile float local[9] = {};
     BARRIER;
@@ -657,7 +657,7 @@ def test_sanitizers(case, report):
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
     }
     command = [sys.executable, "-c", UNDER_SANITIZERS, str(case)]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["abandoned"] * 3, done.stderr
     assert (done.returncode == 0) == (report is None), done.stderr

@@ -159,7 +159,7 @@ def test_accuracy_where_the_mean_is_large():
 
 
 def test_the_example(monkeypatch, capsys):
-    path = Path(__file__).parent.parent / "examples" / "dask_statistics.py"
+    path = Path(__file__).parents[2] / "examples" / "dask_statistics.py"
     spec = importlib.util.spec_from_file_location("dask_example", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

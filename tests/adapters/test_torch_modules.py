@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval  # noqa
 import fastbn  # noqa: E402
 import fastbn.torch as ft  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OPTIONS = [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"activation": None}]
 
 
@@ -517,7 +517,7 @@ import sys, torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 import fastbn.torch as ft
-from tests.test_torch_modules import CONVERTERS, pair
+from tests.adapters.test_torch_modules import CONVERTERS, pair
 
 rank, sizes, folder = int(sys.argv[1]), [int(n) for n in sys.argv[2].split(",")], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(sizes))

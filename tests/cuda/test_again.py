@@ -13,11 +13,11 @@ import pytest
 
 import fastbn
 from fastbn.check import NIST
-from tests import test_calls, test_matrix, test_numerics, test_properties
+from tests.api import test_calls, test_matrix, test_numerics, test_properties
+from tests.api.test_properties import RANKS
+from tests.cuda.test_matrix import ON_A_DEVICE
 from tests.simt import host_cupy
 from tests.support import DTYPES, LAYOUTS, OPTIONS
-from tests.test_cuda_matrix import ON_A_DEVICE
-from tests.test_properties import RANKS
 
 pytestmark = pytest.mark.usefixtures("on_cupy")
 found = test_calls.found
@@ -131,7 +131,7 @@ def test_properties_hold(call):
 
 @pytest.fixture
 def nearly(on_cupy, monkeypatch):
-    """Where test_matrix.py wants the same bits, a few roundings are well."""
+    """Where tests/api/test_matrix.py wants the same bits, a few roundings are well."""
 
     def assert_near(a, b, message=""):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=message)

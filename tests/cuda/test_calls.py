@@ -8,17 +8,15 @@ import pytest
 
 import fastbn
 from fastbn.cuda import launch, plans
-from tests import test_cuda_launches
+from tests.api.test_bad_input import GOOD, channels, data, label
+from tests.cuda import test_launches
+from tests.cuda.test_errors import on_device
+from tests.cuda.test_launches import EVERY, arguments_of, by_function, by_layout, leaves
 from tests.on_cupy import OnCupy
 from tests.simt import host_cupy
 from tests.support import DTYPES
-from tests.test_bad_input import GOOD, channels, data, label
-from tests.test_cuda_errors import on_device
-from tests.test_cuda_launches import EVERY, arguments_of, by_function, by_layout, leaves
 
-nothing_waits, counted, buffers = (
-    getattr(test_cuda_launches, name) for name in ("nothing_waits", "counted", "buffers")
-)
+nothing_waits, counted, buffers = (getattr(test_launches, name) for name in ("nothing_waits", "counted", "buffers"))
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

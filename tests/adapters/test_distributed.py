@@ -13,7 +13,7 @@ import pytest
 import fastbn
 from fastbn.distributed import mpi_gather, nccl_gather, torch_gather
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SIZES = (5, 9, 0, 2)
 DTYPES = ("float32", "float64", "float16")
 
@@ -23,7 +23,7 @@ import numpy as np
 from mpi4py import MPI
 import fastbn
 from fastbn.distributed import mpi_gather
-from tests.test_distributed import SIZES, data, results
+from tests.adapters.test_distributed import SIZES, data, results
 
 rank, gather = MPI.COMM_WORLD.rank, mpi_gather(MPI.COMM_WORLD)
 for dtype in sys.argv[2:]:

@@ -25,7 +25,7 @@ def test_tests_of_a_file_and_dtype_go_to_one_worker(tmp_path):
     for name in ("test_one.py", "test_two.py"):
         (tmp_path / name).write_text(TESTS)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-c", os.devnull, "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, "--rootdir", str(tmp_path), str(tmp_path)],

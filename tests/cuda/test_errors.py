@@ -1,4 +1,4 @@
-"""What test_bad_input.py refuses is refused on CuPy arrays: in the same words, and before anything is launched.
+"""What tests/api/test_bad_input.py refuses is refused on CuPy arrays: in the same words, before anything is launched.
 
 Left out is what cannot be. CuPy has no read-only arrays and no dtypes object, longdouble and float8; values of weights
 are not looked at, since to ask a device for them is to wait for it.
@@ -14,10 +14,8 @@ import pytest
 
 import fastbn
 from fastbn import Moments
-from tests import test_bad_input, test_calls
-from tests.on_cupy import OnCupy
-from tests.simt import host_cupy
-from tests.test_bad_input import (
+from tests.api import test_bad_input, test_calls
+from tests.api.test_bad_input import (
     ALL_ARRAYS,
     ARRAYS,
     BOTH,
@@ -38,6 +36,8 @@ from tests.test_bad_input import (
     merge,
     saved,
 )
+from tests.on_cupy import OnCupy
+from tests.simt import host_cupy
 
 pytestmark = pytest.mark.usefixtures("cuda_device")
 

@@ -15,10 +15,11 @@ import pytest
 import fastbn
 from fastbn import reference
 from fastbn.cuda import plans
-from tests import test_matrix, tolerances
+from tests import tolerances
+from tests.api import test_matrix
+from tests.api.test_matrix import assert_close
 from tests.simt import cuda
 from tests.support import DTYPES, OPTIONS, Layout, make_case
-from tests.test_matrix import assert_close
 
 STRATEGIES = ("block", "cluster", "cooperative", "two passes")
 BY_STRATEGY = {"channels first": Layout((3, 5, 6, 44)), "channels last": Layout((90, 20))}

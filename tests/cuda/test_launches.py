@@ -12,10 +12,10 @@ import pytest
 
 import fastbn
 from fastbn.cuda import launch, plans
+from tests.api.test_bad_input import GOOD, batch, data, label
+from tests.cuda.test_errors import on_device
 from tests.simt import cuda, host_cupy
 from tests.support import LAYOUTS, OPTIONS, make_case
-from tests.test_bad_input import GOOD, batch, data, label
-from tests.test_cuda_errors import on_device
 
 CASES = {"NCHW": "affine residual relu", "NHWC": "plain", "NC": "plain", "NCHW short rows": "plain"}
 by_case = pytest.mark.parametrize(("layout", "options"), CASES.items(), ids=lambda value: value)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 VERSION = re.compile(r"PyTorch is (\d+\.\d+)\.")  # how a page says of which version its lines are
 
 

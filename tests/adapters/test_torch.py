@@ -615,7 +615,7 @@ def test_double_backward_of_a_group_is_refused(monkeypatch):
 
 def test_the_example(capsys):
     """All networks learn the same in the same steps."""
-    path = Path(__file__).parent.parent / "examples" / "resnet_torch.py"
+    path = Path(__file__).parents[2] / "examples" / "resnet_torch.py"
     spec = importlib.util.spec_from_file_location("resnet_example", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""`mean`, `var` and `std` of CuPy arrays are NumPy's: value, dtype, shape, errors; by the tests of test_like_numpy.py.
+"""`mean`, `var` and `std` of CuPy arrays are NumPy's: value, dtype, shape, errors; by tests/api/test_like_numpy.py.
 
 What differs does so in CuPy's own functions: a full reduction is an array without dimensions, and nothing warns, since
 to know whether a slice is empty would be to wait for the device.
@@ -12,12 +12,8 @@ import pytest
 import fastbn
 from fastbn import reference
 from fastbn.cuda import plans
-from tests import test_like_numpy
-from tests.simt import cuda, host_cupy
-from tests.support import DTYPES
-from tests.test_cuda_again import by_call, calls, slow
-from tests.test_cuda_errors import on_device
-from tests.test_like_numpy import (
+from tests.api import test_like_numpy
+from tests.api.test_like_numpy import (
     FUNCTIONS,
     MASKS,
     OUTPUTS,
@@ -28,6 +24,10 @@ from tests.test_like_numpy import (
     by_spread,
     numbers,
 )
+from tests.cuda.test_again import by_call, calls, slow
+from tests.cuda.test_errors import on_device
+from tests.simt import cuda, host_cupy
+from tests.support import DTYPES
 
 SPREADS = ("var", "std")
 POSSIBLE = [name for name in STRIDES if name not in ("unaligned", "other byte order", "field of records")]

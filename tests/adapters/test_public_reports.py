@@ -1,10 +1,10 @@
-"""Public reports against other projects, tried on fastbn's adapters; see ``test_public_reports.py``."""
+"""Public reports against other projects, tried on fastbn's adapters; see ``tests/api/test_public_reports.py``."""
 
 import numpy as np
 import pytest
 
 from fastbn import reference
-from tests.test_public_reports import F32, exact_var, hold, normal, reports
+from tests.api.test_public_reports import F32, exact_var, hold, normal, reports
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
 

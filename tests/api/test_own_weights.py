@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import fastbn
-from tests import test_matrix
+from tests.api import test_matrix
+from tests.api.test_matrix import check_moments
 from tests.support import DTYPES, LAYOUTS, make_case
-from tests.test_matrix import check_moments
 
 OWN = ("where", "weights", "where weights")
 

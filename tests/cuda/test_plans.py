@@ -7,7 +7,7 @@ import pytest
 
 import fastbn
 from fastbn.cuda import launch, plans
-from tests import test_matrix
+from tests.api import test_matrix
 from tests.on_cupy import OnCupy
 from tests.simt import cuda
 from tests.support import LAYOUTS, OPTIONS, Layout, make_case
