@@ -131,7 +131,7 @@ def main() -> int:
     """Print a table."""
     table, twelve = rows(), np.ones(SHAPE[1])
     missed = False
-    with fastbn.threads.num_threads(1), one_thread(Host().torch):
+    with one_thread(Host().torch), fastbn.threads.num_threads(1):
         calls = [lambda: np.add(twelve, twelve), *(c for row in table.values() for c in (row.call, row.peer) if c)]
         add, *found = medians(calls)
     print(f"A call on arrays of {SHAPE}, float32, in us; numpy.add of {SHAPE[1]} numbers takes {add:.2f}\n")
