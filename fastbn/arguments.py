@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,10 @@ def channel_axes(ndim: int, channel_axis: Any, name: str = "channel_axis") -> fr
 
 def static_axes(channel_axis: Any) -> int | tuple[int, ...]:
     """Checked channel axes as plain, hashable numbers."""
-    return tuple(map(int, channel_axis)) if isinstance(channel_axis, (tuple, list)) else int(channel_axis)
+    try:
+        return index(channel_axis)
+    except TypeError:
+        return tuple(map(index, channel_axis))
 
 
 def layout_for(x: Any, channel_axis: Any, name: str = "channel_axis") -> Layout:

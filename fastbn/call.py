@@ -22,6 +22,12 @@ MOST = 4096  # prepared calls that are kept, for programs whose shapes never rep
 _prepared: dict[Any, Call] = {}
 
 
+class Unlike:
+    """In a signature, what is like nothing else. It cannot be hashed, so that no such call is kept."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def describe(*arrays: Any) -> Any:
     """What a signature has of arrays, or of None. What is neither is like nothing else: preparing tells of it."""
     return _compiled(*arrays) or tuple(map(_of, arrays))
@@ -56,7 +62,7 @@ def _of(a: Any) -> Any:
     if cupy is not None and isinstance(a, cupy.ndarray):
         memory = a.data
         return type(a), a.shape, a.strides, a.dtype, memory.device_id, memory.ptr & 15
-    return object()
+    return Unlike()
 
 
 def axes_of(channel_axis: Any) -> Any:
@@ -64,21 +70,27 @@ def axes_of(channel_axis: Any) -> Any:
     if type(channel_axis) is int:
         return channel_axis
     try:
-        return tuple(map(index, channel_axis)) if isinstance(channel_axis, (tuple, list)) else index(channel_axis)
+        if isinstance(channel_axis, (tuple, list)):
+            return tuple(int(index(axis)) for axis in channel_axis)
+        return int(index(channel_axis))
     except TypeError:
-        return object()
+        return Unlike()
 
 
 def number_of(number: Any) -> Any:
-    """The same of a real number."""
-    return number if type(number) is float else float(number) if isinstance(number, Real) else object()
+    """The same of a real number; a NaN is not like itself."""
+    if type(number) is not float:
+        if not isinstance(number, Real):
+            return Unlike()
+        number = float(number)
+    return number if number == number else Unlike()
 
 
 def find(signature: Any) -> Call | None:
     """The call that was prepared, if any."""
     try:
         return _prepared.get(signature)
-    except TypeError:  # an option that cannot be hashed
+    except TypeError:  # what cannot be hashed
         return None
 
 

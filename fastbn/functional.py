@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastbn import arguments, prepare
-from fastbn.call import axes_of, describe, find, keep, number_of
+from fastbn.call import Unlike, axes_of, describe, find, keep, number_of
 from fastbn.kernels import Activation, Axes
 from fastbn.saved import Gradients, Saved
 
@@ -171,12 +171,12 @@ def batch_norm_backward(
     >>> grads.beta, abs(grads.x.sum()) < 1e-15
     (array([1.]), np.True_)
     """
-    signature: Any = object()
+    signature: Any = Unlike()
     if type(saved) is Saved:
-        x, y, gamma, weight, moments, mean, rstd, count, *options = saved
+        x, y, gamma, weight, moments, mean, rstd, count, channel_axis, *options = saved
         signature = (
             "batch_norm_backward", describe(dy, x, y, gamma, weight, mean, rstd, count, dmean, dvar, out),
-            None if gather is None else callable(gather), moments is None, *options,
+            None if gather is None else callable(gather), moments is None, axes_of(channel_axis), *options,
         )  # fmt: skip
     run = find(signature)
     if run is None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, Literal
-
-import numpy as np
 
 from fastbn import prepare
 from fastbn.call import axes_of, describe, find, keep, number_of
@@ -158,7 +157,7 @@ def grad_input(
     array([[0.],
            [0.]])
     """
-    number = isinstance(count, (int, float, np.generic))
+    number = type(count) is float or isinstance(count, Real)
     signature = (
         "grad_input",
         describe(dy, x, mean, rstd, gamma, dgamma, dbeta, None if number else count, where, weights, out),

@@ -13,7 +13,7 @@ import numpy as np
 from fastbn import arguments
 from fastbn.arrays import device_of, kind_of, on_device, one_kind
 from fastbn.backend import backend_of
-from fastbn.call import Call, describe, find, keep
+from fastbn.call import Call, Unlike, describe, find, keep
 
 if TYPE_CHECKING:
     from fastbn.backend import Backend
@@ -132,7 +132,7 @@ def merge(*moments: Moments) -> Moments:
     >>> both.mean, both.m2
     (array([5., 6.]), array([70., 70.]))
     """
-    signature: Any = object()
+    signature: Any = Unlike()
     if all(type(m) is Moments for m in moments):
         signature = ("merge", describe(*itertools.chain(*moments)))
     run = find(signature)
@@ -236,7 +236,7 @@ def update_running(
     >>> fastbn.update_running(np.zeros(1), np.ones(1), batch)
     (array([0.2]), array([1.1]))
     """
-    signature: Any = object()
+    signature: Any = Unlike()
     if type(moments) is Moments and (out is None or (isinstance(out, tuple) and len(out) == 2)):
         signature = "update_running", describe(mean, var, *moments, *(out or ())), skip_nonfinite
     run = find(signature)

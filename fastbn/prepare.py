@@ -32,7 +32,6 @@ def batch_norm(
     channel_axis: Any, eps: Any, activation: Any,
 ) -> Call:  # fmt: skip
     """``call(x, gamma, beta, where, weights, residual, out, gather)``."""
-    options = channel_axis, eps, activation
     with device_of(x):
         kind = one_kind({"x": x}, gamma=gamma, beta=beta, where=where, weights=weights, residual=residual, out=out)
         backend = backend_of(kind)
@@ -40,6 +39,7 @@ def batch_norm(
         x = arguments.data("x", x)
         layout = arguments.layout_for(x, channel_axis)
         eps, relu = arguments.epsilon(eps), arguments.is_relu(activation)
+        axes, activation = arguments.static_axes(channel_axis), "relu" if relu else None
         ways = Ways(backend, layout, x)
         gamma_type, to_gamma = ways.parameter("gamma", gamma)
         beta_type, to_beta = ways.parameter("beta", beta)
@@ -57,7 +57,7 @@ def batch_norm(
             run = _over_ranks(
                 backend, layout, moments, backend.normalize(x_, y_, residual_, parameters, None, relu), eps
             )
-    shaped, axes = ways.shaped(), arguments.static_axes(channel_axis)
+    shaped = ways.shaped()
     has_residual, gathered = residual is not None, gather is not None
 
     def call(
@@ -70,7 +70,7 @@ def batch_norm(
         else:
             y, kept_x = out, None if backend.overlap(out, x) else x
             if ways.askew(out, x, residual, gamma, beta, where, weights):
-                apart = batch_norm(x, gamma, beta, where, weights, residual, None, gather, *options)
+                apart = batch_norm(x, gamma, beta, where, weights, residual, None, gather, axes, eps, activation)
                 result, saved = apart(x, gamma, beta, where, weights, residual, None, gather)
                 out[...] = result
                 return out, saved._replace(x=kept_x, y=out if relu else None)
@@ -106,7 +106,7 @@ def _over_ranks(backend: Backend, layout: Layout, moments: Call, normalize: Call
         local = [layout.kept_array(xp, vector) for vector in moments(x, w)[:3]]
         packed = xp.concatenate([a.ravel() for a in local])
         rows = arguments.gathered(xp, gather(packed), packed.size)
-        count, mean, m2 = merge(*(Moments(*row.reshape(3, *layout.kept_shape)) for row in rows))
+        count, mean, m2 = merge(*(Moments(*(a.reshape(layout.kept_shape) for a in row.reshape(3, -1))) for row in rows))
         rstd = batch_rstd(count, m2, eps)
         count, mean, m2, rstd = (layout.vector(xp, a) for a in (count, mean, m2, rstd))
         normalize(x, residual, y, mean, rstd, gamma, beta)
@@ -129,8 +129,11 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         came, went = ("a hook", "without one") if gather is not None else ("None", "with one")
         raise ValueError(f"gather: expected what the forward pass had, which ran {went}, got {came}")
     with device_of(dy):
-        others = {f"saved.{name}": getattr(saved, name) for name in ("y", "gamma", "weight", "mean", "rstd", "count")}
-        kind = one_kind({"dy": dy, "saved.x": x}, dmean=dmean, dvar=dvar, out=out, **others)
+        required = {"dy": dy, "saved.x": x, "saved.mean": saved.mean, "saved.rstd": saved.rstd}
+        if not frozen:
+            required["saved.count"] = saved.count
+        others = {f"saved.{name}": getattr(saved, name) for name in ("y", "gamma", "weight")}
+        kind = one_kind(required, dmean=dmean, dvar=dvar, out=out, **others)
         backend = backend_of(kind)
         layout = arguments.layout_for(x, saved.channel_axis)
         plain = arguments.plainer(x)
@@ -228,7 +231,6 @@ def normalize(
     channel_axis: Any, eps: Any, activation: Any, name: str,
 ) -> Call:  # fmt: skip
     """``call(x, mean, spread, gamma, beta, residual, out)``; spread, so named, is the variance, or without eps rstd."""
-    options = channel_axis, eps, activation, name
     with device_of(x):
         given = {"x": x, "mean": mean, name: spread}
         backend = backend_of(one_kind(given, gamma=gamma, beta=beta, residual=residual, out=out))
@@ -238,7 +240,7 @@ def normalize(
         eps = None if eps is None else arguments.epsilon(eps)
         ways = Ways(backend, layout, x)
         spread_type, to_spread = ways.parameter(name, spread)
-        relu = arguments.is_relu(activation)
+        axes, relu = arguments.static_axes(channel_axis), arguments.is_relu(activation)
         mean_type, to_mean = ways.parameter("mean", mean)
         gamma_type, to_gamma = ways.parameter("gamma", gamma)
         beta_type, to_beta = ways.parameter("beta", beta)
@@ -255,7 +257,7 @@ def normalize(
         if out is None:
             y = make(x)
         elif ways.askew(out, x, residual, mean, spread, gamma, beta):
-            apart = normalize(x, mean, spread, gamma, beta, residual, None, *options)
+            apart = normalize(x, mean, spread, gamma, beta, residual, None, axes, eps, activation, name)
             out[...] = apart(x, mean, spread, gamma, beta, residual, None)
             return out
         else:
@@ -321,7 +323,7 @@ def grad_input(
         x = arguments.data("x", x)
         layout = arguments.layout_for(x, channel_axis)
         dy, out = arguments.like("dy", dy, x), arguments.output("out", out, x)
-        ways, float64 = Ways(backend, layout, x), xp.dtype(float)
+        ways, float64, axes = Ways(backend, layout, x), xp.dtype(float), arguments.static_axes(channel_axis)
         (mean_type, to_mean), (rstd_type, to_rstd) = ways.parameter("mean", mean), ways.parameter("rstd", rstd)
         gamma_type, to_gamma = ways.parameter("gamma", gamma)
         dgamma_type, to_dgamma = ways.parameter("dgamma", dgamma)
@@ -348,7 +350,7 @@ def grad_input(
             dx = make(x)
         elif ways.askew(out, dy, x, mean, rstd, gamma, dgamma, dbeta, where, weights):
             given = dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, None
-            out[...] = grad_input(*given, channel_axis)(*given)
+            out[...] = grad_input(*given, axes)(*given)
             return out
         else:
             dx = out

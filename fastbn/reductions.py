@@ -78,7 +78,7 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
         count, mean, m2, rstd = vectors if to_kept is None else map(to_kept, vectors)
         if given is not None:
             values = _beside("mean", given, x, single).astype(np.float64).squeeze(single)
-            m2, rstd = m2 + count * (values - mean) ** 2, None
+            m2, rstd = np.where(count == 0, 0.0, m2 + count * (values - mean) ** 2), None
         return careful(f, count, mean, m2, rstd, out)
 
     return backend.on_its_device(call, x)

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastbn import reductions
 from fastbn.arrays import is_foreign, kind_of
-from fastbn.call import axes_of, describe, find, keep, number_of
+from fastbn.call import Unlike, axes_of, describe, find, keep, number_of
 from fastbn.merging import Moments
 from fastbn.reductions import Options, statistic
 
@@ -75,10 +75,12 @@ def mean(
     if type(x) is not np.ndarray:
         x = _array(x)
     where, keepdims = _mask(where), _given(keepdims, False)
-    signature = "mean", describe(x, where, out), _of_axis(axis), dtype, keepdims
+    axes, number = _normal(axis)
+    signature = "mean", describe(x, where, out), axes, dtype, keepdims, type(keepdims)
     run = find(signature)
     if run is None:
-        run = keep(signature, statistic("mean", x, where, None, None, out, Options(axis, dtype, keepdims)))
+        options = _options(axes, number, axis, dtype, keepdims)
+        run = keep(signature, statistic("mean", x, where, None, None, out, options))
     return run(x, where, None, None, out)
 
 
@@ -186,12 +188,11 @@ def mean_var(
     if type(x) is not np.ndarray:
         x = _array(x)
     where, keepdims, correction = _mask(where), _given(keepdims, False), _given(correction, 0)
-    signature = (
-        "mean_var", describe(x, where, weights), _of_axis(axis), keepdims, number_of(correction),
-    )  # fmt: skip
+    axes, number = _normal(axis, correction)
+    signature = "mean_var", describe(x, where, weights), axes, number, keepdims, type(keepdims)
     run = find(signature)
     if run is None:
-        options = Options(axis, None, keepdims, correction)
+        options = _options(axes, number, axis, None, keepdims, correction)
         run = keep(signature, statistic("mean_var", x, where, weights, None, None, options))
     both: tuple[Any, Any] = run(x, where, weights, None, None)
     return both
@@ -269,13 +270,15 @@ def _spread(
         x = _array(x)
     where, keepdims, given = _mask(where), _given(keepdims, False), _given(given, None)
     number = isinstance(given, (int, float))
+    axes, divided_by = _normal(axis, ddof)
     signature = (
-        what, describe(x, where, None if number else given, out), type(given) if number else None, _of_axis(axis),
-        dtype, number_of(ddof), keepdims,
+        what, describe(x, where, None if number else given, out), type(given) if number else None, axes, dtype,
+        divided_by, keepdims, type(keepdims),
     )  # fmt: skip
     run = find(signature)
     if run is None:
-        run = keep(signature, statistic(what, x, where, None, given, out, Options(axis, dtype, keepdims, ddof)))
+        options = _options(axes, divided_by, axis, dtype, keepdims, ddof)
+        run = keep(signature, statistic(what, x, where, None, given, out, options))
     return run(x, where, None, given, out)
 
 
@@ -289,8 +292,19 @@ def _array(x: Any) -> Any:
     return np.asarray(x)
 
 
-def _of_axis(axis: Any) -> Any:
-    return axis if axis is None else axes_of(axis)
+def _normal(axis: Any, ddof: Any = 0) -> tuple[Any, Any]:
+    """Both as a signature has them."""
+    return (
+        axis if axis is None or type(axis) is int else axes_of(axis),
+        ddof if type(ddof) is int else number_of(ddof),
+    )
+
+
+def _options(axis: Any, ddof: Any, given_axis: Any, dtype: Any, keepdims: Any, given_ddof: Any = 0) -> Options:
+    """What was normalized if it could be, else what was given: then the call is not kept."""
+    return Options(
+        given_axis if type(axis) is Unlike else axis, dtype, keepdims, given_ddof if type(ddof) is Unlike else ddof
+    )
 
 
 def _mask(where: Any) -> Any:

@@ -157,7 +157,7 @@ def forward(
     def run(
         x: Array, weight: Array | None, gamma: Array | None, beta: Array | None, residual: Array | None, y: Array
     ) -> tuple[Array, ...]:
-        if beyond and any(a is not None and np.may_share_memory(a, y) for a in (x, residual)):
+        if beyond and any(a is not None and np.may_share_memory(a, y) for a in (x, residual, gamma, beta)):
             vectors = _moments(operands[0], weighted, eps)(x, weight)  # before y is written, should float64 be needed
             given = vectors[1], vectors[3], gamma, beta
             types = Affine(*(None if a is None else a.dtype for a in given))

@@ -54,7 +54,9 @@ def overlap(a: Array, b: Array) -> bool:
 def same_or_apart(a: Array, b: Array) -> bool:
     """Whether each element of `a` lies where the same element of `b` does, or the arrays share no memory."""
     return (
-        a.__array_interface__["data"][0] == b.__array_interface__["data"][0] and a.strides == b.strides
+        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+        and a.strides == b.strides
+        and a.shape == b.shape
     ) or not overlap(a, b)
 
 

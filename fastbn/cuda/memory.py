@@ -178,4 +178,4 @@ def overlap(a: Array, b: Array) -> bool:
 
 def same_or_apart(a: Array, b: Array) -> bool:
     """Whether each element of `a` lies where the same element of `b` does, or the arrays share no memory."""
-    return (a.data.ptr == b.data.ptr and a.strides == b.strides) or not overlap(a, b)
+    return (a.data.ptr == b.data.ptr and a.strides == b.strides and a.shape == b.shape) or not overlap(a, b)

@@ -2,6 +2,8 @@
 
 import itertools
 import sys
+import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -355,6 +357,158 @@ def test_what_lies_apart():
     assert memory.apart(whole, None, np.zeros(4), whole, None)
     assert not memory.apart(whole, np.zeros(4), whole[3])
     assert not memory.apart(whole, np.zeros(4).view(np.recarray)), "what is not known is looked at"
+
+
+# --- what a signature leaves out --------------------------------------------------------------------------------------
+
+
+def test_axes_that_change_later():
+    """A list is taken for the numbers that it has at the call."""
+    whole = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    expected = fastbn.batch_norm(whole[:3])[0]
+    axes = [1]
+    x = whole[:3].copy()
+    fastbn.batch_norm(x, channel_axis=axes, out=np.empty_like(x))
+    fastbn.normalize(x, np.zeros(3), np.ones(3), channel_axis=axes, out=np.empty_like(x))
+    axes[0] = 0
+    scaled = fastbn.normalize(x, np.arange(3.0), np.ones(3))
+    overlapping = whole.copy()
+    np.testing.assert_array_equal(
+        fastbn.normalize(overlapping[:3], np.arange(3.0), np.ones(3), channel_axis=[1], out=overlapping[1:4]), scaled
+    )
+    np.testing.assert_array_equal(fastbn.batch_norm(whole[:3], channel_axis=[1], out=whole[1:4])[0], expected)
+
+
+@pytest.mark.parametrize("axes", [range(1, 2), np.array([1]), np.array(1), (np.int8(1),), [True]])
+def test_axes_of_other_sorts(axes):
+    x = np.random.default_rng(0).standard_normal((5, 3))
+    np.testing.assert_array_equal(fastbn.batch_norm(x, channel_axis=axes)[0], fastbn.batch_norm(x)[0])
+
+
+COUNTS = [np.str_("4"), np.complex64(4), np.bool_(True), np.void(b"1"), np.datetime64("2020"), "4", 4j, None]
+
+
+@pytest.mark.parametrize("count", COUNTS, ids=lambda c: type(c).__name__)
+def test_counts_that_are_no_real_numbers(count):
+    x = np.random.default_rng(0).standard_normal((4, 3))
+    given = x, x, *np.ones((5, 3))
+    fastbn.grad_input(*given, 4)
+    with pytest.raises(TypeError, match=r"^count: expected"):
+        fastbn.grad_input(*given, count)
+    for same in (4.0, np.float32(4), np.int8(4), Fraction(4)):
+        np.testing.assert_array_equal(fastbn.grad_input(*given, same), fastbn.grad_input(*given, 4))
+
+
+@pytest.mark.parametrize("name", ["mean", "rstd", "count"])
+def test_numbers_that_a_saved_must_have(name):
+    x = np.random.default_rng(0).standard_normal((4, 3))
+    _, saved = fastbn.batch_norm(x)
+    fastbn.batch_norm_backward(x, saved)
+    with pytest.raises(TypeError, match=rf"^saved\.{name}: expected .* it is required"):
+        fastbn.batch_norm_backward(x, saved._replace(**{name: None}))
+
+
+def test_channel_axis_of_a_saved():
+    x = np.random.default_rng(0).standard_normal((4, 3))
+    _, saved = fastbn.batch_norm(x)
+    fastbn.batch_norm_backward(x, saved)
+    with pytest.raises(TypeError, match="channel_axis: expected an int"):
+        fastbn.batch_norm_backward(x, saved._replace(channel_axis=1.0))
+
+
+@pytest.mark.parametrize("kind", ["longdouble", "empty", "integer result", "plain"])
+@pytest.mark.parametrize("first", [True, False])
+def test_options_of_statistics_that_are_equal(kind, first):
+    """What is equal but another, or wrong, has no say in later calls."""
+    x = np.random.default_rng(0).standard_normal((4, 3)).astype(np.longdouble if kind == "longdouble" else float)
+    x, more = (x[:0] if kind == "empty" else x), ({"dtype": int} if kind == "integer result" else {})
+    calls = [
+        lambda: fastbn.mean(x, axis=1, **more), lambda: fastbn.mean(x, axis=True, **more),
+        lambda: fastbn.mean(x, axis=[1], **more), lambda: fastbn.mean(x, axis=np.int8(1), **more),
+        lambda: fastbn.mean(x, axis=1, keepdims=True, **more), lambda: fastbn.mean(x, axis=1, keepdims=1.0, **more),
+        lambda: fastbn.mean(x, axis=1, keepdims=np.True_, **more), lambda: fastbn.std(x, axis=1, ddof=0.5, **more),
+        lambda: fastbn.std(x, axis=1, ddof=Fraction(1, 2), **more), lambda: fastbn.var(x, axis=1, ddof=1, **more),
+        lambda: fastbn.var(x, axis=1, ddof=True, **more), lambda: fastbn.var(x, axis=1, ddof=np.longdouble(1), **more),
+        lambda: fastbn.mean(x, axis=1.0, **more), lambda: fastbn.var(x, axis=1, ddof="1", **more),
+    ]  # fmt: skip
+
+    def outcome(call):
+        try:
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return call().tolist()
+        except (TypeError, ValueError) as error:
+            return type(error)
+
+    alone = []
+    for one in calls:
+        call.forget()
+        alone.append(outcome(one))
+    call.forget()
+    for i in range(len(calls)) if first else reversed(range(len(calls))):
+        np.testing.assert_equal(outcome(calls[i]), alone[i], err_msg=str(i))
+
+
+UNKEPT = {
+    "mask": lambda x: fastbn.mean(x, where=[[True, False, True]]),
+    "weights": lambda x: fastbn.mean_var(x, weights=[[1, 2, 3]]),
+    "mean": lambda x: fastbn.var(x, mean=np.float32(0)),
+    "nan": lambda x: fastbn.var(x, ddof=float("nan")),
+    "array": lambda x: fastbn.var(x, axis=0, ddof=np.ones(3)),
+    "saved": lambda x: fastbn.batch_norm_backward(x, type("Mine", (fastbn.Saved,), {})(*fastbn.batch_norm(x)[1])),
+}
+
+
+@pytest.mark.parametrize("name", UNKEPT)
+@pytest.mark.filterwarnings("ignore:Degrees of freedom")
+def test_what_cannot_be_found_again_is_not_kept(name, monkeypatch):
+    """It would hold memory, and in the end push out what can be."""
+    monkeypatch.setattr(call, "_prepared", {})
+    x = np.random.default_rng(0).standard_normal((4, 3))
+    for _ in range(5):
+        UNKEPT[name](x)
+    assert len(call._prepared) <= 1
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_statistics_of_nothing(kept):
+    """Of an empty array, whatever lay in memory before; with weights, masks and hooks."""
+    x, weights = np.empty((0, kept), np.float32), np.ones((1, kept))
+    sent = []
+    for _ in range(50):
+        del [np.full((4, kept), 123.0) for _ in range(5)][:]
+        for given in ({}, {"weights": weights}, {"where": weights > 0}):
+            count, mean, m2 = fastbn.moments(x, **given)
+            np.testing.assert_array_equal(count, 0)
+            assert np.isnan([mean, m2]).all()
+        fastbn.batch_norm(x, where=np.ones((1, 1), bool), gather=lambda vector: sent.append(vector) or vector[None])
+        np.testing.assert_array_equal(sent[-1][:kept], 0)
+        assert np.isnan(sent[-1][kept:]).all()
+
+
+def test_gather_without_channels():
+    x = np.random.default_rng(0).standard_normal((4, 3))
+    y, saved = fastbn.batch_norm(x, channel_axis=(), gather=lambda vector: vector[None].copy())
+    np.testing.assert_allclose(y, (x - x.mean()) / np.sqrt(x.var() + 1e-5))
+    assert saved.mean.shape == ()
+
+
+def test_out_is_a_parameter_and_the_scale_beyond_float32():
+    x, out = np.array([[1.0, 2.0, 3.0]], np.float32), np.array([[5.0, 6.0, 7.0]], np.float32)
+    y, _ = fastbn.batch_norm(x, np.full((1, 3), 1e25), out, channel_axis=(0, 1), eps=1e-40, out=out)
+    np.testing.assert_array_equal(y, [[5, 6, 7]])
+
+
+def test_out_is_a_row_of_the_weights():
+    """Of the same address and strides, but not element for element."""
+    x, dy = np.random.default_rng(0).standard_normal((2, 4, 6))
+    _, saved = fastbn.batch_norm(x, channel_axis=0, weights=np.arange(1.0, 7).reshape(1, 6))
+    expected = fastbn.batch_norm_backward(dy, saved).x
+    out = np.empty((4, 6))
+    out[0] = saved.weight
+    found = fastbn.batch_norm_backward(dy, saved._replace(weight=out[:1]), out=out)
+    assert found.x is out
+    np.testing.assert_array_equal(out, expected)
 
 
 # --- large results: their memory is used again ------------------------------------------------------------------------

@@ -68,7 +68,7 @@ AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise 
 
 @inner
 def chunk_count(shape, grid):
-    if shape[1] <= grid[0] and shape[3] <= grid[1]:
+    if 0 < shape[1] <= grid[0] and 0 < shape[3] <= grid[1]:
         return 1
     return -(-shape[1] // grid[0]) * -(-shape[3] // grid[1])
 
