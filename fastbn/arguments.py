@@ -96,7 +96,10 @@ def real(name: str, number: Any) -> float:
     """A real number, Python's or NumPy's."""
     if not isinstance(number, Real):
         raise TypeError(f"{name}: expected a real number, got {type(number).__name__}")
-    return float(number)
+    try:
+        return float(number)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number in the range of float64, got a larger one") from None
 
 
 def parameter(name: str, array: Any, layout: Layout) -> Any:

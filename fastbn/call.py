@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from numbers import Real
 from operator import index
 from typing import Any
@@ -25,7 +24,7 @@ _prepared: dict[Any, Call] = {}
 class Unlike:
     """In a signature, what is like nothing else. It cannot be hashed, so that no such call is kept."""
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # how Python wants it said
 
 
 def describe(*arrays: Any) -> Any:
@@ -34,7 +33,7 @@ def describe(*arrays: Any) -> Any:
 
 
 def _first(*arrays: Any) -> bytes | None:
-    """For NumPy arrays there is a compiled function, ten times as fast as asking for their attributes.
+    """For NumPy arrays there is a compiled function, twenty times as fast as asking for their attributes.
 
     A process that has to compile it first prepares its first call twice.
     """
@@ -82,7 +81,10 @@ def number_of(number: Any) -> Any:
     if type(number) is not float:
         if not isinstance(number, Real):
             return Unlike()
-        number = float(number)
+        try:
+            number = float(number)
+        except OverflowError:
+            return Unlike()
     return number if number == number else Unlike()
 
 
@@ -95,11 +97,14 @@ def find(signature: Any) -> Call | None:
 
 
 def keep(signature: Any, call: Call) -> Call:
-    """For later calls."""
+    """For later calls, if they can find it."""
+    try:
+        hash(signature)
+    except TypeError:
+        return call
     if len(_prepared) >= MOST:
         _prepared.clear()
-    with suppress(TypeError):
-        _prepared[signature] = call
+    _prepared[signature] = call
     return call
 
 

@@ -53,7 +53,7 @@ class Moments(NamedTuple):
         """An array beside moments leaves the operator to them."""
         return 1.0
 
-    def __add__(self, other: Moments) -> Moments:  # type: ignore[override]
+    def __add__(self, other: Moments) -> Moments:  # type: ignore[override]  # a tuple appends
         return merge(self, other) if isinstance(other, Moments) else self._not_combined("+", other)
 
     def __radd__(self, other: Any) -> Moments:

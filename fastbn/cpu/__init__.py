@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.cpu import plans, team
+from fastbn.cpu import plans, team, vector_plans
 from fastbn.cpu.extremes import LEAST_EPS, find_beyond, weight_in_range
 from fastbn.cpu.memory import (
     Array,
@@ -213,23 +213,9 @@ def grad_input(
     ) -> None:  # fmt: skip
         if weight is not None:
             weight, count = _in_range(weight, count, x)
-        launch(
-            dy,
-            x,
-            y,
-            weight,
-            dx,
-            dresidual,
-            mean,
-            rstd,
-            gamma,
-            count,
-            dmean,
-            dvar,
-            dgamma,
-            dbeta,
-            past(dx, dresidual) if past else 0.0,
-        )
+        nontemporal = past(dx, dresidual) if past else 0.0
+        numbers = mean, rstd, gamma, count, dmean, dvar, dgamma, dbeta
+        launch(dy, x, y, weight, dx, dresidual, *numbers, nontemporal)
 
     return run
 
@@ -260,29 +246,16 @@ def backward(
         if weight is not None and count is not None:
             weight, count = _in_range(weight, count, x)
         sums = np.empty((2, kept))
-        launch(
-            dy,
-            x,
-            y,
-            weight,
-            dx,
-            dresidual,
-            mean,
-            rstd,
-            gamma,
-            count,
-            dmean,
-            dvar,
-            sums,
-            past(dx, dresidual) if past else 0.0,
-        )
+        nontemporal = past(dx, dresidual) if past else 0.0
+        numbers = mean, rstd, gamma, count, dmean, dvar, sums
+        launch(dy, x, y, weight, dx, dresidual, *numbers, nontemporal)
         return sums[0], sums[1]
 
     return run
 
 
 def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool) -> Callable[..., object]:
-    return plans.update_running(kept, tuple(map(kind_of, types)), skip_nonfinite).prepared()
+    return vector_plans.update_running(kept, tuple(map(kind_of, types)), skip_nonfinite).prepared()
 
 
 AT_ONCE = 8  # parts that one program merges
@@ -292,7 +265,8 @@ def merge(kept: int, types: tuple[tuple[Any, Any, Any], ...]) -> Callable[..., t
     kinds = [tuple(map(kind_of, three)) for three in types]
     starts = range(0, len(kinds), AT_ONCE)
     launches = [
-        plans.merge(kept, tuple(kinds[i : i + AT_ONCE]), i == 0, i + AT_ONCE >= len(kinds)).prepared() for i in starts
+        vector_plans.merge(kept, tuple(kinds[i : i + AT_ONCE]), i == 0, i + AT_ONCE >= len(kinds)).prepared()
+        for i in starts
     ]
 
     def run(*vectors: Array) -> tuple[Array, Array, Array]:

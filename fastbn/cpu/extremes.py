@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.cpu import plans
+from fastbn.cpu import vector_plans
 from fastbn.cpu.memory import Array, kind_or_none
 
 LEAST_EPS = 1e-30  # an eps from here on keeps the reciprocal deviation below 1e15
@@ -19,7 +19,7 @@ LEAST_EPS = 1e-30  # an eps from here on keeps the reciprocal deviation below 1e
 
 def find_beyond(kept: int, rstd: Any, gamma: Any) -> Callable[[Array, Array | None], bool]:
     """``beyond(rstd, gamma)``: whether channels of float32 data, or narrower, are to be normalized in float64."""
-    launch = plans.find_beyond(kept, (kind_or_none(rstd), kind_or_none(gamma))).prepared()
+    launch = vector_plans.find_beyond(kept, (kind_or_none(rstd), kind_or_none(gamma))).prepared()
 
     def beyond(rstd: Array, gamma: Array | None) -> bool:
         out = np.empty(1)

@@ -37,7 +37,7 @@ _shares_memory: Any = np.shares_memory  # whose stub knows only two of max_work'
 
 
 def apart(out: Array, *others: Array | None) -> bool:
-    """By first and last bytes, in compiled code: for the gradients' arrays 0.3 us, where asking NumPy takes 3."""
+    """By first and last bytes, in compiled code: for the gradients' arrays 0.4 us, where asking NumPy takes 2."""
     return program.apart()(out, *others)
 
 

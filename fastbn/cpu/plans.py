@@ -233,12 +233,12 @@ def normalize(
     names = ("mean", "spread", "gamma", "beta")
     arrays = {"x": kind, "y": kind, "residual": kind if rs else None, **dict(zip(names, parameters, strict=True))}
     p = Program(shares, math.prod(shape), arrays, ["eps", "past"])
-    numbers = _numbers(p, shape, mean=0.0, spread=1.0, gamma=1.0, beta=0.0)
+    numbers = number_rows(p, shape, mean=0.0, spread=1.0, gamma=1.0, beta=0.0)
     _add_normalize(p, shape, kind, xs, ys, rs, relu, shares, p.array("x"), numbers, p.number("eps"))
     return p
 
 
-def _numbers(p: Program, shape: Shape, **defaults: float) -> Argument:
+def number_rows(p: Program, shape: Shape, **defaults: float) -> Argument:
     """Rows of float64, a channel's number in each, from vectors that a call gives."""
     kept = shape[0] * shape[2]
     rows = p.scratch(len(defaults) * kept, "f8*")
@@ -332,7 +332,7 @@ def grad_sums(
     arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights}
     arrays |= {"mean": mean, "rstd": rstd, "out": "f8*"}
     p = Program(shares, math.prod(shape), arrays)
-    numbers = _numbers(p, shape, mean=0.0, rstd=1.0)
+    numbers = number_rows(p, shape, mean=0.0, rstd=1.0)
     _add_grad_sums(p, shape, kind, dys, xs, ys, ws, shares, numbers, None, False, False)
     return p
 
@@ -384,7 +384,7 @@ def grad_input(
     p = Program(shares, math.prod(shape), arrays, ["past"])
     kept, x = shape[0] * shape[2], p.array("x")
     numbers, mixed = _gradient_numbers(p, shape, parameters)
-    sums, linear = _numbers(p, shape, dgamma=0.0, dbeta=0.0), p.scratch(5 * kept, "f8*")
+    sums, linear = number_rows(p, shape, dgamma=0.0, dbeta=0.0), p.scratch(5 * kept, "f8*")
     p.launch("slab.linear_rows", kept, True, x=x, numbers=numbers, kept=p.integers([kept]), mixed=mixed, sums=sums,
              linear=linear)  # fmt: skip
     _add_grad_input(p, shape, kind, x, dys, xs, ys, ws, dxs, drs, shares, linear)
@@ -398,7 +398,7 @@ def _gradient_numbers(p: Program, shape: Shape, parameters: Kinds) -> tuple[Argu
     """Rows of numbers as `slab.input_numbers` takes them, and whether dmean or dvar is among them."""
     mixed = parameters[4] is not None or parameters[5] is not None
     defaults = {"mean": 0.0, "rstd": 1.0, "gamma": 1.0, "count": 1.0} | ({"dmean": 0.0, "dvar": 0.0} if mixed else {})
-    return _numbers(p, shape, **defaults), mixed
+    return number_rows(p, shape, **defaults), mixed
 
 
 def _add_grad_input(
@@ -462,48 +462,4 @@ def backward(
         linear = p.scratch(5 * kept, "f8*")
         _add_grad_sums(p, shape, kind, dys, xs, ys, ws, shares, numbers, linear, frozen, mixed)
         _add_grad_input(p, shape, kind, live, dys, None if frozen else xs, ys, ws, dxs, drs, shares, linear)
-    return p
-
-
-# --- vectors ----------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1024)
-def find_beyond(kept: int, parameters: Kinds) -> Program:
-    """``program(rstd, gamma, out)``."""
-    p = Program(1, kept, dict(zip(("rstd", "gamma"), parameters, strict=True)) | {"out": "f8*"})
-    numbers = _numbers(p, (1, 1, kept, 1), rstd=1.0, gamma=1.0)
-    p.launch("vectors.find_beyond", 1, numbers=numbers, kept=p.integers([kept]), out=p.array("out"))
-    return p
-
-
-@lru_cache(maxsize=1024)
-def update_running(kept: int, parameters: Kinds, skip_nonfinite: bool) -> Program:
-    """``program(mean, var, count, batch_mean, m2, new_mean, new_var, rate, correction)``; new ones are f4* or f8*."""
-    names = ("mean", "var", "count", "batch_mean", "m2", "new_mean", "new_var")
-    p = Program(1, kept, dict(zip(names, parameters, strict=True)), ["rate", "correction"])
-    numbers = _numbers(p, (1, 1, kept, 1), **dict.fromkeys(names[:5], 0.0))
-    p.launch(
-        "vectors.update_running", 1, numbers=numbers, kept=p.integers([kept]), rate=p.number("rate"),
-        correction=p.number("correction"), skip_nonfinite=skip_nonfinite, new_mean=p.array("new_mean"),
-        new_var=p.array("new_var"),
-    )  # fmt: skip
-    return p
-
-
-@lru_cache(maxsize=1024)
-def merge(kept: int, parameters: tuple[Kinds, ...], begin: bool, end: bool) -> Program:
-    """``program(state, *counts_means_and_m2s)``: the first part begins a state, the last one ends it, if so."""
-    names = [(f"count{i}", f"mean{i}", f"m2{i}") for i in range(len(parameters))]
-    arrays: dict[str, Kind | None] = {"state": "f8*"}
-    for three, kinds in zip(names, parameters, strict=True):
-        arrays |= zip(three, kinds, strict=True)
-    p = Program(1, kept, arrays)
-    state, integers = p.array("state"), p.integers([kept])
-    for i, three in enumerate(names):
-        part = _numbers(p, (1, 1, kept, 1), **dict.fromkeys(three, 0.0))
-        step = "begin_union" if begin and i == 0 else "add_to_union"
-        p.launch(f"vectors.{step}", 1, part=part, kept=integers, state=state)
-    if end:
-        p.launch("vectors.end_union", 1, kept=integers, state=state)
     return p

@@ -3,13 +3,13 @@
 import json
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
 
 from fastbn import bench, check, cpu, environment, warmup
 from fastbn.__main__ import COMMANDS, main
+from tests.wrong_backends import broken, use
 
 SHAPE = "4,64,14,14"
 
@@ -154,26 +154,6 @@ def test_digits_of_known_values():
 def test_nan_is_never_ok():
     for at_least in (True, False):
         assert not check.Row("nist", "", float("nan"), 1.0, at_least, {}).ok
-
-
-def broken(name, change):
-    """The CPU backend with one function's results changed: ``change(arguments, result)``."""
-    wrong = types.SimpleNamespace(**{key: getattr(cpu, key) for key in cpu.__all__})
-    prepare = getattr(cpu, name)
-
-    def prepare_wrongly(*operands):
-        run = prepare(*operands)
-        return lambda *args: change(args, run(*args))
-
-    setattr(wrong, name, prepare_wrongly)
-    return wrong
-
-
-def use(monkeypatch, backend):
-    """For every call, none of which is prepared."""
-    monkeypatch.setattr("fastbn.call._prepared", {})
-    for module in ("prepare", "reductions"):
-        monkeypatch.setattr(f"fastbn.{module}.backend_of", lambda kind: backend)
 
 
 def scaled(index, by):

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import cpu, reference
+from fastbn import reference
 from fastbn.cpu import memory, plans, team
 from tests import tolerances
 from tests.conftest import forget
 from tests.support import DTYPES, LAYOUTS, OPTIONS, make_case
+from tests.wrong_backends import broken, use
 
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -431,26 +432,6 @@ CHECKS = {
     "parts": check_parts,
     "statistics": check_statistics,
 }
-
-
-def broken(name, change):
-    """The CPU backend with one function's results changed: ``change(arguments, result)``."""
-    wrong = types.SimpleNamespace(**{key: getattr(cpu, key) for key in cpu.__all__})
-    prepare = getattr(cpu, name)
-
-    def prepare_wrongly(*operands):
-        run = prepare(*operands)
-        return lambda *args: change(args, run(*args))
-
-    setattr(wrong, name, prepare_wrongly)
-    return wrong
-
-
-def use(monkeypatch, backend):
-    """For every call, none of which is prepared."""
-    monkeypatch.setattr("fastbn.call._prepared", {})
-    for module in ("prepare", "reductions"):
-        monkeypatch.setattr(f"fastbn.{module}.backend_of", lambda kind: backend)
 
 
 def scaled(index, factor):

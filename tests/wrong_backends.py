@@ -1,0 +1,25 @@
+"""Backends with a fault, which checks must find."""
+
+import types
+
+from fastbn import cpu
+
+
+def broken(name, change):
+    """The CPU backend with one function's results changed: ``change(arguments, result)``."""
+    wrong = types.SimpleNamespace(**{key: getattr(cpu, key) for key in cpu.__all__})
+    prepare = getattr(cpu, name)
+
+    def prepare_wrongly(*operands):
+        run = prepare(*operands)
+        return lambda *args: change(args, run(*args))
+
+    setattr(wrong, name, prepare_wrongly)
+    return wrong
+
+
+def use(monkeypatch, backend):
+    """For every call, none of which is prepared."""
+    monkeypatch.setattr("fastbn.call._prepared", {})
+    for module in ("prepare", "reductions"):
+        monkeypatch.setattr(f"fastbn.{module}.backend_of", lambda kind: backend)
