@@ -2,10 +2,10 @@
 
 from fastbn import threads as threads
 from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_inference
-from fastbn.kernels import fold, grad_input, grad_sums, normalize
 from fastbn.merging import Moments, merge, population, update_running
+from fastbn.primitives import fold, grad_input, grad_sums, normalize
+from fastbn.reductions import mean, mean_var, moments, std, var
 from fastbn.saved import Gradients, Saved
-from fastbn.statistics import mean, mean_var, moments, std, var
 
 __version__ = "0.1.0"
 

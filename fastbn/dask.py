@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import fastbn
-from fastbn import arguments
+from fastbn import validation
 from fastbn.formulas import united
 from fastbn.merging import Moments
 
@@ -218,7 +218,7 @@ def _packed(x: Any, axis: Axes, keepdims: bool, split_every: Any, dtype: Any) ->
 def _of_block(block: Any, axis: tuple[int, ...], keepdims: bool, masked: bool) -> Any:
     """The leaves; reduced axes stay."""
     mask, values = np.ma.getmask(block), np.asarray(np.ma.getdata(block))
-    if not arguments.is_float(values.dtype):
+    if not validation.is_float(values.dtype):
         values = values.astype(np.float64)
     kept = tuple(a for a in range(values.ndim) if a not in axis)
     with fastbn.threads.num_threads(1):
@@ -312,19 +312,19 @@ def _dtype_of_result(x: Any, dtype: Any) -> Any:
     """A check of x and dtype."""
     if not isinstance(x, da.Array):
         raise TypeError(f"x: expected a dask.array.Array, got {type(x).__name__}")
-    if x.dtype.kind not in "biu" and not arguments.is_float(x.dtype):
+    if x.dtype.kind not in "biu" and not validation.is_float(x.dtype):
         raise TypeError(f"x: expected real numbers, got {x.dtype}; known are integers and floats of up to 64 bits")
     if dtype is None:
-        return x.dtype.newbyteorder("=") if arguments.is_float(x.dtype) else np.dtype(np.float64)
+        return x.dtype.newbyteorder("=") if validation.is_float(x.dtype) else np.dtype(np.float64)
     dtype = np.dtype(dtype)
-    if not arguments.is_float(dtype):
+    if not validation.is_float(dtype):
         raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
     return dtype
 
 
 def _degrees(ddof: Any, correction: Any) -> float:
     if correction is None:
-        return arguments.real("ddof", ddof)
+        return validation.real("ddof", ddof)
     if ddof != 0:
         raise ValueError("correction: expected ddof or correction, got both")
-    return arguments.real("correction", correction)
+    return validation.real("correction", correction)

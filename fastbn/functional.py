@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastbn import arguments, prepare
+from fastbn import prepare, validation
 from fastbn.call import Unlike, axes_of, describe, find, keep, number_of
-from fastbn.kernels import Activation, Axes
+from fastbn.primitives import Activation, Axes
 from fastbn.saved import Gradients, Saved
 
 __all__ = ["batch_norm", "batch_norm_backward", "batch_norm_inference"]
@@ -236,7 +236,7 @@ def batch_norm_inference(
         run = keep(
             signature,
             prepare.normalize(
-                x, mean, var, gamma, beta, residual, out, channel_axis, arguments.epsilon(eps), activation, "var"
+                x, mean, var, gamma, beta, residual, out, channel_axis, validation.epsilon(eps), activation, "var"
             ),
         )
     return run(x, mean, var, gamma, beta, residual, out)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from fastbn import arguments
+from fastbn import validation
 from fastbn.arrays import device_of, kind_of, on_device, one_kind
 from fastbn.backend import backend_of
 from fastbn.call import Call, Unlike, describe, find, keep
@@ -167,7 +167,7 @@ def _prepare_merge(*moments: Moments) -> Call:
 def _vector(backend: Backend, a: Any) -> tuple[Any, Way]:
     """The dtype of a vector of numbers as kernels take it, and what makes one of an array like this."""
     xp = backend.xp
-    dtype = a.dtype.newbyteorder("=") if arguments.is_float(a.dtype) else xp.dtype(float)
+    dtype = a.dtype.newbyteorder("=") if validation.is_float(a.dtype) else xp.dtype(float)
     if a.ndim == 1 and a.dtype == dtype and a.flags.c_contiguous and getattr(a.flags, "aligned", True):
         return dtype, None
     return dtype, lambda a: xp.ascontiguousarray(a, dtype=dtype).reshape(-1)
@@ -183,7 +183,7 @@ def _checked_together(operands: dict[str, Any], **others: Any) -> Backend:
     kind = one_kind(arrays | others)
     (first, example), *_ = arrays.items()
     for name, array in (arrays | others).items():
-        if not (arguments.is_float(array.dtype) or array.dtype.kind in "fiu"):
+        if not (validation.is_float(array.dtype) or array.dtype.kind in "fiu"):
             raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
         if array.shape != example.shape:
             raise ValueError(f"{name}: expected the shape of {first}, {example.shape}, got {array.shape}")
@@ -256,11 +256,11 @@ def _prepare_update(mean: Any, var: Any, moments: Any, skip_nonfinite: bool, out
     with device_of(mean):
         backend = _checked_together({"moments": moments}, mean=mean, var=var, **outs)
         for name, array in {"mean": mean, "var": var}.items():
-            if not (arguments.is_float(array.dtype) or array.dtype.kind == "f"):
+            if not (validation.is_float(array.dtype) or array.dtype.kind == "f"):
                 raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
         if out is not None:
-            arguments.output("out[0]", out[0], mean, "mean")
-            arguments.output("out[1]", out[1], var, "var")
+            validation.output("out[0]", out[0], mean, "mean")
+            validation.output("out[1]", out[1], var, "var")
         pair = (None, None) if out is None else out
         mean_type, make_mean, end_mean = _target(backend, mean, pair[0])
         var_type, make_var, end_var = _target(backend, var, pair[1])
@@ -270,9 +270,9 @@ def _prepare_update(mean: Any, var: Any, moments: Any, skip_nonfinite: bool, out
 
     def call(mean: Any, var: Any, moments: Moments, rate: Any, correction: Any, out: Any) -> tuple[Any, Any]:
         if type(rate) is not float:
-            rate = arguments.real("rate", rate)
+            rate = validation.real("rate", rate)
         if type(correction) is not float:
-            correction = arguments.real("correction", correction)
+            correction = validation.real("correction", correction)
         if not 0.0 <= rate <= 1.0:
             raise ValueError(f"rate: expected a number in [0, 1], got {rate}")
         vectors: Any = (mean, var, *moments)

@@ -13,7 +13,7 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
-from fastbn import arguments
+from fastbn import validation
 from fastbn.arrays import device_of, one_kind
 from fastbn.backend import Backend, backend_of
 from fastbn.formulas import batch_rstd, reciprocal_std
@@ -35,16 +35,16 @@ def batch_norm(
     with device_of(x):
         kind = one_kind({"x": x}, gamma=gamma, beta=beta, where=where, weights=weights, residual=residual, out=out)
         backend = backend_of(kind)
-        plain = arguments.plainer(x)
-        x = arguments.data("x", x)
-        layout = arguments.layout_for(x, channel_axis)
-        eps, relu = arguments.epsilon(eps), arguments.is_relu(activation)
-        axes, activation = arguments.static_axes(channel_axis), "relu" if relu else None
+        plain = validation.plainer(x)
+        x = validation.data("x", x)
+        layout = validation.layout_for(x, channel_axis)
+        eps, relu = validation.epsilon(eps), validation.is_relu(activation)
+        axes, activation = validation.static_axes(channel_axis), "relu" if relu else None
         ways = Ways(backend, layout, x)
         gamma_type, to_gamma = ways.parameter("gamma", gamma)
         beta_type, to_beta = ways.parameter("beta", beta)
-        residual = arguments.like("residual", residual, x)
-        out, gather = arguments.output("out", out, x), arguments.hook(gather)
+        residual = validation.like("residual", residual, x)
+        out, gather = validation.output("out", out, x), validation.hook(gather)
         weight_, weigh = ways.weight(where, weights, shared=True)
         make = backend.allocator(x)
         (x_, to_x), (residual_, to_residual) = ways.data(x), ways.optional(residual)
@@ -105,7 +105,7 @@ def _over_ranks(backend: Backend, layout: Layout, moments: Call, normalize: Call
     def run(x: Any, w: Any, gamma: Any, beta: Any, residual: Any, y: Any, gather: Any) -> tuple[Any, ...]:
         local = [layout.kept_array(xp, vector) for vector in moments(x, w)[:3]]
         packed = xp.concatenate([a.ravel() for a in local])
-        rows = arguments.gathered(xp, gather(packed), packed.size)
+        rows = validation.gathered(xp, gather(packed), packed.size)
         count, mean, m2 = merge(*(Moments(*(a.reshape(layout.kept_shape) for a in row.reshape(3, -1))) for row in rows))
         rstd = batch_rstd(count, m2, eps)
         count, mean, m2, rstd = (layout.vector(xp, a) for a in (count, mean, m2, rstd))
@@ -119,7 +119,7 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
     """``call(dy, saved, dmean, dvar, out, gather)``."""
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected a fastbn.Saved, got {type(saved).__name__}")
-    gather = arguments.hook(gather)
+    gather = validation.hook(gather)
     x, frozen, relu = saved.x, saved.moments is None, saved.activation is not None
     if x is None:
         raise ValueError(
@@ -135,11 +135,11 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         others = {f"saved.{name}": getattr(saved, name) for name in ("y", "gamma", "weight")}
         kind = one_kind(required, dmean=dmean, dvar=dvar, out=out, **others)
         backend = backend_of(kind)
-        layout = arguments.layout_for(x, saved.channel_axis)
-        plain = arguments.plainer(x)
-        x, dy = arguments.plain(x), arguments.like("dy", dy, x)
-        y = arguments.like("saved.y", saved.y, x, "saved.x") if relu else None
-        out = arguments.output("out", out, x)
+        layout = validation.layout_for(x, saved.channel_axis)
+        plain = validation.plainer(x)
+        x, dy = validation.plain(x), validation.like("dy", dy, x)
+        y = validation.like("saved.y", saved.y, x, "saved.x") if relu else None
+        out = validation.output("out", out, x)
         if frozen and not (dmean is None and dvar is None):
             raise ValueError("dmean, dvar: expected None with frozen statistics, which do not depend on x")
         ways = Ways(backend, layout, x)
@@ -218,7 +218,7 @@ def _summed_over_ranks(backend: Backend, layout: Layout, grad_sums: Call, grad_i
     ) -> tuple[Any, Any]:  # fmt: skip
         dgamma, dbeta = grad_sums(dy, x, y, w, mean, rstd)
         local = xp.concatenate([layout.kept_array(xp, v).ravel() for v in (dgamma, dbeta)])
-        summed = arguments.gathered(xp, gather(local), local.size).sum(axis=0).reshape(2, *layout.kept_shape)
+        summed = validation.gathered(xp, gather(local), local.size).sum(axis=0).reshape(2, *layout.kept_shape)
         sums = (layout.vector(xp, a) for a in summed)
         grad_input(dy, x, y, w, mean, rstd, gamma, count, dmean, dvar, *sums, dx, dresidual)
         return dgamma, dbeta
@@ -234,17 +234,17 @@ def normalize(
     with device_of(x):
         given = {"x": x, "mean": mean, name: spread}
         backend = backend_of(one_kind(given, gamma=gamma, beta=beta, residual=residual, out=out))
-        plain = arguments.plainer(x)
-        x = arguments.data("x", x)
-        layout = arguments.layout_for(x, channel_axis)
-        eps = None if eps is None else arguments.epsilon(eps)
+        plain = validation.plainer(x)
+        x = validation.data("x", x)
+        layout = validation.layout_for(x, channel_axis)
+        eps = None if eps is None else validation.epsilon(eps)
         ways = Ways(backend, layout, x)
         spread_type, to_spread = ways.parameter(name, spread)
-        axes, relu = arguments.static_axes(channel_axis), arguments.is_relu(activation)
+        axes, relu = validation.static_axes(channel_axis), validation.is_relu(activation)
         mean_type, to_mean = ways.parameter("mean", mean)
         gamma_type, to_gamma = ways.parameter("gamma", gamma)
         beta_type, to_beta = ways.parameter("beta", beta)
-        residual, out = arguments.like("residual", residual, x), arguments.output("out", out, x)
+        residual, out = validation.like("residual", residual, x), validation.output("out", out, x)
         make = backend.allocator(x)
         (x_, to_x), (residual_, to_residual) = ways.data(x), ways.optional(residual)
         y_, to_y = ways.result(x, out)
@@ -283,9 +283,9 @@ def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any, c
     """``call(dy, x, mean, rstd, where, weights)``."""
     with device_of(dy):
         backend = backend_of(one_kind({"dy": dy, "x": x, "mean": mean, "rstd": rstd}, where=where, weights=weights))
-        x = arguments.data("x", x)
-        layout = arguments.layout_for(x, channel_axis)
-        dy = arguments.like("dy", dy, x)
+        x = validation.data("x", x)
+        layout = validation.layout_for(x, channel_axis)
+        dy = validation.like("dy", dy, x)
         ways = Ways(backend, layout, x)
         mean_type, to_mean = ways.parameter("mean", mean)
         rstd_type, to_rstd = ways.parameter("rstd", rstd)
@@ -319,11 +319,11 @@ def grad_input(
             required["count"] = count
         backend = backend_of(one_kind(required, gamma=gamma, where=where, weights=weights, out=out))
         xp = backend.xp
-        plain = arguments.plainer(x)
-        x = arguments.data("x", x)
-        layout = arguments.layout_for(x, channel_axis)
-        dy, out = arguments.like("dy", dy, x), arguments.output("out", out, x)
-        ways, float64, axes = Ways(backend, layout, x), xp.dtype(float), arguments.static_axes(channel_axis)
+        plain = validation.plainer(x)
+        x = validation.data("x", x)
+        layout = validation.layout_for(x, channel_axis)
+        dy, out = validation.like("dy", dy, x), validation.output("out", out, x)
+        ways, float64, axes = Ways(backend, layout, x), xp.dtype(float), validation.static_axes(channel_axis)
         (mean_type, to_mean), (rstd_type, to_rstd) = ways.parameter("mean", mean), ways.parameter("rstd", rstd)
         gamma_type, to_gamma = ways.parameter("gamma", gamma)
         dgamma_type, to_dgamma = ways.parameter("dgamma", dgamma)
@@ -390,18 +390,18 @@ def fold(
     with device_of(kernel):
         kind = one_kind({"kernel": kernel, "mean": mean, "var": var}, kernel_bias=kernel_bias, gamma=gamma, beta=beta)
         backend = backend_of(kind)
-        kernel = arguments.data("kernel", kernel)
-        axes = arguments.channel_axes(kernel.ndim, axis, "axis")
+        kernel = validation.data("kernel", kernel)
+        axes = validation.channel_axes(kernel.ndim, axis, "axis")
         if len(axes) != 1:
             raise TypeError(f"axis: expected an int, got {axis!r}")
         (axis,) = axes
         groups = _checked_groups(groups, kernel.shape, axis)
-        eps = arguments.epsilon(eps)
+        eps = validation.epsilon(eps)
         layout = layout_of((groups * kernel.shape[axis],), (1,), frozenset((0,)))  # of the output channels
         given = {"kernel_bias": kernel_bias, "beta": beta, "mean": mean, "var": var, "gamma": gamma}
         for name, parameter in given.items():
             if parameter is not None:
-                arguments.parameter(name, parameter, layout)
+                validation.parameter(name, parameter, layout)
     xp, dtype, inputs, inner = backend.xp, kernel.dtype, kernel.shape[axis - 1], (1,) * (kernel.ndim - 1 - axis)
 
     def call(kernel: Any, kernel_bias: Any, mean: Any, var: Any, gamma: Any, beta: Any) -> tuple[Any, Any]:

@@ -1,310 +1,328 @@
-"""Prepared calls of statistics: what `fastbn.call` keeps for them (see `fastbn.prepare`).
+"""Statistics: `mean`, `var`, `std` as drop-ins for NumPy's, `mean_var` and `moments` in one pass.
 
-Kernels give count, mean, M2 and rstd of each kept index, from which a statistic follows in one of two ways: fast, for
-plain arguments and ordinary numbers, or with care for everything else: `where`, `out`, NumPy's warnings, squares beyond
-the range of float64, variances beyond that of their dtype.
+Accumulation is by corrected two-pass sums in chunks, merged by Chan's update in float64 (``cpu/kernels/rows.py``):
+float32 data with a mean 50 000 times their deviation keep a mean good to 1e-7 and a variance good to 1e-6.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.lib.array_utils import normalize_axis_tuple
 
-from fastbn import arguments
-from fastbn.arrays import device_of, is_foreign, kind_of, one_kind
-from fastbn.backend import backend_of
-from fastbn.layout import Shape, layout_of
+from fastbn import prepare_reductions
+from fastbn.arrays import is_foreign, kind_of
+from fastbn.call import Unlike, axes_of, describe, find, keep, number_of
 from fastbn.merging import Moments
-from fastbn.ways import Way, Ways
+from fastbn.prepare_reductions import Options, statistic
 
-Call = Callable[..., Any]
-
-LEAST, MOST = 1e-290, 1e300  # of sums of squares in float64, between which no square has left its range
+__all__ = ["mean", "mean_var", "moments", "std", "var"]
 
 
-class Options(NamedTuple):
-    """What decides a statistic beside its arrays."""
+def mean(
+    x: Any,
+    axis: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    keepdims: bool = False,
+    *,
+    where: Any = True,
+) -> Any:
+    """Arithmetic mean over axes: `numpy.mean`, accurate and parallel.
 
-    axis: Any
-    dtype: Any
-    keepdims: Any
-    ddof: Any = 0
+    Parameters
+    ----------
+    x : array_like
+        Real numbers of any dtype and layout; lists and scalars as NumPy takes them.
+    axis : int or tuple of ints, optional
+        The axes reduced; all by default.
+    dtype : dtype, optional
+        Of the result: by default float64 for integers, else that of `x`. Sums are in float64 whatever it is.
+    out : array, optional
+        Written and returned; of the result's shape.
+    keepdims : bool
+        Leave the reduced axes in the result, with size 1.
+    where : array_like of bool
+        Elements to include; broadcasts to `x`.
 
+    Returns
+    -------
+    array or scalar
 
-def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: Options) -> Call:
-    """``call(x, where, weights, given, out)`` for "mean", "var", "std" or "mean_var"; see `fastbn.statistics`.
+    Raises
+    ------
+    TypeError
+        Complex, object and time dtypes, masked arrays and other subclasses, arrays of other libraries.
+    numpy.exceptions.AxisError
+        An axis that `x` has not; ValueError for a repeated one.
 
-    `given` are the values from which a variance is measured, where it is not the mean.
+    Notes
+    -----
+    Infinities of one sign give that infinity, NaN and infinities of both signs NaN. An empty slice gives NaN and
+    NumPy's RuntimeWarning. Extended precision (longdouble) and an integer `dtype` are left to NumPy, and errors for
+    CuPy arrays.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.full((1 << 20, 2), 100.3, np.float32)  # whose running sum outgrows float32
+    >>> abs(np.mean(x, axis=0) - x[0]).max() > 0.1, abs(fastbn.mean(x, axis=0) - x[0]).max()
+    (np.True_, np.float32(0.0))
+    >>> fastbn.mean([[1, 2], [3, 5]], axis=0)
+    array([2. , 3.5])
     """
-    if x.dtype.kind in "cOmMSUV" and not arguments.is_float(x.dtype):
-        raise TypeError(f"x: expected real numbers, got dtype {x.dtype}; numpy.mean and numpy.var take other dtypes")
-    with device_of(x):
-        kind = one_kind({"x": x}, out=out)
-        if weights is None and kind == "numpy" and _is_numpys(x, options.dtype):
-            return _numpys(what, options)
-        kept, dtype = _kept(x, options.axis), options.dtype
-        single = tuple(axis for axis in range(x.ndim) if axis not in kept)
-        shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if options.keepdims or axis in kept)
-        wide = not arguments.is_float(x.dtype) or _is_float64(getattr(out, "dtype", None) if dtype is None else dtype)
-        if given is not None:
-            values = _beside("mean", given, x, single)
-            if dtype is None and not isinstance(given, (int, float)):  # Python's numbers do not widen a result
-                own = np.float64 if x.dtype.kind in "iub" else x.dtype.newbyteorder("=")
-                dtype = np.result_type(own, values.dtype)
-        dtype = np.dtype(_dtype(x, dtype))
-        _check_out(shape, dtype, out)
-        table_of, to_kept = _table(x, kept, wide, where, weights)
-        backend = backend_of(kind)
-    plain = where is None and weights is None and given is None and out is None and kind == "numpy"
-    divisor = 0.0
-    if plain and isinstance(options.ddof, (int, float)):
-        divisor = x.size / max(1, math.prod(x.shape[axis] for axis in kept)) - options.ddof
-    f = _Finish(dtype, shape, to_kept, options.ddof, divisor, wide or x.dtype == np.float64)
-    careful, fast = _CAREFUL[what], _FAST[what]
-    usual = divisor > 0 and dtype in (x.dtype, np.float64)
-
-    def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
-        vectors = table_of(x, where, weights)
-        if usual:
-            done = fast(f, vectors)
-            if done is not None:
-                return done
-        count, mean, m2, rstd = vectors if to_kept is None else map(to_kept, vectors)
-        if given is not None:
-            values = _beside("mean", given, x, single).astype(np.float64).squeeze(single)
-            m2, rstd = np.where(count == 0, 0.0, m2 + count * (values - mean) ** 2), None
-        return careful(f, count, mean, m2, rstd, out)
-
-    return backend.on_its_device(call, x)
+    if type(x) is not np.ndarray:
+        x = _array(x)
+    where, keepdims = _mask(where), _given(keepdims, False)
+    axes, number = _normal(axis)
+    signature = "mean", describe(x, where, out), axes, dtype, keepdims, type(keepdims)
+    run = find(signature)
+    if run is None:
+        options = _options(axes, number, axis, dtype, keepdims)
+        run = keep(signature, statistic("mean", x, where, None, None, out, options))
+    return run(x, where, None, None, out)
 
 
-def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
-    """``call(x, where, weights)``."""
-    if x.dtype.kind in "cOmMSUV" and not arguments.is_float(x.dtype):
-        raise TypeError(f"x: expected real numbers, got dtype {x.dtype}")
-    with device_of(x):
-        kept = arguments.channel_axes(x.ndim, channel_axis)
-        backend = backend_of(one_kind({"x": x}, where=where, weights=weights))
-        arguments.combined_weight(backend.xp, where, weights, x.shape)
-        table_of, to_kept = _table(x, kept, not arguments.is_float(x.dtype), where, weights)
+def var(
+    x: Any,
+    axis: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    ddof: float = 0,
+    keepdims: bool = False,
+    *,
+    where: Any = True,
+    mean: Any = None,
+    correction: float | None = None,
+) -> Any:
+    """Variance over axes: `numpy.var`, accurate and parallel.
 
-    def call(x: Any, where: Any, weights: Any) -> Moments:
-        count, mean, m2, _ = table_of(x, where, weights)
-        if to_kept is None:
-            return Moments(count, mean, m2)
-        return Moments(to_kept(count), to_kept(mean), to_kept(m2))
+    Parameters
+    ----------
+    x, axis, dtype, out, keepdims, where
+        As for `mean`.
+    ddof : float
+        The divisor is the number of elements less `ddof`.
+    mean : array_like, optional
+        Measure deviations from these values instead of the mean; of the shape that ``keepdims=True`` gives.
+    correction : float, optional
+        The array API's name for `ddof`; give one of them.
 
-    return backend.on_its_device(call, x)
+    Returns
+    -------
+    array or scalar
+        ``sum((x - mean)^2) / (n - ddof)``.
 
+    Raises
+    ------
+    ValueError
+        `ddof` and `correction` both given; otherwise as `mean`.
 
-def _table(x: Any, kept: frozenset[int], wide: bool, where: Any, weights: Any) -> tuple[Call, Way]:
-    """``table(x, where, weights)`` gives vectors count, mean, M2, rstd, in float64 sums if wide; and `Ways.shaped`."""
-    backend, plain = backend_of(kind_of("x", x)), arguments.plainer(x)
-    x = arguments.plain(x)
-    widened = wide and x.dtype != np.float64
-    seen = backend.xp.empty_like(x, dtype=float) if widened else x
-    layout = layout_of(seen.shape, seen.strides, kept)
-    ways = Ways(backend, layout, seen)
-    weight_, weigh = ways.weight(_operand("where", where, x), _operand("weights", weights, x), shared=False)
-    x_, to_x = ways.data(seen)
-    run = backend.moments(x_, weight_)
-    if weigh is None and to_x is None and not widened:
-        return (lambda x, where, weights: run(x, None)), ways.shaped()
-
-    def table(x: Any, where: Any, weights: Any) -> Any:
-        if plain is not None:
-            x = plain(x)
-        w = None if weigh is None else weigh(_operand("where", where, x), _operand("weights", weights, x))[1]
-        if widened:
-            x = x.astype(np.float64)
-        return run(x if to_x is None else to_x(x), w)
-
-    return table, ways.shaped()
-
-
-# --- what is NumPy's --------------------------------------------------------------------------------------------------
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.var([1.0, 2.0, 3.0, 4.0]), fastbn.var([1.0, 2.0, 3.0, 4.0], correction=1)
+    (np.float64(1.25), np.float64(1.6666666666666667))
+    """
+    return _spread("var", x, axis, dtype, out, _degrees(ddof, correction), keepdims, where, mean)
 
 
-def _is_numpys(x: Any, dtype: Any) -> bool:
-    """Whether NumPy computes this: extended precision, an integer result, or nothing to reduce."""
-    wanted = x.dtype if dtype is None else np.dtype(dtype)
-    longs = x.dtype.char == "g" or wanted.char == "g"
-    return bool(longs or x.size == 0 or not (arguments.is_float(wanted) or (dtype is None and wanted.kind in "iub")))
+def std(
+    x: Any,
+    axis: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    ddof: float = 0,
+    keepdims: bool = False,
+    *,
+    where: Any = True,
+    mean: Any = None,
+    correction: float | None = None,
+) -> Any:
+    """Standard deviation over axes, ``sqrt(var(...))``: `numpy.std`, accurate and parallel.
+
+    Parameters, results and errors are those of `var`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.std([1.0, 1.0, 5.0, 5.0])
+    np.float64(2.0)
+    """
+    return _spread("std", x, axis, dtype, out, _degrees(ddof, correction), keepdims, where, mean)
 
 
-def _numpys(what: str, o: Options) -> Call:
-    def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
-        where = True if where is None else where
-        means = np.mean(x, o.axis, o.dtype, out, o.keepdims, where=where) if "mean" in what else None
-        if what == "mean":
-            return means
-        more = {} if given is None else {"mean": given}
-        spread = np.std if what == "std" else np.var
-        spreads = spread(x, o.axis, o.dtype, out, o.ddof, o.keepdims, where=where, **more)
-        return spreads if means is None else (means, spreads)
+def mean_var(
+    x: Any, axis: Any = None, *, correction: float = 0, keepdims: bool = False, where: Any = True, weights: Any = None
+) -> tuple[Any, Any]:
+    """Mean and variance in one pass over the data.
 
-    return call
+    Parameters
+    ----------
+    x, axis, keepdims, where
+        As for `mean`.
+    correction : float
+        The variance's divisor is the number of elements, or the sum of their weights, less `correction`.
+    weights : array_like, optional
+        Finite real weights >= 0 that broadcast to `x`: how often each element counts, as in `moments`. Extended
+        precision is float64 then.
 
+    Returns
+    -------
+    mean, var : array or scalar
 
-# --- checks -----------------------------------------------------------------------------------------------------------
+    Raises
+    ------
+    TypeError, numpy.exceptions.AxisError
+        As `mean`.
+    ValueError
+        As `mean`; weights that do not broadcast to `x`, negative or not finite ones.
 
-
-def _kept(x: Any, axis: Any) -> frozenset[int]:
-    axes = range(x.ndim) if axis is None else normalize_axis_tuple(axis, x.ndim)
-    return frozenset(range(x.ndim)).difference(axes)
-
-
-def _is_float64(dtype: Any) -> bool:
-    """Whether a result is asked for in float64: then sums are, too; of float32 those of chunks are good to 1e-7."""
-    return dtype is not None and np.dtype(dtype).itemsize >= 8
-
-
-def _dtype(x: Any, dtype: Any) -> Any:
-    """Of a result."""
-    if dtype is not None:
-        return dtype
-    return x.dtype.newbyteorder("=") if arguments.is_float(x.dtype) else np.float64
-
-
-def _check_out(shape: Shape, wanted: Any, out: Any) -> None:
-    """What `out` must be, before anything is computed."""
-    if not arguments.is_float(wanted):  # of NumPy's arrays, these were left to it
-        raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {wanted}")
-    if out is None:
-        return
-    if out.shape != shape:
-        raise ValueError(f"out: expected shape {shape}, got {out.shape}")
-    if not np.can_cast(wanted, out.dtype, "same_kind"):
-        raise TypeError(f"out: expected a dtype that {wanted} can be cast to, got {out.dtype}")
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ValueError("out: expected a writable array, got a read-only one")
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> fastbn.mean_var(np.array([[0.0, 1.0], [2.0, 5.0]]), axis=0)
+    (array([1., 3.]), array([1., 4.]))
+    """
+    if type(x) is not np.ndarray:
+        x = _array(x)
+    where, keepdims, correction = _mask(where), _given(keepdims, False), _given(correction, 0)
+    axes, number = _normal(axis, correction)
+    signature = "mean_var", describe(x, where, weights), axes, number, keepdims, type(keepdims)
+    run = find(signature)
+    if run is None:
+        options = _options(axes, number, axis, None, keepdims, correction)
+        run = keep(signature, statistic("mean_var", x, where, weights, None, None, options))
+    both: tuple[Any, Any] = run(x, where, weights, None, None)
+    return both
 
 
-def _operand(name: str, value: Any, x: Any) -> Any:
-    return None if value is None else _beside(name, value, x, ())
+def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = None) -> Moments:
+    """Count, mean and sum of squared deviations of each channel, in one pass.
+
+    Parameters
+    ----------
+    x : array_like
+        Real numbers of any layout.
+    channel_axis : int or tuple of ints
+        The axes kept; all others are reduced. The default is that of batches of channels, ``(N, C, ...)``: of an image
+        ``(H, W, 3)`` it would give statistics of the columns, of which nothing tells; pass -1.
+    where : array of bool, optional
+        Elements to include; broadcasts to `x`. Channels may differ in it: each has its own count.
+    weights : array, optional
+        Finite real weights >= 0 that broadcast to `x`: how often each element counts. Both given, they multiply. What
+        weighs zero is skipped, NaN or not. Rounded to the type that sums run in: float32, but for float64 arrays.
+
+    Returns
+    -------
+    Moments
+        Float64 arrays of the kept axes' shape, in x's order: ``count = sum w``, ``mean = sum(w x) / count``,
+        ``m2 = sum(w (x - mean)^2)``.
+
+    Raises
+    ------
+    TypeError
+        As `mean`; a `where` that is not bool.
+    ValueError
+        A `where` or `weights` that does not broadcast to `x`, negative or non-finite weights.
+    numpy.exceptions.AxisError
+        A channel axis that `x` has not.
+
+    References
+    ----------
+    Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37 (1983).
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> image = np.tile(np.array([0.2, 0.5, 0.75]), (480, 640, 1))
+    >>> fastbn.moments(image, channel_axis=-1).mean
+    array([0.2 , 0.5 , 0.75])
+
+    Missing values, of each channel its own, in data that come in parts:
+
+    >>> parts = np.array([[1.0, 10.0], [3.0, np.nan]]), np.array([[np.nan, 20.0], [5.0, 60.0]])
+    >>> seen = fastbn.merge(*(fastbn.moments(x, where=np.isfinite(x)) for x in parts))
+    >>> seen.count, seen.mean
+    (array([3., 3.]), array([ 3., 30.]))
+    """
+    if type(x) is not np.ndarray:
+        x = _array(x)
+    signature = (
+        "moments", describe(x, where, weights), axes_of(channel_axis),
+    )  # fmt: skip
+    run = find(signature)
+    if run is None:
+        run = keep(signature, prepare_reductions.moments(x, where, weights, channel_axis))
+    found: Moments = run(x, where, weights)
+    return found
 
 
-def _beside(name: str, value: Any, x: Any, single: tuple[int, ...]) -> Any:
-    """An argument beside x, with x's dimensions: broadcasts to x, with size 1 on the axes ``single``."""
-    if isinstance(value, np.ndarray) or is_foreign(value):
-        one_kind({"x": x, name: value})
-    else:
-        value = np.asarray(value)
-        if value.dtype.kind not in "biuf":
-            raise TypeError(f"{name}: expected real numbers, got dtype {value.dtype}")
-        value = sys.modules[kind_of("x", x)].asarray(value)
-    expected = tuple(1 if axis in single else n for axis, n in enumerate(x.shape))
-    padded = value[(np.newaxis,) * (x.ndim - value.ndim)] if value.ndim < x.ndim else value
-    fits = padded.ndim == x.ndim and all(n in (1, want) for n, want in zip(padded.shape, expected, strict=True))
-    if not fits:
-        raise ValueError(f"{name}: expected a shape that broadcasts to {expected}, got {value.shape}")
-    return padded
+# --- what the NumPy drop-ins share ------------------------------------------------------------------------------------
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
+def _spread(
+    what: str, x: Any, axis: Any, dtype: Any, out: Any, ddof: Any, keepdims: Any, where: Any, given: Any
+) -> Any:
+    """The variance, or its root."""
+    if type(x) is not np.ndarray:
+        x = _array(x)
+    where, keepdims, given = _mask(where), _given(keepdims, False), _given(given, None)
+    number = isinstance(given, (int, float))
+    axes, divided_by = _normal(axis, ddof)
+    signature = (
+        what, describe(x, where, None if number else given, out), type(given) if number else None, axes, dtype,
+        divided_by, keepdims, type(keepdims),
+    )  # fmt: skip
+    run = find(signature)
+    if run is None:
+        options = _options(axes, divided_by, axis, dtype, keepdims, ddof)
+        run = keep(signature, statistic(what, x, where, None, given, out, options))
+    return run(x, where, None, given, out)
 
 
-class _Finish:
-    """What is known of a result before the numbers."""
-
-    def __init__(self, dtype: Any, shape: Shape, to_kept: Way, ddof: Any, divisor: float, in_float64: bool) -> None:
-        self.dtype, self.shape, self.to_kept, self.ddof, self.divisor = dtype, shape, to_kept, ddof, divisor
-        self.sums_are_float64 = in_float64
-        largest = {2: 65504.0, 4: 3e38}.get(dtype.itemsize, MOST) if dtype.name != "bfloat16" else 3e38
-        self.most = min(MOST, largest * divisor)
-
-    def kept(self, vector: Any) -> Any:
-        """A vector in the result's shape."""
-        return (vector if self.to_kept is None else self.to_kept(vector)).reshape(self.shape)
-
-    def cast(self, value: Any, out: Any) -> Any:
-        """As NumPy does; written to `out` if given; a full reduction is a scalar."""
-        value = (np.asarray(value) if isinstance(value, np.generic) else value).reshape(self.shape)
-        with np.errstate(over="ignore"):  # float16 results beyond 65504 are infinite
-            if out is not None:
-                out[...] = value
-                return out
-            value = value.astype(self.dtype, copy=False)
-        return value[()] if isinstance(value, np.ndarray) else value
+def _array(x: Any) -> Any:
+    """Lists and scalars as NumPy takes them; foreign arrays are refused."""
+    cupy = sys.modules.get("cupy")
+    if isinstance(x, np.memmap) or (cupy is not None and isinstance(x, cupy.ndarray)):
+        return x
+    if is_foreign(x):
+        kind_of("x", x)  # raises, naming what to pass instead
+    return np.asarray(x)
 
 
-def _fast_mean(f: _Finish, vectors: Any) -> Any:
-    mean = vectors[1]
-    return f.dtype.type(mean[0]) if f.shape == () else f.kept(mean).astype(f.dtype)
+def _normal(axis: Any, ddof: Any = 0) -> tuple[Any, Any]:
+    """Both as a signature has them."""
+    return (
+        axis if axis is None or type(axis) is int else axes_of(axis),
+        ddof if type(ddof) is int else number_of(ddof),
+    )
 
 
-def _fast_var(f: _Finish, vectors: Any) -> Any:
-    """None where a square, or the variance, is out of range, or there are NaNs."""
-    m2 = vectors[2]
-    if f.shape == ():
-        number = float(m2[0])
-        return f.dtype.type(number / f.divisor) if LEAST < number < f.most else None
-    if not (m2.min() > LEAST and m2.max() < f.most):
+def _options(axis: Any, ddof: Any, given_axis: Any, dtype: Any, keepdims: Any, given_ddof: Any = 0) -> Options:
+    """What was normalized if it could be, else what was given: then the call is not kept."""
+    return Options(
+        given_axis if type(axis) is Unlike else axis, dtype, keepdims, given_ddof if type(ddof) is Unlike else ddof
+    )
+
+
+def _mask(where: Any) -> Any:
+    """None for True, which leaves nothing out; None itself is no mask."""
+    if where is True or where is np._NoValue:
         return None
-    return f.kept(m2 / f.divisor).astype(f.dtype, copy=False)
+    return np.asarray(None) if where is None else where
 
 
-def _fast_std(f: _Finish, vectors: Any) -> Any:
-    m2 = vectors[2]
-    if f.shape == ():
-        number = float(m2[0])
-        return f.dtype.type(math.sqrt(number / f.divisor)) if LEAST < number < f.most else None
-    if not (m2.min() > LEAST and m2.max() < f.most):
-        return None
-    return f.kept(np.sqrt(m2 / f.divisor)).astype(f.dtype, copy=False)
+def _given(value: Any, default: Any) -> Any:
+    """A keyword's value, or its default for ``numpy._NoValue``, which NumPy's wrappers pass on for what is left out."""
+    return default if value is np._NoValue else value
 
 
-def _fast_mean_var(f: _Finish, vectors: Any) -> Any:
-    variance = _fast_var(f, vectors)
-    return None if variance is None else (_fast_mean(f, vectors), variance)
-
-
-def _mean(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any) -> Any:
-    _warn_if(lambda: count == 0, count, "Mean of empty slice.")
-    return f.cast(mean, out)
-
-
-def _var(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any, root: bool = False) -> Any:
-    """By rstd where the squares of float64 left the range."""
-    _warn_if(lambda: count - f.ddof <= 0, count, "Degrees of freedom <= 0 for slice.")
-    with np.errstate(all="ignore"):
-        value = m2 / np.maximum(count - f.ddof, 0)
-        if root:
-            value = np.sqrt(value)
-        if rstd is not None and f.sums_are_float64:
-            std = np.sqrt(count / np.maximum(count - f.ddof, 0)) / rstd
-            lost = ((m2 < LEAST) | (m2 == np.inf)) & (rstd > 0) & (rstd < np.inf)
-            value = np.where(lost, std if root else std * std, value)
-    return f.cast(value, out)
-
-
-def _std(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any) -> Any:
-    return _var(f, count, mean, m2, rstd, out, root=True)
-
-
-def _mean_var(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any) -> Any:
-    return _mean(f, count, mean, m2, rstd, out), _var(f, count, mean, m2, rstd, out)
-
-
-_FAST = {"mean": _fast_mean, "var": _fast_var, "std": _fast_std, "mean_var": _fast_mean_var}
-_CAREFUL: dict[str, Call] = {"mean": _mean, "var": _var, "std": _std, "mean_var": _mean_var}
-
-
-def _warn_if(condition: Callable[[], Any], count: Any, message: str) -> None:
-    """NumPy's warnings, which CuPy does not have: to ask a device would be to wait for it."""
-    if isinstance(count, (np.ndarray, np.generic)) and condition().any():
-        warnings.warn(message, RuntimeWarning, stacklevel=_level_of_the_caller())
-
-
-def _level_of_the_caller() -> int:
-    """Of the first function outside this package."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastbn."):
-        frame, level = frame.f_back, level + 1
-    return level
+def _degrees(ddof: float, correction: float | None) -> float:
+    correction = _given(correction, None)
+    if correction is None:
+        return ddof
+    if ddof != 0:
+        raise ValueError("correction: expected ddof or correction, got both")
+    return correction

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple
 
-from fastbn import arguments
+from fastbn import validation
 from fastbn.arrays import on_device, one_kind
 from fastbn.backend import backend_of
 from fastbn.formulas import reciprocal_std
@@ -120,18 +120,18 @@ class Saved(NamedTuple):
         array([[0.5, 0.5]])
         """
         kind = one_kind({"x": x, "mean": mean, "var": var}, gamma=gamma, y=y)
-        x = arguments.data("x", x)
-        layout = arguments.layout_for(x, channel_axis)
-        eps, relu = arguments.epsilon(eps), arguments.is_relu(activation)
-        y = arguments.like("y", y, x)
+        x = validation.data("x", x)
+        layout = validation.layout_for(x, channel_axis)
+        eps, relu = validation.epsilon(eps), validation.is_relu(activation)
+        y = validation.like("y", y, x)
         if relu and y is None:
             raise ValueError("y: expected the output of the inference, which relu's gradient needs, got None")
         xp = backend_of(kind).xp
-        mean = xp.broadcast_to(arguments.parameter("mean", mean, layout), layout.kept_shape).astype(xp.float64)
-        var = xp.broadcast_to(arguments.parameter("var", var, layout), layout.kept_shape).astype(xp.float64)
+        mean = xp.broadcast_to(validation.parameter("mean", mean, layout), layout.kept_shape).astype(xp.float64)
+        var = xp.broadcast_to(validation.parameter("var", var, layout), layout.kept_shape).astype(xp.float64)
         if gamma is not None:
-            arguments.parameter("gamma", gamma, layout)
+            validation.parameter("gamma", gamma, layout)
         rstd = reciprocal_std(var, eps)
         y = y if relu else None
-        channel_axis = arguments.static_axes(channel_axis)
+        channel_axis = validation.static_axes(channel_axis)
         return cls(x, y, gamma, None, None, mean, rstd, None, channel_axis, activation, False, False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastbn import arguments
+from fastbn import validation
 from fastbn.backend import Backend
 from fastbn.layout import Layout
 from fastbn.operands import Operand, dense
@@ -50,7 +50,7 @@ class Ways:
     def parameter(self, name: str, p: Any) -> tuple[Any, Way]:
         """The dtype of a vector of parameters, of which each kept index has one; it is checked."""
         if p is not None:
-            arguments.parameter(name, p, self.layout)
+            validation.parameter(name, p, self.layout)
         return self.vector(p)
 
     def vector(self, p: Any) -> tuple[Any, Way]:
@@ -58,7 +58,7 @@ class Ways:
         if p is None:
             return None, None
         layout, xp = self.layout, self.backend.xp
-        dtype = p.dtype.newbyteorder("=") if arguments.is_float(p.dtype) else xp.dtype(float)
+        dtype = p.dtype.newbyteorder("=") if validation.is_float(p.dtype) else xp.dtype(float)
         in_order = p.ndim == 1 and p.shape == layout.kept_shape and p.flags.c_contiguous
         if in_order and p.dtype == dtype and getattr(p.flags, "aligned", True):
             return dtype, None
@@ -75,7 +75,7 @@ class Ways:
         alike = layout.kept if shared else frozenset[int]()
 
         def way(where: Any, weights: Any) -> tuple[Any, Any]:
-            combined = arguments.combined_weight(xp, where, weights, shape, alike)
+            combined = validation.combined_weight(xp, where, weights, shape, alike)
             return combined, layout.fold_weight(xp, combined, shape)
 
         return self._operand(way(where, weights)[1]), way

@@ -21,5 +21,5 @@ def broken(name, change):
 def use(monkeypatch, backend):
     """For every call, none of which is prepared."""
     monkeypatch.setattr("fastbn.call._prepared", {})
-    for module in ("prepare", "reductions"):
+    for module in ("prepare", "prepare_reductions"):
         monkeypatch.setattr(f"fastbn.{module}.backend_of", lambda kind: backend)

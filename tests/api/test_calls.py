@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import call, reductions
+from fastbn import call, prepare_reductions
 from fastbn.cpu import team
 from tests.conftest import forget
 from tests.support import LAYOUTS, OPTIONS, make_case
@@ -21,7 +21,7 @@ def found(monkeypatch):
         return prepared
 
     monkeypatch.setattr(call, "_prepared", {})
-    for module in ("functional", "kernels"):
+    for module in ("functional", "primitives"):
         monkeypatch.setattr(f"fastbn.{module}.find", noted)
     return signatures
 
@@ -316,7 +316,7 @@ def test_fast_statistics_are_the_careful_ones(name, dtype, axis):
         both = [lying(x)[lies] for x in arrays]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(call, "_prepared", {})
-            patch.setattr(reductions, "_FAST", dict.fromkeys(reductions._FAST, lambda *_: None))
+            patch.setattr(prepare_reductions, "_FAST", dict.fromkeys(prepare_reductions._FAST, lambda *_: None))
             careful = [STATISTICS[name](x, axis) for x in both]
         for x, expected in zip(both, careful, strict=True):
             result = STATISTICS[name](x, axis)
