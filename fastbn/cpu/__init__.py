@@ -29,6 +29,7 @@ from fastbn.cpu.memory import (
     viewed,
 )
 from fastbn.cpu.program import Program, kind_of
+from fastbn.cpu.statistics import statistic
 from fastbn.formulas import reciprocal_std
 from fastbn.operands import Affine, Numbers, Operand, dense
 
@@ -49,6 +50,7 @@ __all__ = [
     "place",
     "reads",
     "same_or_apart",
+    "statistic",
     "update_running",
     "xp",
 ]

@@ -28,7 +28,7 @@ from fastbn.cuda.memory import (
     reads,
     same_or_apart,
 )
-from fastbn.operands import Affine, Numbers, Operand
+from fastbn.operands import Affine, Mask, Numbers, Operand, Statistic
 
 __all__ = [
     "alike",
@@ -47,6 +47,7 @@ __all__ = [
     "place",
     "reads",
     "same_or_apart",
+    "statistic",
     "update_running",
     "xp",
 ]
@@ -64,6 +65,12 @@ def on_its_device(call: Callable[..., Any], x: Array) -> Callable[..., Any]:
             return call(*arguments)
 
     return run
+
+
+def statistic(
+    x: Array, mask: Mask | None, kept: frozenset[int], what: Statistic, result_strides: tuple[int, ...]
+) -> None:
+    """There is none: `fastbn.prepare_reductions` takes `moments`, and copies what that cannot read."""
 
 
 def _launcher(choose: Any, problem: plans.Problem, rows: int, names: str) -> Callable[..., list[Array]]:
