@@ -68,11 +68,18 @@ def test_the_comparison_can_fail(wrong, function, monkeypatch):
 # --- the matrix -------------------------------------------------------------------------------------------------------
 
 
+def share_of_views(dtype, function):
+    """Every view of float32 and uint8, of each way to sum; of other dtypes a part of them, each its own."""
+    views = list(VIEWS)
+    parts = {"std": 4, "nanstd": 4, "moments": 4}.get(function, 1 if dtype in ("float32", "uint8") else 3)
+    return views[(NUMBERS.index(dtype) + FUNCTIONS.index(function)) % parts :: parts]
+
+
 @by_function
 @by_dtype
 def test_views(dtype, function):
     failures = []
-    for view in VIEWS:
+    for view in share_of_views(dtype, function):
         x = seen(view, dtype)
         for axis in some_axes(x.ndim):
             check(failures, f"{view} {x.shape} {x.strides}", function, x, exactly(view, dtype, axis), axis=axis)
