@@ -1,5 +1,6 @@
 """What the tests share: dtypes, layouts, options and the arrays made from them."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,3 +209,81 @@ def make_case(layout, dtype, options=OPTIONS["plain"], seed=0, mean=3.0):
     if options.relu:
         case.epilogue["activation"] = "relu"
     return case
+
+
+# --- of statistics: any dtype of real numbers, seen in any way --------------------------------------------------------
+
+NUMBERS = [
+    *DTYPES, *("int8", "int16", "int32", "int64"), *("uint8", "uint16", "uint32", "uint64"), "bool",
+]  # fmt: skip
+
+
+def maker(dtype, seed=0):
+    """``make(shape)`` gives random numbers in C order: floats around 3, integers of all the range."""
+    dtype, rng = np.dtype(DTYPES.get(dtype, dtype)), np.random.default_rng(seed)
+
+    def make(shape):
+        if dtype.kind == "b":
+            return np.asarray(rng.random(shape) < 0.5)
+        if dtype.kind in "iu":
+            info = np.iinfo(dtype)
+            return np.asarray(rng.integers(info.min, info.max, shape, dtype, endpoint=True))
+        return np.asarray(rng.standard_normal(shape) * 2 + 3).astype(dtype)
+
+    return make
+
+
+def unaligned_copy(x):
+    return placed(x, unaligned)
+
+
+def big_endian(x):
+    """But bfloat16, of which NumPy knows no other order."""
+    return x if x.dtype.kind == "V" else x.astype(x.dtype.newbyteorder(">"))
+
+
+VIEWS = {  # of what a maker makes
+    "0-d": lambda make: make(()),
+    "1-d": lambda make: make((53,)),
+    "1-d from the second": lambda make: make((54,))[1:],
+    "1-d every third": lambda make: make((155,))[1::3],
+    "1-d backwards": lambda make: make((53,))[::-1],
+    "1-d of stride 0": lambda make: np.broadcast_to(make((1,)), (53,)),
+    "2-d": lambda make: make((7, 45)),
+    "2-d tall": lambda make: make((61, 3)),
+    "2-d Fortran": lambda make: np.asfortranarray(make((7, 45))),
+    "2-d every second row": lambda make: make((14, 37))[1::2],
+    "2-d every third column": lambda make: make((7, 110))[:, 2::3],
+    "2-d columns": lambda make: make((9, 40))[:, 5:-2],
+    "2-d one column": lambda make: make((90, 5))[:, 2:3],
+    "2-d rows backwards": lambda make: make((9, 21))[::-2],
+    "2-d overlapping windows": lambda make: np.lib.stride_tricks.sliding_window_view(make((40,)), 9),
+    "2-d of one row": lambda make: np.broadcast_to(make((1, 21)), (8, 21)),
+    "2-d of one column": lambda make: np.broadcast_to(make((8, 1)), (8, 21)),
+    "3-d": lambda make: make((4, 5, 19)),
+    "3-d transposed": lambda make: make((19, 4, 5)).transpose(1, 2, 0),
+    "3-d channels reversed": lambda make: make((6, 7, 3))[:, :, ::-1],
+    "3-d of size 1": lambda make: make((1, 37, 1)),
+    "4-d": lambda make: make((2, 3, 5, 7)),
+    "4-d Fortran": lambda make: np.asfortranarray(make((2, 3, 5, 7))),
+    "4-d transposed": lambda make: make((5, 2, 7, 3)).transpose(1, 3, 0, 2),
+    "4-d positions": lambda make: make((2, 3, 7, 12))[:, :, 1:-1, 2:-3],
+    "4-d positions transposed": lambda make: make((2, 3, 7, 12)).transpose(0, 2, 3, 1)[:, 1:-1, 2:-3],
+    "4-d channels": lambda make: make((2, 9, 5, 7))[:, 2:5],
+    "4-d steps": lambda make: make((4, 6, 10, 14))[::2, 1::2, ::2, 1::2],
+    "4-d backwards": lambda make: make((2, 3, 5, 7))[::-1, :, ::-1, ::-1],
+    "4-d of size 1": lambda make: make((1, 6, 1, 9)),
+    "4-d of stride 0": lambda make: np.broadcast_to(make((2, 1, 5, 1)), (2, 3, 5, 7)),
+    "4-d windows": lambda make: np.lib.stride_tricks.sliding_window_view(make((7, 9)), (3, 4)),
+    "4-d unaligned": lambda make: unaligned_copy(make((2, 3, 5, 7))),
+    "4-d big-endian": lambda make: big_endian(make((2, 3, 5, 7))),
+    "5-d": lambda make: make((2, 3, 2, 4, 5)),
+    "5-d transposed": lambda make: make((4, 2, 5, 2, 3)).transpose(3, 4, 1, 0, 2),
+    "5-d inner slices": lambda make: make((2, 4, 4, 6, 7))[:, 1:, :3, 2:-1, ::2],
+    "5-d stepped and transposed": lambda make: make((4, 6, 3, 5, 4)).transpose(4, 1, 0, 3, 2)[:, ::-2, 1:3, ::2],
+}
+
+
+def subsets_of_axes(ndim):
+    """None, () and every choice of axes."""
+    return [None, *(axes for n in range(ndim + 1) for axes in itertools.combinations(range(ndim), n))]

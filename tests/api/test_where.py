@@ -1,0 +1,198 @@
+"""Masks of any shape and layout: of statistics, of `moments` with a count per channel, of `batch_norm` elementwise."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import reference
+from tests import exact as oracle
+from tests.statistics import FUNCTIONS, PLAIN, check, report, results_of
+from tests.support import NUMBERS, VIEWS, maker
+
+by_function = pytest.mark.parametrize("function", FUNCTIONS)
+
+MASKS = {  # of a shape
+    "full": lambda shape, rng: rng.random(shape) < 0.7,
+    "sparse": lambda shape, rng: rng.random(shape) < 0.1,
+    "almost everything": lambda shape, rng: rng.random(shape) < 0.98,
+    "last axis": lambda shape, rng: rng.random(shape[-1:]) < 0.7,
+    "first axis": lambda shape, rng: rng.random((*shape[:1], *(1 for _ in shape[1:]))) < 0.7,
+    "all but the first": lambda shape, rng: rng.random((1, *shape[1:])) < 0.7,
+    "alternate axes": lambda shape, rng: rng.random([1 if k % 2 else n for k, n in enumerate(shape)]) < 0.7,
+    "Fortran": lambda shape, rng: np.asfortranarray(rng.random(shape) < 0.7),
+    "steps": lambda shape, rng: (rng.random((*shape[:-1], 2 * shape[-1])) < 0.7)[..., ::2],
+    "backwards": lambda shape, rng: (rng.random(shape) < 0.7)[(slice(None, None, -1),) * len(shape)],
+    "transposed": lambda shape, rng: (rng.random(shape[::-1]) < 0.7).T,
+    "one byte off": lambda shape, rng: (rng.random(int(np.prod(shape)) + 1) < 0.7)[1:].reshape(shape),
+    "stride 0": lambda shape, rng: np.broadcast_to(rng.random(shape[-1:]) < 0.7, shape),
+    "everything": lambda shape, rng: np.ones(shape, bool),
+}
+SOME_VIEWS = [
+    "1-d", "1-d every third", "2-d", "2-d tall", "2-d Fortran", "2-d columns", "3-d channels reversed", "4-d",
+    "4-d transposed", "4-d positions", "4-d steps", "4-d of stride 0", "4-d windows", "5-d inner slices",
+]  # fmt: skip
+
+
+@by_function
+@pytest.mark.parametrize("dtype", ["float32", "float64", "uint8", *(
+    pytest.param(d, marks=pytest.mark.slow) for d in NUMBERS if d not in ("float32", "float64", "uint8")
+)])  # fmt: skip
+def test_masks(dtype, function):
+    """Of slices in which something is left; what is left out is NaN."""
+    failures = []
+    for view in SOME_VIEWS:
+        x = VIEWS[view](maker(dtype))
+        for k, (name, mask) in enumerate(MASKS.items()):
+            where = mask(x.shape, np.random.default_rng(k))
+            axis = (None, 0, tuple(range(1, x.ndim)) or 0, -1, tuple(range(0, x.ndim, 2)))[k % 5]
+            exact = oracle.exact(x, axis, where)
+            if (exact.count > 0).all():
+                check(failures, f"{view} {x.strides}, {name}", function, x, exact, axis=axis, where=where)
+    report(failures)
+
+
+@by_function
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_what_is_left_out_is_not_seen(dtype, function):
+    """NaN and infinities under the mask change no bit."""
+    for shape, axis in (((6, 40), 1), ((40, 6), 0), ((3, 4, 5, 7), (0, 2, 3)), ((5000,), None), ((2, 3000), 1)):
+        x = maker(dtype)(shape)
+        where = np.random.default_rng(1).random(shape) < 0.6
+        expected = results_of(function, x, axis, where=where)
+        for bad in (np.nan, np.inf, -np.inf):
+            found = results_of(function, np.where(where, x, bad).astype(x.dtype), axis, where=where)
+            for name in expected:
+                np.testing.assert_array_equal(found[name], expected[name], err_msg=f"{shape}, {bad}")
+
+
+@by_function
+def test_the_mask_is_read_at_every_call(function):
+    """Of two masks of one signature, and of one that has changed."""
+    x, masks = maker("float32")((30, 8)), np.random.default_rng(2).random((3, 30, 8)) < 0.5
+    for where in masks:
+        (name, actual), *_ = [(n, a) for n, a in results_of(function, x, 0, where=where).items() if n != "count"]
+        expected = [results_of(function, x[where[:, c], c][:, None], 0)[name][0] for c in range(8)]
+        np.testing.assert_allclose(actual, expected, rtol=3e-7)
+    where = masks[0].copy()
+    first = results_of(function, x, 0, where=where)
+    where[...] = masks[1]
+    second, expected = results_of(function, x, 0, where=where), results_of(function, x, 0, where=masks[1])
+    for name in first:
+        np.testing.assert_array_equal(second[name], expected[name])
+        assert (np.asarray(first[name]) != second[name]).any()
+
+
+@by_function
+def test_bytes_that_are_not_0_or_1(function):
+    """A bool array may hold other bytes, which NumPy takes for True."""
+    x = maker("float32")((9, 70))
+    odd = np.where(np.random.default_rng(3).random(x.shape) < 0.5, 2, 0).astype(np.uint8).view(bool)
+    for axis in (None, 0, 1):
+        found, expected = (results_of(function, x, axis, where=w) for w in (odd, odd.view(np.uint8) > 0))
+        for name in found:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-12)
+
+
+@by_function
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int16"])
+def test_slices_of_which_nothing_is_left(dtype, function):
+    """NaN, and one warning; `moments` counts 0."""
+    for shape, axis in (((7, 50), 1), ((50, 7), 0), ((4, 7, 9), (0, 2))):
+        x, kept = maker(dtype)(shape), 7
+        where = np.random.default_rng(4).random(shape) < 0.8
+        np.moveaxis(where, shape.index(kept), 0)[[0, 3]] = False
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results = results_of(function, x, axis, where=where)
+        for name, value in results.items():
+            empty = [0, 3]
+            if name == "count":
+                assert (value[empty] == 0).all()
+            elif name != "m2":
+                assert np.isnan(value[empty]).all()
+                assert not np.isnan(np.delete(value, empty)).any()
+        texts = [str(w.message).rstrip(".") for w in caught]
+        of_mean, of_var = "Mean of empty slice", "Degrees of freedom <= 0 for slice"
+        kinds = {"mean": [of_mean], "nanmean": [of_mean], "moments": [], "mean_var": [of_mean, of_var]}
+        assert texts == kinds.get(function, [of_var])
+
+
+def test_masks_of_large_arrays():
+    """Of several threads and chunks, the same bits on any number."""
+    rng = np.random.default_rng(5)
+    for shape, axis in (((1_500_001,), None), ((3, 400_001), 1), ((400_001, 3), 0), ((8, 16, 60, 70), (0, 2, 3))):
+        x = (rng.standard_normal(shape) + 3).astype(np.float32)
+        for where in (
+            rng.random(shape) < 0.5,
+            rng.random(shape[-1:]) < 0.5 if shape[-1] > 3 else rng.random(shape) < 0.9,
+        ):
+            mean, var = np.mean(x, axis, dtype=float, where=where), np.var(x, axis, dtype=float, where=where)
+            for function in PLAIN:
+                expected = None
+                for threads in (1, 2, 3):
+                    with fastbn.threads.num_threads(threads):
+                        results = results_of(function, x, axis, where=where)
+                    expected = expected or results
+                    for name in results:
+                        np.testing.assert_array_equal(results[name], expected[name])
+                wanted = {"mean": mean, "var": var, "std": np.sqrt(var)}
+                for name in {"mean", "var", "std"} & set(results):
+                    np.testing.assert_allclose(results[name], wanted[name], rtol=1.3e-7 if name == "mean" else 1.1e-6)
+
+
+# --- moments and batch_norm -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    ("shape", "channel_axis"),
+    [((6, 5), 1), ((4, 3, 5, 7), 1), ((4, 5, 7, 3), -1), ((2, 3, 4, 5), (0, 1)), ((2, 9, 1000), 1), ((900, 33), 1)],
+    ids=str,
+)
+def test_moments_with_a_count_of_each_channel(shape, channel_axis, dtype):
+    x, where = maker(dtype)(shape), np.random.default_rng(6).random(shape) < 0.6
+    found, expected = (m.moments(x, channel_axis=channel_axis, where=where) for m in (fastbn, reference))
+    np.testing.assert_array_equal(found.count, expected.count)
+    wide = np.dtype(x.dtype).itemsize == 8
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-14 if wide else 2e-7)
+    np.testing.assert_allclose(found.m2, expected.m2, rtol=1e-12 if wide else 1e-6)
+
+
+def placed_like(x, order):
+    return (
+        np.asfortranarray(x)
+        if order == "F"
+        else np.moveaxis(np.moveaxis(x, 1, -1).copy(), -1, 1)
+        if order == "last"
+        else x
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("order", ["C", "F", "last"])
+@pytest.mark.parametrize(
+    ("shape", "channel_axis"), [((5, 6), 1), ((4, 3, 5, 7), 1), ((2, 3, 4, 5), (0, 1)), ((2, 5, 700), 1)], ids=str
+)
+def test_batch_norm_with_a_mask_of_the_shape_of_x(shape, channel_axis, order, dtype):
+    """Each channel has its own count; y is written everywhere; what is left out and unused reaches no gradient."""
+    rng = np.random.default_rng(7)
+    x, where = placed_like(maker(dtype)(shape), order), rng.random(shape) < 0.6
+    dy = placed_like(rng.standard_normal(shape).astype(x.dtype), order)
+    channels = [shape[a] for a in (channel_axis if isinstance(channel_axis, tuple) else (channel_axis,))]
+    gamma, beta = rng.standard_normal((2, *channels))
+    options = {"channel_axis": channel_axis, "where": where}
+    y, saved = fastbn.batch_norm(x, gamma, beta, **options)
+    grads = fastbn.batch_norm_backward(dy, saved)
+    forward = reference.batch_norm(x, gamma, beta, **options)
+    dx, dgamma, dbeta, *_ = reference.batch_norm_backward(dy, forward, y=y)
+    bound = {"float64": 1e-11, "float32": 2e-5, "float16": 2e-2}[dtype]
+    for actual, expected in ((y, forward.y), (grads.x, dx), (grads.gamma, dgamma), (grads.beta, dbeta)):
+        np.testing.assert_allclose(np.asarray(actual, float), expected, rtol=bound, atol=bound)
+    np.testing.assert_array_equal(saved.moments.count, reference.moments(x, **options).count)
+    spoilt, quiet = np.where(where, x, np.nan).astype(x.dtype), np.where(where, dy, 0).astype(x.dtype)
+    _, saved = fastbn.batch_norm(placed_like(spoilt, order), gamma, beta, **options)
+    grads = fastbn.batch_norm_backward(placed_like(quiet, order), saved)
+    assert all(np.isfinite(np.asarray(g, float)).all() for g in (grads.x, grads.gamma, grads.beta))
+    assert (np.asarray(grads.x)[~where] == 0).all()
