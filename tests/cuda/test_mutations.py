@@ -1,6 +1,6 @@
 """Faults put into the CUDA kernels, one at a time: a check must find each, and pass without it.
 
-The checks are those of tests/api/test_matrix.py, and two for what these leave out.
+The checks are those of tests/cases/checks.py, and two for what these leave out.
 
 `python -m tests.cuda.test_mutations` prints which check found what.
 """
@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from fastbn import reference
-from tests.api import test_matrix
+from tests.cases import checks
 from tests.conftest import missing
-from tests.cuda import test_scales
+from tests.cuda import scales
 from tests.on_cupy import OnCupy
 from tests.simt import cuda, host_cupy, simt
 from tests.support import OPTIONS, Layout, make_case
@@ -107,8 +107,8 @@ class Run:
         emulated.schedule = schedule
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), guarded():
             warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of NaN and infinities
-            patch.setattr(test_matrix, "fastbn", OnCupy())
-            patch.setattr(test_matrix, "SAME_BITS", False)
+            patch.setattr(checks, "fastbn", OnCupy())
+            patch.setattr(checks, "SAME_BITS", False)
             patch.setitem(plans.FORCED, "strategy", self.strategy)
             if self.wide:
                 patch.setattr(plans, "WIDE_FROM", 0)
@@ -119,36 +119,36 @@ def check_far_from_0(case):
     """y is what it is near 0, where the oracle takes it: check_forward lets a mean be off by 1e-7 of itself."""
     far = case.x + case.dtype.type(2**14)
     case.x = far - case.dtype.type(2**14)  # exact
-    y, _ = test_matrix.fastbn.batch_norm(far, case.gamma, case.beta, **case.keywords)
+    y, _ = checks.fastbn.batch_norm(far, case.gamma, case.beta, **case.keywords)
     forward = reference.batch_norm(case.x, case.gamma, case.beta, **case.keywords)
-    test_matrix.assert_close("y", y, forward.y, test_matrix.y_bound(case, forward))
+    checks.assert_close("y", y, forward.y, checks.y_bound(case, forward))
 
 
 def check_gradients_of_statistics(case):
-    """dmean and dvar, which the checks of tests/api/test_matrix.py do not have."""
+    """dmean and dvar, which tests/cases/checks.py does not have."""
     statistics = dict(zip(("dmean", "dvar"), np.random.default_rng(5).random((2, *case.layout.channels)), strict=True))
-    y, saved = test_matrix.fastbn.batch_norm(case.x, case.gamma, case.beta, **case.keywords)
-    grads = test_matrix.fastbn.batch_norm_backward(case.dy, saved, **statistics)
+    y, saved = checks.fastbn.batch_norm(case.x, case.gamma, case.beta, **case.keywords)
+    grads = checks.fastbn.batch_norm_backward(case.dy, saved, **statistics)
     forward = reference.batch_norm(case.x, case.gamma, case.beta, **case.keywords)
     dx, *_ = reference.batch_norm_backward(case.dy, forward, y=y, **statistics)
-    test_matrix.assert_close("dx", grads.x, dx, 1e-12)
+    checks.assert_close("dx", grads.x, dx, 1e-12)
 
 
 def check_scaled(exponent):
     """Statistics and gradients of the case times a power of two."""
 
     def check(case):
-        x, dy, along = test_scales.put_at_scale(case, exponent)
-        test_scales.check_training(case, x, dy, exponent, along)
+        x, dy, along = scales.put_at_scale(case, exponent)
+        scales.check_training(case, x, dy, exponent, along)
 
     return check
 
 
 def check_masked_out(case):
     """NaN, infinities and large numbers that weigh nothing."""
-    case, garbage = test_scales.masked_case(case.layout, case.dtype.name, "where")
-    y, saved, clean = test_scales.forward_over(case, garbage, test_matrix.fastbn)
-    test_scales.check_masked(case, garbage, test_matrix.fastbn.batch_norm_backward(case.dy, saved), clean, y)
+    case, garbage = scales.masked_case(case.layout, case.dtype.name, "where")
+    y, saved, clean = scales.forward_over(case, garbage, checks.fastbn)
+    scales.check_masked(case, garbage, checks.fastbn.batch_norm_backward(case.dy, saved), clean, y)
 
 
 def nan_in_the_first_channel(case):
@@ -209,8 +209,8 @@ BATCHES = Layout((3, 50, 4), (0, 2))
 HALF = {"shared": 4 << 10}  # shared memory for half of a channel
 TWICE = {"shared": 32 << 10, "tuning": {"held": 4}}  # two vectors of each array where there are two arrays
 
-moments, forward, backward = test_matrix.check_moments, test_matrix.check_forward, test_matrix.check_backward
-frozen, parts = test_matrix.check_frozen, test_matrix.check_parts
+moments, forward, backward = checks.check_moments, checks.check_forward, checks.check_backward
+frozen, parts = checks.check_frozen, checks.check_parts
 
 RUNS = {
     "moments, rows": Run(moments, ROWS),
@@ -223,9 +223,7 @@ RUNS = {
     "moments, outliers first": Run(moments, ONE_ROW, alter=outliers_first, settings={"tuning": {"held": 8}}),
     "moments, columns": Run(moments, COLUMNS),
     "moments, columns, weights": Run(moments, COLUMNS, "weights relu", settings={"tuning": {"held": 4}}),
-    "statistics, columns, a mask of each channel": Run(
-        test_matrix.check_statistics, COLUMNS, alter=mask_of_each_channel
-    ),
+    "statistics, columns, a mask of each channel": Run(checks.check_statistics, COLUMNS, alter=mask_of_each_channel),
     "moments, columns, NaN": Run(moments, COLUMNS, alter=nan_in_the_first_channel),
     "moments, columns, infinities": Run(moments, COLUMNS, alter=infinities),
     "moments, narrow columns": Run(moments, NARROW_COLUMNS),
@@ -271,16 +269,16 @@ RUNS = {
         check_scaled(-110), ROWS, strategy="block", settings=TWICE, alter=large_gamma
     ),
     "training, cooperative, float64, small": Run(check_scaled(-900), COLUMNS, dtype="float64", strategy="cooperative"),
-    "mixed scales, rows": Run(lambda case: test_scales.check_mixed("float64", "rows"), ROWS, strategy="block"),
+    "mixed scales, rows": Run(lambda case: scales.check_mixed("float64", "rows"), ROWS, strategy="block"),
     "mixed scales, columns": Run(
-        lambda case: test_scales.check_mixed("float64", "columns"),
+        lambda case: scales.check_mixed("float64", "columns"),
         COLUMNS,
         strategy="two passes",
         settings={"tuning": {"along_channels": 128, "passes": 64}},
     ),
     "training, block, masked out": Run(check_masked_out, COLUMNS, strategy="block", settings=TWICE),
     "training, block, any channel": Run(
-        lambda case: test_scales.check_whatever_a_channel_holds(case, "where"),
+        lambda case: scales.check_whatever_a_channel_holds(case, "where"),
         COLUMNS,
         strategy="block",
         settings=TWICE,

@@ -7,7 +7,7 @@ import pytest
 
 import fastbn
 from fastbn.cuda import launch, plans
-from tests.api import test_matrix
+from tests.cases import checks
 from tests.on_cupy import OnCupy
 from tests.simt import cuda
 from tests.support import LAYOUTS, OPTIONS, Layout, make_case
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.usefixtures("on_cupy")
 
 @pytest.fixture
 def on_cupy(cuda_device, monkeypatch):
-    monkeypatch.setattr(test_matrix, "fastbn", OnCupy())
-    monkeypatch.setattr(test_matrix, "SAME_BITS", False)
+    monkeypatch.setattr(checks, "fastbn", OnCupy())
+    monkeypatch.setattr(checks, "SAME_BITS", False)
     monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**LITTLE))
     cuda.forget()
     yield
@@ -80,7 +80,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(cuda_device, monkeypatch, pl
     monkeypatch.setitem(plans.FORCED, "strategy", strategy)
     case = make_case(SHAPES[shape], "float32", OPTIONS["affine residual relu"])
     cuda_device.launches.clear()
-    test_matrix.check_backward(case)
+    checks.check_backward(case)
     assert strategies(cuda_device.launches) == {strategy}
     assert strategy == "block" or any(splits > 1 and vectors % splits for splits, vectors in planned)
     expected = results(case)
@@ -93,7 +93,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(cuda_device, monkeypatch, pl
 def test_more_blocks_than_work(cuda_device, monkeypatch, strategy):
     monkeypatch.setitem(plans.FORCED, "strategy", strategy)
     cuda_device.launches.clear()
-    test_matrix.check_backward(make_case(WITHOUT_WORK, "float32"))
+    checks.check_backward(make_case(WITHOUT_WORK, "float32"))
     assert strategies(cuda_device.launches) == {strategy}
 
 
@@ -109,7 +109,7 @@ def test_more_blocks_than_work(cuda_device, monkeypatch, strategy):
 @pytest.mark.parametrize("strategy", plans.STRATEGIES)
 def test_strategies_of_other_options(monkeypatch, strategy, layout, options):
     monkeypatch.setitem(plans.FORCED, "strategy", strategy)
-    test_matrix.check_backward(make_case(layout, "float32", OPTIONS[options]))
+    checks.check_backward(make_case(layout, "float32", OPTIONS[options]))
 
 
 def test_sizes_choose_strategies(cuda_device, monkeypatch):
@@ -148,7 +148,7 @@ def test_tunings(cuda_device, monkeypatch, tuning, shape):
     base = LITTLE if chosen else {"cluster": 8}
     monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**base | chosen))
     cuda_device.launches.clear()
-    test_matrix.check_backward(make_case(SHAPES[shape], "float32", OPTIONS["affine residual relu"]))
+    checks.check_backward(make_case(SHAPES[shape], "float32", OPTIONS["affine residual relu"]))
     held = chosen.get("held", 8)
     whole = any(4 * step.macros["VECTOR"] >= 16 and step.macros["ALONG_CHANNELS"] for step in cuda_device.launches)
     assert max(step.macros["HELD"] for step in cuda_device.launches) == (max(1, held // 2) if whole else held)
@@ -159,7 +159,7 @@ def test_tunings(cuda_device, monkeypatch, tuning, shape):
 def test_devices(monkeypatch, processors, shared):
     device = launch.Device(0, cuda.ARCHITECTURE, processors, shared)
     monkeypatch.setattr(launch, "device", lambda _number: device)
-    test_matrix.check_backward(make_case(ROWS, "float32", OPTIONS["affine residual relu"]))
+    checks.check_backward(make_case(ROWS, "float32", OPTIONS["affine residual relu"]))
 
 
 def test_architectures_without_clusters(cuda_device, monkeypatch):
@@ -169,7 +169,7 @@ def test_architectures_without_clusters(cuda_device, monkeypatch):
     small = plans.Tuning(**LITTLE | {"cluster": 1})
     monkeypatch.setitem(plans.TUNING, 80, small)
     cuda_device.launches.clear()
-    test_matrix.check_backward(make_case(Layout((20, 1, 20, 20)), "float32"))
+    checks.check_backward(make_case(Layout((20, 1, 20, 20)), "float32"))
     assert strategies(cuda_device.launches) == {"cooperative"}
 
 
@@ -192,7 +192,7 @@ def test_indices_of_64_bits(cuda_device, monkeypatch, layout, options, checks):
     cuda_device.launches.clear()
     case = make_case(LAYOUTS[layout], "float32", OPTIONS[options])
     for check in checks:
-        getattr(test_matrix, f"check_{check}")(case)
+        getattr(checks, f"check_{check}")(case)
     assert {step.macros["WIDE"] for step in cuda_device.launches} == {1}
 
 
