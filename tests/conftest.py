@@ -13,7 +13,7 @@ from fastbn import call
 from fastbn.cpu import plans
 from tests.support import DTYPES
 
-pytest.register_assert_rewrite("tests.cases")  # the tests there are shared by test modules
+pytest.register_assert_rewrite("tests.cases", "tests.cuda")  # what test modules share has asserts too
 
 os.environ.setdefault("FASTBN_COMPILE_HELPER", "0")  # tests have a worker on each core
 

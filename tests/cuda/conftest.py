@@ -50,3 +50,16 @@ def buffers(cuda_device):
     cupy.cuda.set_allocator(allocate)
     yield found
     cupy.cuda.set_allocator(before)
+
+
+@pytest.fixture
+def cupy():
+    if reason := host_cupy.available():
+        pytest.skip(reason)
+    return pytest.importorskip("cupy")
+
+
+@pytest.fixture
+def host(cupy):
+    with host_cupy.installed() as module:
+        yield module

@@ -103,3 +103,7 @@ def arguments_of(layout, options):
     case = make_case(LAYOUTS[layout], "float32", OPTIONS[options])
     parameters = {} if case.gamma is None else {"gamma": case.gamma, "beta": case.beta}
     return on_device((case.x, case.dy, parameters | case.keywords | case.epilogue))
+
+
+def numbers(*shape, dtype=np.float64, seed=0):
+    return (np.random.default_rng(seed).random(shape) * 8 + 0.5).astype(dtype)
