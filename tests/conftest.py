@@ -13,7 +13,8 @@ from fastbn import call
 from fastbn.cpu import plans
 from tests.support import DTYPES
 
-pytest.register_assert_rewrite("tests.cases", "tests.cuda")  # what test modules share has asserts too
+# What test modules share has asserts, too.
+pytest.register_assert_rewrite("tests.adapters", "tests.cases", "tests.cpu", "tests.cuda")
 
 os.environ.setdefault("FASTBN_COMPILE_HELPER", "0")  # tests have a worker on each core
 
