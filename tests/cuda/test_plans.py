@@ -20,7 +20,6 @@ WITHOUT_WORK = Layout((1, 3, 1))  # one vector, less than there are blocks for i
 LITTLE = {"threads": 32, "held": 2, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1, "passes": 2}
 SHAPES = {"rows": ROWS, "columns": COLUMNS}
 SCHEDULES = (0, 1, 2, 7)
-CHECKS = ("moments", "backward", "frozen", "parts", "statistics")
 
 pytestmark = pytest.mark.usefixtures("on_cupy")
 
@@ -177,22 +176,22 @@ def test_architectures_without_clusters(cuda_device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("layout", "options", "checks"),
+    ("layout", "options", "names"),
     [
-        ("NCHW", "affine residual relu", ("backward", "frozen")),
-        ("NHWC", "plain", ("backward", "parts")),
-        ("reversed rows", "plain", ("backward", "statistics")),
-        pytest.param("NCHW long rows", "where weights residual", tuple(CHECKS), marks=pytest.mark.slow),
-        pytest.param("instance NHWC", "weights relu", tuple(CHECKS), marks=pytest.mark.slow),
+        ("NCHW", "affine residual relu", ("training", "frozen")),
+        ("NHWC", "plain", ("training", "parts")),
+        ("reversed rows", "plain", ("training", "statistics")),
+        pytest.param("NCHW long rows", "where weights residual", tuple(checks.CHECKS), marks=pytest.mark.slow),
+        pytest.param("instance NHWC", "weights relu", tuple(checks.CHECKS), marks=pytest.mark.slow),
     ],
 )
-def test_indices_of_64_bits(cuda_device, monkeypatch, layout, options, checks):
+def test_indices_of_64_bits(cuda_device, monkeypatch, layout, options, names):
     """Those of arrays with 2^31 vectors in a channel, on small ones."""
     monkeypatch.setattr(plans, "WIDE_FROM", 0)
     cuda_device.launches.clear()
     case = make_case(LAYOUTS[layout], "float32", OPTIONS[options])
-    for check in checks:
-        getattr(checks, f"check_{check}")(case)
+    for name in names:
+        checks.CHECKS[name](case)
     assert {step.macros["WIDE"] for step in cuda_device.launches} == {1}
 
 
