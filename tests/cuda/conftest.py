@@ -38,7 +38,7 @@ def buffers(cuda_device):
     """Weak references to all memory that is allocated, on the device that is the current one then."""
     import cupy
 
-    found, pointer = [], type(host_cupy._allocate(0))
+    found, pointer = [], type(host_cupy.allocate(0))
 
     def allocate(size):
         buffer = np.full(size + 512, host_cupy.POISON, np.uint8)

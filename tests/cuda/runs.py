@@ -42,8 +42,8 @@ def guarded() -> Iterator[None]:
 
     def allocate(size: int) -> Any:
         if size == 0:
-            return host_cupy._allocate(0)
-        pointer = host_cupy._allocate(size + 2 * MARGIN)
+            return host_cupy.allocate(0)
+        pointer = host_cupy.allocate(size + 2 * MARGIN)
         allocated.append((pointer.mem, size))
         return pointer + MARGIN
 
