@@ -69,10 +69,8 @@ def test_statistics(dtype, layout, options):
 
 
 @pytest.mark.parametrize("options", [TRAINING[0], *(pytest.param(o, marks=pytest.mark.slow) for o in TRAINING[1:3])])
-@pytest.mark.parametrize(
-    ("serial_below", "whole_channels", "streaming"), [(0, True, True), (0, False, True), (1 << 60, False, True)]
-)
-def test_forced_strategies(monkeypatch, fresh_plans, options, serial_below, whole_channels, streaming):
+@pytest.mark.parametrize(("serial_below", "whole_channels"), [(0, True), (0, False), (1 << 60, False)])
+def test_forced_strategies(monkeypatch, fresh_plans, options, serial_below, whole_channels):
     """Parallel and serial, fused and split, plain and streaming stores: right, and bit for bit the same."""
     case = make_case(LAYOUTS["NCHW long rows"], "float32", OPTIONS[options])
     last = make_case(LAYOUTS["NHWC wide"], "float32", OPTIONS[options])
@@ -84,9 +82,8 @@ def test_forced_strategies(monkeypatch, fresh_plans, options, serial_below, whol
             monkeypatch.setattr(plans, "_whole_channels", lambda shape, shares: whole_channels)
             if not whole_channels:
                 monkeypatch.setattr(plans, "_fused_tile", lambda *_: 0)
-            if streaming:
-                monkeypatch.setattr(memory, "CACHE_SHARE", 0)
-                monkeypatch.setattr(plans, "STREAMED_ROW", 0)
+            monkeypatch.setattr(memory, "CACHE_SHARE", 0)
+            monkeypatch.setattr(plans, "STREAMED_ROW", 0)
             forget()
         for c in (case, last, short):
             check_backward(c)
