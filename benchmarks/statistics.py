@@ -14,61 +14,24 @@ import math
 import os
 import sys
 import time
-import tracemalloc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 import fastbn
 from benchmarks.host import Host, get_num_threads
-from benchmarks.statistics_cases import CASES, GROUPS, LARGE, SPREADS, Arrays, Calls, Case
+from benchmarks.statistics_cases import CASES, GROUPS, LARGE, SPREADS, Arrays, Case
+from benchmarks.statistics_sweep import CLIFF, FUNCTIONS, LARGEST, cliffs, draw, points
+from benchmarks.turns import Reader, in_turn, memory_beside_result
 from benchmarks.workloads import described
 from fastbn import environment
 
 ROUNDS, SECONDS = 7, 0.5  # of a row, at least
 SHORT_ROUNDS, SHORT_SECONDS, SHORT_STEP = 5, 0.15, 3  # with --short, which takes every third case of a group
-BURST_SECONDS = 1e-3  # of a contender, before the others have their turns
-PAUSE = 0.02  # seconds after numbagg's calls: threads of Numba's may spin on for 10 ms, on the cores of ours
 WATCHED = 1_000_000  # bytes of x from which memory is measured
-
-# --- the machine ------------------------------------------------------------------------------------------------------
-
-
-@numba.njit(nogil=True, fastmath=True, cache=True)  # type: ignore[misc]
-def _sum_far_rows(x):  # type: ignore[no-untyped-def]
-    """Four streams: a fifth to a third faster than one, which the prefetchers of a core follow page by page."""
-    total = np.float32(0)
-    for i in range(x.shape[1]):
-        total += (x[0, i] + x[1, i]) + (x[2, i] + x[3, i])
-    return total
-
-
-class Reader:
-    """How fast all threads together read buffers: each four far rows, added up in registers."""
-
-    def __init__(self, buffers: Sequence[np.ndarray[Any, Any]], pool: ThreadPoolExecutor) -> None:
-        threads = get_num_threads()
-        self.pool = pool
-        self.parts: list[list[np.ndarray[Any, Any]]] = []
-        for buffer in buffers:
-            words = buffer.reshape(-1).view(np.uint8)
-            row = words.size // (16 * threads) * 4  # bytes: a whole number of float32
-            self.parts.append(list(words[: 4 * threads * row].view(np.float32).reshape(threads, 4, -1)))
-        self.nbytes = sum(part.nbytes for parts in self.parts for part in parts)
-
-    def __call__(self) -> None:
-        """Every buffer once."""
-        for first, *others in self.parts:
-            futures = [self.pool.submit(_sum_far_rows, part) for part in others]
-            _sum_far_rows(first)
-            for future in futures:
-                future.result()
-
 
 # --- a row ------------------------------------------------------------------------------------------------------------
 
@@ -120,52 +83,6 @@ def measured(case: Case, cache: int, rounds: int, seconds: float, pool: ThreadPo
         if arrays.nbytes >= WATCHED:
             figures["memory"] = memory_beside_result(contenders["fastbn"][0]) / arrays.nbytes
         yield row._replace(seconds={name: float(np.median(t)) for name, t in times.items()}, figures=figures)
-
-
-def in_turn(contenders: dict[str, Calls], rounds: int, seconds: float) -> dict[str, np.ndarray[Any, Any]]:
-    """Seconds of a call of each contender, turn by turn; every second turn goes backwards."""
-    turn = 0
-
-    def burst(calls: Calls, count: int) -> float:
-        """The buffers go round through all contenders: none finds what another has left in a cache."""
-        nonlocal turn
-        if len(calls) == 1:
-            (call,) = calls
-            start = time.perf_counter()
-            for _ in repeat(None, count):
-                call()
-            return (time.perf_counter() - start) / count
-        start = time.perf_counter()
-        for _ in repeat(None, count):
-            calls[turn % len(calls)]()
-            turn += 1
-        return (time.perf_counter() - start) / count
-
-    counts = {}
-    for name, calls in contenders.items():
-        burst(calls, 1)  # compiles
-        counts[name] = max(1, math.ceil(BURST_SECONDS / burst(calls, 1)))
-    order = list(contenders)
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    start = time.perf_counter()
-    while len(found["fastbn"]) < rounds or time.perf_counter() - start < seconds:
-        for name in order:
-            found[name].append(burst(contenders[name], counts[name]))
-            if name == "numbagg":
-                time.sleep(PAUSE)
-        order.reverse()
-    return {name: np.array(times) for name, times in found.items()}
-
-
-def memory_beside_result(call: Callable[[], object]) -> int:
-    """The most bytes that a warm call takes, less those of what it returns."""
-    tracemalloc.start()
-    try:
-        result = call()
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    return peak - sum(np.asarray(a).nbytes for a in (result if isinstance(result, tuple) else (result,)))
 
 
 # --- what is asked of them --------------------------------------------------------------------------------------------
@@ -344,7 +261,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--short", action="store_true", help="a third of the cases, for a minute")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--markdown", action="store_true", help="print the tables of docs/statistics.md")
+    parser.add_argument("--sweep", action="store_true", help="sizes and row lengths instead: are there cliffs?")
+    parser.add_argument("--most", type=float, default=LARGEST, help="bytes of the sweep's largest array (256e6)")
+    parser.add_argument("--picture", type=Path, help="draw the sweep into this file")
     options = parser.parse_args(argv)
+    if options.sweep:
+        return sweep(options)
+    if options.picture:
+        parser.error("--picture: expected with --sweep")
     rounds, seconds = (SHORT_ROUNDS, SHORT_SECONDS) if options.short else (ROUNDS, SECONDS)
     cases, rows, cache = chosen(options.group, options.short), [], Host().cache_bytes
     absent = sorted({name for case in cases for name in case.functions if not hasattr(fastbn, name)})
@@ -369,6 +293,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         written |= {"bounds": [verdict.as_dict() for verdict in found]}
         options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return int(not all(verdict.ok for verdict in found) or any(row.error for row in rows))
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Measure the curves, print their cliffs, draw them."""
+    print(head(), flush=True)
+    found = []
+    for point in points(int(options.most), options.short):
+        found.append(point)
+        if point.function == FUNCTIONS[-1] and point.reduction == "outer":
+            shown = "  ".join(f"{p.function} {p.reduction} {p.ours:.3g} ({p.theirs:.3g})" for p in found[-4:])
+            print(f"{point.dtype:<8}{point.sweep} {point.at:<10} ns/byte (NumPy's): {shown}", flush=True)
+    print(f"\ncliffs: neighbours that differ by more than {CLIFF} times beyond what longer arrays and rows explain")
+    print("\n".join(map(str, cliffs(found))) or "none")
+    if options.json:
+        written = {"environment": machine(), "points": [point._asdict() for point in found]}
+        options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    if options.picture:
+        draw(found, options.picture)
+    return 0
 
 
 def machine() -> dict[str, Any]:

@@ -6,6 +6,8 @@ zeros, and large ones come in as many buffers as the last cache cannot hold.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
@@ -14,17 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastbn
+from benchmarks.turns import Calls
 from benchmarks.workloads import TILE, buffers
-from fastbn.environment import optional
 
 LARGE = 30_000_000  # bytes of x from which the machine's reading speed is asked for
 MEAN_VAR, NAN = ("mean", "var"), ("nanmean", "nanvar")
+PEERS = ("bottleneck", "numbagg")  # of the nan forms
 SPREADS = ("var", "std", "mean_var")  # what has the variance's limits
 
 Axis = int | tuple[int, ...] | None
-Calls = list[Callable[[], object]]
-"""Of one contender, one for each buffer."""
-
 VIEWS: dict[str, Callable[[Any], Any]] = {
     "": lambda x: x,
     "[::2]": lambda x: x[::2],
@@ -215,6 +215,24 @@ CASES: tuple[Case, ...] = (
     *_cases("average", ("float32", (4000, 3100), 0), functions=("average",), mask=FULL2),
 )
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES))
+TRACKED = (
+    "float32 (1000,)",
+    "float32 (900, 700) axis 1",
+    "float32 (13000000,)",
+    "float32 (4000, 3100) axis 0",
+    "uint8 (64, 512, 512, 3) axes (0, 1, 2)",
+    "float32 (4000, 3100), dtype=float64",
+    "float32 (4000, 3100) axis 0, where (4000, 3100)",
+    "float32 (32, 64, 112, 112)[:, :, 2:-2, 2:-2] axes (0, 2, 3)",
+)
+"""Names of the cases that asv keeps the history of, mean and var."""
+
+
+def case_named(name: str) -> Case:
+    """Of mean and var."""
+    (found,) = (case for case in CASES if case.name == name and case.functions == MEAN_VAR)
+    return found
+
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
@@ -296,13 +314,11 @@ class Arrays:
             plain = getattr(fastbn, function.removeprefix("nan"))
             found["plain"] = [partial(plain, x, **given) for x in self.plain]
         if self.case.group == "nan":
-            peers = {name: optional(name) for name in ("bottleneck", "numbagg")}
-            if isinstance(self.case.axis, tuple):
-                peers["bottleneck"] = None  # takes one axis
             spread = {} if function == "nanmean" else {"ddof": 0}
-            for name, module in peers.items():
-                if module is not None:
-                    found[name] = [partial(getattr(module, function), x, **given, **spread) for x in self.x]
+            for name in PEERS:
+                if importlib.util.find_spec(name) and not (name == "bottleneck" and isinstance(self.case.axis, tuple)):
+                    theirs = getattr(importlib.import_module(name), function)  # bottleneck's take one axis
+                    found[name] = [partial(theirs, x, **given, **spread) for x in self.x]
         return found
 
 
