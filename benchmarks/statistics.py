@@ -24,7 +24,7 @@ import numpy as np
 import fastbn
 from benchmarks.host import Host, get_num_threads
 from benchmarks.statistics_cases import CASES, GROUPS, LARGE, SPREADS, Arrays, Case
-from benchmarks.statistics_sweep import CLIFF, FUNCTIONS, LARGEST, cliffs, draw, points
+from benchmarks.statistics_sweep import CLIFF, LARGEST, cliffs, confirmed, draw, points
 from benchmarks.turns import Reader, in_turn, memory_beside_result
 from benchmarks.workloads import described
 from fastbn import environment
@@ -123,9 +123,13 @@ BOUNDS = (
     Bound("large", "any", "reading", None, 0.85),
     Bound("integers", "mean", "numpy", 2.0, 1.0),
     Bound("integers", "var", "numpy", 4.0, None),
-    *(Bound(group, "mean", "numpy", 1.3, 0.95) for group in ("dtype", "where", "slices")),
-    *(Bound(group, "var", "numpy", 5.0, 3.0) for group in ("dtype", "where", "slices")),
+    Bound("dtype", "mean", "numpy", 1.3, 0.95),
+    Bound("dtype", "var", "numpy", 5.0, 3.0),
+    Bound("where", "mean", "numpy", 1.3, 0.95),
+    Bound("where", "var", "numpy", 5.0, 3.0),
     Bound("where", "any", "plain", None, 0.6),
+    Bound("slices", "mean", "numpy", 1.3, 0.95),
+    Bound("slices", "var", "numpy", 5.0, 3.0),
     Bound("slices", "any", "plain", None, 0.8),
     Bound("nan", "any", "plain", 0.9, None),
     Bound("nan", "any", "numpy", 5.0, None),
@@ -301,13 +305,16 @@ def sweep(options: argparse.Namespace) -> int:
     found = []
     for point in points(int(options.most), options.short):
         found.append(point)
-        if point.function == FUNCTIONS[-1] and point.reduction == "outer":
-            shown = "  ".join(f"{p.function} {p.reduction} {p.ours:.3g} ({p.theirs:.3g})" for p in found[-4:])
-            print(f"{point.dtype:<8}{point.sweep} {point.at:<10} ns/byte (NumPy's): {shown}", flush=True)
+        if len(found) % 4 == 0:  # mean and var, inner and outer
+            shown = "  ".join(
+                f"{p.curve.function} {p.curve.reduction} {p.ours:.3g} ({p.theirs:.3g})" for p in found[-4:]
+            )
+            print(f"{point.curve.dtype:<8}{point.curve.sweep} {point.at:<10} ns/byte (NumPy's): {shown}", flush=True)
+    found = confirmed(found, int(options.most))
     print(f"\ncliffs: neighbours that differ by more than {CLIFF} times beyond what longer arrays and rows explain")
     print("\n".join(map(str, cliffs(found))) or "none")
     if options.json:
-        written = {"environment": machine(), "points": [point._asdict() for point in found]}
+        written = {"environment": machine(), "points": [point.as_dict() for point in found]}
         options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     if options.picture:
         draw(found, options.picture)

@@ -2,13 +2,14 @@
 
 A longer array may cost less per byte, never more; and at one size, longer rows likewise: what a call or a row costs
 beside its bytes spreads over more of them. So between neighbours of a curve the time per byte should not rise, and not
-fall by more than the size or the row grows. What does either by more than `CLIFF` is a cliff.
+fall by more than the size or the row grows. What does either by more than `CLIFF` is a cliff. Times are the fastest of
+a few turns, and what looks like a cliff is measured again: what else runs on the machine makes peaks, not cliffs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,52 +31,78 @@ LENGTHS = (
 DTYPES = ("float32", "float64", "uint8")
 FUNCTIONS = ("mean", "var")
 REDUCTIONS = {"inner": -1, "outer": 0}
-ROUNDS, SECONDS = 3, 0.05  # of a point, at least
+ROUNDS, SECONDS = 4, 0.05  # of a point, at least
+AGAIN = (10, 20)  # turns of the points beside what looks like a cliff, and of those that still do
 
 
-class Point(NamedTuple):
-    """Nanoseconds a byte, of a curve's abscissa: bytes, or elements of a row."""
+class Curve(NamedTuple):
+    """What is reduced over sizes or row lengths."""
 
     sweep: str
     """`size` or `row length`."""
     function: str
     reduction: str
     dtype: str
+
+
+class Point(NamedTuple):
+    """Nanoseconds a byte at an abscissa of a curve: bytes, or elements of a row."""
+
+    curve: Curve
     at: int
     ours: float
     theirs: float
 
-    @property
-    def curve(self) -> tuple[str, ...]:
-        return self[:4]
+    def as_dict(self) -> dict[str, Any]:
+        return self.curve._asdict() | {"at": self.at, "ours": self.ours, "theirs": self.theirs}
 
 
 def points(most: int, short: bool) -> Iterator[Point]:
-    """Curve by curve and dtype by dtype; with `short` every third point."""
+    """Abscissa by abscissa, dtype by dtype; with `short` every third."""
     step = 3 if short else 1
-    sizes = [SMALLEST * 2**k for k in range((most // SMALLEST).bit_length())][::step]
+    sizes = [SMALLEST * 2**k for k in range((most // SMALLEST).bit_length())]
     for dtype in DTYPES:
-        itemsize = np.dtype(dtype).itemsize
-        pool = numbers(dtype, [max(most, SIZE) // itemsize], 0)
-        for size in sizes:
-            flat = pool[: size // itemsize]
-            rows = flat[: flat.size // COLUMNS * COLUMNS].reshape(-1, COLUMNS)
-            yield from _measured("size", dtype, size, {"inner": flat, "outer": rows})
-        for length in LENGTHS[::step]:
-            rows = pool[: SIZE // itemsize // length * length].reshape(-1, length)
-            yield from _measured("row length", dtype, length, dict.fromkeys(REDUCTIONS, rows))
+        for sweep, abscissae in (("size", sizes), ("row length", LENGTHS)):
+            for at in abscissae[::step]:
+                for function in FUNCTIONS:
+                    for reduction in REDUCTIONS:
+                        yield measured(Curve(sweep, function, reduction, dtype), at, most, ROUNDS)
 
 
-def _measured(sweep: str, dtype: str, at: int, arrays: dict[str, np.ndarray[Any, Any]]) -> Iterator[Point]:
-    for function in FUNCTIONS:
-        for reduction, x in arrays.items():
-            calls: dict[str, list[Callable[[], object]]] = {
-                name: [partial(getattr(module, function), x, axis=REDUCTIONS[reduction])]
-                for name, module in (("fastbn", fastbn), ("numpy", np))
-            }
-            times = in_turn(calls, ROUNDS, SECONDS)
-            ours, theirs = (1e9 * float(np.median(times[name])) / x.nbytes for name in calls)
-            yield Point(sweep, function, reduction, dtype, at, ours, theirs)
+def measured(curve: Curve, at: int, most: int, rounds: int) -> Point:
+    x = array(curve, at, most)
+    calls: dict[str, list[Callable[[], object]]] = {
+        name: [partial(getattr(module, curve.function), x, axis=REDUCTIONS[curve.reduction])]
+        for name, module in (("fastbn", fastbn), ("numpy", np))
+    }
+    times = in_turn(calls, rounds, SECONDS)
+    return Point(curve, at, *(1e9 * float(times[name].min()) / x.nbytes for name in calls))
+
+
+def array(curve: Curve, at: int, most: int) -> np.ndarray[Any, Any]:
+    """The first numbers of one pool."""
+    itemsize = np.dtype(curve.dtype).itemsize
+    pool = _pool(curve.dtype, max(most, SIZE) // itemsize)
+    if curve.sweep == "size" and curve.reduction == "inner":
+        return pool[: at // itemsize]
+    size, length = (at, COLUMNS) if curve.sweep == "size" else (SIZE, at)
+    return pool[: size // itemsize // length * length].reshape(-1, length)
+
+
+@lru_cache(maxsize=1)
+def _pool(dtype: str, count: int) -> np.ndarray[Any, Any]:
+    return numbers(dtype, [count], 0)
+
+
+def confirmed(found: Sequence[Point], most: int) -> list[Point]:
+    """With what looks like a cliff measured again."""
+    best = {(point.curve, point.at): point for point in found}
+    for rounds in AGAIN:
+        suspects = {(p.curve, p.at) for cliff in cliffs(best.values()) for p in (cliff.before, cliff.after)}
+        for curve, at in sorted(suspects, key=lambda key: key[0].dtype):
+            old, new = best[curve, at], measured(curve, at, most, rounds)
+            best[curve, at] = Point(curve, at, min(old.ours, new.ours), min(old.theirs, new.theirs))
+    return list(best.values())
 
 
 class Cliff(NamedTuple):
@@ -88,15 +115,16 @@ class Cliff(NamedTuple):
 
     def __str__(self) -> str:
         a, b = self.before, self.after
+        sweep, function, reduction, dtype = a.curve
         return (
-            f"{a.function} {a.reduction} {a.dtype}, {a.sweep} {a.at} to {b.at}: {a.ours:.3g} to {b.ours:.3g} ns/byte,"
+            f"{function} {reduction} {dtype}, {sweep} {a.at} to {b.at}: {a.ours:.3g} to {b.ours:.3g} ns/byte,"
             f" {self.ours:.1f} times ({self.theirs:.1f} NumPy's)"
         )
 
 
 def cliffs(found: Iterable[Point]) -> list[Cliff]:
     """Steepest first."""
-    curves: dict[tuple[str, ...], list[Point]] = {}
+    curves: dict[Curve, list[Point]] = {}
     for point in found:
         curves.setdefault(point.curve, []).append(point)
     steps = [
@@ -116,7 +144,7 @@ def draw(found: Sequence[Point], path: Path) -> None:
     """A panel for each sweep, function and reduction; a colour for each dtype."""
     from matplotlib.figure import Figure
 
-    sweeps = list(dict.fromkeys(point.sweep for point in found))
+    sweeps = list(dict.fromkeys(point.curve.sweep for point in found))
     kinds = [(function, reduction) for function in FUNCTIONS for reduction in REDUCTIONS]
     colours = dict(zip(DTYPES, ("tab:blue", "tab:orange", "tab:green"), strict=True))
     figure = Figure(figsize=(12, 2.9 * len(sweeps)), layout="constrained")
@@ -124,7 +152,7 @@ def draw(found: Sequence[Point], path: Path) -> None:
     for row, sweep in zip(panels, sweeps, strict=True):
         for panel, (function, reduction) in zip(row, kinds, strict=True):
             for dtype, colour in colours.items():
-                curve = sorted((p for p in found if p.curve == (sweep, function, reduction, dtype)), key=_at)
+                curve = sorted(p for p in found if p.curve == (sweep, function, reduction, dtype))
                 at = [p.at for p in curve]
                 panel.plot(at, [p.ours for p in curve], color=colour, label=f"fastbn {dtype}", linewidth=1.4)
                 panel.plot(at, [p.theirs for p in curve], "--", color=colour, label=f"NumPy {dtype}", linewidth=0.9)
@@ -136,7 +164,3 @@ def draw(found: Sequence[Point], path: Path) -> None:
 
 
 LABELS = {"size": "bytes", "row length": f"elements of a row, in {SIZE / 1e6:.0f} MB"}
-
-
-def _at(point: Point) -> int:
-    return point.at

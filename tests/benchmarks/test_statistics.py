@@ -343,10 +343,8 @@ def test_what_a_call_raises_is_a_row(quick, monkeypatch):
 
 
 def curve(*values, sweep="size", at=(1000, 2000, 4000), theirs=1.0):
-    return [
-        statistics_sweep.Point(sweep, "mean", "inner", "float32", n, value, theirs)
-        for n, value in zip(at, values, strict=True)
-    ]
+    of = statistics_sweep.Curve(sweep, "mean", "inner", "float32")
+    return [statistics_sweep.Point(of, n, value, theirs) for n, value in zip(at, values, strict=True)]
 
 
 def test_cliffs():
@@ -362,6 +360,25 @@ def test_cliffs():
     assert statistics_sweep.cliffs(both) == []  # curves are not neighbours
 
 
+def test_what_looks_like_a_cliff_is_measured_again(monkeypatch):
+    """A point that another process has met, and one that is slow."""
+    asked = []
+
+    def measured(curve, at, most, rounds):
+        asked.append((at, rounds))
+        return statistics_sweep.Point(curve, at, 1.0 if at == 2000 else 5.0, 9.0)
+
+    monkeypatch.setattr(statistics_sweep, "measured", measured)
+    found = curve(1.0, 3.0, 1.0, 1.0, 4.0, at=(1000, 2000, 4000, 8000, 16_000))
+    again = statistics_sweep.confirmed(found, 16_000)
+    assert [point.ours for point in again] == [1.0, 1.0, 1.0, 1.0, 4.0]
+    assert all(point.theirs == 1.0 for point in again)
+    first, second = statistics_sweep.AGAIN
+    assert sorted(asked) == sorted(
+        [(at, first) for at in (1000, 2000, 8000, 16_000)] + [(at, second) for at in (8000, 16_000)]
+    )
+
+
 def test_a_sweep(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(turns, "BURST_SECONDS", 0.0)
     monkeypatch.setattr(statistics_sweep, "ROUNDS", 1)
@@ -374,6 +391,11 @@ def test_a_sweep(monkeypatch, tmp_path, capsys):
     )
     points = json.loads(written.read_text())["points"]
     assert len(points) == 3 * 2 * 2 * (2 + 2)  # dtypes, functions, reductions, sizes and lengths
+    arrays = [
+        statistics_sweep.array(statistics_sweep.Curve("size", "mean", kind, "float64"), 8000, 9000)
+        for kind in statistics_sweep.REDUCTIONS
+    ]
+    assert [x.shape for x in arrays] == [(1000,), (15, 64)]
     assert {p["at"] for p in points if p["sweep"] == "size"} == {1000, 8000}
     assert all(p["ours"] > 0 and p["theirs"] > 0 for p in points)
     assert picture.read_bytes().startswith(b"\x89PNG")
