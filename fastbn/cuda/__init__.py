@@ -8,7 +8,8 @@ live, unless callers copied something first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from fastbn.cuda.memory import (
     problem_of,
     reads,
     same_or_apart,
+    type_of,
 )
 from fastbn.operands import Affine, Numbers, Operand
 
@@ -48,6 +50,7 @@ __all__ = [
     "reads",
     "same_or_apart",
     "update_running",
+    "writes",
     "xp",
 ]
 
@@ -72,17 +75,15 @@ def _launcher(choose: Any, problem: plans.Problem, rows: int, names: str) -> Cal
         return lambda *arrays: [xp.empty(0, np.float64) for _ in range(rows)]
     plan: plans.Plan = choose(problem)
     results = Results(rows, problem.kept, plan)
-    run = plan.run if plan.counters or len(plan.launches) > 1 else plan.launches[0]
-    places = [launch.POINTERS.index(name) for name in names.split()]
-    nowhere = [0] * (len(launch.POINTERS) - 3)
+    order = {name: i for i, name in enumerate(names.split()) if name in problem.pointers}
+    present = [name for name in launch.TILES.pointers if name in order]
+    places = [order[name] for name in present]
+    pick = itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+    run = plan.bound((*present, *results.pointers))
 
     def launched(*arrays: Array | None) -> list[Array]:
-        at = nowhere.copy()
-        for i, a in zip(places, arrays):  # noqa: B905 (strict takes a tenth of the time)
-            if a is not None:
-                at[i] = a.data.ptr
-        found, *scratch = results()
-        run(*at, *scratch)
+        found, scratch = results()
+        run(*[a.data.ptr for a in pick(arrays)], *scratch)
         return found
 
     return launched
@@ -168,15 +169,44 @@ def backward(
     return _launcher(plans.backward, problem, 2, "dy x y weight mean spread gamma count dmean dvar dx dresidual")
 
 
-def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool) -> Callable[..., None]:
+def writes(dtype: Any) -> bool:
+    return True
+
+
+def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool, fresh: bool) -> Callable[..., None]:
+    if kept == 0:
+        return lambda *given: None
+    numbers = tuple(map(type_of, types[:5]))
+    step = plans.update_running(launch.device(launch.current_device()), kept, numbers, skip_nonfinite)
+    launched = step.bound(launch.RUNNING.pointers)
+    sizes = [kept * dtype.itemsize for dtype in types]
+
     def run(
         mean: Array, var: Array, count: Array, batch_mean: Array, m2: Array, new_mean: Array, new_var: Array,
         rate: float, correction: float,
     ) -> None:  # fmt: skip
-        given = mean, var, count, batch_mean, m2, rate, correction
-        new_mean[...], new_var[...] = formulas.running(xp, *given, skip_nonfinite)
+        at = (
+            mean.data.ptr, var.data.ptr, count.data.ptr, batch_mean.data.ptr, m2.data.ptr,
+            new_mean.data.ptr, new_var.data.ptr,
+        )  # fmt: skip
+        if not fresh and askew(at, sizes):
+            apart = xp.empty_like(new_mean), xp.empty_like(new_var)
+            launched(*at[:5], *(a.data.ptr for a in apart), rate, correction)
+            new_mean[...], new_var[...] = apart
+        else:
+            launched(*at, rate, correction)
 
     return run
+
+
+def askew(addresses: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether one of the last two vectors overlaps another one, but number for number."""
+    for i in (-2, -1):
+        first, size = addresses[i], sizes[i]
+        for other, width in zip(addresses, sizes):  # noqa: B905 (strict takes a tenth of the time)
+            if other < first + size and first < other + width and (other != first or width != size):
+                return True
+    return False
 
 
 def merge(kept: int, types: tuple[tuple[Any, Any, Any], ...]) -> Callable[..., tuple[Array, Array, Array]]:

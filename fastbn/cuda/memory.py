@@ -67,34 +67,32 @@ class Results:
 
     def __init__(self, rows: int, channels: int, plan: Plan) -> None:
         row = channels * 8
+        given = ("results", rows), ("partials", plan.partials), ("counters", plan.counters)
+        self.pointers = tuple(name for name, size in given if size)
         end = rows * row + plan.partials * 8
         self.nbytes = end + plan.counters
         self.shape = (channels,)
         self.rows = [i * row for i in range(1, rows)]
         self.any = rows > 0
-        self.partials = rows * row if plan.partials else None
-        self.counters = end if plan.counters else None
+        self.scratch = [at for at, size in ((rows * row, plan.partials), (end, plan.counters)) if size]
 
-    def __call__(self) -> tuple[list[Array], int, int, int]:
-        """The rows, and the addresses of results, partials and counters: the last of `launch.POINTERS`."""
+    def __call__(self) -> tuple[list[Array], list[int]]:
+        """The rows, and the addresses of `pointers`."""
         if not self.nbytes:
-            return [], 0, 0, 0
+            return [], []
         memory = cupy.cuda.alloc(self.nbytes)
         start = memory.ptr
         ndarray, shape = cupy.ndarray, self.shape
         results = [ndarray(shape, float, memory)] if self.any else []
+        addresses = [start] if self.any else []
         if self.rows:
             owner, pointer = memory.mem, type(memory)
             base = start - owner.ptr
             for at in self.rows:  # half the time of memory + at
                 results.append(ndarray(shape, float, pointer(owner, base + at)))
-        partials, counters = self.partials, self.counters
-        return (
-            results,
-            start,
-            0 if partials is None else start + partials,
-            0 if counters is None else start + counters,
-        )
+        for at in self.scratch:
+            addresses.append(start + at)
+        return results, addresses
 
 
 def folded_view(layout: Layout, a: Array) -> Array | None:
