@@ -13,6 +13,7 @@ import numpy as np
 from fastbn.cuda import requirements
 
 cupy = requirements.cupy()
+runtime = cupy.cuda.runtime
 
 SOURCES = {
     "statistics": ("numbers", "tile", "moments"),
@@ -96,12 +97,12 @@ def blocks_per_processor(number: int, kernel: str, macros: Macros, threads: int,
 
 def current_device() -> int:
     """The device that this thread launches on."""
-    return int(cupy.cuda.runtime.getDevice())
+    return int(runtime.getDevice())
 
 
 def clear(address: int, nbytes: int) -> None:
     """Zero memory in the order of the current stream."""
-    cupy.cuda.runtime.memsetAsync(address, 0, nbytes, cupy.cuda.get_current_stream().ptr)
+    runtime.memsetAsync(address, 0, nbytes, cupy.cuda.get_current_stream().ptr)
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
