@@ -80,11 +80,17 @@ class Backend(Protocol):
 
     # --- vectors of a number per kept index, in their own dtypes ---
 
-    def update_running(self, kept: int, types: tuple[Any, ...], skip_nonfinite: bool) -> Callable[..., Any]:
+    def update_running(
+        self, kept: int, types: tuple[Any, ...], skip_nonfinite: bool, fresh: bool
+    ) -> Callable[..., Any]:
         """``run(mean, var, count, batch_mean, m2, new_mean, new_var, rate, correction)``: `fastbn.formulas.running`.
 
-        The new ones, float32 or float64, may be the old ones.
+        The new ones have the old ones' dtypes, or are float64 where the backend does not write these (`writes`). They
+        are fresh, or may share memory with the others.
         """
+
+    def writes(self, dtype: Any) -> bool:
+        """Whether `update_running` writes vectors of a dtype."""
 
     def merge(self, kept: int, types: tuple[tuple[Any, Any, Any], ...]) -> Callable[..., Any]:
         """``run(count, mean, m2, count, mean, m2, ...)`` gives those of all: `fastbn.formulas.united`."""

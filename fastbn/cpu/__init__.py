@@ -52,6 +52,7 @@ __all__ = [
     "same_or_apart",
     "statistic",
     "update_running",
+    "writes",
     "xp",
 ]
 
@@ -256,7 +257,11 @@ def backward(
     return run
 
 
-def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool) -> Callable[..., object]:
+def writes(dtype: Any) -> bool:
+    return dtype in (np.dtype(np.float32), np.dtype(float))
+
+
+def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool, fresh: bool) -> Callable[..., object]:
     return vector_plans.update_running(kept, tuple(map(kind_of, types)), skip_nonfinite).prepared()
 
 

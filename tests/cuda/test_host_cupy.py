@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 import fastbn
+<<<<<<< HEAD
 from tests.cuda.harness import numbers
 from tests.simt import host_cupy
+=======
+from tests.conftest import missing
+from tests.simt import cuda, host_cupy
+>>>>>>> cuda
 from tests.simt.host_cupy import to_cupy, to_numpy
 from tests.support import DTYPES, LAYOUTS
 
@@ -331,7 +336,16 @@ def test_everything_is_undone(cupy):
 # --- fastbn on such arrays --------------------------------------------------------------------------------------------
 
 
-def test_moments_merge_and_run_as_numpys(host, cupy):
+@pytest.fixture
+def harness(cupy, request):
+    """With fastbn's kernels."""
+    if reason := cuda.available():
+        missing(request, reason)
+    with cuda.installed():
+        yield host_cupy
+
+
+def test_moments_merge_and_run_as_numpys(harness, cupy):
     rng = np.random.default_rng(0)
 
     def batch(n):
@@ -363,7 +377,7 @@ def test_moments_merge_and_run_as_numpys(host, cupy):
             assert isinstance(result, cupy.ndarray)
             assert result.dtype == wanted.dtype
             np.testing.assert_array_equal(to_numpy(result), wanted)
-    assert host.operations["get"] == 0  # nothing waits for the GPU
+    assert harness.operations["get"] == 0  # nothing waits for the GPU
     mixed = first_on_gpu._replace(mean=first.mean)
     with pytest.raises(TypeError, match=r"moments\[0\]\.mean: expected a cupy\.ndarray"):
         fastbn.merge(mixed)

@@ -78,6 +78,22 @@ def test_what_cannot_be_viewed_is_copied_once(counted, layout, copied_back):
         assert (counted.kernels, counted.operations) == (["backward"], {"copy": 2 + copied_back})
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float64"), ("float16", "float16")])
+def test_running_statistics_are_one_launch(counted, dtypes):
+    """Of any float dtypes, in place or not, of one axis or several, on first calls and on others."""
+    moments, rate = on_device(batch((4, 3))), 0.25
+    mean, var = on_device(tuple(data((4, 3), dtype) for dtype in dtypes))
+    for like in (lambda a: a, lambda a: a.reshape(-1)):
+        a, b, these = like(mean), like(var), type(moments)(*map(like, moments))
+        for _ in range(3):
+            counted(fastbn.update_running, a, b, these, rate=rate)
+            assert (counted.kernels, counted.operations) == (["update_running"], {})
+            assert counted.allocations == [a.nbytes, b.nbytes]
+            counted(fastbn.update_running, a, b, these, rate=rate, correction=0, skip_nonfinite=True, out=(a, b))
+            assert (counted.kernels, counted.operations, counted.allocations) == (["update_running"], {}, [])
+            rate /= 2  # of every call anew
+
+
 def test_cooperative_launches_clear_their_counters(counted, monkeypatch):
     monkeypatch.setitem(plans.FORCED, "strategy", "cooperative")
     x, _, keywords = arguments_of("NCHW", "plain")
@@ -227,27 +243,28 @@ def test_shared_memory_is_allowed_whatever_came_before(monkeypatch):
         problem = plans.Problem(
             H200, (1, samples, 512, 784), 2, 4, (("x", operand), ("y", operand)), 0, (), (), False, False
         )
-        plans.forward.__wrapped__(problem).run(*[0] * len(launch.POINTERS))
+        plans.forward.__wrapped__(problem).bound(("x", "y"))(0, 0)
     assert max(map(len, ASKED.values())) > 1
 
 
 def test_more_blocks_than_a_grid_has():
     with pytest.raises(ValueError, match=r"^x: expected channels for 2147483647 blocks of threads at most"):
-        launch.Launch(None, 1 << 31, 32, 0, False, {}, -1.0)
-    launch.Launch(None, (1 << 31) - 1, 32, 0, False, {}, -1.0)
+        launch.Launch(None, 1 << 31, 32, 0, False, launch.TILES, {})
+    launch.Launch(None, (1 << 31) - 1, 32, 0, False, launch.TILES, {})
 
 
 def test_the_second_pass_goes_backwards(monkeypatch):
     """Through what the cache still holds of the first."""
     monkeypatch.setitem(plans.FORCED, "strategy", "two passes")
     x, dy, keywords = arguments_of("NCHW", "plain")
-    found, launched = [], launch.Launch.__call__
+    found, bound = [], launch.Launch.bound
 
-    def noted(self, *pointers):
-        found.append(dict(zip(launch.FIELDS, launch._fields.unpack(self.fixed), strict=False))["backwards"])
-        launched(self, *pointers)
+    def noted(self, present):
+        names = self.params.integers + self.params.constants
+        found.append(dict(zip(names, self.params.fixed.unpack(self.fixed), strict=True))["backwards"])
+        return bound(self, present)
 
-    monkeypatch.setattr(launch.Launch, "__call__", noted)
+    monkeypatch.setattr(launch.Launch, "bound", noted)
     _, saved = fastbn.batch_norm(x, **keywords)
     fastbn.batch_norm_backward(dy, saved)
     assert found == [0, 1, 0, 1]
