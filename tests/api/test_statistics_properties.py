@@ -71,7 +71,7 @@ def calls(draw):
             "first": x.shape[x.ndim // 2 :],
         }.get(where, x.shape)
         options["where"] = np.asarray(rng.random(shape) < draw(st.sampled_from([0.3, 0.9])))
-        if where == "turned":
+        if where == "turned" and x.ndim:
             options["where"] = np.array(options["where"], order="F")[(slice(None, None, -1),) * x.ndim]
     if draw(st.booleans()) and x.dtype.kind not in "iub":
         x = x.copy() if x.flags.writeable else np.array(x)
