@@ -1,4 +1,4 @@
-"""How fast fastbn is: asv's suite (`kernels`, `calls`), `peers` on the CPU, `gpu`, and what they share."""
+"""How fast fastbn is: asv's suite (`kernels`, `calls`), `peers`, `statistics`, `gpu`, and what they share."""
 
 import os
 import sys

@@ -9,12 +9,16 @@ import tempfile
 import tracemalloc
 from typing import Any
 
+from benchmarks.host import Host
 from benchmarks.kernels import BACKENDS, LARGE, case, samples
 from benchmarks.small import NAMES, burst, rows
+from benchmarks.statistics_cases import MEAN_VAR, TRACKED, Arrays, case_named
+from benchmarks.turns import in_turn
 from benchmarks.workloads import EPS, LAYOUTS, SHAPES
 
 SMALL = "small_1x16x8"
 BURST = 200  # small calls timed at once
+TURNS, TURNS_SECONDS = 5, 0.4  # of statistics beside NumPy's, at least
 
 FIRST = """
 import time
@@ -117,6 +121,25 @@ class EachFunction:
         return samples([burst(self.call) for _ in range(50)], BURST)
 
     track_call.unit = "us"  # type: ignore[attr-defined]
+
+
+class Statistics:
+    """How many times NumPy's time mean and var take on some of the cases of ``python -m benchmarks.statistics``."""
+
+    params = (TRACKED, MEAN_VAR)
+    param_names = ("case", "function")
+    version = "1"
+    timeout = 120
+
+    def setup(self, name: str, function: str) -> None:
+        calls = Arrays(case_named(name), Host().cache_bytes).contenders(function)
+        self.calls = {contender: calls[contender] for contender in ("fastbn", "numpy")}
+
+    def track_times_numpy(self, *_: str) -> dict[str, Any]:
+        times = in_turn(self.calls, TURNS, TURNS_SECONDS)
+        return samples(list(times["fastbn"] / times["numpy"]))
+
+    track_times_numpy.unit = "times NumPy's time"  # type: ignore[attr-defined]
 
 
 class Memory:

@@ -4,7 +4,7 @@ from fastbn import threads as threads
 from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_inference
 from fastbn.merging import Moments, merge, population, update_running
 from fastbn.primitives import fold, grad_input, grad_sums, normalize
-from fastbn.reductions import mean, mean_var, moments, std, var
+from fastbn.reductions import average, mean, mean_var, moments, nanmean, nanstd, nanvar, std, var
 from fastbn.saved import Gradients, Saved
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "Gradients",
     "Moments",
     "Saved",
+    "average",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_inference",
@@ -23,6 +24,9 @@ __all__ = [
     "mean_var",
     "merge",
     "moments",
+    "nanmean",
+    "nanstd",
+    "nanvar",
     "normalize",
     "population",
     "std",

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from fastbn.layout import Layout
-from fastbn.operands import Affine, Numbers, Operand
+from fastbn.layout import Layout, Shape
+from fastbn.operands import Affine, Mask, Numbers, Operand, Statistic
 
 
 class Backend(Protocol):
@@ -67,13 +67,30 @@ class Backend(Protocol):
     ) -> Callable[..., Any]:  # fmt: skip
         """``run(dy, x, y, weight, *numbers, dx, dresidual)``: both; gives the sums. Frozen statistics have no share."""
 
+    def statistic(
+        self, x: Any, mask: Mask | None, kept: frozenset[int], what: Statistic, result_strides: Shape
+    ) -> Callable[..., Any] | None:
+        """``run(x, where, count, mean, spread, status, ddof)`` writes results of the kept axes' indices, in any dtype.
+
+        x is an array of any real dtype and strides; results have their strides, in elements, for each of its axes. The
+        status is three float64 zeros, which become 1 where a result needs more care than this takes (infinities, or
+        squares beyond the range of float64), where an index has ``count <= ddof``, and where a count is 0. None: there
+        is no such kernel.
+        """
+
     # --- vectors of a number per kept index, in their own dtypes ---
 
-    def update_running(self, kept: int, types: tuple[Any, ...], skip_nonfinite: bool) -> Callable[..., Any]:
+    def update_running(
+        self, kept: int, types: tuple[Any, ...], skip_nonfinite: bool, fresh: bool
+    ) -> Callable[..., Any]:
         """``run(mean, var, count, batch_mean, m2, new_mean, new_var, rate, correction)``: `fastbn.formulas.running`.
 
-        The new ones, float32 or float64, may be the old ones.
+        The new ones have the old ones' dtypes, or are float64 where the backend does not write these (`writes`). They
+        are fresh, or may share memory with the others.
         """
+
+    def writes(self, dtype: Any) -> bool:
+        """Whether `update_running` writes vectors of a dtype."""
 
     def merge(self, kept: int, types: tuple[tuple[Any, Any, Any], ...]) -> Callable[..., Any]:
         """``run(count, mean, m2, count, mean, m2, ...)`` gives those of all: `fastbn.formulas.united`."""

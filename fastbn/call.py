@@ -29,6 +29,8 @@ class Unlike:
 
 def describe(*arrays: Any) -> Any:
     """What a signature has of arrays, or of None. What is neither is like nothing else: preparing tells of it."""
+    if arrays and type(arrays[0]) is _cupy_ndarray:
+        return _of_cupys(arrays)
     return _compiled(*arrays) or tuple(map(_of, arrays))
 
 
@@ -53,15 +55,32 @@ _compiled: Callable[..., bytes | None] = _first
 
 
 def _of(a: Any) -> Any:
+    global _cupy_ndarray
     if a is None:
         return None
     if type(a) in (np.ndarray, np.memmap):
         return type(a), a.shape, a.strides, a.dtype, a.flags.aligned, a.flags.writeable
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(a, cupy.ndarray):
+        _cupy_ndarray = cupy.ndarray
         memory = a.data
         return type(a), a.shape, a.strides, a.dtype, memory.device_id, memory.ptr & 15
     return Unlike()
+
+
+_cupy_ndarray: Any = Unlike  # which no array is; CuPy's once there was one
+
+
+def _of_cupys(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same in a loop, in half the time."""
+    described: list[Any] = []
+    for a in arrays:
+        if type(a) is _cupy_ndarray:
+            memory = a.data
+            described.append((_cupy_ndarray, a.shape, a.strides, a.dtype, memory.device_id, memory.ptr & 15))
+        else:
+            described.append(None if a is None else _of(a))
+    return tuple(described)
 
 
 def axes_of(channel_axis: Any) -> Any:

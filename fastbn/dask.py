@@ -3,10 +3,12 @@
 Each block gives count, mean and sum of squared distances from the mean, in float64; these are merged pair by pair (Chan
 et al. 1979) along the tree. The mean goes through it in two parts, whose sum has twice the digits: so results are as
 accurate as those of an array in memory, whatever the chunks and the mean: of float64 data, 13 digits of the deviation
-at means of 1e12 deviations. For that a float64 block whose mean is more than 32 deviations from 0 is looked at twice.
+at means of 1e12 deviations. For that a block of float64 or of integers whose mean is more than 32 deviations from 0 is
+looked at twice.
 
 All is lazy until ``compute``; a mean and a variance that are computed together read the blocks once. Blocks are taken
-one thread each: dask has as many at work as there are cores.
+one thread each: dask has as many at work as there are cores. Blocks of integers go to the kernels as they are; integers
+beyond 2^53 are rounded to float64.
 
 Masked blocks mean what they mean to `numpy.ma`: what is masked does not count, and a result is masked where nothing is
 left. Results are masked arrays where the input is one.
@@ -31,7 +33,7 @@ try:
 except ImportError as error:
     raise ImportError("fastbn.dask needs dask, which is not installed: pip install 'fastbn[dask]'") from error
 
-__all__ = ["mean", "mean_var", "moments", "std", "var"]
+__all__ = ["mean", "mean_var", "moments", "nanmean", "nanstd", "nanvar", "std", "var"]
 
 Axes = int | tuple[int, ...] | None
 NAMES = "count", "hi", "lo", "m2"  # the mean is hi + lo
@@ -163,6 +165,96 @@ def mean_var(
     return _result(_mean, x, packed, dtype), _result(_var, x, packed, dtype, ddof=ddof)
 
 
+def nanmean(x: Any, axis: Axes = None, dtype: Any = None, *, keepdims: bool = False, split_every: Any = None) -> Any:
+    """The mean over axes of what is not NaN.
+
+    Parameters
+    ----------
+    x, axis, dtype, keepdims, split_every
+        As for `mean`; integers have no NaN.
+
+    Returns
+    -------
+    dask.array.Array
+        NaN where all is NaN, without NumPy's warning; of masked arrays, masked where all is masked or NaN.
+
+    Raises
+    ------
+    TypeError, numpy.exceptions.AxisError
+        As `mean`.
+
+    Examples
+    --------
+    >>> import numpy as np, dask.array as da, fastbn.dask
+    >>> x = da.from_array([[1.0, np.nan], [3.0, 8.0], [np.nan, np.nan]], chunks=1)
+    >>> fastbn.dask.nanmean(x, axis=0).compute()
+    array([2., 8.])
+    """
+    dtype = _dtype_of_result(x, dtype)
+    return _result(_mean, x, _packed(x, axis, keepdims, split_every, dtype, skipna=True), dtype)
+
+
+def nanvar(
+    x: Any,
+    axis: Axes = None,
+    dtype: Any = None,
+    *,
+    ddof: float = 0,
+    keepdims: bool = False,
+    correction: float | None = None,
+    split_every: Any = None,
+) -> Any:
+    """The variance over axes of what is not NaN: `var`, and as `numpy.nanvar`, NaN where `ddof` or fewer are left.
+
+    Parameters
+    ----------
+    x, axis, dtype, ddof, keepdims, correction, split_every
+        As for `var`.
+
+    Returns
+    -------
+    dask.array.Array
+        As for `nanmean`.
+
+    Raises
+    ------
+    ValueError, TypeError, numpy.exceptions.AxisError
+        As `var`.
+
+    Examples
+    --------
+    >>> import numpy as np, dask, dask.array as da, fastbn.dask
+    >>> x = da.from_array([1.0, np.nan, 5.0, np.nan], chunks=2)
+    >>> mean, var = dask.compute(fastbn.dask.nanmean(x), fastbn.dask.nanvar(x, ddof=1))  # blocks are read once
+    >>> float(mean), float(var)
+    (3.0, 8.0)
+    """
+    dtype, ddof = _dtype_of_result(x, dtype), _degrees(ddof, correction)
+    return _result(_nanvar, x, _packed(x, axis, keepdims, split_every, dtype, skipna=True), dtype, ddof=ddof)
+
+
+def nanstd(
+    x: Any,
+    axis: Axes = None,
+    dtype: Any = None,
+    *,
+    ddof: float = 0,
+    keepdims: bool = False,
+    correction: float | None = None,
+    split_every: Any = None,
+) -> Any:
+    """The standard deviation over axes of what is not NaN: the square root of `nanvar`, with its parameters.
+
+    Examples
+    --------
+    >>> import numpy as np, dask.array as da, fastbn.dask
+    >>> float(fastbn.dask.nanstd(da.from_array([1.0, np.nan, 5.0], chunks=1)).compute())
+    2.0
+    """
+    dtype, ddof = _dtype_of_result(x, dtype), _degrees(ddof, correction)
+    return _result(_nanstd, x, _packed(x, axis, keepdims, split_every, dtype, skipna=True), dtype, ddof=ddof)
+
+
 def moments(x: Any, *, channel_axis: int | tuple[int, ...] = 1, split_every: Any = None) -> Moments:
     """Count, mean and sum of squared distances of each channel, as `fastbn.moments` gives them, but lazy.
 
@@ -203,26 +295,29 @@ def moments(x: Any, *, channel_axis: int | tuple[int, ...] = 1, split_every: Any
 # --- the tree ---------------------------------------------------------------------------------------------------------
 
 
-def _packed(x: Any, axis: Axes, keepdims: bool, split_every: Any, dtype: Any) -> Any:
+def _packed(x: Any, axis: Axes, keepdims: bool, split_every: Any, dtype: Any, *, skipna: bool = False) -> Any:
     """A lazy array of counts, means in two parts and sums of squares, masked if x is."""
     axes = tuple(range(x.ndim)) if axis is None else np.lib.array_utils.normalize_axis_tuple(axis, x.ndim, "axis")
-    if dtype.itemsize == 8:
-        x = x.astype(np.float64)  # sums of float32 are good to 1e-7
+    if dtype.itemsize == 8 and validation.is_float(x.dtype):
+        x = x.astype(np.float64)  # sums of float32 are good to 1e-7, those of integers to float64's digits
     return da.reduction(
-        x, partial(_of_block, masked=_is_masked(x)), _merged, axis=axes, keepdims=keepdims, dtype=PACKED,
+        x, partial(_of_block, masked=_is_masked(x), skipna=skipna), _merged, axis=axes, keepdims=keepdims, dtype=PACKED,
         split_every=split_every, combine=_merged, name="fastbn-moments", concatenate=False,
         meta=np.empty((0,) * (x.ndim if keepdims else x.ndim - len(axes)), PACKED),
     )  # fmt: skip
 
 
-def _of_block(block: Any, axis: tuple[int, ...], keepdims: bool, masked: bool) -> Any:
+def _of_block(block: Any, axis: tuple[int, ...], keepdims: bool, masked: bool, skipna: bool) -> Any:
     """The leaves; reduced axes stay."""
     mask, values = np.ma.getmask(block), np.asarray(np.ma.getdata(block))
-    if not validation.is_float(values.dtype):
-        values = values.astype(np.float64)
+    where = None if mask is np.ma.nomask else ~mask
+    if skipna and validation.is_float(values.dtype):
+        numbers = ~np.isnan(values)
+        if not numbers.all():  # a mask costs several times what asking does
+            where = numbers if where is None else where & numbers
     kept = tuple(a for a in range(values.ndim) if a not in axis)
     with fastbn.threads.num_threads(1):
-        parts = _in_two_parts(values, kept, None if mask is np.ma.nomask else np.asarray(~mask))
+        parts = _in_two_parts(values, kept, None if where is None else np.asarray(where))
     shape = tuple(1 if a in axis else size for a, size in enumerate(values.shape))
     return _pack((np.reshape(part, shape) for part in parts), shape, masked or isinstance(block, np.ma.MaskedArray))
 
@@ -231,7 +326,8 @@ def _in_two_parts(values: Any, kept: tuple[int, ...], where: Any) -> tuple[Any, 
     """Count, mean as hi + lo, m2; lo from a second look, around hi, at those blocks for which it matters."""
     found = fastbn.moments(values, channel_axis=kept, where=where)
     lo = np.zeros_like(found.mean)
-    if values.itemsize == 8 and (np.abs(found.mean) > FAR * found.std()).any():
+    in_float64 = values.itemsize == 8 or not validation.is_float(values.dtype)
+    if in_float64 and (np.abs(found.mean) > FAR * found.std()).any():
         reduced = tuple(a for a in range(values.ndim) if a not in kept)
         with np.errstate(over="ignore", invalid="ignore"):
             around = values - np.expand_dims(found.mean, reduced)
@@ -303,6 +399,15 @@ def _var(packed: Any, ddof: float) -> Any:
 
 def _std(packed: Any, ddof: float) -> Any:
     return np.sqrt(_var(packed, ddof))
+
+
+def _nanvar(packed: Any, ddof: float) -> Any:
+    """NaN, as `numpy.nanvar`'s, also where the divisor would be 0."""
+    return np.where(_count(packed) > ddof, _var(packed, ddof), np.nan)
+
+
+def _nanstd(packed: Any, ddof: float) -> Any:
+    return np.sqrt(_nanvar(packed, ddof))
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -265,7 +266,7 @@ def _prepare_update(mean: Any, var: Any, moments: Any, skip_nonfinite: bool, out
         mean_type, make_mean, end_mean = _target(backend, mean, pair[0])
         var_type, make_var, end_var = _target(backend, var, pair[1])
         types, ways = zip(*(_vector(backend, a) for a in (mean, var, *moments)), strict=True)
-        run = backend.update_running(mean.size, (*types, mean_type, var_type), bool(skip_nonfinite))
+        run = backend.update_running(mean.size, (*types, mean_type, var_type), bool(skip_nonfinite), out is None)
         as_they_are = not any(ways)
 
     def call(mean: Any, var: Any, moments: Moments, rate: Any, correction: Any, out: Any) -> tuple[Any, Any]:
@@ -293,21 +294,22 @@ def _prepare_update(mean: Any, var: Any, moments: Any, skip_nonfinite: bool, out
 
 def _target(backend: Backend, like: Any, out: Any) -> tuple[Any, Any, Any]:
     """Of a result like an array: the dtype that kernels write, what makes them one, what makes the result of that."""
-    xp, dtype, shape, kept = backend.xp, like.dtype, like.shape, like.size
-    if dtype in (xp.dtype(xp.float32), xp.dtype(float)):
+    xp, dtype, shape = backend.xp, like.dtype, like.shape
+    written = dtype if backend.writes(dtype) else xp.dtype(float)
+    if written == dtype:
         if out is None:
-            return dtype, lambda: xp.empty(shape, dtype), None
-        if _vector(backend, out)[1] is None:
+            return dtype, partial(xp.ndarray, shape, dtype), None
+        if out.dtype == dtype and out.flags.c_contiguous and getattr(out.flags, "aligned", True):
             return dtype, None, None
 
     def end(vector: Any, out: Any) -> Any:
         with np.errstate(over="ignore"):  # what float16 cannot hold
             if out is None:
-                return vector.astype(dtype).reshape(shape)
-            out[...] = vector.reshape(shape)
+                return vector.astype(dtype)
+            out[...] = vector
             return out
 
-    return xp.dtype(float), lambda: xp.empty(kept), end
+    return written, partial(xp.ndarray, shape, written), end
 
 
 def population(moments_of_batches: Iterable[Moments]) -> tuple[Any, Any]:

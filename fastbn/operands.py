@@ -53,6 +53,23 @@ class Numbers(NamedTuple):
     dvar: Any = None
 
 
+class Mask(NamedTuple):
+    """A bool array beside another one: its strides in bytes for each axis of that, 0 where it does not vary."""
+
+    strides: Shape
+
+
+class Statistic(NamedTuple):
+    """What `fastbn.backend.Backend.statistic` computes; dtypes of the results, None for one that is not wanted."""
+
+    spread_is: str
+    """"var", "std" or "m2"."""
+    skip_nan: bool
+    count: Any
+    mean: Any
+    spread: Any
+
+
 def dense(shape: Shape, dtype: Any, device: int = 0) -> Operand:
     """A contiguous array of its own."""
     strides = tuple(dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

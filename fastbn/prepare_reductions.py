@@ -21,6 +21,7 @@ from fastbn.arrays import device_of, is_foreign, kind_of, one_kind
 from fastbn.backend import backend_of
 from fastbn.layout import Shape, layout_of
 from fastbn.merging import Moments
+from fastbn.operands import Mask, Statistic
 from fastbn.ways import Way, Ways
 
 Call = Callable[..., Any]
@@ -35,6 +36,7 @@ class Options(NamedTuple):
     dtype: Any
     keepdims: Any
     ddof: Any = 0
+    skip_nan: bool = False
 
 
 def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: Options) -> Call:
@@ -48,6 +50,154 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
         kind = one_kind({"x": x}, out=out)
         if weights is None and kind == "numpy" and _is_numpys(x, options.dtype):
             return _numpys(what, options)
+        if weights is None and given is None:
+            direct = _direct(what, x, where, out, options)
+            if direct is not None:
+                return direct
+        if options.skip_nan and x.dtype.kind not in "biu":
+            return _without_nans(what, x, given, out, options)
+        return _general(what, x, where, weights, given, out, options)
+
+
+def _direct(what: str, x: Any, where: Any, out: Any, options: Options) -> Call | None:
+    """By the backend's kernel for it, which writes results; None if there is none that takes these arrays."""
+    if not isinstance(options.ddof, (int, float)):
+        return None
+    backend = backend_of(kind_of("x", x))
+    kept, dtype = _kept(x, options.axis), np.dtype(_dtype(x, options.dtype))
+    shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if options.keepdims or axis in kept)
+    _check_out(shape, dtype, out)
+    single = frozenset(range(x.ndim)) - kept
+    into = out if out is not None and _lies_well(out, dtype) else np.empty(shape, dtype)
+    steps = iter(s // dtype.itemsize for s in into.strides)
+    strides = tuple(next(steps) if options.keepdims or axis in kept else 0 for axis in range(x.ndim))
+    strides = tuple(0 if axis in single else s for axis, s in enumerate(strides))
+    mask, to_mask = None, None
+    if where is not None:
+        seen = _operand("where", where, x)
+        if seen.dtype != bool:
+            return None
+        mask, to_mask = _mask_of(seen, x)
+    spread_is = what if what in ("var", "std") else "var"
+    wanted = Statistic(
+        spread_is, options.skip_nan, None, dtype if "mean" in what else None, dtype if what != "mean" else None
+    )
+    plain = validation.plainer(x)
+    run = backend.statistic(validation.plain(x), mask, kept, wanted, strides)
+    if run is None:
+        return None
+    ddof, scalar, like = float(options.ddof), shape == (), into if into is out else None
+    has_mean, has_spread, prepared = wanted.mean is not None, wanted.spread is not None, _Once()
+    count = x.size // max(1, math.prod(x.shape[axis] for axis in kept))
+    sure = mask is None and not options.skip_nan and x.dtype.itemsize < 8 and (count > ddof or not has_spread)
+    empty = np.empty
+
+    def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
+        seen = x if plain is None else plain(x)
+        if where is not None:
+            where = to_mask(_operand("where", where, x)) if to_mask is not None else _operand("where", where, x)
+        if out is not None and like is not None and backend.apart(out, seen, where):
+            mean = spread = out
+        else:
+            mean = empty(shape, dtype) if has_mean else None
+            spread = empty(shape, dtype) if has_spread else None
+        if sure:
+            run(seen, where, None, mean, spread, _UNREAD, ddof)
+        else:
+            status = np.zeros(3)
+            run(seen, where, None, mean if has_mean else None, spread if has_spread else None, status, ddof)
+            careful, no_degrees, is_empty = status.tolist()
+            if careful:
+                return prepared(_careful, what, x, where, out, options)(x, where, None, None, out)
+            if is_empty and has_mean:
+                _warn(_EMPTY[options.skip_nan])
+            if no_degrees and has_spread:
+                _warn(_NO_DEGREES)
+        if out is not None:
+            result = mean if has_mean else spread
+            if result is not out:
+                with np.errstate(over="ignore"):
+                    out[...] = result
+            return out
+        if scalar:
+            mean, spread = mean[()] if has_mean else None, spread[()] if has_spread else None
+        if has_mean:
+            return (mean, spread) if has_spread else mean
+        return spread
+
+    return backend.on_its_device(call, x)
+
+
+_UNREAD = np.zeros(3)  # the status of calls that cannot change it
+_EMPTY = {False: "Mean of empty slice.", True: "Mean of empty slice"}  # as NumPy says it
+_NO_DEGREES = "Degrees of freedom <= 0 for slice."
+
+
+class _Once:
+    """What is prepared when it is wanted first."""
+
+    def __init__(self) -> None:
+        self._made: Call | None = None
+
+    def __call__(self, prepare: Callable[..., Call], *arguments: Any) -> Call:
+        if self._made is None:
+            self._made = prepare(*arguments)
+        return self._made
+
+
+def _careful(what: str, x: Any, where: Any, out: Any, options: Options) -> Call:
+    if options.skip_nan:
+        return _without_nans(what, x, None, out, options)
+    return _general(what, x, where, None, None, out, options)
+
+
+def _lies_well(out: Any, dtype: Any) -> bool:
+    """Whether kernels can write it."""
+    return (
+        isinstance(out, np.ndarray)
+        and out.dtype == dtype
+        and out.dtype.isnative
+        and out.flags.aligned
+        and all(s % dtype.itemsize == 0 for s in out.strides)
+        and not any(s == 0 and n > 1 for s, n in zip(out.strides, out.shape, strict=True))
+    )
+
+
+def _mask_of(where: Any, x: Any) -> tuple[Mask, Way]:
+    """A mask beside x, and what makes it one that kernels read: side by side, or the same, where x's numbers are."""
+    strides = tuple(0 if n == 1 else s for n, s in zip(where.shape, where.strides, strict=True))
+    lying = [axis for axis in range(x.ndim) if x.shape[axis] > 1 and x.strides[axis] != 0]
+    innermost = min(lying, key=lambda axis: abs(x.strides[axis]), default=None)
+    if innermost is None or strides[innermost] * (1 if x.strides[innermost] > 0 else -1) in (0, 1):
+        return Mask(strides), None
+    order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
+    signs = tuple(slice(None, None, -1 if s < 0 else None) for s in x.strides)
+    back = tuple(int(axis) for axis in np.argsort(order))
+
+    def beside(where: Any) -> Any:
+        return np.ascontiguousarray(where[signs].transpose(order)).transpose(back)[signs]
+
+    copied = beside(where)
+    return Mask(tuple(0 if n == 1 else s for n, s in zip(copied.shape, copied.strides, strict=True))), beside
+
+
+def _without_nans(what: str, x: Any, given: Any, out: Any, options: Options) -> Call:
+    """With a mask, where no kernel looks for NaNs itself."""
+    xp, prepared = backend_of(kind_of("x", x)).xp, _Once()
+
+    def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
+        numbers = ~xp.isnan(x)
+        if where is not None:
+            numbers &= _operand("where", where, x)
+        return prepared(_general, what, x, numbers, None, given, out, options)(x, numbers, None, given, out)
+
+    return call
+
+
+def _general(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: Options) -> Call:
+    """From the moments of a kernel for floats, in layouts that it can walk: others are copied."""
+    with device_of(x):
+        kind = kind_of("x", x)
         kept, dtype = _kept(x, options.axis), options.dtype
         single = tuple(axis for axis in range(x.ndim) if axis not in kept)
         shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if options.keepdims or axis in kept)
@@ -65,7 +215,7 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
     divisor = 0.0
     if plain and isinstance(options.ddof, (int, float)):
         divisor = x.size / max(1, math.prod(x.shape[axis] for axis in kept)) - options.ddof
-    f = _Finish(dtype, shape, to_kept, options.ddof, divisor, wide or x.dtype == np.float64)
+    f = _Finish(dtype, shape, to_kept, options.ddof, divisor, wide or x.dtype == np.float64, options.skip_nan)
     careful, fast = _CAREFUL[what], _FAST[what]
     usual = divisor > 0 and dtype in (x.dtype, np.float64)
 
@@ -131,6 +281,11 @@ def _table(x: Any, kept: frozenset[int], wide: bool, where: Any, weights: Any) -
 # --- what is NumPy's --------------------------------------------------------------------------------------------------
 
 
+_NUMPYS: dict[tuple[bool, bool], Any] = {
+    (False, False): np.var, (True, False): np.std, (False, True): np.nanvar, (True, True): np.nanstd
+}  # fmt: skip
+
+
 def _is_numpys(x: Any, dtype: Any) -> bool:
     """Whether NumPy computes this: extended precision, an integer result, or nothing to reduce."""
     wanted = x.dtype if dtype is None else np.dtype(dtype)
@@ -141,11 +296,12 @@ def _is_numpys(x: Any, dtype: Any) -> bool:
 def _numpys(what: str, o: Options) -> Call:
     def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
         where = True if where is None else where
-        means = np.mean(x, o.axis, o.dtype, out, o.keepdims, where=where) if "mean" in what else None
+        average = np.nanmean if o.skip_nan else np.mean
+        means = average(x, o.axis, o.dtype, out, o.keepdims, where=where) if "mean" in what else None
         if what == "mean":
             return means
         more = {} if given is None else {"mean": given}
-        spread = np.std if what == "std" else np.var
+        spread = _NUMPYS[what == "std", o.skip_nan]
         spreads = spread(x, o.axis, o.dtype, out, o.ddof, o.keepdims, where=where, **more)
         return spreads if means is None else (means, spreads)
 
@@ -213,8 +369,11 @@ def _beside(name: str, value: Any, x: Any, single: tuple[int, ...]) -> Any:
 class _Finish:
     """What is known of a result before the numbers."""
 
-    def __init__(self, dtype: Any, shape: Shape, to_kept: Way, ddof: Any, divisor: float, in_float64: bool) -> None:
+    def __init__(
+        self, dtype: Any, shape: Shape, to_kept: Way, ddof: Any, divisor: float, in_float64: bool, skip_nan: bool
+    ) -> None:
         self.dtype, self.shape, self.to_kept, self.ddof, self.divisor = dtype, shape, to_kept, ddof, divisor
+        self.skip_nan = skip_nan
         self.sums_are_float64 = in_float64
         largest = {2: 65504.0, 4: 3e38}.get(dtype.itemsize, MOST) if dtype.name != "bfloat16" else 3e38
         self.most = min(MOST, largest * divisor)
@@ -266,13 +425,13 @@ def _fast_mean_var(f: _Finish, vectors: Any) -> Any:
 
 
 def _mean(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any) -> Any:
-    _warn_if(lambda: count == 0, count, "Mean of empty slice.")
+    _warn_if(lambda: count == 0, count, _EMPTY[f.skip_nan])
     return f.cast(mean, out)
 
 
 def _var(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any, root: bool = False) -> Any:
     """By rstd where the squares of float64 left the range."""
-    _warn_if(lambda: count - f.ddof <= 0, count, "Degrees of freedom <= 0 for slice.")
+    _warn_if(lambda: count - f.ddof <= 0, count, _NO_DEGREES)
     with np.errstate(all="ignore"):
         value = m2 / np.maximum(count - f.ddof, 0)
         if root:
@@ -281,6 +440,8 @@ def _var(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any, root: 
             std = np.sqrt(count / np.maximum(count - f.ddof, 0)) / rstd
             lost = ((m2 < LEAST) | (m2 == np.inf)) & (rstd > 0) & (rstd < np.inf)
             value = np.where(lost, std if root else std * std, value)
+        if f.skip_nan:
+            value = np.where(count - f.ddof <= 0, np.nan, value)
     return f.cast(value, out)
 
 
@@ -299,7 +460,11 @@ _CAREFUL: dict[str, Call] = {"mean": _mean, "var": _var, "std": _std, "mean_var"
 def _warn_if(condition: Callable[[], Any], count: Any, message: str) -> None:
     """NumPy's warnings, which CuPy does not have: to ask a device would be to wait for it."""
     if isinstance(count, (np.ndarray, np.generic)) and condition().any():
-        warnings.warn(message, RuntimeWarning, stacklevel=_level_of_the_caller())
+        _warn(message)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=_level_of_the_caller())
 
 
 def _level_of_the_caller() -> int:

@@ -1,7 +1,8 @@
-"""Statistics: `mean`, `var`, `std` as drop-ins for NumPy's, `mean_var` and `moments` in one pass.
+"""Statistics: `mean`, `var`, `std`, their nan forms and `average` as drop-ins for NumPy's, `mean_var`, `moments`.
 
-Accumulation is by corrected two-pass sums in chunks, merged by Chan's update in float64 (``cpu/kernels/rows.py``):
-float32 data with a mean 50 000 times their deviation keep a mean good to 1e-7 and a variance good to 1e-6.
+Everything is summed in float64, around values near the mean where squares are, and read where it lies, in whatever
+dtype (``cpu/kernels/statistics.py``): float32 data with a mean 50 000 times their deviation keep a mean good to 1e-7
+and a variance good to 1e-6.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import sys
 from typing import Any
 
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
 
-from fastbn import prepare_reductions
-from fastbn.arrays import is_foreign, kind_of
+from fastbn import prepare_reductions, validation
+from fastbn.arrays import is_foreign, kind_of, one_kind
 from fastbn.call import Unlike, axes_of, describe, find, keep, number_of
-from fastbn.merging import Moments
+from fastbn.merging import Moments, namespace
 from fastbn.prepare_reductions import Options, statistic
 
-__all__ = ["mean", "mean_var", "moments", "std", "var"]
+__all__ = ["average", "mean", "mean_var", "moments", "nanmean", "nanstd", "nanvar", "std", "var"]
 
 
 def mean(
@@ -72,16 +74,7 @@ def mean(
     >>> fastbn.mean([[1, 2], [3, 5]], axis=0)
     array([2. , 3.5])
     """
-    if type(x) is not np.ndarray:
-        x = _array(x)
-    where, keepdims = _mask(where), _given(keepdims, False)
-    axes, number = _normal(axis)
-    signature = "mean", describe(x, where, out), axes, dtype, keepdims, type(keepdims)
-    run = find(signature)
-    if run is None:
-        options = _options(axes, number, axis, dtype, keepdims)
-        run = keep(signature, statistic("mean", x, where, None, None, out, options))
-    return run(x, where, None, None, out)
+    return _mean("mean", x, axis, dtype, out, keepdims, where)
 
 
 def var(
@@ -259,11 +252,189 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
     return found
 
 
+# --- without NaNs -----------------------------------------------------------------------------------------------------
+
+
+def nanmean(
+    x: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, *, where: Any = True
+) -> Any:
+    """Mean of what is not NaN: `numpy.nanmean`, accurate, parallel and in one pass, without a mask array.
+
+    Parameters, results and errors are those of `mean`. A slice of nothing but NaNs gives NaN and NumPy's
+    RuntimeWarning.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> fastbn.nanmean([[1.0, np.nan], [3.0, 5.0]], axis=0)
+    array([2., 5.])
+    """
+    return _mean("nanmean", x, axis, dtype, out, keepdims, where)
+
+
+def nanvar(
+    x: Any,
+    axis: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    ddof: float = 0,
+    keepdims: bool = False,
+    *,
+    where: Any = True,
+    mean: Any = None,
+    correction: float | None = None,
+) -> Any:
+    """Variance of what is not NaN: `numpy.nanvar`, accurate, parallel and in one pass, without a mask array.
+
+    Parameters, results and errors are those of `var`, but that a slice of no more numbers than `ddof` gives NaN, as in
+    NumPy.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> fastbn.nanvar([1.0, np.nan, 3.0, 5.0], ddof=1)
+    np.float64(4.0)
+    """
+    return _spread("nanvar", x, axis, dtype, out, _degrees(ddof, correction), keepdims, where, mean)
+
+
+def nanstd(
+    x: Any,
+    axis: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    ddof: float = 0,
+    keepdims: bool = False,
+    *,
+    where: Any = True,
+    mean: Any = None,
+    correction: float | None = None,
+) -> Any:
+    """Standard deviation of what is not NaN, ``sqrt(nanvar(...))``: `numpy.nanstd`, accurate, parallel and in one pass.
+
+    Parameters, results and errors are those of `nanvar`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> fastbn.nanstd([1.0, np.nan, 5.0])
+    np.float64(2.0)
+    """
+    return _spread("nanstd", x, axis, dtype, out, _degrees(ddof, correction), keepdims, where, mean)
+
+
+# --- with weights -----------------------------------------------------------------------------------------------------
+
+
+def average(x: Any, axis: Any = None, weights: Any = None, returned: bool = False, *, keepdims: bool = False) -> Any:
+    """Weighted average over axes: `numpy.average`, with sums in float64.
+
+    Parameters
+    ----------
+    x, axis, keepdims
+        As for `mean`.
+    weights : array_like, optional
+        Real numbers of x's shape, or of the shape of the axes reduced, in their order. By default all weigh the same.
+    returned : bool
+        Return the sums of the weights, too.
+
+    Returns
+    -------
+    average : array or scalar
+        ``sum(weights * x) / sum(weights)``, in the dtype to which x and the weights promote, for integers float64.
+    sum_of_weights : array or scalar
+        Of the same shape, if `returned`.
+
+    Raises
+    ------
+    ZeroDivisionError
+        Weights whose sum is zero.
+    TypeError
+        Complex and other weights that are no real numbers; weights of another shape than x's without an axis;
+        otherwise as `mean`.
+    ValueError
+        Weights that have not the shape of the axes.
+
+    See Also
+    --------
+    mean_var : mean and variance with weights that broadcast to x.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.average([[1.0, 2.0], [3.0, 6.0]], axis=1, weights=[1, 3])
+    array([1.75, 5.25])
+    """
+    keepdims = _given(keepdims, False)
+    if type(x) is not np.ndarray:
+        x = _array(x)
+    if weights is None:
+        result = mean(x, axis, keepdims=keepdims)
+        scale = np.asarray(result) if isinstance(result, np.generic) else result
+        number = x.size // max(1, scale.size)
+        return (result, _like(scale, number)) if returned else result
+    xp = namespace(x)
+    weights = _weights_beside(weights, x, axis)
+    dtype = np.result_type(x.dtype, weights.dtype, *([np.float64] if x.dtype.kind in "iub" else []))
+    axes = tuple(range(x.ndim)) if axis is None else normalize_axis_tuple(axis, x.ndim)
+    with np.errstate(over="ignore"):
+        scale = xp.broadcast_to(weights, x.shape).sum(
+            axis=axes, dtype=np.result_type(dtype, np.float64), keepdims=keepdims
+        )
+    if (scale == 0.0).any():
+        raise ZeroDivisionError("weights: expected weights whose sum is not zero along the axis")
+    if dtype.char != "g" and bool((xp.isfinite(weights) & (weights >= 0)).all()):
+        run = statistic("mean", x, None, weights, None, None, Options(axis, dtype, keepdims))
+        result = run(x, None, weights, None, None)
+    else:  # sums that may cancel, and what is not finite, as NumPy has them
+        result = (xp.multiply(x, weights, dtype=wide).sum(axis=axes, keepdims=keepdims) / scale).astype(dtype)
+    return (result, scale.astype(dtype)) if returned else result
+
+
+def _like(a: Any, number: int) -> Any:
+    """A number in an array's shape and dtype."""
+    full = namespace(a).full_like(a, number)
+    return full[()] if isinstance(full, np.ndarray) else full
+
+
+def _weights_beside(weights: Any, x: Any, axis: Any) -> Any:
+    """Weights with x's dimensions: of x's shape, or of that of the axes."""
+    if not (type(weights) is np.ndarray or is_foreign(weights)):
+        weights = np.asarray(weights)
+        weights = weights if isinstance(x, np.ndarray) else namespace(x).asarray(weights)
+    one_kind({"x": x, "weights": weights})
+    if weights.dtype.kind not in "biuf" and not validation.is_float(weights.dtype):
+        raise TypeError(f"weights: expected real numbers, got dtype {weights.dtype}")
+    if weights.shape == x.shape:
+        return weights
+    if axis is None:
+        raise TypeError(f"weights: expected x's shape {x.shape} where there is no axis, got {weights.shape}")
+    axes = normalize_axis_tuple(axis, x.ndim)
+    expected = tuple(x.shape[a] for a in axes)
+    if weights.shape != expected:
+        raise ValueError(f"weights: expected x's shape {x.shape} or that of its axes, {expected}, got {weights.shape}")
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    return weights.transpose(order).reshape(tuple(n if a in axes else 1 for a, n in enumerate(x.shape)))
+
+
 # --- what the NumPy drop-ins share ------------------------------------------------------------------------------------
 
 
+def _mean(name: str, x: Any, axis: Any, dtype: Any, out: Any, keepdims: Any, where: Any) -> Any:
+    if type(x) is not np.ndarray:
+        x = _array(x)
+    where, keepdims = _mask(where), _given(keepdims, False)
+    axes, number = _normal(axis)
+    signature = name, describe(x, where, out), axes, dtype, keepdims, type(keepdims)
+    run = find(signature)
+    if run is None:
+        options = _options(axes, number, axis, dtype, keepdims, 0, name == "nanmean")
+        run = keep(signature, statistic("mean", x, where, None, None, out, options))
+    return run(x, where, None, None, out)
+
+
 def _spread(
-    what: str, x: Any, axis: Any, dtype: Any, out: Any, ddof: Any, keepdims: Any, where: Any, given: Any
+    name: str, x: Any, axis: Any, dtype: Any, out: Any, ddof: Any, keepdims: Any, where: Any, given: Any
 ) -> Any:
     """The variance, or its root."""
     if type(x) is not np.ndarray:
@@ -272,13 +443,13 @@ def _spread(
     number = isinstance(given, (int, float))
     axes, divided_by = _normal(axis, ddof)
     signature = (
-        what, describe(x, where, None if number else given, out), type(given) if number else None, axes, dtype,
+        name, describe(x, where, None if number else given, out), type(given) if number else None, axes, dtype,
         divided_by, keepdims, type(keepdims),
     )  # fmt: skip
     run = find(signature)
     if run is None:
-        options = _options(axes, divided_by, axis, dtype, keepdims, ddof)
-        run = keep(signature, statistic(what, x, where, None, given, out, options))
+        options = _options(axes, divided_by, axis, dtype, keepdims, ddof, name.startswith("nan"))
+        run = keep(signature, statistic(name.removeprefix("nan"), x, where, None, given, out, options))
     return run(x, where, None, given, out)
 
 
@@ -300,11 +471,12 @@ def _normal(axis: Any, ddof: Any = 0) -> tuple[Any, Any]:
     )
 
 
-def _options(axis: Any, ddof: Any, given_axis: Any, dtype: Any, keepdims: Any, given_ddof: Any = 0) -> Options:
+def _options(
+    axis: Any, ddof: Any, given_axis: Any, dtype: Any, keepdims: Any, given_ddof: Any = 0, skip_nan: bool = False
+) -> Options:
     """What was normalized if it could be, else what was given: then the call is not kept."""
-    return Options(
-        given_axis if type(axis) is Unlike else axis, dtype, keepdims, given_ddof if type(ddof) is Unlike else ddof
-    )
+    axis, ddof = given_axis if type(axis) is Unlike else axis, given_ddof if type(ddof) is Unlike else ddof
+    return Options(axis, dtype, keepdims, ddof, skip_nan)
 
 
 def _mask(where: Any) -> Any:

@@ -13,6 +13,9 @@ from fastbn import call
 from fastbn.cpu import plans
 from tests.support import DTYPES
 
+# What test modules share has asserts, too.
+pytest.register_assert_rewrite("tests.adapters", "tests.cases", "tests.cpu", "tests.cuda")
+
 os.environ.setdefault("FASTBN_COMPILE_HELPER", "0")  # tests have a worker on each core
 
 try:
@@ -106,3 +109,19 @@ def forget():
     call.forget()
     for plan in (plans.moments, plans.normalize, plans.forward, plans.grad_sums, plans.grad_input, plans.backward):
         plan.cache_clear()
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """Signatures whose calls were prepared before."""
+    signatures, find = [], call.find
+
+    def noted(signature):
+        prepared = find(signature)
+        signatures.extend([signature] * (prepared is not None))
+        return prepared
+
+    monkeypatch.setattr(call, "_prepared", {})
+    for module in ("functional", "primitives"):
+        monkeypatch.setattr(f"fastbn.{module}.find", noted)
+    return signatures

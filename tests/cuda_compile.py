@@ -143,7 +143,18 @@ class Variant(NamedTuple):
     macros: tuple[tuple[str, int], ...]
 
     def __getitem__(self, name: Any) -> Any:
-        return dict(self.macros)[name] if isinstance(name, str) else tuple.__getitem__(self, name)
+        """A macro's value; what a kernel of plain numbers has not is 0, its numbers have any dtype."""
+        return dict(self.macros).get(name, 0) if isinstance(name, str) else tuple.__getitem__(self, name)
+
+    @property
+    def of_numbers(self) -> bool:
+        """Whether it works on numbers of channels alone, whose types it is told when it runs."""
+        return "DTYPE" not in dict(self.macros)
+
+    @property
+    def divisions(self) -> int:
+        """Of floats, by a subroutine: in the one place where bits are to be NumPy's, for a number of each channel."""
+        return int(self.kernel == "update_running")
 
     @property
     def vector_bits(self) -> int:
@@ -152,7 +163,7 @@ class Variant(NamedTuple):
     @property
     def transfers(self) -> tuple[int, int]:
         """Loads and stores of vectors that a chunk takes."""
-        if self.kernel.startswith("finish"):
+        if self.kernel.startswith("finish") or self.of_numbers:
             return 0, 0
         relu, residual = self["RELU"], self["RESIDUAL"]
         if self.kernel in ("statistics", "forward", "normalize"):
@@ -162,6 +173,8 @@ class Variant(NamedTuple):
         return loads * self["HELD"], stores * self["HELD"]
 
     def __str__(self) -> str:
+        if self.of_numbers:
+            return f"{self.kernel}, THREADS {self['THREADS']}"
         layout = "channels-last" if self["ALONG_CHANNELS"] else "channels-first"
         options = ", ".join(f"{name} {self[name]}" for name in ("WEIGHT", "RELU", "RESIDUAL", "WIDE") if self[name])
         cluster = f", CLUSTER {self['CLUSTER']}" if self["CLUSTER"] > 1 else ""
@@ -190,10 +203,11 @@ def planned(architecture: int) -> tuple[Variant, ...]:
             for choose, strategy in itertools.product((plans.forward, plans.backward), (None, *plans.STRATEGIES)):
                 plans.FORCED["strategy"] = strategy
                 choose.__wrapped__(problem)
+        plans.update_running.__wrapped__(problem.device, 12, (3,) * 5, skip_nonfinite=False)
     variants = set()
     for kernel, macros in found:
         known = dict(macros)
-        options = {"WEIGHT": (1, 2) if known["WEIGHT"] else (0,), "RELU": (0, 1), "RESIDUAL": (0, 1)}
+        options = {"WEIGHT": (1, 2) if known.get("WEIGHT") else (0,), "RELU": (0, 1), "RESIDUAL": (0, 1)}
         here = [name for name in options if name in launch.OPTIONAL[kernel]]
         for values in itertools.product(*(options[name] for name in here)):
             changed = dict(zip(here, values, strict=True))
@@ -241,7 +255,9 @@ def covering(variants: Iterable[Variant], factors: Callable[[Variant], tuple[Any
 @lru_cache(maxsize=16)
 def pairwise(architecture: int) -> tuple[Variant, ...]:
     """Every pair of a kernel, dtype, layout, size or option that the planner can ask for together."""
-    return covering(planned(architecture), lambda variant: (variant.kernel, *(value for _, value in variant.macros)))
+    variants = planned(architecture)
+    names = dict.fromkeys(name for variant in variants for name, _ in variant.macros)
+    return covering(variants, lambda variant: (variant.kernel, *(variant[name] for name in names)))
 
 
 @lru_cache(maxsize=16)
@@ -379,8 +395,10 @@ def complaints(variant: Variant, code: Compiled) -> list[str]:
         found.append(f"{code.registers} registers: no block of {variant['THREADS']} threads fits")
     if not code.bounds:
         found.append("not made for blocks or clusters of this size")
-    if code.float_divisions:
+    if code.float_divisions > variant.divisions:
         found.append(f"{code.float_divisions} calls of floating-point subroutines")
+    if variant.of_numbers:
+        return found
     bits = variant.vector_bits
     for what, widths, wanted in zip(("load", "store"), (code.loads, code.stores), variant.transfers, strict=True):
         if widths.get(bits, 0) < wanted:
@@ -392,13 +410,13 @@ def complaints(variant: Variant, code: Compiled) -> list[str]:
     return found
 
 
-def sizeof_params_is(nbytes: int) -> bool:
-    """Whether the kernels' argument has this size in C++."""
+def sizeof_params_is(kernel: str, nbytes: int) -> bool:
+    """Whether a kernel's argument has this size in C++."""
     from cupy.cuda import compiler
 
     from fastbn.cuda import launch
 
-    text = f'{launch.source("finish_sums")}\nstatic_assert(sizeof(Params) == {nbytes}, "another size");'
+    text = f'{launch.source(kernel)}\nstatic_assert(sizeof(Params) == {nbytes}, "another size");'
     sizes = {"VECTOR": 1, "LANES": 1, "THREADS": 32, "HELD": 1, "CLUSTER": 1, "BLOCKS": 1}
     others = ("DTYPE", "ALONG_CHANNELS", "WIDE", "WEIGHT", "RELU", "RESIDUAL")
     options = (f"-D{name}={sizes.get(name, 0)}" for name in (*sizes, *others))
@@ -423,11 +441,12 @@ HEADER = (
 def line(variant: Variant, code: Compiled, architecture: int) -> str:
     """A row of the table; loads and stores are bits x times, blocks those that registers allow."""
     layout = "channels-last" if variant["ALONG_CHANNELS"] else "channels-first"
+    dtype, layout = ("any", "numbers") if variant.of_numbers else (DTYPES[variant["DTYPE"]], layout)
     weight = ("", "bool weight", "weight")[variant["WEIGHT"]]
     names = (weight, *(name.lower()[:3] for name in ("RELU", "RESIDUAL", "WIDE") if variant[name]))
     loads, stores = (" ".join(f"{b}x{n}" for b, n in sorted(w.items())[::-1]) for w in (code.loads, code.stores))
     return (
-        f"{architecture:>3} {variant.kernel:14} {DTYPES[variant['DTYPE']]:8} {layout:14} {variant['VECTOR']:>6} "
+        f"{architecture:>3} {variant.kernel:14} {dtype:8} {layout:14} {variant['VECTOR']:>6} "
         f"{variant['LANES']:>5} {variant['THREADS']:>7} {variant['HELD']:>4} {variant['CLUSTER']:>7} "
         f"{' '.join(filter(None, names)):20} {code.registers:>4} {code.blocks(variant['THREADS'], architecture):>6} "
         f"{code.spill_stores:>6} {loads:26} {stores:20} {code.integer_divisions:>3} {code.size >> 10:>4}"

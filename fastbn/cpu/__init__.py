@@ -29,6 +29,7 @@ from fastbn.cpu.memory import (
     viewed,
 )
 from fastbn.cpu.program import Program, kind_of
+from fastbn.cpu.statistics import statistic
 from fastbn.formulas import reciprocal_std
 from fastbn.operands import Affine, Numbers, Operand, dense
 
@@ -49,7 +50,9 @@ __all__ = [
     "place",
     "reads",
     "same_or_apart",
+    "statistic",
     "update_running",
+    "writes",
     "xp",
 ]
 
@@ -254,7 +257,11 @@ def backward(
     return run
 
 
-def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool) -> Callable[..., object]:
+def writes(dtype: Any) -> bool:
+    return dtype in (np.dtype(np.float32), np.dtype(float))
+
+
+def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool, fresh: bool) -> Callable[..., object]:
     return vector_plans.update_running(kept, tuple(map(kind_of, types)), skip_nonfinite).prepared()
 
 

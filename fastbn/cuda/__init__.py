@@ -8,7 +8,8 @@ live, unless callers copied something first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from fastbn import formulas
 from fastbn.cuda import launch, plans
 from fastbn.cuda.memory import (
     Array,
-    Results,
     alike,
     allocator,
     apart,
@@ -26,9 +26,11 @@ from fastbn.cuda.memory import (
     place,
     problem_of,
     reads,
+    results_of,
     same_or_apart,
+    type_of,
 )
-from fastbn.operands import Affine, Numbers, Operand
+from fastbn.operands import Affine, Mask, Numbers, Operand, Statistic
 
 __all__ = [
     "alike",
@@ -47,7 +49,9 @@ __all__ = [
     "place",
     "reads",
     "same_or_apart",
+    "statistic",
     "update_running",
+    "writes",
     "xp",
 ]
 
@@ -55,10 +59,10 @@ xp = launch.cupy
 
 
 def on_its_device(call: Callable[..., Any], x: Array) -> Callable[..., Any]:
-    device = x.data.device_id
+    device, runtime = x.data.device_id, launch.runtime
 
     def run(*arguments: Any) -> Any:
-        if launch.current_device() == device:
+        if runtime.getDevice() == device:
             return call(*arguments)
         with xp.cuda.Device(device):
             return call(*arguments)
@@ -66,26 +70,41 @@ def on_its_device(call: Callable[..., Any], x: Array) -> Callable[..., Any]:
     return run
 
 
+def statistic(
+    x: Array, mask: Mask | None, kept: frozenset[int], what: Statistic, result_strides: tuple[int, ...]
+) -> None:
+    """There is none: `fastbn.prepare_reductions` takes `moments`, and copies what that cannot read."""
+
+
 def _launcher(choose: Any, problem: plans.Problem, rows: int, names: str) -> Callable[..., list[Array]]:
-    """Of arrays by these names, launches the problem's plan; gives rows of results, a number for every kept index."""
+    """Of arrays by these names, launches the problem's plan; gives rows of results, a number for every kept index.
+
+    All but addresses is packed beforehand: what is left is a few microseconds of a call.
+    """
     if problem.kept == 0:
         return lambda *arrays: [xp.empty(0, np.float64) for _ in range(rows)]
     plan: plans.Plan = choose(problem)
-    results = Results(rows, problem.kept, plan)
-    run = plan.run if plan.counters or len(plan.launches) > 1 else plan.launches[0]
-    places = [launch.POINTERS.index(name) for name in names.split()]
-    nowhere = [0] * (len(launch.POINTERS) - 3)
+    order = {name: i for i, name in enumerate(names.split()) if name in problem.pointers}
+    present = [name for name in launch.TILES.pointers if name in order]
+    places = [order[name] for name in present]
+    pick = itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+    if rows == 0:
+        run_elementwise = plan.bound(present)
 
-    def launched(*arrays: Array | None) -> list[Array]:
-        at = nowhere.copy()
-        for i, a in zip(places, arrays):  # noqa: B905 (strict takes a tenth of the time)
-            if a is not None:
-                at[i] = a.data.ptr
-        found, *scratch = results()
-        run(*at, *scratch)
-        return found
+        def launched(*arrays: Array | None) -> list[Array]:
+            run_elementwise(*[a.data.ptr for a in pick(arrays)])
+            return []
 
-    return launched
+        return launched
+    pointers, make_results = results_of(plan, rows, problem.kept)
+    run = plan.bound([*present, *pointers])
+
+    def launched_with_results(*arrays: Array | None) -> list[Array]:
+        results, addresses = make_results()
+        run(*[a.data.ptr for a in pick(arrays)], *addresses)
+        return results
+
+    return launched_with_results
 
 
 def moments(x: Operand, weight: Operand | None) -> Callable[..., tuple[Array, ...]]:
@@ -168,15 +187,41 @@ def backward(
     return _launcher(plans.backward, problem, 2, "dy x y weight mean spread gamma count dmean dvar dx dresidual")
 
 
-def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool) -> Callable[..., None]:
-    def run(
-        mean: Array, var: Array, count: Array, batch_mean: Array, m2: Array, new_mean: Array, new_var: Array,
-        rate: float, correction: float,
-    ) -> None:  # fmt: skip
-        given = mean, var, count, batch_mean, m2, rate, correction
-        new_mean[...], new_var[...] = formulas.running(xp, *given, skip_nonfinite)
+def writes(dtype: Any) -> bool:
+    return True
+
+
+def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool, fresh: bool) -> Callable[..., None]:
+    if kept == 0:
+        return lambda *given: None
+    numbers = tuple(map(type_of, types[:5]))
+    step = plans.update_running(launch.device(launch.current_device()), kept, numbers, skip_nonfinite)
+    launched = step.bound(launch.RUNNING.pointers)
+    sizes = [kept * dtype.itemsize for dtype in types]
+
+    def run(*given: Any) -> None:
+        vectors, scalars = given[:7], given[7:]
+        addresses = [a.data.ptr for a in vectors]
+        if fresh or not askew(addresses, sizes):
+            launched(*addresses, *scalars)
+            return
+        new = vectors[5:]
+        apart = [xp.empty_like(a) for a in new]
+        launched(*addresses[:5], *(a.data.ptr for a in apart), *scalars)
+        for to, found in zip(new, apart, strict=True):
+            to[...] = found
 
     return run
+
+
+def askew(addresses: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether one of the last two vectors overlaps another one, but number for number."""
+    for i in (-2, -1):
+        first, size = addresses[i], sizes[i]
+        for other, width in zip(addresses, sizes):  # noqa: B905 (strict takes a tenth of the time)
+            if other < first + size and first < other + width and (other != first or width != size):
+                return True
+    return False
 
 
 def merge(kept: int, types: tuple[tuple[Any, Any, Any], ...]) -> Callable[..., tuple[Array, Array, Array]]:

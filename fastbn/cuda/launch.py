@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -12,18 +13,20 @@ import numpy as np
 from fastbn.cuda import requirements
 
 cupy = requirements.cupy()
+runtime = cupy.cuda.runtime
 
 SOURCES = {
-    "statistics": ("moments",),
-    "finish_moments": ("moments",),
-    "forward": ("moments", "centre", "affine"),
-    "normalize": ("moments", "centre", "affine"),
-    "grad_sums": ("centre", "gradients"),
-    "finish_sums": ("centre", "gradients"),
-    "backward": ("centre", "gradients"),
-    "grad_input": ("centre", "gradients"),
+    "statistics": ("numbers", "tile", "moments"),
+    "finish_moments": ("numbers", "tile", "moments"),
+    "forward": ("numbers", "tile", "moments", "centre", "affine"),
+    "normalize": ("numbers", "tile", "moments", "centre", "affine"),
+    "grad_sums": ("numbers", "tile", "centre", "gradients"),
+    "finish_sums": ("numbers", "tile", "centre", "gradients"),
+    "backward": ("numbers", "tile", "centre", "gradients"),
+    "grad_input": ("numbers", "tile", "centre", "gradients"),
+    "update_running": ("numbers",),
 }
-"""The kernels, each in a file of its name, and the files that they build on, beside tile.cu."""
+"""The kernels, each in a file of its name, and the files that they build on."""
 
 OPTIONAL = {
     "statistics": ("WEIGHT",),
@@ -34,6 +37,7 @@ OPTIONAL = {
     "finish_sums": (),
     "backward": ("WEIGHT", "RELU", "RESIDUAL"),
     "grad_input": ("WEIGHT", "RELU", "RESIDUAL"),
+    "update_running": (),
 }
 """The options that each kernel is compiled for."""
 
@@ -45,7 +49,7 @@ Macros = tuple[tuple[str, int], ...]
 @lru_cache(maxsize=64)
 def source(kernel: str, *, hardware: bool = True) -> str:
     """The text of a kernel: one unit without includes, since CuPy's cache of compiled kernels does not see these."""
-    names = ("device",) * hardware + ("tile", *SOURCES[kernel], kernel)
+    names = ("device",) * hardware + (*SOURCES[kernel], kernel)
     return "\n".join(files("fastbn.cuda").joinpath(f"{name}.cu").read_text() for name in names)
 
 
@@ -93,61 +97,104 @@ def blocks_per_processor(number: int, kernel: str, macros: Macros, threads: int,
 
 def current_device() -> int:
     """The device that this thread launches on."""
-    return int(cupy.cuda.runtime.getDevice())
+    return int(runtime.getDevice())
 
 
 def clear(address: int, nbytes: int) -> None:
     """Zero memory in the order of the current stream."""
-    cupy.cuda.runtime.memsetAsync(address, 0, nbytes, cupy.cuda.get_current_stream().ptr)
+    runtime.memsetAsync(address, 0, nbytes, cupy.cuda.get_current_stream().ptr)
 
 
-# --- the argument of all kernels --------------------------------------------------------------------------------------
-
-POINTERS = (
-    "x", "y", "residual", "dy", "dx", "dresidual", "weight",
-    "gamma", "beta", "mean", "spread", "count", "dmean", "dvar", "offset", "slope",
-    "results", "partials", "counters",
-)  # fmt: skip
-AXES = ("batch", "outer", "channel", "inner")
-ARRAYS = POINTERS[:7]
-NUMBERS = POINTERS[7:16]
-FIELDS = (
-    *(f"{name}_strides_{axis}" for name in ARRAYS for axis in AXES),
-    *(f"{name}_type" for name in NUMBERS),
-    "batches", "channels", "vectors", "row_vectors", "row_magic", "row_shift",
-    "tiles_per_batch", "tiles", "splits", "share", "backwards", "summed", "spread_is_variance", "frozen",
-)  # fmt: skip
-
-_pointers = struct.Struct(f"<{len(POINTERS)}Q")
-_pack = _pointers.pack
-_fields = struct.Struct(f"<{len(FIELDS)}qd")
-_argument = np.dtype(f"V{_pointers.size + _fields.size}")
-
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 MOST_BLOCKS = (1 << 31) - 1  # of a grid
+
+
+class Params:
+    """How the argument of a kernel, `struct Params` in its text, lies in memory.
+
+    Addresses and scalars, of every call; integers and numbers that stay the same from call to call.
+    """
+
+    def __init__(
+        self, pointers: tuple[str, ...], scalars: tuple[str, ...], integers: tuple[str, ...], constants: tuple[str, ...]
+    ) -> None:
+        self.pointers, self.scalars, self.integers, self.constants = pointers, scalars, integers, constants
+        self.fixed = struct.Struct(f"<{len(integers)}q{len(constants)}d")
+        self.nbytes = 8 * (len(pointers) + len(scalars)) + self.fixed.size
+        self.dtype = np.dtype(f"V{self.nbytes}")
+
+    def pack_fixed(self, values: Mapping[str, float]) -> bytes:
+        """What stays the same; 0 where nothing is given."""
+        if unknown := values.keys() - {*self.integers, *self.constants}:
+            raise KeyError(f"kernels have no fields {unknown}")
+        given = (values.get(name, 0) for name in self.integers + self.constants)
+        return self.fixed.pack(*given)
+
+    def packer(self, present: Collection[str]) -> Callable[..., bytes]:
+        """``pack(*addresses, *scalars, fixed)``: addresses of these pointers in order of `pointers`, others null."""
+        pointers = "".join("Q" if name in present else "8x" for name in self.pointers)
+        return struct.Struct(f"<{pointers}{len(self.scalars)}d{self.fixed.size}s").pack
+
+
+AXES = ("batch", "outer", "channel", "inner")
+ARRAYS = ("x", "y", "residual", "dy", "dx", "dresidual", "weight")
+NUMBERS = ("gamma", "beta", "mean", "spread", "count", "dmean", "dvar", "offset", "slope")
+
+TILES = Params(
+    pointers=(*ARRAYS, *NUMBERS, "results", "partials", "counters"),
+    scalars=(),
+    integers=(
+        *(f"{name}_strides_{axis}" for name in ARRAYS for axis in AXES),
+        *(f"{name}_type" for name in NUMBERS),
+        "batches", "channels", "vectors", "row_vectors", "row_magic", "row_shift",
+        "tiles_per_batch", "tiles", "splits", "share", "backwards", "summed", "spread_is_variance", "frozen",
+    ),
+    constants=("eps",),
+)  # fmt: skip
+"""Of all kernels that go through arrays: tile.cu."""
+
+MOMENTS = ("mean", "var", "count", "batch_mean", "m2")
+
+RUNNING = Params(
+    pointers=(*MOMENTS, "new_mean", "new_var"),
+    scalars=("rate", "correction"),
+    integers=(*(f"{name}_type" for name in MOMENTS), "channels", "skip_nonfinite"),
+    constants=(),
+)
+"""Of update_running.cu."""
 
 
 class Launch:
     """One kernel with all that does not change from call to call."""
 
-    __slots__ = ("block", "compiled", "cooperative", "fixed", "grid", "shared")
+    __slots__ = ("block", "compiled", "cooperative", "fixed", "grid", "params", "shared")
 
     def __init__(
-        self, compiled: Any, grid: int, threads: int, shared: int, cooperative: bool, fields: dict[str, int], eps: float
-    ) -> None:
-        self.compiled, self.grid, self.block = compiled, (grid, 1, 1), (threads, 1, 1)
-        self.shared, self.cooperative = shared, cooperative
+        self, compiled: Any, grid: int, threads: int, shared: int, cooperative: bool, params: Params,
+        fixed: Mapping[str, float],
+    ) -> None:  # fmt: skip
         if grid > MOST_BLOCKS:
             raise ValueError(f"x: expected channels for {MOST_BLOCKS} blocks of threads at most, got {grid}")
-        unknown = fields.keys() - set(FIELDS)
-        if unknown:
-            raise KeyError(f"kernels have no fields {unknown}")
-        self.fixed = _fields.pack(*(fields.get(name, 0) for name in FIELDS), eps)
+        self.compiled, self.grid, self.block = compiled, (grid, 1, 1), (threads, 1, 1)
+        self.shared, self.cooperative = shared, cooperative
+        self.params, self.fixed = params, params.pack_fixed(fixed)
 
-    def __call__(self, *pointers: int) -> None:
-        """Launch on the current stream with these addresses, in the order of `POINTERS`."""
-        arguments = (np.ndarray((), _argument, _pack(*pointers) + self.fixed),)
+    def bound(self, present: Collection[str]) -> Callable[..., None]:
+        """``run(*addresses, *scalars)`` launches on the current stream, with addresses as `Params.packer` takes them.
+
+        Every call has an argument of its own: the driver reads it while other threads run.
+        """
+        compiled, grid, block, shared, fixed = self.compiled, self.grid, self.block, self.shared, self.fixed
+        pack, ndarray, dtype = self.params.packer(present), np.ndarray, self.params.dtype
         if self.cooperative:
-            self.compiled(self.grid, self.block, arguments, self.shared, enable_cooperative_groups=True)
+
+            def run(*given: float) -> None:
+                argument = ndarray((), dtype, pack(*given, fixed))
+                compiled(grid, block, (argument,), shared, enable_cooperative_groups=True)
         else:
-            self.compiled(self.grid, self.block, arguments, self.shared)
+
+            def run(*given: float) -> None:
+                compiled(grid, block, (ndarray((), dtype, pack(*given, fixed)),), shared)
+
+        return run

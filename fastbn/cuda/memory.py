@@ -62,39 +62,32 @@ def place(a: Array) -> tuple[int, int]:
     return a.data.device_id, a.data.ptr % 16
 
 
-class Results:
-    """Makes rows of float64 results and, behind them in the same memory, the scratch of a plan."""
+def results_of(plan: Plan, rows: int, kept: int) -> tuple[list[str], Callable[[], tuple[list[Array], list[int]]]]:
+    """The pointers to a plan's results and scratch, and what makes these in one allocation.
 
-    def __init__(self, rows: int, channels: int, plan: Plan) -> None:
-        row = channels * 8
-        end = rows * row + plan.partials * 8
-        self.nbytes = end + plan.counters
-        self.shape = (channels,)
-        self.rows = [i * row for i in range(1, rows)]
-        self.any = rows > 0
-        self.partials = rows * row if plan.partials else None
-        self.counters = end if plan.counters else None
+    It gives rows of float64 results, one number for every kept index, and the addresses of the pointers.
+    """
+    row, ndarray, shape, alloc = kept * 8, cupy.ndarray, (kept,), cupy.cuda.alloc
+    scratch = {"partials": plan.partials * 8, "counters": plan.counters}
+    pointers, starts, nbytes = ["results"], [], rows * row
+    for name, size in scratch.items():
+        if size:
+            pointers.append(name)
+            starts.append(nbytes)
+            nbytes += size
+    others = [i * row for i in range(1, rows)]
 
-    def __call__(self) -> tuple[list[Array], int, int, int]:
-        """The rows, and the addresses of results, partials and counters: the last of `launch.POINTERS`."""
-        if not self.nbytes:
-            return [], 0, 0, 0
-        memory = cupy.cuda.alloc(self.nbytes)
+    def make() -> tuple[list[Array], list[int]]:
+        memory = alloc(nbytes)
         start = memory.ptr
-        ndarray, shape = cupy.ndarray, self.shape
-        results = [ndarray(shape, float, memory)] if self.any else []
-        if self.rows:
-            owner, pointer = memory.mem, type(memory)
-            base = start - owner.ptr
-            for at in self.rows:  # half the time of memory + at
-                results.append(ndarray(shape, float, pointer(owner, base + at)))
-        partials, counters = self.partials, self.counters
-        return (
-            results,
-            start,
-            0 if partials is None else start + partials,
-            0 if counters is None else start + counters,
-        )
+        results, addresses = [ndarray(shape, float, memory)], [start]
+        for at in others:
+            results.append(ndarray(shape, float, memory + at))
+        for at in starts:
+            addresses.append(start + at)
+        return results, addresses
+
+    return pointers, make
 
 
 def folded_view(layout: Layout, a: Array) -> Array | None:
@@ -132,8 +125,10 @@ def reads(view: Array) -> bool:
 
 def _extent(a: Array) -> tuple[int, int]:
     """The addresses of an array's first byte in memory and of the one behind its last."""
+    start: int = a.data.ptr
+    if a.flags.c_contiguous:
+        return start, start + a.nbytes
     reach = [(n - 1) * s for n, s in zip(a.shape, a.strides, strict=True)]
-    start = a.data.ptr
     return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + a.itemsize
 
 
@@ -165,10 +160,8 @@ def apart(out: Array, *others: Array | None) -> bool:
 
 def overlap(a: Array, b: Array) -> bool:
     """Whether two arrays share memory; yes where that is too hard to decide."""
-    if a.size == 0 or b.size == 0:
-        return False
     (low, high), (first, end) = _extent(a), _extent(b)
-    if high <= first or end <= low:
+    if high <= first or end <= low or a.size == 0 or b.size == 0:
         return False
     try:
         return bool(_shares_memory(np.asarray(_Shadow(a)), np.asarray(_Shadow(b)), max_work=1000))

@@ -8,7 +8,7 @@ cluster of blocks, or in several of a cooperative launch. Elsewhere a first pass
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -96,6 +96,11 @@ class Problem(NamedTuple):
     eps: float = 0.0
 
     @property
+    def pointers(self) -> set[str]:
+        """Names of the arrays and numbers that calls have."""
+        return {name for name, _ in self.operands + self.types} | ({"weight"} if self.weight else set())
+
+    @property
     def kept(self) -> int:
         """Kept indices, each with statistics of its own."""
         return self.shape[0] * self.shape[2]
@@ -110,12 +115,21 @@ class Plan(NamedTuple):
     """Bytes, zeroed before the first launch."""
     strategy: str
 
-    def run(self, *pointers: int) -> None:
-        """Launch on the current stream with the addresses of `launch.POINTERS`."""
-        if self.counters:
-            launch.clear(pointers[-1], self.counters)
-        for step in self.launches:
-            step(*pointers)
+    def bound(self, present: Collection[str]) -> Callable[..., None]:
+        """``run(*addresses)`` launches on the current stream, as `Launch.bound` does; counters come last."""
+        first, *others = (step.bound(present) for step in self.launches)
+        counters = self.counters
+        if not others and not counters:
+            return first
+
+        def run(*addresses: int) -> None:
+            if counters:
+                launch.clear(addresses[-1], counters)
+            first(*addresses)
+            for step in others:
+                step(*addresses)
+
+        return run
 
 
 # --- what all kernels share -------------------------------------------------------------------------------------------
@@ -208,7 +222,7 @@ def _launch(
     problem, _, geometry = work
     macros = _macros(work, kernel, threads, held, cluster)
     magic, shift = _division(geometry.vectors, geometry.row_vectors)
-    everything = {
+    everything: dict[str, float] = {
         **dict(problem.options),
         **fields,
         "batches": problem.shape[0],
@@ -221,6 +235,7 @@ def _launch(
         "tiles": geometry.tiles,
         "splits": splits,
         "share": -(-geometry.vectors // splits),
+        "eps": problem.eps,
     }
     weight = (("weight", Operand(problem.weight_strides, 0)),) if problem.weight else ()
     for name, operand in problem.operands + weight:
@@ -228,7 +243,7 @@ def _launch(
     everything |= {f"{name}_type": dtype for name, dtype in problem.types}
     shared += scratch_bytes(work, kernel, threads)
     compiled = launch.function(problem.device.number, kernel, macros)
-    return Launch(compiled, grid, threads, shared, cooperative, everything, problem.eps)
+    return Launch(compiled, grid, threads, shared, cooperative, launch.TILES, everything)
 
 
 def _macros(work: Work, kernel: str, threads: int, held: int, cluster: int = 1) -> launch.Macros:
@@ -423,6 +438,19 @@ def forward(problem: Problem) -> Plan:
 def backward(problem: Problem) -> Plan:
     """Sums and the gradient of x, in one launch or two."""
     return _either(problem, "backward", 2, ("grad_sums", "grad_input"), 2)
+
+
+RUNNING_THREADS = 128
+
+
+@lru_cache(maxsize=4096)
+def update_running(device: Device, kept: int, types: tuple[int, ...], skip_nonfinite: bool) -> Launch:
+    """Running statistics after one more batch; types are those of `launch.MOMENTS`."""
+    compiled = launch.function(device.number, "update_running", (("THREADS", RUNNING_THREADS),))
+    fields = {f"{name}_type": dtype for name, dtype in zip(launch.MOMENTS, types, strict=True)}
+    fields |= {"channels": kept, "skip_nonfinite": int(skip_nonfinite)}
+    grid = -(-kept // RUNNING_THREADS)
+    return Launch(compiled, grid, RUNNING_THREADS, 0, False, launch.RUNNING, fields)
 
 
 def _either(problem: Problem, kernel: str, arrays: int, passes: tuple[str, str], partial: int) -> Plan:

@@ -16,9 +16,6 @@
 //
 // A tile is the LANES * CHANNELS channels of one block, over all their reduced positions; `splits` blocks may share it.
 
-typedef long long i64;
-typedef unsigned long long u64;
-
 #if DTYPE == 3
 typedef double T;
 typedef double real;  // the type of all arithmetic on elements
@@ -111,20 +108,6 @@ __device__ __forceinline__ real element(const Packed& packed, int j) {
     elements.packed = packed;
     return decoded(elements.each[j]);
 }
-
-__device__ __forceinline__ double number(const char* data, i64 type, i64 index, double otherwise) {
-    if (data == nullptr) return otherwise;
-    if (type == 3) return reinterpret_cast<const double*>(data)[index];
-    if (type == 2) return reinterpret_cast<const float*>(data)[index];
-    const unsigned short bits = reinterpret_cast<const unsigned short*>(data)[index];
-    return type == 0 ? half_to_float(bits) : bfloat16_to_float(bits);
-}
-
-__device__ __forceinline__ double not_a_number() { return __longlong_as_double(0x7ff8000000000000LL); }
-
-__device__ __forceinline__ double infinity() { return __longlong_as_double(0x7ff0000000000000LL); }
-
-__device__ __forceinline__ bool is_finite(double value) { return fabs(value) <= 1.7976931348623157e308; }
 
 // --- where a thread stands --------------------------------------------------------------------------------------------
 

@@ -12,9 +12,9 @@ import pytest
 
 import fastbn
 from fastbn.distributed import mpi_gather, nccl_gather, torch_gather
+from tests.adapters.ranks import SIZES, data, results
 
 ROOT = Path(__file__).parents[2]
-SIZES = (5, 9, 0, 2)
 DTYPES = ("float32", "float64", "float16")
 
 PROGRAM = """
@@ -23,7 +23,7 @@ import numpy as np
 from mpi4py import MPI
 import fastbn
 from fastbn.distributed import mpi_gather
-from tests.adapters.test_distributed import SIZES, data, results
+from tests.adapters.ranks import SIZES, data, results
 
 rank, gather = MPI.COMM_WORLD.rank, mpi_gather(MPI.COMM_WORLD)
 for dtype in sys.argv[2:]:
@@ -31,20 +31,6 @@ for dtype in sys.argv[2:]:
     x, dy, gamma, beta = data(dtype)
     np.savez(f"{sys.argv[1]}/{dtype}-{rank}", *results(x[mine], dy[mine], gamma, beta, gather))
 """
-
-
-def data(dtype):
-    rng = np.random.default_rng(0)
-    x, dy = (rng.standard_normal((2, sum(SIZES), 3, 4, 5)) + 10).astype(dtype)
-    return x, dy, *rng.random((2, 3))
-
-
-def results(x, dy, gamma, beta, gather):
-    """y, dx, local gradients, the group's mean and m2, and running statistics after the batch."""
-    y, saved = fastbn.batch_norm(x, gamma, beta, gather=gather)
-    grads = fastbn.batch_norm_backward(dy, saved, gather=gather)
-    running = fastbn.update_running(np.zeros(3), np.ones(3), saved.moments)
-    return y, grads.x, grads.gamma, grads.beta, saved.mean, saved.moments.m2, *running
 
 
 @pytest.fixture(scope="module")

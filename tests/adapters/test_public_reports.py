@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastbn import reference
-from tests.api.test_public_reports import F32, exact_var, hold, normal, reports
+from tests.cases.reports import F32, exact_var, hold, normal, reports
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""`fastbn.torch` beside PyTorch: its own samples, operators, modules, compiler, several processes."""
+"""`fastbn.torch` beside PyTorch: its own samples, transforms, errors, modules."""
 
 import copy
 import importlib.util
@@ -18,40 +18,9 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastbn  # noqa: E402
 import fastbn.torch as ft  # noqa: E402
+from tests.adapters.torch_support import DTYPES, FORMATS, assert_close, leaf, network  # noqa: E402
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-FORMATS = [torch.contiguous_format, torch.channels_last]
-CLOSE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2, torch.float16: 4e-3}
-"""Of the largest number; both round results once, PyTorch's float32 sums differ in the last bits."""
-
-
-@pytest.fixture(autouse=True)
-def device(request):
-    """Where all tensors of the tests are made: the CPU, with ``--require-cuda`` a GPU."""
-    found = "cpu"
-    if request.config.getoption("require_cuda"):
-        if not torch.cuda.is_available():
-            pytest.fail("--require-cuda: PyTorch finds no GPU")
-        found = "cuda"
-    torch.set_default_device(found)
-    torch.manual_seed(0)
-    yield found
-    torch.set_default_device(None)
-    # PyTorch's test helpers forbid all later changes of its settings.
-    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
-
-
-def assert_close(ours, theirs, dtype=None):
-    """Within the tolerance of the dtype, or of the one that inputs had."""
-    assert ours.dtype == theirs.dtype
-    assert ours.shape == theirs.shape
-    scale = max(1.0, theirs.abs().max().item()) if theirs.numel() else 1.0
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=scale * CLOSE[dtype or ours.dtype])
-
-
-def leaf(*shape, dtype=torch.float32, memory_format=torch.contiguous_format):
-    return torch.randn(*shape, dtype=dtype).to(memory_format=memory_format).requires_grad_()
-
+pytestmark = pytest.mark.usefixtures("device")
 
 # --- beside torch.nn.functional.batch_norm ----------------------------------------------------------------------------
 
@@ -344,49 +313,6 @@ def test_without_pytorch():
     assert "fastbn.torch needs PyTorch, which is not installed: pip install 'fastbn[torch]'" in run.stderr
 
 
-# --- operators --------------------------------------------------------------------------------------------------------
-
-
-def operator_arguments(dtype, memory_format, relu):
-    def made(*shape):
-        return leaf(*shape, dtype=dtype, memory_format=memory_format if len(shape) == 4 else torch.contiguous_format)
-
-    x, r, w, b = made(3, 2, 4, 2), made(3, 2, 4, 2), made(2), made(2)
-    y, mean, m2, rstd = (t.detach() for t in torch.ops.fastbn.batch_norm(x, w, b, r, relu, 1e-3))
-    return {
-        "batch_norm": (x, w, b, r, relu, 1e-3),
-        "batch_norm_inference": (x, mean.to(dtype), (m2 / 24).to(dtype), w, b, r, relu, 1e-3),
-        "batch_norm_backward": (r, x, y if relu else None, w, mean, rstd, None, None, False, relu),
-    }
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of opcheck's own, from PyTorch 2.15 on
-@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("name", ["batch_norm", "batch_norm_inference", "batch_norm_backward"])
-def test_opcheck(name, relu, memory_format):
-    """PyTorch's own check of schema, fake results, autograd registration and tracing."""
-    arguments = operator_arguments(torch.float32, memory_format, relu)[name]
-    torch.library.opcheck(getattr(torch.ops.fastbn, name).default, arguments)
-
-
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("name", ["batch_norm", "batch_norm_inference", "batch_norm_backward"])
-def test_first_and_second_derivatives(name, relu):
-    """By finite differences, those of the statistics among them."""
-    arguments = operator_arguments(torch.float64, torch.contiguous_format, relu)[name]
-    if name == "batch_norm_backward":  # its y tells a side of zero, and cannot move
-        arguments = *arguments[:6], *(leaf(2, dtype=torch.float64) for _ in range(2)), *arguments[8:]
-    arguments = tuple(
-        a.detach().requires_grad_(not (relu and name == "batch_norm_backward" and i == 2))
-        if isinstance(a, torch.Tensor) else a
-        for i, a in enumerate(arguments)
-    )  # fmt: skip
-    op = getattr(torch.ops.fastbn, name)
-    assert torch.autograd.gradcheck(op, arguments)
-    assert torch.autograd.gradgradcheck(op, arguments)
-
-
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 MODULES = {
@@ -417,15 +343,6 @@ def test_modules(name, options):
     assert_close(copy.deepcopy(ours)(x), theirs(x))
     with pytest.raises(ValueError, match="expected"):
         ours(torch.ones(3))
-
-
-def network():
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)),
-    )
 
 
 def test_convert():
@@ -498,116 +415,6 @@ def test_autocast(dtype, device):
     assert_close(y, z)
     y.float().sum().backward()
     assert all(p.grad is not None for p in ours.parameters())
-
-
-# --- compiler and exporter --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own, within its compiler
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("where_faster", [True, None, False])
-def test_compiled_in_one_graph(where_faster, training, backend):
-    """Forwards, backwards and running statistics."""
-    torch.compiler.reset()  # the 12 cases compile the same code object, and PyTorch's limit is 8 in a process
-    model = ft.convert(network(), where_faster=where_faster).train(training)
-    compiled_model = copy.deepcopy(model)
-    compiled = torch.compile(compiled_model, fullgraph=True, backend=backend)
-    x = torch.randn(4, 3, 8, 8)
-    for _ in range(2):
-        y, z = model(x), compiled(x)
-        assert_close(y, z)
-        y.square().sum().backward()
-        z.square().sum().backward()
-    # PyTorch's own two ways are 1.4e-3 apart, in the gradient of a bias before batch norm, which is 0.
-    near = 1e-3 if where_faster is False else 5e-3
-    for (name, p), q in zip(model.named_parameters(), compiled_model.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=near, msg=name)
-    for p, q in zip(model.buffers(), compiled_model.buffers(), strict=True):
-        torch.testing.assert_close(p, q)
-
-
-@pytest.mark.parametrize("where_faster", [True, None, False])
-def test_exported(where_faster):
-    """With PyTorch's operators a program runs where fastbn is not installed; with fastbn's it keeps the statistics."""
-    model = ft.convert(network(), where_faster=where_faster).eval()
-    x = torch.randn(4, 3, 8, 8)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
-    names = [str(node.target) for node in exported.graph.nodes]
-    assert sum("fastbn" in name for name in names) == (2 if where_faster is False else 0)
-    assert sum("batch_norm" in name for name in names) == 2
-    more = torch.randn(7, 3, 8, 8)
-    assert_close(exported.module()(more), model(more))
-
-
-# --- several processes ------------------------------------------------------------------------------------------------
-
-PROGRAM = """
-import sys, torch, torch.distributed as dist, fastbn.torch as ft
-rank, sizes, address, folder = int(sys.argv[1]), [int(n) for n in sys.argv[2].split(",")], sys.argv[3], sys.argv[4]
-dist.init_process_group("gloo", init_method=address, rank=rank, world_size=len(sizes))
-torch.manual_seed(0)
-x, dy = torch.randn(2, sum(sizes), 3, 4, 4)
-mine = slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))
-norm = ft.convert(torch.nn.SyncBatchNorm(3))
-with torch.no_grad():
-    norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
-part = x[mine].clone().requires_grad_()
-y = norm(part)
-y.backward(dy[mine])
-torch.save([y.detach(), part.grad, norm.weight.grad, norm.bias.grad, norm.state_dict()], f"{folder}/{rank}")
-"""
-
-
-@pytest.mark.parametrize("sizes", [(3, 5), (4, 0, 2)], ids=str)
-def test_sync_batch_norm(sizes, tmp_path):
-    """On the CPU, over batches that differ in size and one that is empty: as one process with all."""
-    address = f"file://{tmp_path / 'meet'}"
-    arguments = [",".join(map(str, sizes)), address, str(tmp_path)]
-    runs = [
-        subprocess.Popen([sys.executable, "-c", PROGRAM, str(rank), *arguments], stderr=subprocess.PIPE, text=True)
-        for rank in range(len(sizes))
-    ]
-    for run in runs:
-        _, errors = run.communicate(timeout=120)
-        assert run.returncode == 0, errors
-    ranks = [torch.load(tmp_path / str(rank)) for rank in range(len(sizes))]
-
-    torch.manual_seed(0)
-    x, dy = torch.randn(2, sum(sizes), 3, 4, 4)
-    norm = nn.BatchNorm2d(3)
-    with torch.no_grad():
-        norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    x.requires_grad_()
-    y = norm(x)
-    y.backward(dy)
-    assert_close(torch.cat([r[0] for r in ranks]), y.detach())
-    assert_close(torch.cat([r[1] for r in ranks]), x.grad)
-    assert_close(sum(r[2] for r in ranks), norm.weight.grad)
-    assert_close(sum(r[3] for r in ranks), norm.bias.grad)
-    for name, value in norm.state_dict().items():
-        torch.testing.assert_close(ranks[0][4][name], value)
-        assert all(torch.equal(r[4][name], ranks[0][4][name]) for r in ranks), "the same bits on every rank"
-
-
-def test_sync_batch_norm_alone():
-    ours, theirs = ft.SyncBatchNorm(3), nn.BatchNorm2d(3)
-    x = torch.randn(4, 3, 5, 5)
-    assert_close(ours(x), theirs(x))
-    assert_close(ours.eval()(x), theirs.eval()(x))
-
-
-def test_double_backward_of_a_group_is_refused(monkeypatch):
-    """Its second derivatives would need another exchange."""
-    from fastbn.torch import sync
-
-    monkeypatch.setattr(sync, "torch_gather", lambda group: lambda vector: vector[None])
-    x = leaf(4, 3)
-    y = sync.synchronised(x, None, None, None, None, 0.1, 1e-5, None)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
 
 
 # --- around it --------------------------------------------------------------------------------------------------------

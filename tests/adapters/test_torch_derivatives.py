@@ -1,15 +1,13 @@
-"""Derivatives of `fastbn.torch` in every order and nest that PyTorch has, and arguments of all kinds.
+"""Derivatives of `fastbn.torch` in every order and nest that PyTorch has.
 
 Beside them stand the textbook's formula in float64 by PyTorch's own operations, PyTorch's batch norm, and finite
 differences.
 """
 
-import contextlib
 import copy
 import itertools
 from functools import partial
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -18,41 +16,16 @@ from torch import nn  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
 from torch.autograd.functional import hessian, jacobian, vhp  # noqa: E402
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, linearize, vjp, vmap  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import fastbn.torch as ft  # noqa: E402
 from fastbn.torch import formulas, kernels  # noqa: E402
+from tests.adapters.torch_support import TANGENTS_CLOSE, assert_all_close  # noqa: E402
 
 pytestmark = [
+    pytest.mark.usefixtures("device"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated"),  # PyTorch's own, in forward mode
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),  # likewise, of linearize
 ]
-
-CLOSE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
-"""Of the largest number. Halves round a tangent up to three times."""
-
-
-@pytest.fixture(autouse=True)
-def device(request):
-    """Where all tensors of the tests are made: the CPU, with ``--require-cuda`` a GPU."""
-    found = "cuda" if request.config.getoption("require_cuda") else "cpu"
-    torch.set_default_device(found)
-    torch.manual_seed(0)
-    yield found
-    torch.set_default_device(None)
-
-
-def assert_close(ours, theirs, dtype=None):
-    """All tensors of two structures; a missing gradient is one of zeros."""
-    ours, theirs = (tree_leaves(a, is_leaf=lambda leaf: leaf is None) for a in (ours, theirs))
-    for a, b in zip(ours, theirs, strict=True):
-        if a is None or b is None:
-            assert all(t is None or not t.any() for t in (a, b))
-            continue
-        assert a.shape == b.shape
-        assert dtype is not None or a.dtype == b.dtype
-        scale = max(1.0, b.abs().max().item())
-        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=scale * CLOSE[dtype or a.dtype])
 
 
 # --- functions --------------------------------------------------------------------------------------------------------
@@ -239,7 +212,7 @@ def test_as_the_textbook(transform):
     for training, relu in itertools.product((True, False), (False, True)):
         expected = TRANSFORMS[transform](partial(textbook, training, relu), given, tangents)
         for ours in (function, operator):
-            assert_close(TRANSFORMS[transform](partial(ours, training, relu), given, tangents), expected)
+            assert_all_close(TRANSFORMS[transform](partial(ours, training, relu), given, tangents), expected)
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -273,7 +246,7 @@ SHAPES = [(5, 3), (4, 3, 2, 3), (2, 3, 4, 1, 2)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("dtype", TANGENTS_CLOSE, ids=str)
 def test_dtypes_shapes_and_layouts(dtype, shape):
     """Tangents and per-sample gradients, with parameters in float32 beside halves, against float64."""
     kind = torch.float64 if dtype == torch.float64 else torch.float32
@@ -295,12 +268,12 @@ def test_dtypes_shapes_and_layouts(dtype, shape):
         doubles = [a.double() for a in (x, w, b, r, dx, dw, db, dr)]
         y, dy = jvp(partial(mine, training), (x, w, b, r), (dx, dw, db, dr))
         assert dy.dtype == y.dtype == dtype
-        assert_close((y, dy), jvp(exact, tuple(doubles[:4]), tuple(doubles[4:])), dtype)
+        assert_all_close((y, dy), jvp(exact, tuple(doubles[:4]), tuple(doubles[4:])), dtype)
         ours = vmap(grad(lambda *a: (mine(training, *a) * dr.double()).sum(), (0, 1, 2, 3)), (0, None, None, None))  # noqa: B023
         theirs = vmap(grad(lambda *a: (exact(*a) * doubles[7]).sum(), (0, 1, 2, 3)), (0, None, None, None))  # noqa: B023
         found = ours(torch.stack([x, -x]), w, b, r)
         assert [g.dtype for g in found] == [dtype, kind, kind, dtype]
-        assert_close(found, theirs(torch.stack([doubles[0], -doubles[0]]), *doubles[1:4]), dtype)
+        assert_all_close(found, theirs(torch.stack([doubles[0], -doubles[0]]), *doubles[1:4]), dtype)
 
 
 def test_kernels_do_first_derivatives_and_batches(monkeypatch):
@@ -324,7 +297,7 @@ def test_a_missing_or_partial_tangent():
     with forward_ad.dual_level():
         y = ft.batch_norm(x, None, None, forward_ad.make_dual(w, w), None, True)
         expected = F.batch_norm(x, None, None, w, None, True)
-        assert_close(forward_ad.unpack_dual(y).tangent, expected)
+        assert_all_close(forward_ad.unpack_dual(y).tangent, expected)
         assert forward_ad.unpack_dual(ft.batch_norm(x, None, None, w, None, True)).tangent is None
 
 
@@ -344,8 +317,8 @@ def test_compiled_and_traced(transform):
 
     expected = f(textbook, *given)
     compiled = torch.compile(partial(f, function), backend="aot_eager")
-    assert_close(compiled(*given), expected)
-    assert_close(make_fx(partial(f, function))(*given)(*given), expected)
+    assert_all_close(compiled(*given), expected)
+    assert_all_close(make_fx(partial(f, function))(*given)(*given), expected)
 
 
 # --- running statistics -----------------------------------------------------------------------------------------------
@@ -360,7 +333,7 @@ def test_running_statistics_under_vmap():
             mean, var = running.clone(), running.clone() + 1
             y = vmap(partial(norm, training=True, momentum=0.3), (axis, 0, 0))(x, mean, var)
             answers.append((y, mean, var))
-        assert_close(*answers)
+        assert_all_close(*answers)
     for which, axes in (("running_mean", (0, None, None)), ("running_var", (0, 0, None))):
         mean, var = running if axes[1] == 0 else running[0].clone(), running[0].clone()
         before = mean.clone(), var.clone()
@@ -383,7 +356,7 @@ def test_running_statistics_of_a_closure(transform):
 
         TRANSFORMS[transform](f, given, given)
         answers.append((mean, var))
-    assert_close(*answers)
+    assert_all_close(*answers)
     assert forward_ad.unpack_dual(answers[0][0], level=0).tangent is None
 
 
@@ -396,7 +369,7 @@ def test_running_statistics_that_cannot_be_updated():
         with pytest.raises(RuntimeError, match=f"running_mean: expected {expected}"):
             ft.batch_norm(x, mean, var, training=True)
         assert torch.equal(var, torch.ones(3))
-        assert_close(ft.batch_norm(x, mean, var), F.batch_norm(x, mean.detach(), var))
+        assert_all_close(ft.batch_norm(x, mean, var), F.batch_norm(x, mean.detach(), var))
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
@@ -422,7 +395,7 @@ def test_modules(training):
         curvature = jvp(grad(lambda *a: f(*a).square().sum(), (0, 1)), point, (x, tangents))[1]
         return jvp(f, point, (x, tangents))[1], curvature
 
-    assert_close(along(ours), along(theirs))
+    assert_all_close(along(ours), along(theirs))
 
 
 def test_the_fused_module():
@@ -433,8 +406,8 @@ def test_the_fused_module():
         with forward_ad.dual_level():
             given = forward_ad.make_dual(x, dx), forward_ad.make_dual(r, dr)
             ours, theirs = fused(*given), F.relu(plain(given[0]) + given[1])
-            assert_close(forward_ad.unpack_dual(ours)[:], forward_ad.unpack_dual(theirs)[:])
-        assert_close(fused.running_var, plain.running_var)
+            assert_all_close(forward_ad.unpack_dual(ours)[:], forward_ad.unpack_dual(theirs)[:])
+        assert_all_close(fused.running_var, plain.running_var)
 
 
 def test_gradients_per_sample():
@@ -449,7 +422,7 @@ def test_gradients_per_sample():
 
         return vmap(grad(f), (None, 0))(dict(model.named_parameters()), xs)
 
-    assert_close(of(ours), of(theirs))
+    assert_all_close(of(ours), of(theirs))
 
 
 def test_an_ensemble_in_training():
@@ -465,7 +438,7 @@ def test_an_ensemble_in_training():
             return functional_call(model, (parameters, buffers), (x,)).pow(3).sum()
 
         answers.append((vmap(grad(f))(parameters, buffers), buffers))
-    assert_close(*([a[0], a[1]["1.running_mean"], a[1]["1.running_var"]] for a in answers))
+    assert_all_close(*([a[0], a[1]["1.running_mean"], a[1]["1.running_var"]] for a in answers))
 
 
 def test_synchronised_tangents_are_refused(monkeypatch):
@@ -476,144 +449,3 @@ def test_synchronised_tangents_are_refused(monkeypatch):
     x = torch.randn(4, 3)
     with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
         sync.synchronised(forward_ad.make_dual(x, x), None, None, None, None, 0.1, 1e-5, None)
-
-
-# --- scalars ----------------------------------------------------------------------------------------------------------
-
-NUMBERS = [
-    torch.tensor(0.3),
-    torch.tensor(1),
-    torch.tensor(True),
-    1,
-    True,
-    np.float32(0.3),
-    np.float64(0.3),
-    np.int64(1),
-]
-
-
-@pytest.mark.parametrize("value", NUMBERS, ids=repr)
-def test_numbers(value):
-    """What PyTorch takes for `momentum` and `eps`."""
-    x = torch.randn(5, 3)
-    answers = []
-    for norm in (ft.batch_norm, F.batch_norm):
-        mean, var = torch.zeros(3), torch.ones(3)
-        y = norm(x, mean, var, training=True, momentum=value, eps=value)
-        answers.append((y, mean, var, norm(x, mean, var, eps=value)))
-    assert_close(*answers)
-
-
-@pytest.mark.parametrize(
-    "value", [None, "0.1", 1j, [0.1], np.ones(1), torch.ones(1), torch.ones((), requires_grad=True)]
-)
-@pytest.mark.parametrize("name", ["momentum", "eps"])
-@pytest.mark.parametrize("training", [True, False])
-def test_no_numbers(training, name, value):
-    """PyTorch refuses them too; ``momentum=None`` is for modules."""
-    x, mean, var = torch.randn(5, 3), torch.zeros(3), torch.ones(3)
-    with pytest.raises(TypeError):
-        F.batch_norm(x, mean, var, training=training, **{name: value})
-    with pytest.raises(TypeError, match=f"{name}: expected a number or a tensor without axes"):
-        ft.batch_norm(x, mean, var, training=training, **{name: value})
-    assert torch.equal(mean, torch.zeros(3))
-
-
-# --- silence ----------------------------------------------------------------------------------------------------------
-
-HALVES = [torch.float16, torch.bfloat16]
-
-
-@pytest.mark.parametrize("kind", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_overflow_is_silent(dtype, kind):
-    """Also where NumPy is told to raise (pytorch#126525): results are PyTorch's, whose arithmetic is in float32."""
-    with np.errstate(all="raise"):
-        for value, statistic in itertools.product(
-            (1.0, torch.finfo(dtype).max, np.inf), (1.0, torch.finfo(kind).max, np.inf)
-        ):
-            x = torch.randn(4, 3, 5).to(dtype)
-            x[1, 0] = value
-            x.requires_grad_()
-            running = [torch.full((3,), s, dtype=kind) for s in (statistic, -statistic)]
-            w = torch.full((3,), 300.0, dtype=kind, requires_grad=True)
-            y = ft.batch_norm(x, *running, w, None, True)
-            torch.autograd.grad(y, (x, w), torch.full_like(y, value))
-            ft.batch_norm(x.detach(), *running, w, None, False)
-            if statistic == np.inf and value == 1.0:
-                assert (running[0] == np.inf).all()
-                assert (running[1] == -np.inf).all()
-    mean, var = torch.zeros(3, dtype=torch.float16), torch.zeros(3, dtype=torch.float16)
-    with np.errstate(all="raise"):
-        ft.batch_norm(1000 * torch.randn(64, 3), mean, var, training=True)
-    assert (var == np.inf).all()
-    assert mean.isfinite().all()
-
-
-# --- tensors of other kinds -------------------------------------------------------------------------------------------
-
-
-def test_lazily_negated_tensors():
-    """The imaginary part of a conjugate, as any argument and as gradient."""
-
-    def lazy(*shape):
-        found = torch.randn(*shape, dtype=torch.complex64).conj().imag
-        assert found.is_neg()
-        return found
-
-    x, r, dy, w, b, mean = lazy(4, 3, 5), lazy(4, 3, 5), lazy(4, 3, 5), lazy(3), lazy(3), lazy(3)
-    var = torch._neg_view(-torch.rand(3) - 0.5)
-    for training in (True, False):
-        for gradient in (False, True):
-            leaves = [a.requires_grad_(gradient) for a in (x, w, b, r)] if gradient else (x, w, b, r)
-            statistics = (None, None) if training else (mean, var)
-            y = ft.batch_norm(leaves[0], *statistics, leaves[1], leaves[2], training, residual=leaves[3])
-            plain = [a.detach().resolve_neg().clone().requires_grad_(gradient) for a in leaves]
-            z = F.batch_norm(
-                plain[0], *(None if s is None else s.resolve_neg() for s in statistics), *plain[1:3], training
-            )
-            z = z + plain[3]
-            assert_close(y, z)
-            if gradient:
-                found = torch.autograd.grad(y, leaves, dy)
-                assert_close(found, torch.autograd.grad(z, plain, dy.resolve_neg()))
-
-
-def test_lazily_negated_running_statistics():
-    """Updated in the memory that they are seen through."""
-    x, memory = torch.randn(4, 3), torch.zeros(2, 3)
-    mean, var = torch._neg_view(memory[0]), torch._neg_view(memory[1])
-    ft.batch_norm(x, mean, var, training=True, momentum=1.0)
-    assert_close((mean.resolve_neg(), var.resolve_neg()), (x.mean(0), x.var(0)))
-    assert_close(memory[0], -x.mean(0))
-
-
-def test_subclasses():
-    class Weight(nn.Parameter):
-        pass
-
-    class Mine(torch.Tensor):
-        pass
-
-    x = torch.randn(4, 3)
-    w = Weight(torch.rand(3))
-    y = ft.batch_norm(x.as_subclass(Mine), None, None, w, None, True)
-    assert type(y) is Mine
-    expected = F.batch_norm(x, None, None, w, None, True)
-    assert_close(y.as_subclass(torch.Tensor), expected)
-    assert_close(*(torch.autograd.grad(a.as_subclass(torch.Tensor), w, x) for a in (y, expected)))
-
-
-@pytest.mark.filterwarnings("ignore:.*prototype:UserWarning")
-def test_layouts_without_memory():
-    x = torch.randn(4, 3, 2, 2)
-    others = [x.to_sparse(), torch.nested.nested_tensor([x[0], x[1]])]
-    with contextlib.suppress(RuntimeError):  # built without
-        others.append(x.to_mkldnn())
-    for training, other in itertools.product((True, False), others):
-        with pytest.raises(RuntimeError, match=r"input: expected a dense tensor \(torch.strided\), got"):
-            ft.batch_norm(other, torch.zeros(3), torch.ones(3), training=training)
-    with pytest.raises(RuntimeError, match=r"weight: expected a dense tensor \(torch.strided\), got torch.sparse_coo"):
-        ft.batch_norm(x, None, None, torch.ones(3).to_sparse(), training=True)
-    with pytest.raises(ValueError, match=r"residual: expected .* torch.strided, as input is, got .* torch.sparse_coo"):
-        ft.batch_norm(x, None, None, training=True, residual=x.to_sparse())

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import fastbn
-from tests.api import test_matrix
-from tests.api.test_matrix import check_moments
+from tests.cases import checks
+from tests.cases.checks import check_moments
 from tests.support import DTYPES, LAYOUTS, make_case
 
 OWN = ("where", "weights", "where weights")
@@ -38,8 +38,8 @@ def own_case(layout, dtype, given, seed=7):
 def kind(request, monkeypatch):
     """The functions for either kind of array; kernels for CuPy's are executed on the CPU."""
     if request.param == "cupy":
-        monkeypatch.setattr(test_matrix, "fastbn", request.getfixturevalue("cuda_arrays"))
-    return test_matrix.fastbn
+        monkeypatch.setattr(checks, "fastbn", request.getfixturevalue("cuda_arrays"))
+    return checks.fastbn
 
 
 # --- moments ----------------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ ON_A_DEVICE = ("NC", "NCHW", "NHWC", "NHWC 3 channels", "NHWC as NCHW", "instanc
 @pytest.mark.parametrize("given", OWN)
 @pytest.mark.parametrize("layout", ON_A_DEVICE)
 def test_moments_of_cupy(layout, given, cuda_arrays, monkeypatch):
-    monkeypatch.setattr(test_matrix, "fastbn", cuda_arrays)
+    monkeypatch.setattr(checks, "fastbn", cuda_arrays)
     check_moments(own_case(layout, "float32", given))
 
 

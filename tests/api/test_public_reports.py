@@ -5,39 +5,12 @@ unless it is said; or it asserts by itself. True values are numbers worked out b
 `fastbn.reference`, finite differences, or what PyTorch makes of contiguous float64 tensors.
 """
 
-from fractions import Fraction
-
-import ml_dtypes
 import numpy as np
 import pytest
 
 import fastbn
 from fastbn import reference
-
-F16, BF16, F32, F64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
-LARGEST = np.finfo(F64).max
-HALF_ULP = 2.0**-11  # of a float16 result
-
-
-def rng():
-    return np.random.default_rng(0)
-
-
-def reports(table):
-    return pytest.mark.parametrize("report", table.values(), ids=table.keys())
-
-
-def hold(outcome):
-    if outcome is not None:
-        actual, expected, *rtol = outcome
-        actual, expected = (np.asarray(a, F64) for a in (actual, expected))
-        np.testing.assert_allclose(actual, expected, rtol=rtol[0] if rtol else 0, atol=0)
-
-
-def exact_var(values, ddof=0):
-    values = [Fraction(float(v)) for v in values]
-    mean = sum(values) / len(values)
-    return float(sum((v - mean) ** 2 for v in values) / (len(values) - ddof))
+from tests.cases.reports import BF16, F16, F32, F64, HALF_ULP, LARGEST, exact_var, hold, normal, reports, rng
 
 
 @pytest.mark.parametrize("outcome", [(1, 2), (np.nan, 1), ([1, 1 + 1e-6], 1, 1e-7), (np.inf, -np.inf)])
@@ -326,10 +299,6 @@ def agree(x, channel_axis=1, rtol=2e-6, **options):
     pairs = (y, forward.y), (grads.x, dx), (grads.gamma, dgamma), (grads.beta, dbeta)
     for actual, expected in pairs:
         np.testing.assert_allclose(actual.astype(F64), expected, rtol=0, atol=rtol * max(1, abs(expected).max()))
-
-
-def normal(*shape, dtype=F32, loc=0.0, seed=0):
-    return (loc + np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
 
 
 def constants(dtype=F32):

@@ -9,7 +9,7 @@ import pytest
 import fastbn
 from fastbn import reference
 from tests.support import DTYPES, LAYOUTS, Layout
-from tests.tolerances import BOUNDS
+from tests.tolerances import BOUNDS, summed
 
 EXPONENTS = {
     "float16": [-4, 12],
@@ -77,9 +77,11 @@ def test_training_and_inference(shape, dtype, exponent):
         np.testing.assert_allclose(inference.astype(np.float64), forward.y, rtol=rounding, atol=rounding)
     gradients = fastbn.batch_norm_backward(dy, saved)
     dx, dgamma, dbeta, _ = reference.batch_norm_backward(dy, forward)
-    size = layout.shape[0] * np.prod(layout.shape) ** 0.5
-    np.testing.assert_allclose(gradients.gamma, dgamma, atol=1e-6 * size)
-    np.testing.assert_allclose(gradients.beta, dbeta, atol=1e-6 * size)
+    axes = tuple(axis for axis in range(x.ndim) if axis not in layout.kept)
+    size, xhat = np.abs(dy.astype(np.float64)), np.abs(reference.batch_norm(near_1, **keywords).y)
+    # The rounding of mean and rstd themselves enters dgamma by 1e-7 of each term.
+    assert (np.abs(gradients.gamma - dgamma) <= summed(dtype, (size * (xhat + 0.1)).sum(axes))).all()
+    assert (np.abs(gradients.beta - dbeta) <= summed(dtype, size.sum(axes))).all()
     if dtype != "float16":  # where that of x may overflow
         found = np.ldexp(gradients.x.astype(np.float64), exponent)
         np.testing.assert_allclose(found, dx, rtol=2 * rounding, atol=2 * rounding * np.abs(dx).max())
@@ -125,16 +127,16 @@ def test_constant_beside_small(dtype, value, axis):
     assert (np.take(y, constant, axis) == np.asarray(0.25, x.dtype)).all()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("exponent", [-126, -130, -138])
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),  # -133 is bfloat16's smallest number
+    [("bfloat16", -126), ("bfloat16", -130), ("float32", -126), ("float32", -130), ("float32", -138)],
+)
 def test_subnormal_data(dtype, layout, exponent):
     """1 / std is beyond float32 then, the output is not: in place too, and in a second call alike."""
     layout, rng = LAYOUTS[layout], np.random.default_rng(0)
     values = rng.integers(-3, 4, layout.shape).astype(np.float64)
     x = np.ldexp(values, exponent).astype(DTYPES[dtype])
-    if dtype == "bfloat16" and exponent < -133:
-        pytest.skip("below bfloat16's smallest number")
     keywords = {"channel_axis": layout.channel_axis, "eps": 0}
     forward = reference.batch_norm(values, **keywords)
     rounding = {"bfloat16": 8e-3, "float32": 1e-6}[dtype]

@@ -1,6 +1,9 @@
-"""The package has floors: no file imports one that imports it, however far around."""
+"""The package has floors: no file imports one that imports it, however far around. Tests import no test modules."""
 
+import ast
 import textwrap
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +56,51 @@ def test_what_may_not_import_what(rule):
 
     wrong = {(f, o) for f, imported in graph.items() if in_rooms(f, below) for o in imported if in_rooms(o, above)}
     assert not wrong
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+TESTS = Path(__file__).parent.parent
+
+
+def imported_test_modules(folder):
+    """Pairs of a file and a test module that it imports."""
+    graph = structure.graph_of(folder)
+    return {(f, o) for f, imported in graph.items() for o in imported if o.rpartition(".")[2].startswith("test_")}
+
+
+def test_no_test_module_is_imported():
+    """What tests share is in modules of other names: `cases`, `support`, `cuda.harness`."""
+    assert imported_test_modules(TESTS) == set()
+
+
+@pytest.mark.parametrize(
+    "line", ["from pack.api import test_a", "from pack.api.test_a import x", "import pack.api.test_a"]
+)
+def test_an_imported_test_module_is_found(tmp_path, line):
+    api = tmp_path / "pack" / "api"
+    api.mkdir(parents=True)
+    (api / "test_a.py").write_text("x = 1\n")
+    (api / "test_b.py").write_text(f"def late():\n    {line}\n")
+    assert imported_test_modules(tmp_path / "pack") == {("pack.api.test_b", "pack.api.test_a")}
+
+
+def test_shared_tests_run_once_on_numpy_arrays():
+    """One module of tests/api takes all tests of each module of tests/cases."""
+    shared = {
+        f"tests.cases.{path.stem}": 1
+        for path in (TESTS / "cases").glob("*.py")
+        if any(isinstance(node, ast.FunctionDef) and node.name.startswith("test_") for node in _body(path))
+    }
+    taken = Counter(
+        node.module
+        for path in (TESTS / "api").glob("test_*.py")
+        for node in _body(path)
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
+    )
+    assert len(shared) > 5
+    assert taken == shared
+
+
+def _body(path):
+    return ast.parse(path.read_text()).body

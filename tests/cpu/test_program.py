@@ -12,7 +12,7 @@ import pytest
 
 import fastbn
 from fastbn.cpu import objects, program
-from tests.cpu.test_reliability import run
+from tests.cpu.programs import run
 
 X = np.random.default_rng(0).standard_normal((6, 5, 40)).astype(np.float32)
 

@@ -4,8 +4,6 @@ Left out is what CuPy arrays cannot be: read-only, unaligned, of another byte or
 for every alignment and layout of an output: on a GPU these decide how wide loads are, and so in which order sums run.
 """
 
-import functools
-import itertools
 import types
 
 import numpy as np
@@ -13,76 +11,52 @@ import pytest
 
 import fastbn
 from fastbn.check import NIST
-from tests.api import test_calls, test_matrix, test_numerics, test_properties
-from tests.api.test_properties import RANKS
-from tests.cuda.test_matrix import ON_A_DEVICE
+from tests.cases import calls as prepared
+from tests.cases import checks, numerics, outputs, properties
+from tests.cases.properties import RANKS
+from tests.cuda.harness import ON_A_DEVICE, by_call, calls, slow
 from tests.simt import host_cupy
 from tests.support import DTYPES, LAYOUTS, OPTIONS
 
 pytestmark = pytest.mark.usefixtures("on_cupy")
-found = test_calls.found
 
 
 @pytest.fixture
 def on_cupy(cuda_arrays, monkeypatch):
-    for module in (test_matrix, test_numerics, test_properties, test_calls):
+    for module in (checks, outputs, numerics, properties, prepared):
         monkeypatch.setattr(module, "fastbn", cuda_arrays)
-    monkeypatch.setattr(test_matrix, "SAME_BITS", False)
+    monkeypatch.setattr(checks, "SAME_BITS", False)
 
-
-def calls(test, *marks, **parameters):
-    """A test of another file with every combination of parameters, which tables label; "a,b" are two of them."""
-    tables = [p.items() if isinstance(p, dict) else [(value, value) for value in p] for p in parameters.values()]
-    for chosen in itertools.product(*tables):
-        given = {}
-        for names, (_, value) in zip(parameters, chosen, strict=True):
-            split = names.split(",")
-            given |= zip(split, value if len(split) > 1 else [value], strict=True)
-        label = "-".join(
-            [test.__name__.removeprefix("test_"), *(getattr(name, "__name__", str(name)) for name, _ in chosen)]
-        )
-        yield pytest.param(functools.partial(test, **given), id=label, marks=marks)
-
-
-def by_call(*groups):
-    """Of equal calls the first counts."""
-    cases = {}
-    for case in itertools.chain(*groups):
-        cases.setdefault(case.id, case)
-    return pytest.mark.parametrize("call", list(cases.values()))
-
-
-slow = pytest.mark.slow
 
 # --- bounds -----------------------------------------------------------------------------------------------------------
 
-MEANS, SHAPES = test_numerics.test_statistics_at_large_means, [*test_numerics.SHAPES]
-CONSTANT = test_numerics.test_a_constant_channel_gives_beta
+MEANS, SHAPES = numerics.test_statistics_at_large_means, [*numerics.SHAPES]
+CONSTANT = numerics.test_a_constant_channel_gives_beta
 
 
 @by_call(
-    calls(test_numerics.test_nist, name=["NumAcc3", "NumAcc4"], view=["rows", "columns"]),
-    calls(test_numerics.test_nist, slow, name=[*NIST], view=["rows", "columns"]),
-    calls(test_numerics.test_nist_merged, name=["NumAcc3", "NumAcc4"], parts=[7]),
-    calls(test_numerics.test_nist_merged, slow, name=[*NIST], parts=[2, 3, 4, 5, 10, 13, 100]),
+    calls(numerics.test_nist, name=["NumAcc3", "NumAcc4"], view=["rows", "columns"]),
+    calls(numerics.test_nist, slow, name=[*NIST], view=["rows", "columns"]),
+    calls(numerics.test_nist_merged, name=["NumAcc3", "NumAcc4"], parts=[7]),
+    calls(numerics.test_nist_merged, slow, name=[*NIST], parts=[2, 3, 4, 5, 10, 13, 100]),
     calls(MEANS, dtype=["float32"], ratio=[5e4], shape=SHAPES),
     calls(MEANS, dtype=["bfloat16"], ratio=[5e4], shape=["wide columns"]),
     calls(MEANS, slow, dtype=[*DTYPES], ratio=[0, 1, 100, 1e4, 5e4], shape=SHAPES),
     calls(
-        test_numerics.test_statistics_of_data_that_drift,
+        numerics.test_statistics_of_data_that_drift,
         drift=["ramp", "step", "outlier first", "sorted"], shape=SHAPES,
     ),
-    calls(test_numerics.test_the_case_that_numpy_and_torch_lose, slow, axis=[(0, 1, 2), (0, 2, 3)]),
+    calls(numerics.test_the_case_that_numpy_and_torch_lose, slow, axis=[(0, 1, 2), (0, 2, 3)]),
     calls(CONSTANT, dtype=["float32"], shape=[(5, 3, 7, 11), (33, 19)], constant=[0.1]),
     calls(CONSTANT, slow, dtype=[*DTYPES], shape=[(33, 19), (3, 2, 41, 53)], constant=[0.1, -3e4, 1e-3, 1.0]),
-    calls(test_numerics.test_normalising_at_a_large_mean),
-    calls(test_numerics.test_more_channels_in_a_row_than_a_tile),
-    calls(test_numerics.test_empty_batch, shape=[(0, 3), (0, 3, 5, 5), (4, 3, 0, 5), (0, 0), (4, 0, 5)]),
-    calls(test_numerics.test_nothing_selected, shape=[(3, 4, 2)], dtype=[np.float32]),
-    calls(test_numerics.test_nothing_selected, slow, shape=[(3, 4, 2), (5, 4)], dtype=[np.float64]),
-    calls(test_numerics.test_one_value_per_channel),
-    calls(test_numerics.test_merging_nothing_is_the_identity),
-    calls(test_numerics.test_running_statistics_rules),
+    calls(numerics.test_normalising_at_a_large_mean),
+    calls(numerics.test_more_channels_in_a_row_than_a_tile),
+    calls(numerics.test_empty_batch, shape=[(0, 3), (0, 3, 5, 5), (4, 3, 0, 5), (0, 0), (4, 0, 5)]),
+    calls(numerics.test_nothing_selected, shape=[(3, 4, 2)], dtype=[np.float32]),
+    calls(numerics.test_nothing_selected, slow, shape=[(3, 4, 2), (5, 4)], dtype=[np.float64]),
+    calls(numerics.test_one_value_per_channel),
+    calls(numerics.test_merging_nothing_is_the_identity),
+    calls(numerics.test_running_statistics_rules),
 )  # fmt: skip
 def test_numbers(call):
     call()
@@ -90,26 +64,26 @@ def test_numbers(call):
 
 # --- what holds for any data ------------------------------------------------------------------------------------------
 
-ROUND_TRIP, GATHER = test_properties.test_saved_round_trip, test_properties.test_gather
+ROUND_TRIP, GATHER = properties.test_saved_round_trip, properties.test_gather
 MASKED, STATISTICS = (
-    test_properties.test_masked_nonfinite_values_are_not_seen, test_properties.test_gradients_of_the_statistics
+    properties.test_masked_nonfinite_values_are_not_seen, properties.test_gradients_of_the_statistics
 )  # fmt: skip
 
 
 @by_call(
-    calls(test_properties.test_moments_of_arbitrary_numbers, slow),
-    calls(test_properties.test_shift_and_scale, slow),
-    calls(test_properties.test_permuting_the_batch, slow),
-    calls(test_properties.test_permuting_the_channels, slow),
-    calls(test_properties.test_split_and_merge_equals_whole, slow),
-    calls(test_properties.test_weights_are_frequencies, slow),
-    calls(test_properties.test_nonfinite_values_stay_in_their_channel, slow),
+    calls(properties.test_moments_of_arbitrary_numbers, slow),
+    calls(properties.test_shift_and_scale, slow),
+    calls(properties.test_permuting_the_batch, slow),
+    calls(properties.test_permuting_the_channels, slow),
+    calls(properties.test_split_and_merge_equals_whole, slow),
+    calls(properties.test_weights_are_frequencies, slow),
+    calls(properties.test_nonfinite_values_stay_in_their_channel, slow),
     calls(MASKED, shape=[(6, 4, 5), (6, 3, 1)], bad=[np.nan, np.inf]),
     calls(MASKED, slow, shape=[(6, 5, 40)], bad=[np.nan, np.inf]),
-    calls(test_properties.test_nan_passes_through_relu, activation=["relu"]),
+    calls(properties.test_nan_passes_through_relu, activation=["relu"]),
     calls(ROUND_TRIP, layout=["NCHW"], options=["affine residual relu", "where weights residual"]),
     calls(ROUND_TRIP, slow, layout=["NCHW", "NHWC", "instance NHWC", "NC"], options=[*OPTIONS]),
-    calls(test_properties.test_saved_frozen_round_trip),
+    calls(properties.test_saved_frozen_round_trip),
     calls(STATISTICS, layout=["NCHW"], options=["plain", "where weights residual"]),
     calls(
         STATISTICS, slow, layout=["NCHW", "NHWC", "instance NCHW", "NCHW long rows"],
@@ -131,13 +105,13 @@ def test_properties_hold(call):
 
 @pytest.fixture
 def nearly(on_cupy, monkeypatch):
-    """Where tests/api/test_matrix.py wants the same bits, a few roundings are well."""
+    """Where tests/cases/outputs.py wants the same bits, a few roundings are well."""
 
     def assert_near(a, b, message=""):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=message)
 
     near = types.SimpleNamespace(**vars(np) | {"testing": types.SimpleNamespace(assert_array_equal=assert_near)})
-    monkeypatch.setattr(test_matrix, "np", near)
+    monkeypatch.setattr(outputs, "np", near)
 
 
 WRITABLE = [name for name in ON_A_DEVICE if LAYOUTS[name].writable]
@@ -146,13 +120,13 @@ WRITABLE = [name for name in ON_A_DEVICE if LAYOUTS[name].writable]
 def anywhere(shape, axis, offset):
     """Which changes memory of the CPU's kernels too."""
     with pytest.MonkeyPatch.context() as patch:
-        test_matrix.test_out_anywhere_in_memory(patch, None, shape, axis, offset)
+        outputs.test_out_anywhere_in_memory(patch, None, shape, axis, offset)
 
 
 @by_call(
-    calls(test_matrix.test_out, layout=["NCHW"], out_layout=["same", "C", "Fortran", "spatial slice"]),
-    calls(test_matrix.test_out, layout=["spatial slice", "alternating"], out_layout=["same", "C"]),
-    calls(test_matrix.test_out, slow, layout=WRITABLE, out_layout=["same", "C", "Fortran", "spatial slice"]),
+    calls(outputs.test_out, layout=["NCHW"], out_layout=["same", "C", "Fortran", "spatial slice"]),
+    calls(outputs.test_out, layout=["spatial slice", "alternating"], out_layout=["same", "C"]),
+    calls(outputs.test_out, slow, layout=WRITABLE, out_layout=["same", "C", "Fortran", "spatial slice"]),
     calls(anywhere, shape=[(3, 50, 4, 4)], axis=[1], offset=[0, 1, 5]),
     calls(anywhere, slow, shape=[(9, 13, 7, 7), (2, 5, 33, 31)], axis=[1], offset=[0, 1, 4, 5, 15]),
     calls(anywhere, slow, shape=[(7, 9, 96), (40, 3)], axis=[-1], offset=[0, 1, 4, 15]),
@@ -162,13 +136,13 @@ def test_outputs(nearly, call):
 
 
 @by_call(
-    calls(test_matrix.test_out_is_an_input, layout=["NCHW", "spatial slice", "alternating", "NC"]),
-    calls(test_matrix.test_out_is_an_input, slow, layout=["NHWC", "instance Fortran"]),
-    calls(test_matrix.test_out_partly_overlaps, shift=[1, 3, 35, 210], forwards=[True, False]),
-    calls(test_matrix.test_interleaved_out_is_not_an_overlap),
-    calls(test_matrix.test_parameters_overlap_out),
-    calls(test_matrix.test_inputs_in_other_orders, layout=["NCHW", "spatial slice"], other=["C", "F"]),
-    calls(test_matrix.test_inputs_in_other_orders, slow, layout=["NHWC"], other=["C", "F"]),
+    calls(outputs.test_out_is_an_input, layout=["NCHW", "spatial slice", "alternating", "NC"]),
+    calls(outputs.test_out_is_an_input, slow, layout=["NHWC", "instance Fortran"]),
+    calls(outputs.test_out_partly_overlaps, shift=[1, 3, 35, 210], forwards=[True, False]),
+    calls(outputs.test_interleaved_out_is_not_an_overlap),
+    calls(outputs.test_parameters_overlap_out),
+    calls(outputs.test_inputs_in_other_orders, layout=["NCHW", "spatial slice"], other=["C", "F"]),
+    calls(outputs.test_inputs_in_other_orders, slow, layout=["NHWC"], other=["C", "F"]),
 )
 def test_outputs_bit_for_bit(call):
     call()
@@ -176,7 +150,7 @@ def test_outputs_bit_for_bit(call):
 
 # --- prepared calls ---------------------------------------------------------------------------------------------------
 
-SAME = test_calls.test_same_bits
+SAME = prepared.test_same_bits
 
 
 @by_call(
@@ -186,26 +160,26 @@ SAME = test_calls.test_same_bits
         SAME, slow, layout=["NC", "NHWC", "NHWC as NCHW", "NCHW short rows"],
         options=["plain", "affine residual relu"], out=[False, True],
     ),
-    calls(test_calls.test_other_dtypes, dtype=["float64"]),
-    calls(test_calls.test_other_dtypes, slow, dtype=["float16"]),
+    calls(prepared.test_other_dtypes, dtype=["float64"]),
+    calls(prepared.test_other_dtypes, slow, dtype=["float16"]),
     calls(
-        test_calls.test_every_call_is_prepared, layout=["instance NCHW", "spatial slice"],
+        prepared.test_every_call_is_prepared, layout=["instance NCHW", "spatial slice"],
         options=["where weights residual"],
     ),
-    calls(test_calls.test_in_place_forward_has_no_backward_however_often),
+    calls(prepared.test_in_place_forward_has_no_backward_however_often),
     calls(
-        test_calls.test_out_of_a_later_call_overlaps_an_input,
+        prepared.test_out_of_a_later_call_overlaps_an_input,
         **{"function,over": [("forward", "x"), ("backward", "x"), ("backward", "dy")]},
     ),
-    calls(test_calls.test_inference_without_eps),
-    calls(test_calls.test_a_gathered_forward_is_another_call),
+    calls(prepared.test_inference_without_eps),
+    calls(prepared.test_a_gathered_forward_is_another_call),
     calls(
-        test_calls.test_every_argument_counts, function=["batch_norm", "batch_norm_inference"],
+        prepared.test_every_argument_counts, function=["batch_norm", "batch_norm_inference"],
         change=["eps", "activation", "out"],
     ),
     calls(
-        test_calls.test_every_argument_counts, slow, function=["batch_norm", "batch_norm_inference"],
-        change=[name for name in test_calls.CHANGES if name not in ("eps", "activation", "out")],
+        prepared.test_every_argument_counts, slow, function=["batch_norm", "batch_norm_inference"],
+        change=[name for name in prepared.CHANGES if name not in ("eps", "activation", "out")],
     ),
 )  # fmt: skip
 def test_prepared_calls(found, call):
@@ -274,4 +248,4 @@ def test_y_of_another_dtype_is_refused(cuda_device):
 
 
 def test_memory_of_programs_without_repetition_is_flat(monkeypatch):
-    test_calls.test_programs_without_repetition_keep_memory_flat(monkeypatch)
+    prepared.test_programs_without_repetition_keep_memory_flat(monkeypatch)

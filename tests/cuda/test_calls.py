@@ -8,15 +8,13 @@ import pytest
 
 import fastbn
 from fastbn.cuda import launch, plans
-from tests.api.test_bad_input import GOOD, channels, data, label
-from tests.cuda import test_launches
-from tests.cuda.test_errors import on_device
-from tests.cuda.test_launches import EVERY, arguments_of, by_function, by_layout, leaves
+from tests.cases.arguments import GOOD, channels, data, label
+from tests.cuda.harness import EVERY, arguments_of, by_function, by_layout, leaves, on_device
 from tests.on_cupy import OnCupy
 from tests.simt import host_cupy
 from tests.support import DTYPES
 
-nothing_waits, counted, buffers = (getattr(test_launches, name) for name in ("nothing_waits", "counted", "buffers"))
+pytestmark = pytest.mark.usefixtures("nothing_waits")
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

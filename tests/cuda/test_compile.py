@@ -11,7 +11,9 @@ pytestmark = pytest.mark.skipif(cuda_compile.available() is not None, reason=str
 
 KERNELS = (
     "statistics", "finish_moments", "forward", "normalize", "grad_sums", "finish_sums", "backward", "grad_input",
+    "update_running",
 )  # fmt: skip
+OF_ARRAYS = [kernel for kernel in KERNELS if not kernel.startswith("finish") and kernel != "update_running"]
 BY_DEFAULT = (80, 90)
 WIDEST = (80, 90, 100)  # one of each generation of ptxas's choices
 
@@ -49,7 +51,7 @@ def test_every_pair_of_choices(architecture, kernel):
     check(architecture, kernel, cuda_compile.pairwise(architecture))
 
 
-@each(WIDEST, [kernel for kernel in KERNELS if not kernel.startswith("finish")], pytest.mark.slow)
+@each(WIDEST, OF_ARRAYS, pytest.mark.slow)
 def test_widest_kernels_with_each_option(architecture, kernel):
     check(architecture, kernel, cuda_compile.hot(architecture))
 
@@ -59,8 +61,9 @@ def test_all_that_is_planned_is_chosen_from(architecture):
     from fastbn.cuda import launch, plans
 
     assert set(KERNELS) == set(launch.SOURCES) == {v.kernel for v in cuda_compile.pairwise(architecture)}
-    assert {v.kernel for v in cuda_compile.hot(architecture)} == {k for k in KERNELS if not k.startswith("finish")}
+    assert {v.kernel for v in cuda_compile.hot(architecture)} == set(OF_ARRAYS)
     every = cuda_compile.planned(architecture)
+    every, pairs = ([v for v in some if not v.of_numbers] for some in (every, cuda_compile.pairwise(architecture)))
     for name, values in {
         "DTYPE": {0, 1, 2, 3},
         "VECTOR": {1, 2, 4, 8},
@@ -73,7 +76,7 @@ def test_all_that_is_planned_is_chosen_from(architecture):
         "RESIDUAL": {0, 1},
         "CLUSTER": {1, 2, 4, 8} if plans.tuning_of(architecture).cluster > 1 else {1},
     }.items():
-        assert {v[name] for v in every} == {v[name] for v in cuda_compile.pairwise(architecture)} == values
+        assert {v[name] for v in every} == {v[name] for v in pairs} == values
 
 
 def test_options_are_cupys():
@@ -83,8 +86,9 @@ def test_options_are_cupys():
 def test_the_argument_has_one_size():
     from fastbn.cuda import launch
 
-    assert cuda_compile.sizeof_params_is(launch._argument.itemsize)
-    assert not cuda_compile.sizeof_params_is(launch._argument.itemsize - 8)
+    for kernel, params in (("finish_sums", launch.TILES), ("update_running", launch.RUNNING)):
+        assert cuda_compile.sizeof_params_is(kernel, params.nbytes)
+        assert not cuda_compile.sizeof_params_is(kernel, params.nbytes - 8)
 
 
 # --- the gates can fail -----------------------------------------------------------------------------------------------

@@ -14,47 +14,16 @@ import pytest
 
 import fastbn
 from fastbn import Moments
-from tests.api import test_bad_input, test_calls
-from tests.api.test_bad_input import (
-    ALL_ARRAYS,
-    ARRAYS,
-    BOTH,
-    EARLY,
-    GOOD,
-    KINDS,
-    LOCAL,
-    REQUIRED,
-    STATISTICS,
-    TABLE,
-    TAKEN,
-    WRONG_HOOKS,
-    arrays_in,
-    assert_refused,
-    batch,
-    data,
-    label,
-    merge,
-    saved,
-)
+from tests.cases import calls, refusals
+from tests.cases.arguments import ALL_ARRAYS, ARRAYS, GOOD, STATISTICS, arrays_in, batch, data, label, merge, saved
+from tests.cases.refusals import BOTH, EARLY, KINDS, LOCAL, REQUIRED, TABLE, TAKEN, WRONG_HOOKS, assert_refused
+from tests.cuda.harness import on_device
 from tests.on_cupy import OnCupy
 from tests.simt import host_cupy
 
 pytestmark = pytest.mark.usefixtures("cuda_device")
 
-found = test_calls.found
 by_function = pytest.mark.parametrize("function", GOOD, ids=label)
-
-
-def on_device(value, device=0):
-    """Arguments as CuPy arrays over the same memory."""
-    if type(value) is np.ndarray:
-        return host_cupy.to_cupy(value, device)
-    if isinstance(value, dict):
-        return {name: on_device(item, device) for name, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [on_device(item, device) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
 
 
 def words(function, arguments):
@@ -168,22 +137,22 @@ def test_checks_come_before_allocation(changes):
 
 @pytest.fixture
 def cupy_only(monkeypatch):
-    for module in (test_bad_input, test_calls):
+    for module in (refusals, calls):
         monkeypatch.setattr(module, "fastbn", OnCupy())
 
 
 @pytest.mark.usefixtures("cupy_only")
 def test_single_cases(found):
-    test_bad_input.test_a_hook_that_raises()
+    refusals.test_a_hook_that_raises()
     for shift in (0, 1, 3):
-        test_bad_input.test_backward_after_out_overwrote_x(shift)
-    test_bad_input.test_backward_after_out_beside_x()
-    test_bad_input.test_forward_and_backward_disagree_about_gather()
-    test_bad_input.test_numpy_channel_axis()
-    test_bad_input.test_numpy_eps()
-    test_bad_input.test_numpy_rate()
-    test_bad_input.test_numpy_count()
-    test_calls.test_errors_stay_errors(found)
+        refusals.test_backward_after_out_overwrote_x(shift)
+    refusals.test_backward_after_out_beside_x()
+    refusals.test_forward_and_backward_disagree_about_gather()
+    refusals.test_numpy_channel_axis()
+    refusals.test_numpy_eps()
+    refusals.test_numpy_rate()
+    refusals.test_numpy_count()
+    calls.test_errors_stay_errors(found)
 
 
 def test_running_statistics_survive_an_error_in_place(assert_refused_alike):

@@ -4,99 +4,19 @@ import collections
 import contextlib
 import functools
 import types
-import weakref
 from typing import Any
 
-import numpy as np
 import pytest
 
 import fastbn
 from fastbn.cuda import launch, plans
-from tests.api.test_bad_input import GOOD, batch, data, label
-from tests.cuda.test_errors import on_device
-from tests.simt import cuda, host_cupy
-from tests.support import LAYOUTS, OPTIONS, make_case
+from tests.cases.arguments import data
+from tests.cuda.harness import EVERY, arguments_of, by_function, by_layout, leaves, on_device
+
+pytestmark = pytest.mark.usefixtures("nothing_waits")
 
 CASES = {"NCHW": "affine residual relu", "NHWC": "plain", "NC": "plain", "NCHW short rows": "plain"}
 by_case = pytest.mark.parametrize(("layout", "options"), CASES.items(), ids=lambda value: value)
-by_layout = pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-
-# All functions with arguments that they take.
-EVERY = GOOD | {
-    fastbn.std: GOOD[fastbn.var],
-    fastbn.mean_var: lambda: {"x": data(), "axis": (0, 2), "where": data((4, 3, 5), bool)},
-    fastbn.Moments.var: lambda: {"self": batch(), "correction": 1},
-    fastbn.Moments.std: lambda: {"self": batch()},
-    fastbn.Moments.rstd: lambda: {"self": batch()},
-}
-by_function = pytest.mark.parametrize("function", EVERY, ids=label)
-
-
-def leaves(value):
-    """What results consist of."""
-    if isinstance(value, tuple):
-        for item in value:
-            yield from leaves(item)
-    else:
-        yield value
-
-
-@pytest.fixture(autouse=True)
-def nothing_waits(cuda_device, monkeypatch):
-    """No call brings anything to the host or waits for the device."""
-    import cupy
-
-    def waited(*_args, **_keywords):
-        raise AssertionError("a call waited for the device")
-
-    for name in ("deviceSynchronize", "streamSynchronize", "memcpy"):
-        monkeypatch.setattr(cupy.cuda.runtime, name, waited)
-    monkeypatch.setattr(cupy.cuda.Stream, "synchronize", waited)
-    monkeypatch.setattr(cupy.cuda.Device, "synchronize", waited)
-    yield
-    assert host_cupy.operations["get"] == 0
-
-
-class Counted:
-    """What a call launched, did besides, and allocated."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def __call__(self, function, /, *args, **keywords):
-        assert host_cupy.operations["get"] == 0
-        self.device.launches.clear()
-        host_cupy.operations.clear()
-        host_cupy.allocations.clear()
-        return function(*args, **keywords)
-
-    @property
-    def kernels(self):
-        return [step.kernel for step in self.device.launches]
-
-    @property
-    def operations(self):
-        return dict(host_cupy.operations)
-
-    @property
-    def allocations(self):
-        return list(host_cupy.allocations)
-
-
-@pytest.fixture
-def counted(cuda_device):
-    """Runs calls with nothing planned before, nor after the test."""
-    cuda.forget()
-    yield Counted(cuda_device)
-    cuda.forget()
-
-
-def arguments_of(layout, options):
-    """Of a training step: x, dy and the keywords of `batch_norm`, as CuPy arrays."""
-    case = make_case(LAYOUTS[layout], "float32", OPTIONS[options])
-    parameters = {} if case.gamma is None else {"gamma": case.gamma, "beta": case.beta}
-    return on_device((case.x, case.dy, parameters | case.keywords | case.epilogue))
-
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
@@ -156,6 +76,22 @@ def test_what_cannot_be_viewed_is_copied_once(counted, layout, copied_back):
         assert (counted.kernels, counted.operations) == (["forward"], {"copy": 1 + copied_back})
         counted(fastbn.batch_norm_backward, dy, saved)
         assert (counted.kernels, counted.operations) == (["backward"], {"copy": 2 + copied_back})
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float64"), ("float16", "float16")])
+def test_running_statistics_are_one_launch(counted, dtypes):
+    """Of any float dtypes, in place or not, of one axis or several, on first calls and on others."""
+    moments, rate = on_device(batch((4, 3))), 0.25
+    mean, var = on_device(tuple(data((4, 3), dtype) for dtype in dtypes))
+    for like in (lambda a: a, lambda a: a.reshape(-1)):
+        a, b, these = like(mean), like(var), type(moments)(*map(like, moments))
+        for _ in range(3):
+            counted(fastbn.update_running, a, b, these, rate=rate)
+            assert (counted.kernels, counted.operations) == (["update_running"], {})
+            assert counted.allocations == [a.nbytes, b.nbytes]
+            counted(fastbn.update_running, a, b, these, rate=rate, correction=0, skip_nonfinite=True, out=(a, b))
+            assert (counted.kernels, counted.operations, counted.allocations) == (["update_running"], {}, [])
+            rate /= 2  # of every call anew
 
 
 def test_cooperative_launches_clear_their_counters(counted, monkeypatch):
@@ -235,25 +171,6 @@ def test_first_calls_allocate_no_more(counted, layout):
         assert len(counted.allocations) == 2
 
 
-@pytest.fixture
-def buffers(cuda_device):
-    """Weak references to all memory that is allocated, on the device that is the current one then."""
-    import cupy
-
-    found, pointer = [], type(host_cupy._allocate(0))
-
-    def allocate(size):
-        buffer = np.full(size + 512, host_cupy.POISON, np.uint8)
-        found.append(weakref.ref(buffer))
-        start = buffer.ctypes.data + -buffer.ctypes.data % 512
-        return pointer(cupy.cuda.UnownedMemory(start, size, buffer, cupy.cuda.runtime.getDevice()), 0)
-
-    before = cupy.cuda.get_allocator()
-    cupy.cuda.set_allocator(allocate)
-    yield found
-    cupy.cuda.set_allocator(before)
-
-
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NHWC as NCHW"])
 def test_nothing_stays_alive(counted, buffers, layout):
     """What is remembered of a call does not hold its arrays: neither inputs nor results."""
@@ -283,7 +200,6 @@ def test_results_alone_hold_memory(counted, buffers, function):
 
 INSTALLED_FUNCTION = launch.function.__wrapped__  # imported before kernels are executed on the CPU
 H200 = launch.Device(0, 90, 132, 227 << 10)
-
 
 ALLOWED: dict[Any, int] = {}
 ASKED = collections.defaultdict(set)
@@ -327,27 +243,28 @@ def test_shared_memory_is_allowed_whatever_came_before(monkeypatch):
         problem = plans.Problem(
             H200, (1, samples, 512, 784), 2, 4, (("x", operand), ("y", operand)), 0, (), (), False, False
         )
-        plans.forward.__wrapped__(problem).run(*[0] * len(launch.POINTERS))
+        plans.forward.__wrapped__(problem).bound(("x", "y"))(0, 0)
     assert max(map(len, ASKED.values())) > 1
 
 
 def test_more_blocks_than_a_grid_has():
     with pytest.raises(ValueError, match=r"^x: expected channels for 2147483647 blocks of threads at most"):
-        launch.Launch(None, 1 << 31, 32, 0, False, {}, -1.0)
-    launch.Launch(None, (1 << 31) - 1, 32, 0, False, {}, -1.0)
+        launch.Launch(None, 1 << 31, 32, 0, False, launch.TILES, {})
+    launch.Launch(None, (1 << 31) - 1, 32, 0, False, launch.TILES, {})
 
 
 def test_the_second_pass_goes_backwards(monkeypatch):
     """Through what the cache still holds of the first."""
     monkeypatch.setitem(plans.FORCED, "strategy", "two passes")
     x, dy, keywords = arguments_of("NCHW", "plain")
-    found, launched = [], launch.Launch.__call__
+    found, bound = [], launch.Launch.bound
 
-    def noted(self, *pointers):
-        found.append(dict(zip(launch.FIELDS, launch._fields.unpack(self.fixed), strict=False))["backwards"])
-        launched(self, *pointers)
+    def noted(self, present):
+        names = self.params.integers + self.params.constants
+        found.append(dict(zip(names, self.params.fixed.unpack(self.fixed), strict=True))["backwards"])
+        return bound(self, present)
 
-    monkeypatch.setattr(launch.Launch, "__call__", noted)
+    monkeypatch.setattr(launch.Launch, "bound", noted)
     _, saved = fastbn.batch_norm(x, **keywords)
     fastbn.batch_norm_backward(dy, saved)
     assert found == [0, 1, 0, 1]

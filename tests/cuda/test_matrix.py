@@ -1,23 +1,21 @@
-"""The matrix of tests/api/test_matrix.py on CuPy arrays: on a GPU, or executed on the CPU with real plans."""
+"""The checks of tests/api/test_matrix.py on CuPy arrays: on a GPU, or executed on the CPU with real plans."""
 
 import itertools
 
 import pytest
 
-from tests.api import test_matrix
+from tests.cases import checks, outputs
+from tests.cuda.harness import ON_A_DEVICE
 from tests.on_cupy import OnGpu
 from tests.support import DTYPES, LAYOUTS, OPTIONS, make_case
-
-NOT_ON_A_DEVICE = ("unaligned", "swapped bytes")  # no such arrays exist there
-ON_A_DEVICE = [name for name in LAYOUTS if name not in NOT_ON_A_DEVICE]
 
 pytestmark = pytest.mark.usefixtures("on_cupy")
 
 
 @pytest.fixture
 def on_cupy(cuda_arrays, monkeypatch):
-    monkeypatch.setattr(test_matrix, "fastbn", cuda_arrays)
-    monkeypatch.setattr(test_matrix, "SAME_BITS", False)
+    monkeypatch.setattr(checks, "fastbn", cuda_arrays)
+    monkeypatch.setattr(checks, "SAME_BITS", False)
 
 
 def by_case(*options, others=True):
@@ -34,36 +32,37 @@ def by_case(*options, others=True):
     return pytest.mark.parametrize(("layout", "dtype", "options"), cases)
 
 
-@by_case(*test_matrix.TRAINING, others=False)
+@by_case(*checks.TRAINING, others=False)
 def test_moments(layout, dtype, options):
-    test_matrix.check_moments(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+    checks.check_moments(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
 
 
-@by_case(*test_matrix.TRAINING)
+@by_case(*checks.TRAINING)
 def test_training(layout, dtype, options):
-    test_matrix.check_backward(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+    checks.check_backward(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
 
 
 @by_case("affine residual relu", "plain")
 def test_frozen(layout, dtype, options):
-    test_matrix.check_frozen(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+    checks.check_frozen(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
 
 
 @by_case("plain", "where", others=False)
 def test_parts(layout, dtype, options):
-    test_matrix.check_parts(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+    checks.check_parts(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
 
 
 @by_case("plain", "where", others=False)
 def test_statistics(layout, dtype, options):
-    test_matrix.check_statistics(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+    checks.check_statistics(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
 
 
 def test_the_way_to_a_gpu_and_back(cuda_device, monkeypatch):
     """What tests on a GPU do with arrays, done here."""
-    monkeypatch.setattr(test_matrix, "fastbn", OnGpu())
+    for module in (checks, outputs):
+        monkeypatch.setattr(module, "fastbn", OnGpu())
     for layout in ("NCHW", "NHWC as NCHW", "channel slice", "reversed rows", "instance NHWC"):
-        test_matrix.check_backward(make_case(LAYOUTS[layout], "float32", OPTIONS["affine residual relu"]))
-    test_matrix.test_out("NCHW", "spatial slice")
-    test_matrix.test_out_is_an_input("NHWC")
-    test_matrix.test_out_partly_overlaps(3, True)
+        checks.check_backward(make_case(LAYOUTS[layout], "float32", OPTIONS["affine residual relu"]))
+    outputs.test_out("NCHW", "spatial slice")
+    outputs.test_out_is_an_input("NHWC")
+    outputs.test_out_partly_overlaps(3, True)

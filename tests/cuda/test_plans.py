@@ -7,7 +7,7 @@ import pytest
 
 import fastbn
 from fastbn.cuda import launch, plans
-from tests.api import test_matrix
+from tests.cases import checks
 from tests.on_cupy import OnCupy
 from tests.simt import cuda
 from tests.support import LAYOUTS, OPTIONS, Layout, make_case
@@ -20,15 +20,14 @@ WITHOUT_WORK = Layout((1, 3, 1))  # one vector, less than there are blocks for i
 LITTLE = {"threads": 32, "held": 2, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1, "passes": 2}
 SHAPES = {"rows": ROWS, "columns": COLUMNS}
 SCHEDULES = (0, 1, 2, 7)
-CHECKS = ("moments", "backward", "frozen", "parts", "statistics")
 
 pytestmark = pytest.mark.usefixtures("on_cupy")
 
 
 @pytest.fixture
 def on_cupy(cuda_device, monkeypatch):
-    monkeypatch.setattr(test_matrix, "fastbn", OnCupy())
-    monkeypatch.setattr(test_matrix, "SAME_BITS", False)
+    monkeypatch.setattr(checks, "fastbn", OnCupy())
+    monkeypatch.setattr(checks, "SAME_BITS", False)
     monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**LITTLE))
     cuda.forget()
     yield
@@ -80,7 +79,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(cuda_device, monkeypatch, pl
     monkeypatch.setitem(plans.FORCED, "strategy", strategy)
     case = make_case(SHAPES[shape], "float32", OPTIONS["affine residual relu"])
     cuda_device.launches.clear()
-    test_matrix.check_backward(case)
+    checks.check_backward(case)
     assert strategies(cuda_device.launches) == {strategy}
     assert strategy == "block" or any(splits > 1 and vectors % splits for splits, vectors in planned)
     expected = results(case)
@@ -93,7 +92,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(cuda_device, monkeypatch, pl
 def test_more_blocks_than_work(cuda_device, monkeypatch, strategy):
     monkeypatch.setitem(plans.FORCED, "strategy", strategy)
     cuda_device.launches.clear()
-    test_matrix.check_backward(make_case(WITHOUT_WORK, "float32"))
+    checks.check_backward(make_case(WITHOUT_WORK, "float32"))
     assert strategies(cuda_device.launches) == {strategy}
 
 
@@ -109,7 +108,7 @@ def test_more_blocks_than_work(cuda_device, monkeypatch, strategy):
 @pytest.mark.parametrize("strategy", plans.STRATEGIES)
 def test_strategies_of_other_options(monkeypatch, strategy, layout, options):
     monkeypatch.setitem(plans.FORCED, "strategy", strategy)
-    test_matrix.check_backward(make_case(layout, "float32", OPTIONS[options]))
+    checks.check_backward(make_case(layout, "float32", OPTIONS[options]))
 
 
 def test_sizes_choose_strategies(cuda_device, monkeypatch):
@@ -148,7 +147,7 @@ def test_tunings(cuda_device, monkeypatch, tuning, shape):
     base = LITTLE if chosen else {"cluster": 8}
     monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**base | chosen))
     cuda_device.launches.clear()
-    test_matrix.check_backward(make_case(SHAPES[shape], "float32", OPTIONS["affine residual relu"]))
+    checks.check_backward(make_case(SHAPES[shape], "float32", OPTIONS["affine residual relu"]))
     held = chosen.get("held", 8)
     whole = any(4 * step.macros["VECTOR"] >= 16 and step.macros["ALONG_CHANNELS"] for step in cuda_device.launches)
     assert max(step.macros["HELD"] for step in cuda_device.launches) == (max(1, held // 2) if whole else held)
@@ -159,7 +158,7 @@ def test_tunings(cuda_device, monkeypatch, tuning, shape):
 def test_devices(monkeypatch, processors, shared):
     device = launch.Device(0, cuda.ARCHITECTURE, processors, shared)
     monkeypatch.setattr(launch, "device", lambda _number: device)
-    test_matrix.check_backward(make_case(ROWS, "float32", OPTIONS["affine residual relu"]))
+    checks.check_backward(make_case(ROWS, "float32", OPTIONS["affine residual relu"]))
 
 
 def test_architectures_without_clusters(cuda_device, monkeypatch):
@@ -169,7 +168,7 @@ def test_architectures_without_clusters(cuda_device, monkeypatch):
     small = plans.Tuning(**LITTLE | {"cluster": 1})
     monkeypatch.setitem(plans.TUNING, 80, small)
     cuda_device.launches.clear()
-    test_matrix.check_backward(make_case(Layout((20, 1, 20, 20)), "float32"))
+    checks.check_backward(make_case(Layout((20, 1, 20, 20)), "float32"))
     assert strategies(cuda_device.launches) == {"cooperative"}
 
 
@@ -177,22 +176,22 @@ def test_architectures_without_clusters(cuda_device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("layout", "options", "checks"),
+    ("layout", "options", "names"),
     [
-        ("NCHW", "affine residual relu", ("backward", "frozen")),
-        ("NHWC", "plain", ("backward", "parts")),
-        ("reversed rows", "plain", ("backward", "statistics")),
-        pytest.param("NCHW long rows", "where weights residual", tuple(CHECKS), marks=pytest.mark.slow),
-        pytest.param("instance NHWC", "weights relu", tuple(CHECKS), marks=pytest.mark.slow),
+        ("NCHW", "affine residual relu", ("training", "frozen")),
+        ("NHWC", "plain", ("training", "parts")),
+        ("reversed rows", "plain", ("training", "statistics")),
+        pytest.param("NCHW long rows", "where weights residual", tuple(checks.CHECKS), marks=pytest.mark.slow),
+        pytest.param("instance NHWC", "weights relu", tuple(checks.CHECKS), marks=pytest.mark.slow),
     ],
 )
-def test_indices_of_64_bits(cuda_device, monkeypatch, layout, options, checks):
+def test_indices_of_64_bits(cuda_device, monkeypatch, layout, options, names):
     """Those of arrays with 2^31 vectors in a channel, on small ones."""
     monkeypatch.setattr(plans, "WIDE_FROM", 0)
     cuda_device.launches.clear()
     case = make_case(LAYOUTS[layout], "float32", OPTIONS[options])
-    for check in checks:
-        getattr(test_matrix, f"check_{check}")(case)
+    for name in names:
+        checks.CHECKS[name](case)
     assert {step.macros["WIDE"] for step in cuda_device.launches} == {1}
 
 

@@ -1,4 +1,4 @@
-"""`mean`, `var` and `std` of CuPy arrays are NumPy's: value, dtype, shape, errors; by tests/api/test_like_numpy.py.
+"""`mean`, `var` and `std` of CuPy arrays are NumPy's: value, dtype, shape, errors; by the tests of tests/cases.
 
 What differs does so in CuPy's own functions: a full reduction is an array without dimensions, and nothing warns, since
 to know whether a slice is empty would be to wait for the device.
@@ -12,20 +12,11 @@ import pytest
 import fastbn
 from fastbn import reference
 from fastbn.cuda import plans
-from tests.api import test_like_numpy
-from tests.api.test_like_numpy import (
-    FUNCTIONS,
-    MASKS,
-    OUTPUTS,
-    SPECIAL,
-    STRIDES,
-    WRONG_OUT,
-    by_function,
-    by_spread,
-    numbers,
-)
-from tests.cuda.test_again import by_call, calls, slow
-from tests.cuda.test_errors import on_device
+from tests.cases import like_numpy, statistics, statistics_options
+from tests.cases.like_numpy import FUNCTIONS, by_function, by_spread, numbers
+from tests.cases.statistics import SPECIAL, STRIDES
+from tests.cases.statistics_options import MASKS, OUTPUTS, WRONG_OUT
+from tests.cuda.harness import by_call, calls, on_device, slow
 from tests.simt import cuda, host_cupy
 from tests.support import DTYPES
 
@@ -43,8 +34,10 @@ def scalars(cuda_arrays, monkeypatch):
             scalar = isinstance(result, np.ndarray) and result.ndim == 0 and keywords.get("out") is None
             return result[()] if scalar else result
 
-    monkeypatch.setattr(test_like_numpy, "fastbn", Scalars())
-    monkeypatch.setattr(test_like_numpy, "about_slices", lambda caught: [])
+    stand_in = Scalars()
+    for module in (like_numpy, statistics, statistics_options):
+        monkeypatch.setattr(module, "fastbn", stand_in)
+    monkeypatch.setattr(like_numpy, "about_slices", lambda caught: [])
 
 
 def without(table, *names):
@@ -52,20 +45,20 @@ def without(table, *names):
 
 
 @by_call(
-    calls(test_like_numpy.test_positional_arguments, function=FUNCTIONS),
-    calls(test_like_numpy.test_axes, axis=test_like_numpy.AXES, keepdims=[False, True], function=["mean"]),
-    calls(test_like_numpy.test_axes, axis=[None, 0, -1, (), (0, 2)], keepdims=[False, True], function=SPREADS),
-    calls(test_like_numpy.test_sizes_of_one, shape=[(6,), (1,), (1, 5), (3, 1, 2, 1, 2, 1)], function=["std"]),
-    calls(test_like_numpy.test_float_dtypes, dtype=[*DTYPES], function=FUNCTIONS),
-    calls(test_like_numpy.test_integers, code="?bHlQ", function=["mean", "var"]),
-    calls(test_like_numpy.test_integers, slow, code="BhiIqLpP", function=FUNCTIONS),
-    calls(test_like_numpy.test_float16_sums_do_not_overflow, slow),
-    calls(test_like_numpy.test_float32_sums_do_not_drift, slow),
-    calls(test_like_numpy.test_values_by_hand),
-    calls(test_like_numpy.test_constants, value=[0.0, 0.1, 1e30], function=FUNCTIONS),
-    calls(test_like_numpy.test_zero_dimensions, dtype=[np.float32, np.int32, bool], function=FUNCTIONS),
-    calls(test_like_numpy.test_strides, strides=POSSIBLE, function=["var"]),
-    calls(test_like_numpy.test_strides_of_zero, repeated=[(0,), (3,), (0, 2), (0, 1, 2, 3)], function=["var"]),
+    calls(statistics.test_positional_arguments, function=FUNCTIONS),
+    calls(statistics.test_axes, axis=statistics.AXES, keepdims=[False, True], function=["mean"]),
+    calls(statistics.test_axes, axis=[None, 0, -1, (), (0, 2)], keepdims=[False, True], function=SPREADS),
+    calls(statistics.test_sizes_of_one, shape=[(6,), (1,), (1, 5), (3, 1, 2, 1, 2, 1)], function=["std"]),
+    calls(statistics.test_float_dtypes, dtype=[*DTYPES], function=FUNCTIONS),
+    calls(statistics.test_integers, code="?bHlQ", function=["mean", "var"]),
+    calls(statistics.test_integers, slow, code="BhiIqLpP", function=FUNCTIONS),
+    calls(statistics.test_float16_sums_do_not_overflow, slow),
+    calls(statistics.test_float32_sums_do_not_drift, slow),
+    calls(statistics.test_values_by_hand),
+    calls(statistics.test_constants, value=[0.0, 0.1, 1e30], function=FUNCTIONS),
+    calls(statistics.test_zero_dimensions, dtype=[np.float32, np.int32, bool], function=FUNCTIONS),
+    calls(statistics.test_strides, strides=POSSIBLE, function=["var"]),
+    calls(statistics.test_strides_of_zero, repeated=[(0,), (3,), (0, 2), (0, 1, 2, 3)], function=["var"]),
 )
 def test_arrays(scalars, call):
     call()
@@ -73,30 +66,30 @@ def test_arrays(scalars, call):
 
 @by_call(
     calls(
-        test_like_numpy.test_dtype,
+        statistics_options.test_dtype,
         of=[np.float32, np.float64, np.int16, bool], dtype=["e", "f", "d", np.float64, DTYPES["bfloat16"]],
         function=["mean", "std"],
     ),
-    calls(test_like_numpy.test_out, make=without(OUTPUTS, "longdouble", "other byte order"), function=FUNCTIONS),
-    calls(test_like_numpy.test_wrong_out, function=FUNCTIONS, **{"make,error": without(WRONG_OUT, "read-only")}),
-    calls(test_like_numpy.test_out_of_integers, function=FUNCTIONS),
-    calls(test_like_numpy.test_out_and_dtype, function=FUNCTIONS),
-    calls(test_like_numpy.test_out_within_x, function=FUNCTIONS),
-    calls(test_like_numpy.test_out_with_where, function=FUNCTIONS),
-    calls(test_like_numpy.test_out_beyond_float16, function=FUNCTIONS),
-    calls(test_like_numpy.test_ddof, ddof=[0, 1, 2, 1.5, -1, np.int64(1), np.float32(0.5), True], function=SPREADS),
-    calls(test_like_numpy.test_ddof_by_hand, function=SPREADS),
-    calls(test_like_numpy.test_ddof_too_big_for_one_slice, function=SPREADS),
-    calls(test_like_numpy.test_mean_given, axis=[None, 1, (0, 2)], keepdims=[False, True], function=SPREADS),
-    calls(test_like_numpy.test_mean_given_and_where, function=SPREADS),
-    calls(test_like_numpy.test_mean_given_of_other_kinds, function=SPREADS),
+    calls(statistics_options.test_out, make=without(OUTPUTS, "longdouble", "other byte order"), function=FUNCTIONS),
+    calls(statistics_options.test_wrong_out, function=FUNCTIONS, **{"make,error": without(WRONG_OUT, "read-only")}),
+    calls(statistics_options.test_out_of_integers, function=FUNCTIONS),
+    calls(statistics_options.test_out_and_dtype, function=FUNCTIONS),
+    calls(statistics_options.test_out_within_x, function=FUNCTIONS),
+    calls(statistics_options.test_out_with_where, function=FUNCTIONS),
+    calls(statistics_options.test_out_beyond_float16, function=FUNCTIONS),
+    calls(statistics_options.test_ddof, ddof=[0, 1, 2, 1.5, -1, np.int64(1), np.float32(0.5), True], function=SPREADS),
+    calls(statistics_options.test_ddof_by_hand, function=SPREADS),
+    calls(statistics_options.test_ddof_too_big_for_one_slice, function=SPREADS),
+    calls(statistics_options.test_mean_given, axis=[None, 1, (0, 2)], keepdims=[False, True], function=SPREADS),
+    calls(statistics_options.test_mean_given_and_where, function=SPREADS),
+    calls(statistics_options.test_mean_given_of_other_kinds, function=SPREADS),
     calls(
-        test_like_numpy.test_mean_given_of_a_wider_dtype,
+        statistics_options.test_mean_given_of_a_wider_dtype,
         centre={"array": np.full((1, 4), 2.5), "list": [[1, 2, 3, 4]]}, function=SPREADS,
     ),
-    calls(test_like_numpy.test_mean_given_that_broadcasts, function=SPREADS),
+    calls(statistics_options.test_mean_given_that_broadcasts, function=SPREADS),
     calls(
-        test_like_numpy.test_mean_given_of_another_shape, function=["var"],
+        statistics_options.test_mean_given_of_another_shape, function=["var"],
         **{"axis,shape": [(1, (6,)), (1, (3, 2)), (1, (2, 1, 3)), (2, (3, 3)), (0, (1, 3, 3)), (None, (2,))]},
     ),
 )  # fmt: skip
@@ -105,14 +98,14 @@ def test_options(scalars, call):
 
 
 @by_call(
-    calls(test_like_numpy.test_where, where=without(MASKS, "read-only"), function=["var"]),
-    calls(test_like_numpy.test_where, slow, where=without(MASKS, "read-only"), function=["mean", "std"]),
-    calls(test_like_numpy.test_where_true_is_everything, function=FUNCTIONS),
-    calls(test_like_numpy.test_where_skips_what_is_not_finite, function=FUNCTIONS),
-    calls(test_like_numpy.test_where_and_integers, dtype=[np.int8, np.uint64, bool], function=["mean", "var"]),
-    calls(test_like_numpy.test_where_by_hand),
+    calls(statistics_options.test_where, where=without(MASKS, "read-only"), function=["var"]),
+    calls(statistics_options.test_where, slow, where=without(MASKS, "read-only"), function=["mean", "std"]),
+    calls(statistics_options.test_where_true_is_everything, function=FUNCTIONS),
+    calls(statistics_options.test_where_skips_what_is_not_finite, function=FUNCTIONS),
+    calls(statistics_options.test_where_and_integers, dtype=[np.int8, np.uint64, bool], function=["mean", "var"]),
+    calls(statistics_options.test_where_by_hand),
     calls(
-        test_like_numpy.test_wrong_where, function=FUNCTIONS,
+        statistics_options.test_wrong_where, function=FUNCTIONS,
         **{"where,error": {
             "integers": (np.ones((3, 4), int), TypeError),
             "floats": (np.ones((3, 4)), TypeError),
@@ -124,7 +117,7 @@ def test_options(scalars, call):
         }},
     ),
     calls(
-        test_like_numpy.test_wrong_where,
+        statistics_options.test_wrong_where,
         where=[None], error=[TypeError], function=FUNCTIONS,
     ),
 )  # fmt: skip
@@ -134,23 +127,23 @@ def test_where(scalars, call):
 
 @by_call(
     calls(
-        test_like_numpy.test_empty,
+        statistics.test_empty,
         shape=[(0,), (0, 3), (3, 0), (2, 0, 3)], dtype=[np.float32, bool], function=FUNCTIONS,
     ),
     calls(
-        test_like_numpy.test_empty, slow, shape=[(0,), (0, 3), (3, 0), (2, 0, 3)],
+        statistics.test_empty, slow, shape=[(0,), (0, 3), (3, 0), (2, 0, 3)],
         dtype=[np.float16, DTYPES["bfloat16"], np.float64, np.int32], function=FUNCTIONS,
     ),
     calls(
-        test_like_numpy.test_not_finite,
+        statistics.test_not_finite,
         special=[*SPECIAL], dtype=[np.float32, np.float64], function=["mean", "std"],
     ),
-    calls(test_like_numpy.test_mean_keeps_infinity, dtype=[np.float32, np.float64]),
+    calls(statistics.test_mean_keeps_infinity, dtype=[np.float32, np.float64]),
     calls(
-        test_like_numpy.test_mean_of_huge_values, shares=[*test_like_numpy.HUGE],
+        statistics.test_mean_of_huge_values, shares=[*statistics.HUGE],
         **{"dtype,largest": [(np.float32, 3.4e38), (np.float64, 1.7e308)]},
     ),
-    calls(test_like_numpy.test_spread_of_huge_values),
+    calls(statistics.test_spread_of_huge_values),
 )  # fmt: skip
 def test_edges(scalars, call):
     call()
@@ -158,9 +151,9 @@ def test_edges(scalars, call):
 
 @by_function
 def test_the_comparison_can_fail(scalars, monkeypatch, function):
-    for wrong in test_like_numpy.WRONG:
+    for wrong in like_numpy.WRONG:
         with monkeypatch.context() as patch:
-            test_like_numpy.test_the_comparison_can_fail(wrong, function, patch)
+            like_numpy.test_the_comparison_can_fail(wrong, function, patch)
 
 
 # --- on CuPy arrays themselves ----------------------------------------------------------------------------------------

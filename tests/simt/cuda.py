@@ -56,7 +56,7 @@ class Emulated:
 
         text = self.change(kernel, launch.source(kernel, hardware=False))
         compiled = simt.compile_kernel(text, kernel, dict(macros))
-        cluster = dict(macros)["CLUSTER"]
+        cluster = dict(macros).get("CLUSTER", 1)
 
         def run(grid, block, args, shared_mem=0, stream=None, enable_cooperative_groups=False):
             (argument,) = args
@@ -96,10 +96,13 @@ def installed(
             forget()
 
 
+PLANNED = ("moments", "grad_sums", "normalize", "grad_input", "forward", "backward", "update_running")
+
+
 def forget() -> None:
     """Drop all plans."""
     from fastbn.cuda import plans
 
     call.forget()
-    for function in (plans.moments, plans.grad_sums, plans.normalize, plans.grad_input, plans.forward, plans.backward):
-        function.cache_clear()
+    for function in PLANNED:
+        getattr(plans, function).cache_clear()

@@ -20,27 +20,25 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import inspect
-import operator
 import sys
-import warnings
-from collections import Counter
 from typing import Any
 
 import numpy as np
-from numpy.lib.array_utils import byte_bounds
 
-operations: Counter[str] = Counter()
-"""What would have run on the GPU since `installed` was entered: ufuncs and reductions by their names, `copy` (a kernel
-that copies, as `astype` and `ascontiguousarray` do), `fill`, `take` and `put` (indexing by arrays), `concatenate`,
-`memset`, `memcpy`, and the transfers `set` and `get`, of which `get` makes the host wait. Ufuncs, reductions and copies
-of size 0 run no kernel and are not counted."""
+from tests.simt import host_operations
+from tests.simt.host_memory import POISON, allocate, allocations, operations, to_cupy, to_numpy
 
-allocations: list[int] = []
-"""Bytes of every allocation since then; these are no operations."""
-
-ALIGNMENT = 512  # of CuPy's memory pools
-POISON = 0xFF  # NaN in every float dtype
+__all__ = [
+    "ATTRIBUTES",
+    "POISON",
+    "allocate",
+    "allocations",
+    "available",
+    "installed",
+    "operations",
+    "to_cupy",
+    "to_numpy",
+]
 
 ATTRIBUTES = {
     "ComputeCapabilityMajor": 9,
@@ -71,470 +69,6 @@ def available() -> str | None:
     if cupy.cuda.is_available():
         return "there is a CUDA device, which host memory would be given to"
     return None
-
-
-# --- the same memory, seen from both sides ----------------------------------------------------------------------------
-
-
-class _Viewed:
-    """NumPy's way to memory that a `cupy.ndarray` holds, which it keeps alive as the base of the NumPy array."""
-
-    def __init__(self, array: Any) -> None:
-        self.array = array
-        self.__array_interface__ = {
-            "shape": array.shape,
-            "typestr": array.dtype.str,
-            "strides": array.strides,
-            "data": (array.data.ptr, False),
-            "version": 3,
-        }
-
-
-def to_numpy(array: Any) -> np.ndarray:
-    """A view on the memory of a `cupy.ndarray`, with its strides."""
-    if array.size == 0:  # perhaps without an address
-        return np.empty(array.shape, array.dtype)
-    return np.asarray(_Viewed(array)).view(array.dtype)  # whose typestr of bfloat16 says no more than two bytes
-
-
-def to_cupy(array: np.ndarray, device: int = 0) -> Any:
-    """A `cupy.ndarray` over the same memory, with the same strides, negative and zero ones too.
-
-    Arrays on a GPU are aligned and of its byte order: others are copied. Views of one NumPy array have one memory, as
-    views of an allocation have, which `cupy.may_share_memory` asks for. There are no read-only arrays in CuPy. Another
-    `device` than 0 is for what refuses arrays of several; operations do not look at it.
-    """
-    import cupy
-
-    array = np.asarray(array)
-    if array.dtype.char not in "?bhilqBHILQefdFD" and array.dtype.name != "bfloat16":
-        raise ValueError(f"Unsupported dtype {array.dtype}")
-    aligned = array.ctypes.data % array.itemsize == 0 and all(
-        stride % array.itemsize == 0 for n, stride in zip(array.shape, array.strides, strict=True) if n > 1
-    )
-    if not (aligned and array.dtype.isnative):
-        array = np.array(array, array.dtype.newbyteorder("="), order="K")
-    first, end = byte_bounds(array) if array.size else (array.ctypes.data,) * 2
-    owner: Any = array
-    while isinstance(owner.base, np.ndarray):
-        owner = owner.base
-    viewed = owner.base
-    if isinstance(viewed, _Viewed):
-        memory = viewed.array.data.mem
-    else:
-        low, high = byte_bounds(owner) if owner.size else (first, end)
-        if not low <= first <= end <= high:  # strides made by hand
-            low, high = first, end
-        memory = cupy.cuda.UnownedMemory(low, high - low, owner, device)
-    pointer = _pointer_type()(memory, array.ctypes.data - memory.ptr)
-    return cupy.ndarray(array.shape, array.dtype, pointer, array.strides)
-
-
-def _allocate(size: int) -> Any:
-    """What CuPy's pools do, on poisoned host memory."""
-    import cupy
-
-    allocations.append(size)
-    if size == 0:
-        return _pointer_type()(cupy.cuda.UnownedMemory(0, 0, None, 0), 0)
-    buffer = np.full(size + ALIGNMENT, POISON, np.uint8)
-    memory = cupy.cuda.UnownedMemory(buffer.ctypes.data + -buffer.ctypes.data % ALIGNMENT, size, buffer, 0)
-    return _pointer_type()(memory, 0)
-
-
-@functools.cache
-def _pointer_type() -> type:
-    from cupy.cuda import MemoryPointer
-
-    def moved(name: str, to_self: bool) -> Any:
-        def copy(self: Any, other: Any, size: int, stream: Any = None) -> None:
-            if size:
-                operations[name] += 1
-                address = other.ptr if isinstance(other, MemoryPointer) else getattr(other, "value", other)
-                ctypes.memmove(*((self.ptr, address) if to_self else (address, self.ptr)), size)
-
-        return copy
-
-    class HostPointer(MemoryPointer):
-        """A pointer whose copies are the host's; CuPy's compiled code calls these too."""
-
-        def __add__(self, offset: int) -> Any:
-            return HostPointer(self.mem, self.ptr - self.mem.ptr + offset)
-
-        def memset(self, value: int, size: int, stream: Any = None) -> None:
-            if size:
-                operations["memset"] += 1
-                ctypes.memset(self.ptr, value, size)
-
-        memset_async = memset
-        copy_from_device = copy_from_device_async = moved("memcpy", True)
-        copy_from_host = copy_from_host_async = moved("set", True)
-        copy_to_host = copy_to_host_async = moved("get", False)
-
-    return HostPointer
-
-
-# --- operations by NumPy ----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _silent() -> Any:
-    """GPUs do not warn."""
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield
-
-
-def _host(value: Any) -> Any:
-    """An argument for NumPy; a NumPy array where CuPy wants its own is refused in CuPy's words."""
-    import cupy
-
-    if isinstance(value, cupy.ndarray):
-        return to_numpy(value)
-    if isinstance(value, np.ndarray):
-        raise TypeError(f"Unsupported type {type(value)}")
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_host, value))
-    return value
-
-
-def _device(value: Any) -> Any:
-    """A result of NumPy's in an allocation of its own: contiguous, as kernels write; an array where NumPy's is none."""
-    import cupy
-
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_device, value))
-    value = np.asarray(value)
-    result = cupy.empty(value.shape, value.dtype)
-    to_numpy(result)[...] = value
-    return result
-
-
-def _where(condition: Any, x: Any, y: Any, out: Any = None, **_options: Any) -> Any:
-    return _copy(np.where(condition, x, y), out)
-
-
-def _copy(source: Any, out: Any = None, casting: str = "unsafe", where: Any = True, **_options: Any) -> Any:
-    if out is None:
-        return source
-    np.copyto(out, source, casting, where)
-    return out
-
-
-class _Ufunc:
-    """In the place of one of CuPy's ufunc objects: its signature and refusals, NumPy's arithmetic."""
-
-    def __init__(self, original: Any) -> None:
-        self.original = original
-        self.short = original.name.removeprefix("cupy_")
-        self.compute = {"copy": _copy, "where": _where}.get(self.short) or getattr(np, self.short)
-        self.takes_bfloat16 = any("E" in types for types in original.types)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.original, name)
-
-    def __call__(self, *args: Any, out: Any = None, dtype: Any = None, _where: Any = None, **options: Any) -> Any:
-        import cupy
-
-        original = self.original
-        if wrong := options.keys() - {"casting"}:
-            raise TypeError(f"Wrong arguments {wrong}")
-        if not original.nin <= len(args) <= original.nargs or (out is not None and len(args) > original.nin):
-            raise TypeError(f"Wrong number of arguments for {original.name!r}")
-        outs = (*args[original.nin :], *(out if isinstance(out, tuple) else () if out is None else (out,)))
-        given = [array for array in outs if array is not None]
-        for array in (*args[: original.nin], *given):
-            if not isinstance(array, (cupy.ndarray, bool, int, float, complex, np.generic)):
-                raise TypeError(f"Unsupported type {type(array)}")
-        inputs = [self._readable(array) for array in args[: original.nin]]
-        if given:
-            options["out"] = tuple(None if array is None else _host(array) for array in outs)
-        if not isinstance(self.compute, np.ufunc) and given:
-            options["out"] = options["out"][0]
-        options |= {key: _host(value) for key, value in (("where", _where), ("dtype", dtype)) if value is not None}
-        with _silent():
-            result = self.compute(*inputs, **options)
-        if np.size(result[0] if isinstance(result, tuple) else result):
-            operations[self.short] += 1
-        if not given:
-            return _device(result)
-        return given[0] if original.nout == 1 else tuple(given)
-
-    def _readable(self, value: Any) -> Any:
-        """Without a loop for bfloat16 CuPy takes the one for float32."""
-        value = _host(value)
-        lacking = getattr(getattr(value, "dtype", None), "name", "") == "bfloat16" and not self.takes_bfloat16
-        return value.astype(np.float32) if lacking else value
-
-
-def _binary(name: str) -> tuple[Any, Any, Any]:
-    """An operator, reflected and in place. NumPy arrays come to the ufunc by NumPy's `__array_ufunc__`."""
-    import cupy
-
-    def forward(self: Any, other: Any) -> Any:
-        if isinstance(other, cupy.ndarray):
-            return getattr(cupy, name)(self, other)
-        asked = getattr(other, "__array_ufunc__", operator)
-        if asked is None or (asked is operator and getattr(other, "__array_priority__", 0) > self.__array_priority__):
-            return NotImplemented
-        return getattr(np, name)(self, other)
-
-    def reflected(self: Any, other: Any) -> Any:
-        return getattr(cupy, name)(other, self)
-
-    def in_place(self: Any, other: Any) -> Any:
-        return getattr(cupy, name)(self, other, self)
-
-    return forward, reflected, in_place
-
-
-def _comparison(name: str) -> Any:
-    forward, *_ = _binary(name)
-
-    def compare(self: Any, other: Any) -> Any:
-        import cupy
-
-        if name in ("equal", "not_equal") and (other is None or type(other).__eq__ is object.__eq__):
-            return cupy.full(self.shape, name == "not_equal")
-        if isinstance(other, np.ndarray) and other.ndim == 0:
-            other = other.item()
-        return forward(self, other)
-
-    return compare
-
-
-BINARY = {
-    "add": "add",
-    "sub": "subtract",
-    "mul": "multiply",
-    "truediv": "true_divide",
-    "floordiv": "floor_divide",
-    "mod": "remainder",
-    "pow": "power",
-    "lshift": "left_shift",
-    "rshift": "right_shift",
-    "and": "bitwise_and",
-    "or": "bitwise_or",
-    "xor": "bitwise_xor",
-}
-COMPARISONS = {
-    "lt": "less",
-    "le": "less_equal",
-    "eq": "equal",
-    "ne": "not_equal",
-    "gt": "greater",
-    "ge": "greater_equal",
-}
-UNARY = {"neg": "negative", "pos": "positive", "abs": "absolute", "invert": "invert"}
-METHODS = {  # CuPy's parameters, of which NumPy has more
-    "all": "axis out keepdims",
-    "any": "axis out keepdims",
-    "argmax": "axis out keepdims",
-    "argmin": "axis out keepdims",
-    "argsort": "axis kind",
-    "clip": "min max out",
-    "compress": "condition axis out",
-    "cumprod": "axis dtype out",
-    "cumsum": "axis dtype out",
-    "dot": "b out",
-    "max": "axis out keepdims",
-    "mean": "axis dtype out keepdims",
-    "min": "axis out keepdims",
-    "nonzero": "",
-    "prod": "axis dtype out keepdims",
-    "ptp": "axis out keepdims",
-    "repeat": "repeats axis",
-    "round": "decimals out",
-    "searchsorted": "v side sorter",
-    "sort": "axis kind",
-    "std": "axis dtype out ddof keepdims",
-    "sum": "axis dtype out keepdims",
-    "take": "indices axis out",
-    "trace": "offset axis1 axis2 dtype out",
-    "var": "axis dtype out ddof keepdims",
-}
-FUNCTIONS = [  # of which CuPy has kernels of its own
-    "allclose", "arange", "argmax", "argmin", "array_equal", "bincount", "clip", "count_nonzero", "cumprod",
-    "cumsum", "diff", "dot", "einsum", "eye", "histogram", "identity", "inner", "isclose", "isin", "kron",
-    "linspace", "matmul", "median", "meshgrid", "nan_to_num", "nancumsum", "nanmax", "nanmean", "nanmin", "nanstd",
-    "nansum", "nanvar", "outer", "pad", "percentile", "quantile", "searchsorted", "sort", "tensordot", "tile",
-    "tri", "tril", "triu", "unique", "vdot",
-]  # fmt: skip
-
-
-def _bound(parameters: inspect.Signature, what: str, args: Any, keywords: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by name; those that CuPy has not are refused."""
-    try:
-        return parameters.bind(*args, **keywords).arguments
-    except TypeError as error:
-        raise TypeError(f"{what}: {error}") from None
-
-
-def _method(name: str, names: str) -> Any:
-    parameters = [inspect.Parameter(p, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for p in names.split()]
-    signature = inspect.Signature(parameters)
-
-    def method(self: Any, *args: Any, **keywords: Any) -> Any:
-        given = _bound(signature, name, args, keywords)
-        out = given.get("out")
-        value, arguments = to_numpy(self), {key: _host(argument) for key, argument in given.items()}
-        half = name in ("sum", "prod", "mean", "var", "std") and value.dtype.itemsize == 2 and value.dtype.kind in "fV"
-        if half:  # CuPy sums them in float32
-            wanted, out_view = arguments.pop("dtype", None) or value.dtype, arguments.pop("out", None)
-            value = value.astype(np.promote_types(np.float32, wanted))
-        if self.size:
-            operations[name] += 1
-        with _silent():
-            result = np.ptp(value, **arguments) if name == "ptp" else getattr(value, name)(**arguments)
-            if half:
-                result = _copy(result.astype(wanted), out_view)
-        return result if result is None else _device(result) if out is None else out
-
-    return method
-
-
-def _function(original: Any, name: str) -> Any:
-    signature = inspect.signature(original) if inspect.isfunction(original) else None
-
-    @functools.wraps(original)
-    def function(*args: Any, **keywords: Any) -> Any:
-        if signature is not None:
-            _bound(signature, name, args, keywords)
-        operations[name] += 1
-        with _silent():
-            result = getattr(np, name)(*_host(args), **{key: _host(value) for key, value in keywords.items()})
-        return keywords["out"] if keywords.get("out") is not None else _device(result)
-
-    return function
-
-
-def _is_advanced(index: Any) -> bool:
-    """Whether an index is more than slices and integers, and so copies."""
-    import cupy
-
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, (list, tuple, bool, np.bool_, np.ndarray, cupy.ndarray)) for part in parts)
-
-
-def _host_index(index: Any) -> Any:
-    """Indices, unlike operands, may be NumPy arrays."""
-    if isinstance(index, tuple):
-        return tuple(map(_host_index, index))
-    return index if isinstance(index, (list, np.ndarray)) else _host(index)
-
-
-# --- methods and functions of CuPy on them ----------------------------------------------------------------------------
-
-
-def _array_methods() -> dict[str, Any]:
-    """Methods of `cupy.ndarray` that end in calls of the driver, with CuPy's semantics."""
-    import cupy
-
-    view_of, assign = cupy.ndarray.__getitem__, cupy.ndarray.__setitem__
-
-    def getitem(self: Any, index: Any) -> Any:
-        if not _is_advanced(index):
-            return view_of(self, index)
-        operations["take"] += 1
-        return _device(to_numpy(self)[_host_index(index)])
-
-    def setitem(self: Any, index: Any, value: Any) -> None:
-        if not _is_advanced(index):
-            assign(self, index, value)  # by `fill`, a copy of memory or of elements
-        else:
-            operations["put"] += 1
-            with _silent():
-                to_numpy(self)[_host_index(index)] = _host(value)
-
-    def copy(self: Any, order: str = "C") -> Any:
-        return self.astype(self.dtype, order=order)
-
-    def fill(self: Any, value: Any) -> None:
-        value = _host(value) if isinstance(value, cupy.ndarray) else np.asarray(value, self.dtype)
-        if value.shape != ():
-            raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
-        if self.size:
-            operations["fill"] += 1
-            with _silent():
-                to_numpy(self)[...] = value
-
-    def get(self: Any, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> np.ndarray:
-        if out is not None and (out.dtype, out.shape) != (self.dtype, self.shape):
-            raise (TypeError if out.dtype != self.dtype else ValueError)(f"{out.dtype} {out.shape} array cannot be got")
-        if self.size:
-            operations["get"] += 1
-        if out is None:
-            return to_numpy(self).copy(order)
-        np.copyto(out, to_numpy(self))
-        return out
-
-    def put(self: Any, array: np.ndarray, stream: Any = None) -> None:
-        if not isinstance(array, np.ndarray) or array.dtype != self.dtype:
-            raise TypeError(f"expected a numpy.ndarray of {self.dtype}")
-        if array.shape != self.shape:
-            raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {array.shape}")
-        operations["set"] += 1
-        to_numpy(self)[...] = array
-
-    methods = {"__getitem__": getitem, "__setitem__": setitem, "copy": copy, "fill": fill, "get": get, "set": put}
-    methods |= {name: _method(name, names) for name, names in METHODS.items()}
-    methods |= {f"__{short}__": _comparison(name) for short, name in COMPARISONS.items()}
-    for short, name in (BINARY | {"matmul": "matmul"}).items():
-        forward, reflected, in_place = _binary(name)
-        methods |= {f"__{short}__": forward, f"__r{short}__": reflected}
-        if short in BINARY:
-            methods[f"__i{short}__"] = in_place
-    for short, name in UNARY.items():
-        methods[f"__{short}__"] = lambda self, name=name: getattr(cupy, name)(self)
-    return methods
-
-
-def _array(
-    obj: Any,
-    dtype: Any = None,
-    copy: bool | None = True,
-    order: str | None = "K",
-    subok: bool = False,
-    ndmin: int = 0,
-    blocking: bool = False,
-) -> Any:
-    """`cupy.array`, and what `cupy.asarray` calls; NumPy arrays are welcome here."""
-    import cupy
-
-    order = order or "K"
-    if subok:
-        raise NotImplementedError  # as CuPy itself
-    if isinstance(obj, cupy.ndarray):
-        result = obj._astype(dtype or obj.dtype, order=order, copy=copy)
-        return result.reshape((1,) * (ndmin - result.ndim) + result.shape) if result.ndim < ndmin else result
-    if _holds_arrays(obj):
-        operations["concatenate"] += 1
-        return _device(np.array(_host(obj), dtype, ndmin=ndmin))
-    host = np.array(obj, dtype, copy=None, ndmin=ndmin)
-    fortran = order == "F" or (order in "KA" and isinstance(obj, np.ndarray) and obj.flags.fnc)
-    result = cupy.ndarray(host.shape, host.dtype.newbyteorder("="), order="F" if fortran else "C")
-    if result.size:
-        operations["set"] += 1
-        to_numpy(result)[...] = host
-    return result
-
-
-def _holds_arrays(value: Any) -> bool:
-    import cupy
-
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_arrays, value))
-    return isinstance(value, cupy.ndarray)
-
-
-def _concatenate(arrays: Any, axis: int, out: Any = None, dtype: Any = None, casting: str = "same_kind") -> Any:
-    import cupy
-
-    if not all(isinstance(array, cupy.ndarray) for array in arrays):
-        raise TypeError("Only cupy arrays can be concatenated")
-    operations["concatenate"] += 1
-    result = np.concatenate(_host(list(arrays)), axis, _host(out), dtype=dtype, casting=casting)
-    return _device(result) if out is None else out
 
 
 # --- the device and its streams ---------------------------------------------------------------------------------------
@@ -617,7 +151,7 @@ def installed() -> Any:
         for owner, name, replacement in _replacements():
             before.append((owner, name, vars(owner).get(name)))
             setattr(owner, name, replacement)
-        cupy.cuda.set_allocator(_allocate)
+        cupy.cuda.set_allocator(allocate)
         yield sys.modules[__name__]
     finally:
         cupy.cuda.set_allocator(allocator)
@@ -636,20 +170,20 @@ def _replacements() -> list[tuple[Any, str, Any]]:
 
     ufuncs: dict[int, Any] = {}
     array, concatenate = cupy._core.array, cupy._core.concatenate_method
-    found = [(cupy.ndarray, name, method) for name, method in _array_methods().items()]
+    found = [(cupy.ndarray, name, method) for name, method in host_operations.array_methods().items()]
     for module in [module for name, module in sys.modules.items() if name == "cupy" or name.startswith("cupy.")]:
         for name, value in list(vars(module).items()):
             if isinstance(value, cupy.ufunc) and (
                 isinstance(getattr(np, value.name.removeprefix("cupy_"), None), np.ufunc)
                 or value.name in ("cupy_copy", "cupy_where")
             ):
-                found.append((module, name, ufuncs.setdefault(id(value), _Ufunc(value))))
+                found.append((module, name, ufuncs.setdefault(id(value), host_operations.Ufunc(value))))
             elif value is array:
-                found.append((module, name, _array))
+                found.append((module, name, host_operations.array))
             elif value is concatenate:
-                found.append((module, name, _concatenate))
-    for name in FUNCTIONS:
-        found.append((cupy, name, _function(getattr(cupy, name), name)))
+                found.append((module, name, host_operations.concatenate))
+    for name in host_operations.FUNCTIONS:
+        found.append((cupy, name, host_operations.function_like(getattr(cupy, name), name)))
     device, stream = _device_and_stream()
     for module in (cupy.cuda, cupy.cuda.device):
         found.append((module, "Device", device))

@@ -18,6 +18,7 @@ from numba.core.compiler_machinery import PassManager
 from numba.core.registry import cpu_target
 
 from fastbn.cpu.code import machine_for
+from fastbn.cpu.kernels.llvm import INTEGERS
 
 llvm.initialize_native_asmparser()  # for `flags`; Numba, that has no assembly of its own, leaves it out
 
@@ -36,7 +37,7 @@ KINDS = {
     "f8": types.float64,
     "bool": types.boolean,
     "none": types.none,
-}
+} | {name: types.CPointer(integer) for name, integer in INTEGERS.items()}
 
 
 class _Part(JITCodeLibrary):

@@ -1,13 +1,34 @@
-"""Vectors as LLVM's instructions: what `simd` builds its loads, stores and masks from."""
+"""Vectors as LLVM's instructions: what `simd` and `doubles` build their loads, stores and masks from."""
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.extending import models, register_model
 
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 SCALARS = {types.float32: FLOAT, types.float64: DOUBLE}
+
+
+class Integer(types.Type):
+    """An element of an integer or bool array. (Numba's own of 16 bits are halves here.)"""
+
+    def __init__(self, letter, size):
+        self.letter, self.bitwidth = letter, 8 * size
+        super().__init__(name=f"Integer({letter}{size})")
+
+
+@register_model(Integer)
+class _IntegerModel(models.PrimitiveModel):
+    def __init__(self, manager, integer):
+        super().__init__(manager, integer, ir.IntType(integer.bitwidth))
+
+
+# As plans name them: s for signed, n for not, b for bool.
+INTEGERS = {f"{letter}{size}*": Integer(letter, size) for letter in "sn" for size in (1, 2, 4, 8)}
+INTEGERS["b1*"] = Integer("b", 1)
 STORED = {types.uint16: I16, types.int16: I16, types.uint8: ir.IntType(8)} | SCALARS
+STORED |= {integer: ir.IntType(integer.bitwidth) for integer in INTEGERS.values()}
 
 
 def size_of(array):

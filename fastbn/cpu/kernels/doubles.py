@@ -1,0 +1,279 @@
+"""Eight values of any real dtype as float64, with strides and masks: what `statistics` adds up.
+
+Every float of 32 bits or fewer, and every integer below 2^53, is exact in float64, and so is the sum of many of them.
+A `Mask` says which of eight values count. An absent array of bytes loads as None, a mask that is None lets all pass.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+from fastbn.cpu.kernels.llvm import (
+    DOUBLE,
+    FLOAT,
+    I32,
+    I64,
+    Integer,
+    decode,
+    encode,
+    lanes_below,
+    masked,
+    pointer_to,
+    shuffle,
+    size_of,
+)
+from fastbn.cpu.kernels.simd import Vector
+
+LANES = 8  # one register of 64 bytes, or two of 32
+DOUBLES = Vector(types.float64, LANES)
+FLOATS = Vector(types.float32, LANES)
+
+
+class Mask(types.Type):
+    def __init__(self):
+        super().__init__(name="Mask")
+
+
+MASK = Mask()
+BITS = ir.VectorType(ir.IntType(1), LANES)
+
+
+@register_model(Mask)
+class _MaskModel(models.PrimitiveModel):
+    def __init__(self, manager, mask):
+        super().__init__(manager, mask, BITS)
+
+
+def _in_float64(builder, stored, dtype):
+    if isinstance(dtype, Integer):
+        if dtype.letter == "b":
+            stored = builder.icmp_unsigned("!=", stored, ir.Constant(stored.type, None))
+        return (builder.sitofp if dtype.letter == "s" else builder.uitofp)(stored, DOUBLES.llvm)
+    if dtype == types.float64:
+        return stored
+    return builder.fpext(decode(builder, stored, dtype, FLOATS), DOUBLES.llvm)
+
+
+def _masked_load(builder, pointer, mask, size):
+    stored = pointer.type.pointee
+    kind = ir.FunctionType(stored, [pointer.type, I32, mask.type, stored])
+    function = masked(builder, "load", kind, stored)
+    return builder.call(function, [pointer, I32(size), mask, ir.Constant(stored, None)])
+
+
+def _gathered(builder, array, values, mask):
+    """The elements ``at``, ``at + step``, ... that the mask has."""
+    first, at, step = values
+    kind = ir.VectorType(I64, LANES)
+    steps = shuffle(builder, builder.insert_element(ir.Constant(kind, ir.Undefined), step, I32(0)), [0] * LANES)
+    offsets = builder.mul(steps, ir.Constant(kind, list(range(LANES))))
+    start = pointer_to(builder, array, first, at, 1)
+    element = start.type.pointee.element
+    start = builder.bitcast(start, element.as_pointer())
+    result = ir.Constant(ir.VectorType(element, LANES), None)
+    for k in range(LANES):
+        offset = builder.extract_element(offsets, I32(k))
+        if mask is None:
+            single = builder.load(builder.gep(start, [offset]), align=size_of(array))
+        else:  # an element that is not there is read from the place of the first one
+            offset = builder.select(builder.extract_element(mask, I32(k)), offset, I64(0))
+            single = builder.load(builder.gep(start, [offset]), align=size_of(array))
+        result = builder.insert_element(result, single, I32(k))
+    return result
+
+
+@intrinsic
+def values(typing, array, at, step):
+    """Eight values from ``at`` on, side by side if the step is None."""
+    strided = step != types.none
+
+    def codegen(context, builder, sig, args):
+        if strided:
+            return _in_float64(builder, _gathered(builder, array, args, None), array.dtype)
+        pointer = pointer_to(builder, array, args[0], args[1], LANES)
+        return _in_float64(builder, builder.load(pointer, align=size_of(array)), array.dtype)
+
+    return DOUBLES(array, types.intp, types.intp if strided else types.none), codegen
+
+
+@intrinsic
+def first_values(typing, array, at, step, n):
+    """The first n of them, from 1 to 8; no other memory is touched, and other lanes mean nothing."""
+    strided = step != types.none
+
+    def codegen(context, builder, sig, args):
+        mask = lanes_below(builder, args[3], LANES)
+        if strided:
+            return _in_float64(builder, _gathered(builder, array, args[:3], mask), array.dtype)
+        pointer = pointer_to(builder, array, args[0], args[1], LANES)
+        return _in_float64(builder, _masked_load(builder, pointer, mask, size_of(array)), array.dtype)
+
+    return DOUBLES(array, types.intp, types.intp if strided else types.none, types.intp), codegen
+
+
+@intrinsic
+def value_at(typing, array, at):
+    """One value; 1 of an absent array."""
+    if array == types.none:
+        return types.float64(array, types.intp), lambda context, builder, sig, args: DOUBLE(1.0)
+
+    def codegen(context, builder, sig, args):
+        pointer = pointer_to(builder, array, args[0], args[1], 1)
+        stored = shuffle(builder, builder.load(pointer, align=size_of(array)), [0] * LANES)
+        return builder.extract_element(_in_float64(builder, stored, array.dtype), I32(0))
+
+    return types.float64(array, types.intp), codegen
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def bytes_not_zero(typing, where, at):
+    """Of eight bytes."""
+    if where == types.none:
+        return types.none(where, types.intp), lambda context, builder, sig, args: context.get_dummy_value()
+
+    def codegen(context, builder, sig, args):
+        pointer = pointer_to(builder, where, args[0], args[1], LANES)
+        stored = builder.load(pointer, align=1)
+        return builder.icmp_unsigned("!=", stored, ir.Constant(stored.type, None))
+
+    return MASK(where, types.intp), codegen
+
+
+@intrinsic
+def first_bytes_not_zero(typing, where, at, n):
+    """Of the first n of eight bytes: those behind them are not touched, and count as zero."""
+    if where == types.none:
+        return MASK(where, types.intp, types.intp), lambda context, builder, sig, args: lanes_below(
+            builder, args[2], LANES
+        )
+
+    def codegen(context, builder, sig, args):
+        pointer = pointer_to(builder, where, args[0], args[1], LANES)
+        stored = _masked_load(builder, pointer, lanes_below(builder, args[2], LANES), 1)
+        return builder.icmp_unsigned("!=", stored, ir.Constant(stored.type, None))
+
+    return MASK(where, types.intp, types.intp), codegen
+
+
+@intrinsic
+def not_nan(typing, mask, v, skip_nan):
+    """The mask, without those that are NaN if these are skipped."""
+    if skip_nan == types.none:
+        return mask(mask, v, skip_nan), lambda context, builder, sig, args: args[0]
+
+    def codegen(context, builder, sig, args):
+        numbers = builder.fcmp_ordered("ord", args[1], args[1])
+        return numbers if mask == types.none else builder.and_(args[0], numbers)
+
+    return MASK(mask, v, skip_nan), codegen
+
+
+@intrinsic
+def finite(typing, v):
+    """Those that are neither infinite nor NaN."""
+
+    def codegen(context, builder, sig, args):
+        difference = builder.fsub(args[0], args[0])
+        return builder.fcmp_ordered("ord", difference, difference)
+
+    return MASK(v), codegen
+
+
+@intrinsic
+def greater(typing, a, b):
+    def codegen(context, builder, sig, args):
+        return builder.fcmp_ordered(">", *args)
+
+    return MASK(a, b), codegen
+
+
+@intrinsic
+def choose(typing, mask, a, b):
+    """The lanes of a that the mask has, else those of b."""
+    if mask == types.none:
+        return a(mask, a, b), lambda context, builder, sig, args: args[1]
+    return a(mask, a, b), lambda context, builder, sig, args: builder.select(*args)
+
+
+@intrinsic
+def how_many(typing, mask):
+    if mask == types.none:
+        return types.int64(mask), lambda context, builder, sig, args: I64(LANES)
+
+    def codegen(context, builder, sig, args):
+        bits = builder.bitcast(args[0], ir.IntType(LANES))
+        kind = ir.FunctionType(bits.type, [bits.type])
+        count = builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.ctpop.i{LANES}"), [bits])
+        return builder.zext(count, I64)
+
+    return types.int64(mask), codegen
+
+
+# --- lanes ------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def everywhere(typing, number):
+    """A float64 in every lane."""
+
+    def codegen(context, builder, sig, args):
+        single = builder.insert_element(ir.Constant(DOUBLES.llvm, ir.Undefined), args[0], I32(0))
+        return shuffle(builder, single, [0] * LANES)
+
+    return DOUBLES(types.float64), codegen
+
+
+@intrinsic
+def lane(typing, v, k):
+    def codegen(context, builder, sig, args):
+        return builder.extract_element(args[0], builder.trunc(args[1], I32))
+
+    return types.float64(v, types.intp), codegen
+
+
+def _nothing(*arguments):
+    """The intrinsic of an absent array that is written."""
+    return types.none(*arguments), lambda context, builder, sig, args: context.get_dummy_value()
+
+
+@intrinsic
+def put_values(typing, array, at, v, n):
+    """Write the first n lanes side by side, in the array's dtype."""
+    if array == types.none:
+        return types.none(
+            array, types.intp, v, types.intp
+        ), lambda context, builder, sig, args: context.get_dummy_value()
+
+    def codegen(context, builder, sig, args):
+        v = args[2] if array.dtype == types.float64 else builder.fptrunc(args[2], FLOATS.llvm)
+        v = encode(builder, v, array.dtype, FLOATS)
+        pointer, mask = pointer_to(builder, array, args[0], args[1], LANES), lanes_below(builder, args[3], LANES)
+        kind = ir.FunctionType(ir.VoidType(), [v.type, pointer.type, I32, mask.type])
+        builder.call(masked(builder, "store", kind, v.type), [v, pointer, I32(size_of(array)), mask])
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, v, types.intp), codegen
+
+
+@intrinsic
+def put_value(typing, array, at, number):
+    """Write one value, in the array's dtype."""
+    if array == types.none:
+        return types.none(
+            array, types.intp, types.float64
+        ), lambda context, builder, sig, args: context.get_dummy_value()
+
+    def codegen(context, builder, sig, args):
+        one = Vector(types.float32, 1)
+        kind = ir.VectorType(DOUBLE if array.dtype == types.float64 else FLOAT, 1)
+        number = args[2] if array.dtype == types.float64 else builder.fptrunc(args[2], FLOAT)
+        single = builder.insert_element(ir.Constant(kind, ir.Undefined), number, I32(0))
+        pointer = pointer_to(builder, array, args[0], args[1], 1)
+        builder.store(encode(builder, single, array.dtype, one), pointer, align=size_of(array))
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, types.float64), codegen

@@ -1,0 +1,712 @@
+"""Mean and variance of arrays as they lie: any strides, any real dtype, masks, NaNs left out; results in their dtype.
+
+For each kept index, over the values x that count (all, or those of a mask, or those that are not NaN):
+
+    n = number of x;  mean = sum(x) / n;  m2 = sum((x - mean)^2);  var = m2 / (n - ddof)
+
+Everything is summed in float64, and an array's kept indices in parts of its reduced ones, by shape alone:
+
+- Sums: float32, halves and integers of up to 32 bits are exact in float64; what float64 and integers of 64 bits lose is
+  summed as well (Knuth's two-sum, 7 operations a value). Sums of parts are added so in any case.
+- Squares: of x - shift, with the mean of eight values as shift: A = sum(x - shift), B = sum((x - shift)^2),
+  m2 = B - A^2/n (Chan, Golub & LeVeque 1983, eq. 1.7 with a shift). That loses as many bits as the mean's distance from
+  the shift is large beside the deviation; where these are too many, the part is summed again around its mean. Parts
+  are merged by Chan's update (eq. 2.1).
+
+`inner` goes along rows whose values are reduced, `outer` along rows of kept indices; `finish_parts` merges parts. The
+geometry is laid out in `fastbn.cpu.statistics`. A part's numbers are (n, shift, A, B), without squares (n, _, sum, rest).
+"""
+
+import numpy as np
+
+from fastbn.cpu.kernels.compiler import inner as inline
+from fastbn.cpu.kernels.compiler import kernel
+from fastbn.cpu.kernels.doubles import (
+    LANES,
+    bytes_not_zero,
+    choose,
+    everywhere,
+    finite,
+    first_bytes_not_zero,
+    first_values,
+    greater,
+    how_many,
+    lane,
+    not_nan,
+    put_value,
+    put_values,
+    value_at,
+    values,
+)
+from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
+from fastbn.cpu.kernels.simd import any_greater, fma, load, root, store, zero_where_not_positive
+from fastbn.cpu.statistics import (
+    CAREFUL,
+    CHANNELS,
+    COLUMNS,
+    DIMENSION,
+    DIMENSIONS,
+    EMPTY,
+    FIELDS,
+    FOLD,
+    FORM,
+    KEPT_DIMENSIONS,
+    KEPT_STEP,
+    LEAST_SQUARE,
+    NO_DEGREES,
+    PARTS,
+    PIECE,
+    PIECES,
+    ROW_DIMENSIONS,
+    ROWS,
+    ROWS_OF_A_PART,
+    SIZE,
+    STD,
+    STEP,
+    SUM_OF_SQUARES,
+    TAIL,
+    TILE,
+    WIDTH,
+)
+
+PEEKS = 8
+LONG = (
+    4096  # values of a row from which its quarters are read side by side: four streams are up to twice as fast as one
+)
+# How much larger A^2/n may be than m2: four lose two bits of 53, which float64 data keep; float32's 24 need no more.
+FAR, FAR_OF_FLOATS = 4.0, 2.0**20
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+@inline
+def place(index, geometry, first, count):
+    """Where an index into so many dimensions is: in x, in the mask, in the results."""
+    x, w, o = 0, 0, 0
+    for k in range(first + DIMENSION * (count - 1), first - 1, -DIMENSION):
+        outer = index // geometry[k]
+        i = index - outer * geometry[k]
+        x += i * geometry[k + 1]
+        w += i * geometry[k + 2]
+        o += i * geometry[k + 3]
+        index = outer
+    return x, w, o
+
+
+@inline
+def row_at(r, geometry):
+    """Where row r is in x and in the mask."""
+    x, w, _ = place(r, geometry, DIMENSIONS + DIMENSION * geometry[KEPT_DIMENSIONS], geometry[ROW_DIMENSIONS])
+    return x, w
+
+
+@inline
+def rows_from(r, last, geometry):
+    """Rows a step apart from row r on: where the first one is in x and in the mask, the steps, how many, how many of
+    their dimension are left.
+    """
+    first, count = DIMENSIONS + DIMENSION * geometry[KEPT_DIMENSIONS], geometry[ROW_DIMENSIONS]
+    if count == 0:
+        return 0, 0, 0, 0, 1, 1
+    x, w = row_at(r, geometry)
+    innermost = first + DIMENSION * (count - 1)
+    left = geometry[innermost] - r % geometry[innermost]
+    return x, w, geometry[innermost + 1], geometry[innermost + 2], min(left, last - r), left
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+@inline
+def two_sum(a, b):
+    """The rounded sum and what it lost."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+@inline
+def add(a, b, v, shift, squares, exact):
+    """Values to the sums a, b."""
+    if squares is not None:
+        d = v - shift
+        return a + d, fma(d, d, b)
+    if exact is not None:
+        s, lost = two_sum(a, v)
+        return s, b + lost
+    return a + v, b
+
+
+@inline
+def counted(x, at, step, where, w_at, skip_nan, shift):
+    """Eight values, those that do not count replaced by the shift; how many count."""
+    v = values(x, at, step)
+    mask = not_nan(bytes_not_zero(where, w_at), v, skip_nan)
+    return choose(mask, v, shift), how_many(mask)
+
+
+@inline
+def first_counted(x, at, step, where, w_at, skip_nan, shift, n):
+    """The same of the first n."""
+    v = first_values(x, at, step, n)
+    mask = not_nan(first_bytes_not_zero(where, w_at, n), v, skip_nan)
+    return choose(mask, v, shift), how_many(mask)
+
+
+@inline
+def total(a, b, squares, exact):
+    """The sums over the lanes."""
+    s, rest = lane(a, 0), lane(b, 0)
+    for k in range(1, LANES):
+        if squares is None and exact is not None:
+            s, lost = two_sum(s, lane(a, k))
+            rest += lost + lane(b, k)
+        else:
+            s += lane(a, k)
+            rest += lane(b, k)
+    return s, rest
+
+
+@inline
+def together(a, b, more_a, more_b, squares, exact):
+    """Sums of vectors."""
+    if squares is None and exact is not None:
+        s, lost = two_sum(a, more_a)
+        return s, lost + (b + more_b)
+    return a + more_a, b + more_b
+
+
+@inline
+def is_far(n, a, b, exact):
+    """Whether the shift is too far from the mean."""
+    between = a * a / n
+    m2 = b - between
+    return between > (FAR if exact is not None else FAR_OF_FLOATS) * m2 and between < np.inf
+
+
+# --- along rows that are reduced --------------------------------------------------------------------------------------
+
+
+@inline
+def peek(x, at, step, geometry, r, rows, columns):
+    """The mean of some values of a part, for a shift; around the first of them, so that it is exact for constants."""
+    size = rows * columns
+    count = min(PEEKS, max(1, size >> 4))
+    origin, s = 0.0, 0.0
+    for k in range(count):
+        i = k * size // count if k > 0 else 0
+        row = i // columns if rows > 1 else 0
+        x_at = at + (i - row * columns) * (1 if step is None else geometry[STEP])
+        if row > 0:
+            x_at += place(
+                r + row, geometry, DIMENSIONS + DIMENSION * geometry[KEPT_DIMENSIONS], geometry[ROW_DIMENSIONS]
+            )[0]
+            x_at -= place(r, geometry, DIMENSIONS + DIMENSION * geometry[KEPT_DIMENSIONS], geometry[ROW_DIMENSIONS])[0]
+        number = value_at(x, x_at)
+        if not np.isfinite(number):
+            number = origin
+        if k == 0:
+            origin = number
+        s += number - origin
+    return origin + s / count
+
+
+@inline
+def sums_of_rows(x, at, step, where, w_at, row_where, skip_nan, squares, exact, geometry, r, last, columns, shift):
+    """n, A and B of rows from r to last. `at` and `w_at` are where row 0 begins."""
+    q = everywhere(shift)
+    a0 = everywhere(0.0)
+    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
+    far, jump, end = LANES, 4 * LANES, columns & -4 * LANES
+    if columns >= LONG:
+        far, jump, end = columns // 4 & -LANES, LANES, columns // 4 & -LANES
+    past = max(end, 4 * far) if columns >= LONG else end
+    by = 1 if step is None else geometry[STEP]
+    gap = None if step is None else by
+    n = 0
+    while r < last:
+        x_row, w_row, x_step, w_step, rows, _ = rows_from(r, last, geometry)
+        r += rows
+        x_row, w_row = at + x_row, w_at + w_row
+        for _ in range(rows):
+            if value_at(row_where, w_row) != 0.0:
+                i = 0
+                while i < end:  # a range of unknown step would be counted by a division for each row
+                    v, c = counted(x, x_row + i * by, gap, where, w_row + i, skip_nan, q)
+                    a0, b0 = add(a0, b0, v, q, squares, exact)
+                    n += c
+                    v, c = counted(x, x_row + (i + far) * by, gap, where, w_row + i + far, skip_nan, q)
+                    a1, b1 = add(a1, b1, v, q, squares, exact)
+                    n += c
+                    v, c = counted(x, x_row + (i + 2 * far) * by, gap, where, w_row + i + 2 * far, skip_nan, q)
+                    a2, b2 = add(a2, b2, v, q, squares, exact)
+                    n += c
+                    v, c = counted(x, x_row + (i + 3 * far) * by, gap, where, w_row + i + 3 * far, skip_nan, q)
+                    a3, b3 = add(a3, b3, v, q, squares, exact)
+                    n += c
+                    i += jump
+                for i in range(past, columns, LANES):
+                    if i + LANES <= columns:
+                        v, c = counted(x, x_row + i * by, gap, where, w_row + i, skip_nan, q)
+                    else:
+                        v, c = first_counted(x, x_row + i * by, gap, where, w_row + i, skip_nan, q, columns - i)
+                    a0, b0 = add(a0, b0, v, q, squares, exact)
+                    n += c
+            x_row += x_step
+            w_row += w_step
+    a0, b0 = together(a0, b0, a1, b1, squares, exact)
+    a2, b2 = together(a2, b2, a3, b3, squares, exact)
+    a0, b0 = together(a0, b0, a2, b2, squares, exact)
+    a, b = total(a0, b0, squares, exact)
+    return np.float64(n), a, b
+
+
+@kernel
+def inner(
+    share, first, last, x, where, row_where, skip_nan, squares, exact, step, geometry, partials, work,
+    count, mean, spread, ddof, status,
+):  # fmt: skip
+    """A task is a part of a kept index: rows, or a piece of one."""
+    parts, pieces, columns = geometry[PARTS], geometry[PIECES], geometry[COLUMNS]
+    own = share * FIELDS * LANES
+    for task in range(first, last):
+        t, part = task, 0
+        if parts > 1:
+            t = task // parts
+            part = task - t * parts
+        at, w_at, o_at = place(t, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
+        r, width = part * geometry[ROWS_OF_A_PART], columns
+        end = min(r + geometry[ROWS_OF_A_PART], geometry[ROWS])
+        if pieces > 1:
+            r = part // pieces
+            end, start = r + 1, (part - r * pieces) * geometry[PIECE]
+            width = min(geometry[PIECE], columns - start)
+            at += start if step is None else start * geometry[STEP]
+            w_at += start
+        shift = 0.0
+        if squares is not None:
+            row = 0
+            if r > 0:
+                row = rows_from(r, end, geometry)[0]
+            shift = peek(x, at + row, step, geometry, r, end - r, width)
+            lower_underflow_flag()
+        n, a, b = 0.0, 0.0, 0.0
+        for _ in range(3):
+            n, a, b = sums_of_rows(
+                x, at, step, where, w_at, row_where, skip_nan, squares, exact, geometry, r, end, width, shift
+            )
+            if squares is None or n == 0.0 or not is_far(n, a, b, exact):
+                break
+            shift += a / n
+        if exact is not None and squares is not None and underflowed(b):
+            status[CAREFUL] = 1.0
+        if parts > 1:
+            partials[FIELDS * task], partials[FIELDS * task + 1] = n, shift
+            partials[FIELDS * task + 2], partials[FIELDS * task + 3] = a, b
+        else:
+            work[own], work[own + LANES], work[own + 2 * LANES], work[own + 3 * LANES] = n, shift, a, b
+            merge_parts(
+                work, own, LANES, 0, 1, 1, skip_nan, squares, exact, geometry, count, mean, spread, o_at, ddof, status
+            )
+
+
+# --- along rows of kept indices ---------------------------------------------------------------------------------------
+
+
+@inline
+def field(work, at, used):
+    """Eight numbers of a field; zeros where it is not used."""
+    if used is not None:
+        return load(work, at, 64)
+    return everywhere(0.0)
+
+
+@inline
+def add_to_columns(work, at, pitch, v, q, squares, exact):
+    """Values to the sums of their columns."""
+    a = load(work, at + 2 * pitch, 64)
+    if squares is None and exact is None:
+        store(work, at + 2 * pitch, a + v)
+    else:
+        a, b = add(a, load(work, at + 3 * pitch, 64), v, q, squares, exact)
+        store(work, at + 2 * pitch, a)
+        store(work, at + 3 * pitch, b)
+
+
+@inline
+def add_one_row(x, at, step, by, where, w_at, skip_nan, squares, exact, columns, work, own, pitch):
+    """A row to the sums of its columns, and to their counts if there are masks."""
+    for c in range(0, columns, LANES):
+        q = field(work, own + pitch + c, squares)
+        if c + LANES <= columns:
+            v = values(x, at + c * by, step)
+            mask = not_nan(bytes_not_zero(where, w_at + c), v, skip_nan)
+            v = choose(mask, v, q)
+        else:
+            v = first_values(x, at + c * by, step, columns - c)
+            mask = not_nan(first_bytes_not_zero(where, w_at + c, columns - c), v, skip_nan)
+            v = choose(mask, v, q)
+        if where is not None or skip_nan is not None:
+            one = choose(mask, everywhere(1.0), everywhere(0.0))
+            store(work, own + c, load(work, own + c, 64) + one)
+        add_to_columns(work, own + c, pitch, v, q, squares, exact)
+
+
+@inline
+def add_four(x, at, far, step, squares, exact, work, own, pitch, part):
+    """Eight columns, or a part of them, of four rows, each ``far`` from the one before."""
+    q = field(work, own + pitch, squares)
+    a = load(work, own + 2 * pitch, 64)
+    b = a
+    if squares is not None or exact is not None:
+        b = load(work, own + 3 * pitch, 64)
+    for k in range(4):
+        if part is None:
+            v = values(x, at + k * far, step)
+        else:
+            v = choose(first_bytes_not_zero(None, 0, part), first_values(x, at + k * far, step, part), q)
+        a, b = add(a, b, v, q, squares, exact)
+    store(work, own + 2 * pitch, a)
+    if squares is not None or exact is not None:
+        store(work, own + 3 * pitch, b)
+
+
+@inline
+def add_four_rows(x, at, far, step, by, squares, exact, columns, work, own, pitch):
+    whole = columns & -LANES
+    for c in range(0, whole, LANES):
+        add_four(x, at + c * by, far, step, squares, exact, work, own + c, pitch, None)
+    if whole < columns:
+        add_four(x, at + whole * by, far, step, squares, exact, work, own + whole, pitch, columns - whole)
+
+
+@inline
+def add_rows(
+    x, at, step, where, w_at, row_where, skip_nan, squares, exact, geometry, r, last, columns, work, own, pitch
+):
+    """Rows from r to last to the sums of their columns; how many values a cell has of them, if there are no masks."""
+    by = 1 if step is None else geometry[STEP]
+    gap = None if step is None else by
+    n = 0
+    while r < last:
+        x_row, w_row, x_step, w_step, rows, left = rows_from(r, last, geometry)
+        x_row, w_row = at + x_row, w_at + w_row
+        r += rows
+        whole = rows - 1 if geometry[TAIL] > 0 and rows == left else rows  # the last one of folded rows may be short
+        done = 0
+        if where is None and row_where is None and skip_nan is None:
+            quarter = whole // 4
+            for k in range(quarter):
+                add_four_rows(
+                    x, x_row + k * x_step, quarter * x_step, gap, by, squares, exact, columns, work, own, pitch
+                )
+            done = 4 * quarter
+        for k in range(done, rows):
+            width = columns if k < whole else geometry[TAIL]
+            if value_at(row_where, w_row + k * w_step) != 0.0:
+                add_one_row(
+                    x, x_row + k * x_step, gap, by, where, w_row + k * w_step, skip_nan, squares, exact, width,
+                    work, own, pitch,
+                )  # fmt: skip
+                n += geometry[FOLD] if k < whole else geometry[TAIL] // (geometry[CHANNELS] * geometry[SIZE])
+        n += done * geometry[FOLD]
+    return np.float64(n * geometry[SIZE])
+
+
+@inline
+def peek_at_columns(x, at, step, exact, geometry, r, last, columns, cells, work, own, pitch):
+    """A shift for each column, the same for all of a cell, from some rows of a part; their sums are used meanwhile."""
+    by = 1 if step is None else geometry[STEP]
+    gap = None if step is None else by
+    count = min(PEEKS, max(1, (last - r) >> (4 if exact is None else 2)))
+    for k in range(count):
+        row, _, _, _, _, left = rows_from(r + k * (last - r) // count, last, geometry)
+        width = geometry[TAIL] if geometry[TAIL] > 0 and left == 1 else columns
+        for c in range(0, width, LANES):
+            v = first_values(x, at + row + c * by, gap, min(LANES, width - c))
+            v = choose(first_bytes_not_zero(None, 0, min(LANES, width - c)), v, everywhere(0.0))
+            if k == 0:
+                store(work, own + pitch + c, choose(finite(v), v, everywhere(0.0)))
+                store(work, own + 2 * pitch + c, everywhere(0.0))
+            else:
+                d = v - load(work, own + pitch + c, 64)
+                d = choose(finite(d), d, everywhere(0.0))
+                store(work, own + 2 * pitch + c, load(work, own + 2 * pitch + c, 64) + d)
+        if k == 0:
+            for c in range(width, columns, LANES):
+                store(work, own + pitch + c, everywhere(0.0))
+                store(work, own + 2 * pitch + c, everywhere(0.0))
+    each = everywhere(1.0 / count)
+    for c in range(0, columns, LANES):
+        q = load(work, own + pitch + c, 64)
+        store(work, own + pitch + c, fma(load(work, own + 2 * pitch + c, 64), each, q))
+    if cells < columns:
+        of_first = geometry[SIZE] if geometry[FOLD] == 1 else 1
+        for j in range(cells):
+            origin, s = work[own + pitch + j * geometry[SIZE]], 0.0
+            for i in range(of_first):
+                s += work[own + pitch + j * geometry[SIZE] + i] - origin
+            work[own + 2 * pitch + j] = origin + s / of_first
+        spread_shifts(geometry, columns, cells, work, own, pitch)
+
+
+@inline
+def spread_shifts(geometry, columns, cells, work, own, pitch):
+    """The shift of each cell, from where its sum stands, to all of its columns."""
+    size = geometry[SIZE]
+    j, c = 0, 0
+    while c < columns:
+        q = work[own + 2 * pitch + j]
+        for i in range(c, c + size):
+            work[own + pitch + i] = q
+        c += size
+        j = j + 1 if j + 1 < cells else 0
+
+
+@inline
+def gather_columns(geometry, columns, cells, squares, exact, masked, work, own, pitch):
+    """The sums of each cell's columns, moved side by side."""
+    size, folds = geometry[SIZE], geometry[FOLD]
+    for j in range(0, cells, LANES):
+        n, a = everywhere(0.0), everywhere(0.0)
+        b = n
+        for k in range(folds):
+            for i in range(size):
+                at = own + (k * cells + j) * size + i
+                v = values(work, at + 2 * pitch, size)
+                if masked is not None:
+                    n = n + values(work, at, size)
+                if squares is not None:
+                    a, b = a + v, b + values(work, at + 3 * pitch, size)
+                elif exact is not None:
+                    a, lost = two_sum(a, v)
+                    b = b + (lost + values(work, at + 3 * pitch, size))
+                else:
+                    a = a + v
+        if masked is not None:
+            store(work, own + j, n)
+        if squares is not None:
+            store(work, own + pitch + j, values(work, own + pitch + j * size, size))
+        store(work, own + 2 * pitch + j, a)
+        if squares is not None or exact is not None:
+            store(work, own + 3 * pitch + j, b)
+
+
+@inline
+def some_are_far(cells, exact, work, own, pitch):
+    """`is_far` of any cell."""
+    limit = everywhere(FAR if exact is not None else FAR_OF_FLOATS)
+    found = False
+    for j in range(0, cells, LANES):
+        n, a = load(work, own + j, 64), load(work, own + 2 * pitch + j, 64)
+        between = a * a / choose(greater(n, everywhere(0.0)), n, everywhere(1.0))
+        m2 = load(work, own + 3 * pitch + j, 64) - between
+        if any_greater(choose(finite(between), between, everywhere(-1.0)), limit * m2):
+            found = True
+    return found
+
+
+@inline
+def better_shifts(geometry, columns, cells, work, own, pitch):
+    """The mean of each cell, for another look."""
+    for j in range(cells):
+        q, n, a = work[own + pitch + j], work[own + j], work[own + 2 * pitch + j]
+        better = q + a / n
+        work[own + 2 * pitch + j] = better if n > 0.0 and np.isfinite(better) else q
+    spread_shifts(geometry, columns, cells, work, own, pitch)
+
+
+@inline
+def clear(work, at, count):
+    for c in range(0, count, LANES):
+        store(work, at + c, everywhere(0.0))
+
+
+@inline
+def sums_of_columns(
+    x, at, step, where, w_at, row_where, skip_nan, squares, exact, geometry, r, last, columns, cells, work, own, pitch
+):
+    """n, shift, A and B of each cell, side by side in ``work``, a pitch apart."""
+    if squares is not None:
+        peek_at_columns(x, at, step, exact, geometry, r, last, columns, cells, work, own, pitch)
+    for _ in range(3):
+        if where is not None or skip_nan is not None:
+            clear(work, own, columns)
+        clear(work, own + 2 * pitch, columns)
+        if squares is not None or exact is not None:
+            clear(work, own + 3 * pitch, columns)
+        n = add_rows(
+            x, at, step, where, w_at, row_where, skip_nan, squares, exact, geometry, r, last, columns, work, own, pitch
+        )
+        if columns > cells:
+            if where is None and skip_nan is None:
+                gather_columns(geometry, columns, cells, squares, exact, None, work, own, pitch)
+            else:
+                gather_columns(geometry, columns, cells, squares, exact, True, work, own, pitch)
+        if where is None and skip_nan is None:
+            for j in range(0, cells, LANES):
+                store(work, own + j, everywhere(n))
+        if squares is None or not some_are_far(cells, exact, work, own, pitch):
+            break
+        better_shifts(geometry, columns, cells, work, own, pitch)
+
+
+@kernel
+def outer(
+    share, first, last, x, where, row_where, skip_nan, squares, exact, step, geometry, partials, work,
+    count, mean, spread, ddof, status,
+):  # fmt: skip
+    """A task is a tile of cells in a part of the rows; tiles of a row are neighbours."""
+    parts, channels, tile, pitch = geometry[PARTS], geometry[CHANNELS], geometry[TILE], geometry[WIDTH]
+    tiles = -(-channels // tile)
+    own = share * FIELDS * pitch
+    for task in range(first, last):
+        rest = task // tiles
+        cell = (task - rest * tiles) * tile
+        k = rest // parts
+        part = rest - k * parts
+        cells = min(tile, channels - cell)
+        columns = geometry[FOLD] * cells * geometry[SIZE]
+        at, w_at, o_at = place(k, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
+        r = part * geometry[ROWS_OF_A_PART]
+        at += cell * geometry[SIZE] * (1 if step is None else geometry[STEP])
+        if row_where is None:
+            w_at += cell * geometry[SIZE]
+        if squares is not None and exact is not None:
+            lower_underflow_flag()
+        sums_of_columns(
+            x, at, step, where, w_at, row_where, skip_nan, squares, exact, geometry,
+            r, min(r + geometry[ROWS_OF_A_PART], geometry[ROWS]), columns, cells, work, own, pitch,
+        )  # fmt: skip
+        if squares is not None and exact is not None and underflowed(work[own]):
+            status[CAREFUL] = 1.0
+        if parts > 1:
+            to = FIELDS * channels * (k * parts + part) + cell
+            for f in range(FIELDS):
+                for j in range(0, cells, LANES):
+                    numbers = load(work, own + f * pitch + j, 64)
+                    put_values(partials, to + f * channels + j, numbers, min(LANES, cells - j))
+        else:
+            merge_parts(
+                work, own, pitch, 0, 1, cells, skip_nan, squares, exact, geometry, count, mean, spread,
+                o_at + cell * geometry[KEPT_STEP], ddof, status,
+            )  # fmt: skip
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+@inline
+def merge_parts(
+    a, at, pitch, far, parts, cells, skip_nan, squares, exact, geometry, count, mean, spread, o_at, ddof, status
+):
+    """Results of neighbouring kept indices from their parts, ``far`` apart, whose four fields are a pitch apart."""
+    zero, one = everywhere(0.0), everywhere(1.0)
+    for j in range(0, cells, LANES):
+        n, hi, lo, m2 = zero, zero, zero, zero
+        origin = field(a, at + pitch + j, squares)
+        for k in range(parts):
+            here = at + k * far + j
+            part_n, s = load(a, here, 64), load(a, here + 2 * pitch, 64)
+            rest = s
+            if squares is not None or exact is not None:
+                rest = load(a, here + 3 * pitch, 64)
+            if squares is not None:
+                some = choose(greater(part_n, zero), part_n, one)
+                part_m2 = rest - s * (s / some)
+                part_m2 = zero_where_not_positive(part_m2, part_m2)
+                apart = load(a, here + pitch, 64) - origin
+                both = choose(greater(n + part_n, zero), n + part_n, one)
+                delta = (apart + s / some) - (hi + lo) / choose(greater(n, zero), n, one)
+                between = choose(greater(n, zero), delta * delta * (n * (part_n / both)), zero)
+                m2 = choose(greater(part_n, zero), m2 + (part_m2 + between), m2)
+                moved, lost = two_sum(hi, part_n * apart)
+                hi, more = two_sum(moved, s)
+                lo = lo + (lost + more)
+            else:
+                hi, lost = two_sum(hi, s)
+                lo = lo + (lost + rest if exact is not None else lost)
+            n = n + part_n
+        finish(
+            n, origin, hi, lo, m2, skip_nan, squares, exact, geometry, count, mean, spread,
+            o_at + j * geometry[KEPT_STEP], min(LANES, cells - j), ddof, status,
+        )  # fmt: skip
+
+
+@inline
+def finish(n, origin, hi, lo, m2, skip_nan, squares, exact, geometry, count, mean, spread, at, cells, ddof, status):
+    """Results of up to eight kept indices."""
+    zero, one = everywhere(0.0), everywhere(1.0)
+    among = first_bytes_not_zero(None, 0, cells)
+    s = hi + lo
+    s = choose(finite(lo), s, hi)  # what two-sum loses of infinities is NaN
+    mu = s / n
+    # The quotient once more: the mean of equal numbers is that number.
+    rest = fma(zero - mu, n, s) + ((hi - s) + lo)
+    better = mu + rest / n
+    mu = choose(finite(better), better, mu)
+    if squares is not None:
+        mu = origin + mu
+        degrees = n - everywhere(ddof)
+        left = choose(greater(degrees, zero), degrees, zero)
+        result = m2
+        if geometry[FORM] != SUM_OF_SQUARES:
+            result = m2 / left
+            if skip_nan is not None:
+                result = choose(greater(left, zero), result, everywhere(np.nan))
+            if geometry[FORM] == STD:
+                result = root(result)
+            if any_greater(choose(among, choose(greater(degrees, zero), zero, one), zero), zero):
+                status[NO_DEGREES] = 1.0
+        else:
+            result = choose(greater(n, zero), result, everywhere(np.nan))
+        put_results(spread, at, geometry[KEPT_STEP], result, cells)
+        if exact is not None:
+            small = choose(greater(everywhere(LEAST_SQUARE), m2), m2, zero)
+            unsound = choose(finite(m2), small, one)
+            if any_greater(choose(among, unsound, zero), zero):
+                status[CAREFUL] = 1.0
+    elif exact is not None and any_greater(choose(among, choose(finite(s), zero, one), zero), zero):
+        status[CAREFUL] = 1.0
+    put_results(mean, at, geometry[KEPT_STEP], mu, cells)
+    put_results(count, at, geometry[KEPT_STEP], n, cells)
+    if any_greater(choose(among, choose(greater(n, zero), zero, one), zero), zero):
+        status[EMPTY] = 1.0
+
+
+@inline
+def put_results(out, at, step, v, n):
+    if step == 1:
+        put_values(out, at, v, n)
+    else:
+        for k in range(n):
+            put_value(out, at + k * step, lane(v, k))
+
+
+@kernel
+def finish_parts(
+    share, first, last, inner_parts, skip_nan, squares, exact, geometry, partials, count, mean, spread, ddof, status
+):
+    """A task is a kept index of `inner`, or up to eight neighbours of `outer`."""
+    parts, channels = geometry[PARTS], geometry[CHANNELS]
+    groups = -(-channels // LANES)
+    lower_underflow_flag()
+    for task in range(first, last):
+        if inner_parts is not None:
+            _, _, o_at = place(task, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
+            merge_parts(
+                partials, FIELDS * parts * task, 1, FIELDS, parts, 1, skip_nan, squares, exact, geometry,
+                count, mean, spread, o_at, ddof, status,
+            )  # fmt: skip
+        else:
+            k = task // groups
+            cell = (task - k * groups) * LANES
+            _, _, o_at = place(k, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
+            merge_parts(
+                partials, FIELDS * channels * parts * k + cell, channels, FIELDS * channels, parts,
+                min(LANES, channels - cell), skip_nan, squares, exact, geometry,
+                count, mean, spread, o_at + cell * geometry[KEPT_STEP], ddof, status,
+            )  # fmt: skip
+    if squares is not None and exact is not None and underflowed(ddof):
+        status[CAREFUL] = 1.0

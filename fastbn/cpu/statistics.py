@@ -1,0 +1,265 @@
+"""Mean and variance of arrays as they lie: which kernel of `kernels.statistics`, and how its work is divided.
+
+Nothing is copied and nothing as large as the array is allocated: kernels walk any strides, read every real dtype where
+it lies, take masks as bytes, and write results in their dtype. All that changes bits follows from shapes and strides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastbn.cpu import team
+from fastbn.cpu.memory import Array
+from fastbn.cpu.program import Program, kind_of
+from fastbn.layout import Shape
+from fastbn.operands import Mask, Statistic
+
+# The geometry's words; then dimensions, kept ones before rows', of four words: size, steps in x, mask and results.
+PARTS, PIECES, PIECE, ROWS, ROWS_OF_A_PART, COLUMNS, STEP, FORM, KEPT_DIMENSIONS, ROW_DIMENSIONS = range(10)
+CHANNELS, SIZE, FOLD, TILE, TAIL, WIDTH, KEPT_STEP, DIMENSIONS = range(10, 18)
+DIMENSION = 4
+FIELDS = 4  # of a part
+FORMS = ("var", "std", "m2")
+VAR, STD, SUM_OF_SQUARES = range(3)
+EXACT = ("f8*", "s8*", "n8*")  # what float64 sums of lose something
+CAREFUL, NO_DEGREES, EMPTY, STATUS = range(4)  # what a call is told, each a float
+LEAST_SQUARE = 2.0**-900  # of a sum of squares other than 0, below which some may have been lost
+
+SHORT = 512  # values of a reduced row, below which rows lie side by side in those of `outer`
+ENOUGH_ROWS = 8  # of those, for their sums to be worth the space
+SHORTEST = 64  # values of a reduced row, below which eight neighbours are read at once, a value of each
+FEW = 8  # kept indices in a row, below which each goes its own way along the reduced ones
+WORTH = 16  # kept indices a step apart that are worth a row
+IN_L1 = 16 << 10  # bytes of sums that `outer` goes through for each row: half the smallest first-level cache
+PART = 1 << 16  # values that a thread takes at once, about
+PART_OF_SQUARES = 1 << 14  # of float64, of which each of 32 sums has 512: rounding of 1e-15
+PARTS_AT_MOST = 64  # of the rows of `outer`
+FEW_NUMBERS = 1 << 14  # of parts that one thread merges in some 20 us
+SHARE_OF_PARTS = 4096  # bytes of a column for each part's 32 bytes: less than a hundredth
+
+_INTEGERS = {"i": "s", "u": "n", "b": "b"}
+
+
+class Dimension(NamedTuple):
+    """An axis, or several that lie as one; steps in elements."""
+
+    size: int
+    step: int
+    mask: int
+    result: int
+    kept: bool
+
+
+def kind_of_any(dtype: np.dtype[Any]) -> str | None:
+    """How kernels name a real dtype; None for others, among them those of the other byte order."""
+    if not dtype.isnative:
+        return None
+    if dtype.kind in _INTEGERS:
+        return f"{_INTEGERS[dtype.kind]}{dtype.itemsize}*"
+    kind = kind_of(dtype)
+    return kind if kind in ("f4*", "f8*", "u2*", "i2*") else None
+
+
+def dimensions(
+    shape: tuple[int, ...],
+    steps: tuple[int, ...],
+    masks: tuple[int, ...],
+    results: tuple[int, ...],
+    kept: frozenset[int],
+) -> tuple[list[Dimension], int, int, int]:
+    """From the outermost in memory to the innermost, with positive steps; and where the first element is then."""
+    found, starts = [], [0, 0, 0]
+    for axis, size in enumerate(shape):
+        three = steps[axis], masks[axis], results[axis]
+        if size == 1:
+            continue
+        if three[0] < 0:
+            for i in range(3):
+                starts[i] += (size - 1) * three[i]
+            three = -three[0], -three[1], -three[2]
+        found.append(Dimension(size, *three, axis in kept))
+    found.sort(key=lambda d: -d.step if d.step else -math.inf)
+    merged: list[Dimension] = []
+    for d in found:
+        if merged and merged[-1].kept == d.kept:
+            above = merged[-1]
+            if all(getattr(above, s) == getattr(d, s) * d.size for s in ("step", "mask", "result")):
+                merged[-1] = d._replace(size=above.size * d.size)
+                continue
+        merged.append(d)
+    return merged, starts
+
+
+class _Division(NamedTuple):
+    """How the work is divided."""
+
+    kernel: str
+    words: tuple[int, ...]
+    tasks: int
+    parts: int
+    finishing: int  # tasks
+    partials: int
+    width: int
+    strided: bool
+    by_rows: bool  # the mask is the same all along a row
+
+
+def _words(names: dict[int, int], kept: list[Dimension], rows: list[Dimension]) -> tuple[int, ...]:
+    values = [0] * DIMENSIONS
+    for at, value in (names | {KEPT_DIMENSIONS: len(kept), ROW_DIMENSIONS: len(rows)}).items():
+        values[at] = value
+    return (*values, *(n for d in (*kept, *rows) for n in d[:4]))
+
+
+def _along_reduced(d: list[Dimension], run: Dimension, exact: bool, squares: bool, form: int) -> _Division:
+    """Rows of reduced values; pieces of long ones."""
+    kept = [o for o in d if o.kept]
+    rows = [o for o in d if not o.kept and o is not run]
+    channels, count = math.prod(o.size for o in kept), math.prod(o.size for o in rows)
+    most = PART_OF_SQUARES if exact and squares else PART
+    pieces, piece, each = 1, run.size, count
+    if run.size > most:
+        pieces = -(-run.size // most)
+        piece = -(-run.size // pieces // 64) * 64
+        pieces = -(-run.size // piece)
+        each, parts = 1, count * pieces
+    else:
+        parts = max(1, -(-count * run.size // most))
+        each = -(-count // parts)
+        parts = -(-count // each)
+    named = {
+        PARTS: parts, PIECES: pieces, PIECE: piece, ROWS: count, ROWS_OF_A_PART: each, COLUMNS: run.size,
+        STEP: run.step, FORM: form, CHANNELS: channels, KEPT_STEP: 1,
+    }  # fmt: skip
+    partials = FIELDS * parts * channels if parts > 1 else 0
+    words = _words(named, kept, rows)
+    return _Division(
+        "inner", words, channels * parts, parts, channels, partials, 8, run.step != 1 and run.size > 1, run.mask == 0
+    )
+
+
+def _along_kept(
+    d: list[Dimension], row: Dimension, size: Dimension | None, fold: Dimension | None, most: int, itemsize: int,
+    exact: bool, squares: bool, form: int,
+) -> _Division:  # fmt: skip
+    """Rows of kept indices: ``size`` neighbouring reduced values of each, all of it ``fold`` times; `most` columns."""
+    own = [o for o in (row, size) if o is not None]
+    inner = 1 if size is None else size.size
+    rest = [o for o in d if o not in own]
+    kept, rows = [o for o in rest if o.kept], [o for o in rest if not o.kept]
+    folded, tail = 1, 0
+    if fold is not None:
+        folded = min(fold.size, max(1, most // (row.size * inner)))
+        count = -(-fold.size // folded)
+        folded = -(-fold.size // count)
+        tail = fold.size % folded * row.size * inner
+        step = fold._replace(size=count, step=fold.step * folded, mask=fold.mask * folded)
+        rows = [step if o is fold else o for o in rows]
+        rows.sort(key=lambda o: o is step)  # innermost, for its short end
+    cells = row.size if folded > 1 else min(row.size, max(8, most // inner // 8 * 8))
+    tiles = -(-row.size // cells)
+    width = folded * -(-cells // 8) * 8 * inner + 8 * inner
+    others, count = math.prod(o.size for o in kept), math.prod(o.size for o in rows)
+    least = max(1, SHARE_OF_PARTS // (itemsize * folded), PART // (folded * cells * inner))
+    longest = 1024 if exact and squares else count
+    parts = max(1, min(count // least, max(PARTS_AT_MOST, -(-count // longest))))
+    each = -(-count // parts)
+    parts = -(-count // each)
+    named = {
+        PARTS: parts, ROWS: count, ROWS_OF_A_PART: each, STEP: row.step if size is None else size.step, FORM: form,
+        CHANNELS: row.size, SIZE: inner, FOLD: folded, TILE: cells, TAIL: tail, WIDTH: width, KEPT_STEP: row.result,
+    }  # fmt: skip
+    innermost = row if size is None else size
+    partials = FIELDS * row.size * parts * others if parts > 1 else 0
+    finishing = others * -(-row.size // 8)
+    return _Division(
+        "outer", _words(named, kept, rows), others * parts * tiles, parts, finishing, partials, width,
+        innermost.step != 1, innermost.mask == 0,
+    )  # fmt: skip
+
+
+def divide(d: list[Dimension], masked: bool, itemsize: int, exact: bool, squares: bool, form: int) -> _Division:
+    """By what lies innermost."""
+    given = itemsize, exact, squares, form
+    if not d or all(not o.kept for o in d):
+        return _along_reduced(d, d[-1] if d else Dimension(1, 1, 1, 0, False), exact, squares, form)
+    last, above = d[-1], d[-2] if len(d) > 1 else None
+    most = IN_L1 // 8 // (3 if squares else 2 if exact else 1)
+    if not last.kept:
+        assert above is not None
+        rows = math.prod(o.size for o in d if not o.kept) // last.size
+        beside = last.step == 1 and above.step == last.size and (not masked or above.mask == last.mask * last.size)
+        if above.kept and beside and last.size < SHORT and rows >= ENOUGH_ROWS:
+            return _along_kept(d, above, last, None, most, *given)
+        if above.kept and last.size < SHORTEST and above.size >= WORTH and not masked:
+            most = min(most, max(8, IN_L1 // (last.size * itemsize)))
+            return _along_kept(d, above, None, None, most, *given)
+        return _along_reduced(d, last, exact, squares, form)
+    beside = last.step == 1 and above is not None and above.step == last.size
+    if masked and above is not None:
+        beside = beside and above.mask == last.size * last.mask != 0
+    if above is not None and not above.kept and beside and 2 * last.size <= most:
+        return _along_kept(d, last, None, above, most, *given)
+    reduced = [o for o in d if not o.kept]
+    if last.size < FEW and reduced and not masked:
+        return _along_reduced(d, max(reduced, key=lambda o: o.size), exact, squares, form)
+    return _along_kept(d, last, None, None, most, *given)
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    d: tuple[Dimension, ...], starts: tuple[int, int, int], kind: str, masked: bool, skip_nan: bool, form: int,
+    count: str | None, mean: str | None, spread: str | None, threads: int,
+) -> Program:  # fmt: skip
+    """``program(x, where, count, mean, spread, status, ddof)``."""
+    exact, squares = kind in EXACT, spread is not None
+    arrays = {"x": kind, "where": "b1*" if masked else None, "count": count, "mean": mean, "spread": spread}
+    p = Program(threads, math.prod(o.size for o in d), {**arrays, "status": "f8*"}, ["ddof"])
+    c = divide(list(d), masked, int(kind[1]), exact, squares, form)
+    x, where, *results = (
+        p.array(name).after(start) if arrays[name] else None
+        for name, start in zip(arrays, (*starts, starts[2], starts[2]), strict=True)
+    )
+    given: dict[str, Any] = {"skip_nan": skip_nan or None, "squares": squares or None, "exact": exact or None}
+    memory = {"geometry": p.integers(c.words), "partials": p.scratch(c.partials + 64, "f8*")}
+    into = dict(zip(("count", "mean", "spread"), results, strict=True))
+    into |= {"ddof": p.number("ddof"), "status": p.array("status")}
+    data = {"x": x, "where": None if c.by_rows else where, "row_where": where if c.by_rows else None}
+    more = {"step": c.strided or None, **memory, "work": p.temporary(threads * FIELDS * c.width, "f8*")}
+    p.launch(f"statistics.{c.kernel}", c.tasks, **(data | given | more | into))
+    if c.parts > 1:
+        given = {"inner_parts": c.kernel == "inner" or None} | given | memory | into
+        p.launch("statistics.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **given)
+    return p
+
+
+def statistic(
+    x: Array, mask: Mask | None, kept: frozenset[int], what: Statistic, result_strides: tuple[int, ...]
+) -> Callable[..., object] | None:
+    """`fastbn.backend.Backend.statistic`."""
+    kind, size = kind_of_any(x.dtype), x.itemsize
+    if kind is None or not x.flags.aligned or any(s % size for s in x.strides):
+        return None
+    masks = (0,) * x.ndim if mask is None else mask.strides
+    d, starts = dimensions(x.shape, tuple(s // size for s in x.strides), masks, result_strides, kept)
+    if mask is not None and d and d[-1].mask not in (0, 1):
+        return None
+    results = [None if dtype is None else kind_of(np.dtype(dtype)) for dtype in (what.count, what.mean, what.spread)]
+    skip_nan = what.skip_nan and kind[0] not in "snb"
+    given = tuple(d), (*starts,), kind, mask is not None, skip_nan, FORMS.index(what.spread_is), *results
+    elements = x.size
+    if elements < team.PARALLEL_FROM:
+        return plan(*given, 1).prepared()
+
+    def launch(*arrays: Any) -> None:
+        plan(*given, team.threads_for(elements))(*arrays)
+
+    return launch

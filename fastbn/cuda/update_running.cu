@@ -1,0 +1,71 @@
+// Running mean and variance after one more batch:
+//
+//     new = (1 - rate) old + rate batch,   var of the batch = m2 / (count - correction)
+//
+// in float64, each step rounded as NumPy rounds it, so that both give the same bits; then once to the type of the
+// running statistics. A thread has a channel: it reads all five numbers of it before it writes two, 56 bytes at most, so
+// new arrays may be old ones. Channels that stay as they are keep their bits: those with count <= correction, with
+// `skip_nonfinite` those whose batch is not finite, and all where the rate is 0.
+
+struct Params {  // launch.py writes it: `RUNNING`
+    const char *mean, *var, *count, *batch_mean, *m2;
+    char *new_mean, *new_var;
+    double rate, correction;
+    i64 mean_type, var_type, count_type, batch_mean_type, m2_type;  // new ones have the types of the old
+    i64 channels, skip_nonfinite;
+};
+
+// Rounded towards an odd last bit, so that rounding the result to fewer bits rounds the value but once.
+__device__ __forceinline__ float rounded_to_odd(double value) {
+    const float nearest = static_cast<float>(value);
+    const double back = nearest;
+    if (back == value || value != value) return nearest;
+    const unsigned bits = __float_as_uint(nearest) - (fabs(back) > fabs(value) ? 1 : 0);
+    return __uint_as_float(bits | 1);
+}
+
+// The bits of a number, as many as its type has.
+__device__ __forceinline__ u64 bits_at(const char* data, i64 type, i64 index) {
+    if (type == FLOAT64) return reinterpret_cast<const u64*>(data)[index];
+    if (type == FLOAT32) return reinterpret_cast<const unsigned*>(data)[index];
+    return reinterpret_cast<const unsigned short*>(data)[index];
+}
+
+__device__ __forceinline__ u64 bits_of(double value, i64 type) {
+    if (type == FLOAT64) return static_cast<u64>(__double_as_longlong(value));
+    if (type == FLOAT32) return __float_as_uint(static_cast<float>(value));
+    const float odd = rounded_to_odd(value);
+    return type == FLOAT16 ? float_to_half(odd) : float_to_bfloat16(odd);
+}
+
+__device__ __forceinline__ void write_bits(char* data, i64 type, i64 index, u64 bits) {
+    if (type == FLOAT64)
+        reinterpret_cast<u64*>(data)[index] = bits;
+    else if (type == FLOAT32)
+        reinterpret_cast<unsigned*>(data)[index] = static_cast<unsigned>(bits);
+    else
+        reinterpret_cast<unsigned short*>(data)[index] = static_cast<unsigned short>(bits);
+}
+
+// The old number moved towards the batch's. At rate 1 nothing is left of it, which may be infinite.
+__device__ __forceinline__ double moved(double old, double batch, double rate) {
+    return rate == 1 ? batch : __dadd_rn(__dmul_rn(1 - rate, old), __dmul_rn(rate, batch));
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) update_running(const Params p) {
+    const i64 at = static_cast<i64>(blockIdx.x) * THREADS + threadIdx.x;
+    if (at >= p.channels) return;
+    const double mean = number(p.mean, p.mean_type, at, 0.0), var = number(p.var, p.var_type, at, 0.0);
+    const double count = number(p.count, p.count_type, at, 0.0), divisor = count - p.correction;
+    const double batch_mean = number(p.batch_mean, p.batch_mean_type, at, 0.0), m2 = number(p.m2, p.m2_type, at, 0.0);
+    const double batch_var = divisor > 0 ? m2 / divisor : not_a_number();
+    u64 new_mean = bits_at(p.mean, p.mean_type, at), new_var = bits_at(p.var, p.var_type, at);
+    bool counts = count > p.correction && p.rate != 0;
+    if (p.skip_nonfinite) counts = counts && is_finite(batch_mean) && is_finite(batch_var);
+    if (counts) {
+        new_mean = bits_of(moved(mean, batch_mean, p.rate), p.mean_type);
+        new_var = bits_of(moved(var, batch_var, p.rate), p.var_type);
+    }
+    write_bits(p.new_mean, p.mean_type, at, new_mean);
+    write_bits(p.new_var, p.var_type, at, new_var);
+}

@@ -1,0 +1,65 @@
+"""What tests of calls on CuPy arrays ask for."""
+
+import weakref
+
+import numpy as np
+import pytest
+
+from tests.cuda.harness import Counted
+from tests.simt import cuda, host_cupy
+
+
+@pytest.fixture
+def nothing_waits(cuda_device, monkeypatch):
+    """No call brings anything to the host or waits for the device."""
+    import cupy
+
+    def waited(*_args, **_keywords):
+        raise AssertionError("a call waited for the device")
+
+    for name in ("deviceSynchronize", "streamSynchronize", "memcpy"):
+        monkeypatch.setattr(cupy.cuda.runtime, name, waited)
+    monkeypatch.setattr(cupy.cuda.Stream, "synchronize", waited)
+    monkeypatch.setattr(cupy.cuda.Device, "synchronize", waited)
+    yield
+    assert host_cupy.operations["get"] == 0
+
+
+@pytest.fixture
+def counted(cuda_device):
+    """Runs calls with nothing planned before, nor after the test."""
+    cuda.forget()
+    yield Counted(cuda_device)
+    cuda.forget()
+
+
+@pytest.fixture
+def buffers(cuda_device):
+    """Weak references to all memory that is allocated, on the device that is the current one then."""
+    import cupy
+
+    found, pointer = [], type(host_cupy.allocate(0))
+
+    def allocate(size):
+        buffer = np.full(size + 512, host_cupy.POISON, np.uint8)
+        found.append(weakref.ref(buffer))
+        start = buffer.ctypes.data + -buffer.ctypes.data % 512
+        return pointer(cupy.cuda.UnownedMemory(start, size, buffer, cupy.cuda.runtime.getDevice()), 0)
+
+    before = cupy.cuda.get_allocator()
+    cupy.cuda.set_allocator(allocate)
+    yield found
+    cupy.cuda.set_allocator(before)
+
+
+@pytest.fixture
+def cupy():
+    if reason := host_cupy.available():
+        pytest.skip(reason)
+    return pytest.importorskip("cupy")
+
+
+@pytest.fixture
+def host(cupy):
+    with host_cupy.installed() as module:
+        yield module
