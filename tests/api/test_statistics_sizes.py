@@ -87,6 +87,17 @@ def test_numbers_of_columns(dtype, function):
     report(failures)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_few_columns_of_few_rows(dtype):
+    """Rows are folded then, and lanes behind the last column hold sums of others."""
+    failures = []
+    for columns in (2, 3, 5, 6, 7, 11):
+        for rows in (*range(5, 30), 61):
+            x = maker(dtype, seed=rows)((rows, columns))
+            compare(failures, f"{rows} x {columns}", "mean_var", x, 0, expected_of(x, 0))
+    report(failures)
+
+
 @by_sum
 @pytest.mark.parametrize("dtype", SOME_DTYPES)
 def test_middle_axes(dtype, function):

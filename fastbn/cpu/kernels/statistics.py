@@ -70,6 +70,7 @@ from fastbn.cpu.statistics import (
 )
 
 PEEKS = 8
+LOOKS = 3  # at a part, each around the mean that the one before has found
 LONG = (
     4096  # values of a row from which its quarters are read side by side: four streams are up to twice as fast as one
 )
@@ -292,11 +293,11 @@ def inner(
             shift = peek(x, at + row, step, geometry, r, end - r, width)
             lower_underflow_flag()
         n, a, b = 0.0, 0.0, 0.0
-        for _ in range(3):
+        for look in range(LOOKS):
             n, a, b = sums_of_rows(
                 x, at, step, where, w_at, row_where, skip_nan, squares, exact, geometry, r, end, width, shift
             )
-            if squares is None or n == 0.0 or not is_far(n, a, b, exact):
+            if squares is None or n == 0.0 or look + 1 == LOOKS or not is_far(n, a, b, exact):
                 break
             shift += a / n
         if exact is not None and squares is not None and underflowed(b):
@@ -495,14 +496,16 @@ def gather_columns(geometry, columns, cells, squares, exact, masked, work, own, 
 
 @inline
 def some_are_far(cells, exact, work, own, pitch):
-    """`is_far` of any cell."""
+    """`is_far` of any cell. The lanes behind the last one hold sums of other columns."""
     limit = everywhere(FAR if exact is not None else FAR_OF_FLOATS)
     found = False
     for j in range(0, cells, LANES):
         n, a = load(work, own + j, 64), load(work, own + 2 * pitch + j, 64)
         between = a * a / choose(greater(n, everywhere(0.0)), n, everywhere(1.0))
         m2 = load(work, own + 3 * pitch + j, 64) - between
-        if any_greater(choose(finite(between), between, everywhere(-1.0)), limit * m2):
+        cell = first_bytes_not_zero(None, 0, min(LANES, cells - j))
+        between = choose(finite(between), between, everywhere(-1.0))
+        if any_greater(choose(cell, between, everywhere(-1.0)), choose(cell, limit * m2, everywhere(0.0))):
             found = True
     return found
 
@@ -530,7 +533,7 @@ def sums_of_columns(
     """n, shift, A and B of each cell, side by side in ``work``, a pitch apart."""
     if squares is not None:
         peek_at_columns(x, at, step, exact, geometry, r, last, columns, cells, work, own, pitch)
-    for _ in range(3):
+    for look in range(LOOKS):
         if where is not None or skip_nan is not None:
             clear(work, own, columns)
         clear(work, own + 2 * pitch, columns)
@@ -547,7 +550,7 @@ def sums_of_columns(
         if where is None and skip_nan is None:
             for j in range(0, cells, LANES):
                 store(work, own + j, everywhere(n))
-        if squares is None or not some_are_far(cells, exact, work, own, pitch):
+        if squares is None or look + 1 == LOOKS or not some_are_far(cells, exact, work, own, pitch):
             break
         better_shifts(geometry, columns, cells, work, own, pitch)
 
