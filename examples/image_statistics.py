@@ -105,7 +105,7 @@ def of_image(path: Path) -> fastbn.Moments:
 def of_folder(paths: Sequence[Path], threads: int) -> fastbn.Moments:
     """Pillow decodes, and kernels run, without Python's lock: each thread has an image of its own."""
     with ThreadPoolExecutor(threads) as pool:
-        return sum(bar(pool.map(of_image, paths), len(paths), f"{threads} threads"))
+        return sum(bar(pool.map(of_image, paths), len(paths), f"the recipe, threads: {threads}"))
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def report(result: Result) -> None:
         rows.append((name, 1e3 * seconds / million, ratio, result.memory[name] / 1e6, *shown))
     table(("", "ms/megapixel", "of decoding", "MB", "error of mean", "of std"), rows)
     print("\nfloat32 sums of {:,} such images: error of mean {:.0e}, of std {:.0e}".format(IMAGENET, *result.many))
-    print("the recipe: " + ", ".join(f"{s:.2f} s with {n} threads" for n, s in result.streams.items()))
+    print("the recipe, all in all: " + ", ".join(f"{s:.2f} s, threads: {n}" for n, s in result.streams.items()))
 
 
 def draw(result: Result, output: str) -> None:

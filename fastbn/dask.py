@@ -11,7 +11,7 @@ one thread each: dask has as many at work as there are cores. Blocks of integers
 beyond 2^53 are rounded to float64.
 
 Masked blocks mean what they mean to `numpy.ma`: what is masked does not count, and a result is masked where nothing is
-left. Results are masked arrays where the input is one.
+left. Results are masked arrays where the input is one. `nanmean`, `nanvar` and `nanstd` leave out NaN as well.
 """
 
 from __future__ import annotations
