@@ -1,14 +1,11 @@
 """What the tests share: dtypes, layouts, options and the arrays made from them."""
 
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-DOCS = Path(__file__).parent.parent / "docs"
 DTYPES = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
@@ -211,11 +208,3 @@ def make_case(layout, dtype, options=OPTIONS["plain"], seed=0, mean=3.0):
     if options.relu:
         case.epilogue["activation"] = "relu"
     return case
-
-
-def recipe_of(page):
-    """What the first block of a page of the docs defines."""
-    code = re.search(r"^```python\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[1]
-    names = {}
-    exec(compile(code, page, "exec"), names)
-    return names

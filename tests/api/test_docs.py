@@ -5,14 +5,10 @@ import re
 
 import pytest
 
-from tests.support import DOCS
+from tests.pages import DOCS, blocks
 
 IMPORTED = re.compile(r"^(?:>>> )?(?:import|from) ([\w.]+)", re.MULTILINE)
 VERSION = re.compile(r"PyTorch is (\d+\.\d+)\.")  # how a page says of which version its lines are
-
-
-def blocks(text):
-    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def is_pytorchs(code):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from tests.support import recipe_of
+from tests.pages import recipe_of
 
 xr = pytest.importorskip("xarray")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from tests.support import recipe_of
+from tests.pages import recipe_of
 
 Image = pytest.importorskip("PIL.Image")
 
