@@ -24,7 +24,7 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
-    # tile.cu
+    # tile.cuh
     Fault(
         "one vector behind the last", "statistics",
         "(last - v + (ROWS - 1)) / ROWS", "(last - v + ROWS) / ROWS", "moments, narrow columns",
@@ -96,7 +96,7 @@ FAULTS = [
         "float16 parameters read as bfloat16", "normalize",
         "type == FLOAT16 ? half_to_float(bits)", "type == BFLOAT16 ? half_to_float(bits)", "frozen, float16 parameters",
     ),
-    # tile.cu: warps and groups of blocks
+    # tile.cuh: warps and groups of blocks
     Fault(
         "half of a warp shuffles", "statistics",
         "__shfl_xor_sync(0xffffffffu", "__shfl_xor_sync(0xffffu", "moments, rows",
@@ -136,7 +136,7 @@ FAULTS = [
         "        __threadfence();\n    }\n    __syncthreads();", "        __threadfence();\n    }",
         "forward, cooperative",
     ),
-    # moments.cu: a thread
+    # moments.cuh: a thread
     Fault(
         "no pivot", "statistics",
         "first = element(held[0], from);", "first = 0;", "moments, rows, float64, far from 0",
@@ -198,7 +198,7 @@ FAULTS = [
         "units of a thread: squares keep the one before", "forward",
         "squares *= LARGE_UNIT;\n            squares *= LARGE_UNIT;", "squares *= LARGE_UNIT;", "mixed scales, rows",
     ),
-    # moments.cu: several parts
+    # moments.cuh: several parts
     Fault(
         "units of parts: not written", "forward",
         "to[4] = parts[ch].unit;", "to[4] = 1;", "training, cooperative, float64, small",
@@ -280,7 +280,7 @@ FAULTS = [
         "parts of one row of threads alone", "finish_moments",
         "split < splits; split += ROWS)", "split < splits; split += splits)", "moments, narrow columns",
     ),
-    # centre.cu
+    # centre.cuh
     Fault(
         "no units of large distances", "forward",
         "abs(exponent) <= ORDINARY_RSTD", "exponent <= ORDINARY_RSTD", "training, block, columns, large, affine",
@@ -289,7 +289,7 @@ FAULTS = [
         "no units of small distances", "forward",
         "abs(exponent) <= ORDINARY_RSTD", "exponent >= -ORDINARY_RSTD", "training, block, rows, small, large gamma",
     ),
-    # affine.cu
+    # affine.cuh
     Fault(
         "low part of a given mean", "normalize",
         "low = is_finite(left) ? static_cast<real>(left) : 0;", "low = 0;", "frozen",
@@ -350,7 +350,7 @@ FAULTS = [
         "at < p.tiles; at += gridDim.x / splits)", "at < p.tiles; at += gridDim.x)",
         "forward, cooperative, groups take several tiles",
     ),
-    # gradients.cu
+    # gradients.cuh
     Fault(
         "low part of the mean", "backward",
         "low = is_finite(left) ? static_cast<real>(left) : 0;", "low = 0;", "backward, block, rows, far from 0",
