@@ -19,7 +19,7 @@ from fastbn.cpu.team import OF_THE_TEAM, RUNTIME, team_for
 
 # Where an argument comes from: itself; a number given at each call; an array given at each call, or the scratch memory,
 # so many bytes from the first element; whether a number given is at least so large.
-CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST, TEMPORARY, INTEGERS = range(7)
+CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST, TEMPORARY, INTEGERS, FUNCTION = range(8)
 MOST_ARGUMENTS = 32
 ON_STACK = 3 << 10  # bytes of scratch memory at most; with more a frame exceeds 4 kB, which Windows makes a call for
 HELD = 1 << 17  # elements below which a call keeps the interpreter's lock: handing it over can take as long as a call
@@ -76,6 +76,7 @@ class Program:
         self._slots = {name: 8 * i for i, name in enumerate((*arrays, *numbers))}
         self._kinds = {name: kind or "none" for name, kind in arrays.items()} | dict.fromkeys(numbers, "f8")
         self._launches: list[tuple[str, int, int, dict[str, Argument]]] = []
+        self._functions: list[Kernel] = []
         self._vectors: list[int] = []
         self._scratch = self._temporary = self._used = 0
         self._integers: list[int] = []
@@ -127,9 +128,15 @@ class Program:
         self._used = 0
         self._launches.append((name, tasks, threads, {key: _argument(a) for key, a in arguments.items()}))
 
+    def function(self, name: str, **kinds: str) -> Argument:
+        """The address of a kernel that others call."""
+        self._functions.append((name, tuple(f"{key}:{kind}" for key, kind in kinds.items())))
+        return Argument("i8", FUNCTION, len(self._functions) - 1)
+
     def kernels(self) -> list[Kernel]:
-        """Those that it launches."""
-        return [(name, tuple(f"{key}:{a.kind}" for key, a in given.items())) for name, _, _, given in self._launches]
+        """Those that it launches, and those that these call."""
+        launched = [(n, tuple(f"{key}:{a.kind}" for key, a in given.items())) for n, _, _, given in self._launches]
+        return [*launched, *self._functions]
 
     def _later(self) -> list[Kernel]:
         return [] if self.followed_by is None else self.followed_by().kernels()
@@ -165,6 +172,8 @@ class Program:
                 elif a.source == INTEGERS:
                     a = a._replace(source=CONSTANT)
                     pointers.append(len(words) + 2)
+                elif a.source == FUNCTION:
+                    a = Argument(a.kind, CONSTANT, extra=entries[len(self._launches) + a.slot])
                 words += [a.source, a.slot, a.extra]
         mine = np.array(words + self._integers, np.int64)
         mine[pointers] += mine.ctypes.data + 8 * len(words)

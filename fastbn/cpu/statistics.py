@@ -15,17 +15,22 @@ import numpy as np
 
 from fastbn.cpu import team
 from fastbn.cpu.memory import Array
-from fastbn.cpu.program import Program, kind_of
+from fastbn.cpu.program import FLOATS, NONE, Argument, Program, kind_of
 from fastbn.layout import Shape
 from fastbn.operands import Mask, Statistic
 
 # The geometry's words; then dimensions, kept ones before rows', of four words: size, steps in x, mask and results.
 PARTS, PIECES, PIECE, ROWS, ROWS_OF_A_PART, COLUMNS, STEP, FORM, KEPT_DIMENSIONS, ROW_DIMENSIONS = range(10)
-CHANNELS, SIZE, FOLD, TILE, TAIL, WIDTH, KEPT_STEP, DIMENSIONS = range(10, 18)
+CHANNELS, SIZE, FOLD, TILE, TAIL, WIDTH, KEPT_STEP, ITEMSIZE, MASK, SKIP_NAN = range(10, 20)
+COUNT_KIND, MEAN_KIND, SPREAD_KIND, ONES, DIMENSIONS = range(20, 25)
+OF_VALUES, OF_ROWS = 1, 2  # what a mask is of
 DIMENSION = 4
 FIELDS = 4  # of a part
+BUFFER = 512  # values that are converted at once
+OF_INNER = FIELDS * 8 + BUFFER + 8  # numbers that a share of `inner` has for itself
 FORMS = ("var", "std", "m2")
 VAR, STD, SUM_OF_SQUARES = range(3)
+DIRECT = ("f4*", "f8*")  # what kernels read themselves where it lies side by side; the rest is converted on the way
 EXACT = ("f8*", "s8*", "n8*")  # what float64 sums of lose something
 CAREFUL, NO_DEGREES, EMPTY, STATUS = range(4)  # what a call is told, each a float
 LEAST_SQUARE = 2.0**-900  # of a sum of squares other than 0, below which some may have been lost
@@ -100,7 +105,7 @@ class _Division(NamedTuple):
     parts: int
     finishing: int  # tasks
     partials: int
-    width: int
+    own: int  # numbers that a share has for itself
     strided: bool
     by_rows: bool  # the mask is the same all along a row
 
@@ -130,12 +135,20 @@ def _along_reduced(d: list[Dimension], run: Dimension, exact: bool, squares: boo
         parts = -(-count // each)
     named = {
         PARTS: parts, PIECES: pieces, PIECE: piece, ROWS: count, ROWS_OF_A_PART: each, COLUMNS: run.size,
-        STEP: run.step, FORM: form, CHANNELS: channels, KEPT_STEP: 1,
+        STEP: run.step if run.size > 1 else 1, FORM: form, CHANNELS: 0, KEPT_STEP: 1,
     }  # fmt: skip
     partials = FIELDS * parts * channels if parts > 1 else 0
     words = _words(named, kept, rows)
     return _Division(
-        "inner", words, channels * parts, parts, channels, partials, 8, run.step != 1 and run.size > 1, run.mask == 0
+        "inner",
+        words,
+        channels * parts,
+        parts,
+        channels,
+        partials,
+        OF_INNER,
+        run.step != 1 and run.size > 1,
+        run.mask == 0,
     )
 
 
@@ -174,7 +187,7 @@ def _along_kept(
     partials = FIELDS * row.size * parts * others if parts > 1 else 0
     finishing = others * -(-row.size // 8)
     return _Division(
-        "outer", _words(named, kept, rows), others * parts * tiles, parts, finishing, partials, width,
+        "outer", _words(named, kept, rows), others * parts * tiles, parts, finishing, partials, (FIELDS + 1) * width,
         innermost.step != 1, innermost.mask == 0,
     )  # fmt: skip
 
@@ -213,28 +226,43 @@ def divide(d: list[Dimension], masked: bool, itemsize: int, exact: bool, squares
 @lru_cache(maxsize=1024)
 def plan(
     d: tuple[Dimension, ...], starts: tuple[int, int, int], kind: str, masked: bool, skip_nan: bool, form: int,
-    count: str | None, mean: str | None, spread: str | None, threads: int,
+    results: tuple[str | None, str | None, str | None], threads: int,
 ) -> Program:  # fmt: skip
     """``program(x, where, count, mean, spread, status, ddof)``."""
-    exact, squares = kind in EXACT, spread is not None
-    arrays = {"x": kind, "where": "b1*" if masked else None, "count": count, "mean": mean, "spread": spread}
-    p = Program(threads, math.prod(o.size for o in d), {**arrays, "status": "f8*"}, ["ddof"])
-    c = divide(list(d), masked, int(kind[1]), exact, squares, form)
-    x, where, *results = (
-        p.array(name).after(start) if arrays[name] else None
-        for name, start in zip(arrays, (*starts, starts[2], starts[2]), strict=True)
-    )
-    given: dict[str, Any] = {"skip_nan": skip_nan or None, "squares": squares or None, "exact": exact or None}
-    memory = {"geometry": p.integers(c.words), "partials": p.scratch(c.partials + 64, "f8*")}
-    into = dict(zip(("count", "mean", "spread"), results, strict=True))
+    exact, squares, itemsize = kind in EXACT, results[2] is not None, int(kind[1])
+    arrays: dict[str, str | None] = {"x": kind, "where": "b1*" if masked else None}
+    arrays |= dict(zip(("count", "mean", "spread"), results, strict=True))
+    p = Program(threads, math.prod(o.size for o in d), arrays | {"status": "f8*"}, ["ddof"])
+    c = divide(list(d), masked, itemsize, exact, squares, form)
+    words = list(c.words)
+    words[ITEMSIZE], words[SKIP_NAN], words[ONES] = itemsize, skip_nan, 0x0101010101010101
+    words[MASK] = (OF_ROWS if c.by_rows else OF_VALUES) if masked else 0
+    for at, result in zip((COUNT_KIND, MEAN_KIND, SPREAD_KIND), results, strict=True):
+        words[at] = 0 if result is None else FLOATS.index(result)
+    geometry, x = p.integers(words), p.array("x").after(starts[0])
+    given: dict[str, Any] = {"squares": squares or None, "exact": exact or None}
+    given |= {"geometry": geometry, "partials": p.scratch(c.partials + 64, "f8*")}
+    into = {
+        name: _address(p.array(name).after(starts[2]) if arrays[name] else NONE) for name in ("count", "mean", "spread")
+    }
     into |= {"ddof": p.number("ddof"), "status": p.array("status")}
-    data = {"x": x, "where": None if c.by_rows else where, "row_where": where if c.by_rows else None}
-    more = {"step": c.strided or None, **memory, "work": p.temporary(threads * FIELDS * c.width, "f8*")}
-    p.launch(f"statistics.{c.kernel}", c.tasks, **(data | given | more | into))
+    direct, ones = kind in DIRECT and not c.strided, geometry.after(ONES)._replace(kind="b1*")
+    data: dict[str, Any] = {
+        "x": x if direct else None, "raw": None if direct else x._replace(kind="b1*"),
+        "fetch": _address(NONE) if direct else p.function("statistics.fetch", x=kind, step="i8", out="f8*"),
+        "where": p.array("where").after(starts[1]) if masked else ones if skip_nan else None,
+        "ones": ones, "masked": (masked or skip_nan) or None,
+    }  # fmt: skip
+    work = {"work": p.temporary(threads * c.own, "f8*")}
+    p.launch(f"statistics.{c.kernel}", c.tasks, **(data | given | work | into))
     if c.parts > 1:
-        given = {"inner_parts": c.kernel == "inner" or None} | given | memory | into
-        p.launch("statistics.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **given)
+        p.launch("statistics.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **(given | into))
     return p
+
+
+def _address(a: Argument) -> Argument:
+    """An array of any kind."""
+    return a._replace(kind="i8")
 
 
 def statistic(
@@ -250,7 +278,7 @@ def statistic(
         return None
     results = [None if dtype is None else kind_of(np.dtype(dtype)) for dtype in (what.count, what.mean, what.spread)]
     skip_nan = what.skip_nan and kind[0] not in "snb"
-    given = tuple(d), (*starts,), kind, mask is not None, skip_nan, FORMS.index(what.spread_is), *results
+    given = tuple(d), (*starts,), kind, mask is not None, skip_nan, FORMS.index(what.spread_is), (*results,)
     elements = x.size
     if elements < team.PARALLEL_FROM:
         return plan(*given, 1).prepared()

@@ -160,16 +160,25 @@ def first_bytes_not_zero(typing, where, at, n):
 
 
 @intrinsic
-def not_nan(typing, mask, v, skip_nan):
-    """The mask, without those that are NaN if these are skipped."""
-    if skip_nan == types.none:
-        return mask(mask, v, skip_nan), lambda context, builder, sig, args: args[0]
+def either(typing, first, a, b):
+    """One of two arrays of bytes; None where the first one is."""
+    if a == types.none:
+        return types.none(first, a, b), lambda context, builder, sig, args: context.get_dummy_value()
+    return a(first, a, b), lambda context, builder, sig, args: builder.select(*args)
+
+
+@intrinsic
+def not_nan(typing, mask, v, skip_nan, masked):
+    """The mask, without those that are NaN if these are skipped; where nothing is masked, None."""
+    if masked == types.none:
+        return mask(mask, v, skip_nan, masked), lambda context, builder, sig, args: args[0]
 
     def codegen(context, builder, sig, args):
+        keep = builder.insert_element(ir.Constant(BITS, ir.Undefined), builder.not_(args[2]), I32(0))
         numbers = builder.fcmp_ordered("ord", args[1], args[1])
-        return numbers if mask == types.none else builder.and_(args[0], numbers)
+        return builder.and_(args[0], builder.or_(numbers, shuffle(builder, keep, [0] * LANES)))
 
-    return MASK(mask, v, skip_nan), codegen
+    return MASK(mask, v, types.boolean, masked), codegen
 
 
 @intrinsic

@@ -19,12 +19,14 @@ geometry is laid out in `fastbn.cpu.statistics`. A part's numbers are (n, shift,
 
 import numpy as np
 
+from fastbn.cpu.kernels.calls import F4, F8, I2, U2, bfloats, doubles, floats, halves, reserve
 from fastbn.cpu.kernels.compiler import inner as inline
 from fastbn.cpu.kernels.compiler import kernel
 from fastbn.cpu.kernels.doubles import (
     LANES,
     bytes_not_zero,
     choose,
+    either,
     everywhere,
     finite,
     first_bytes_not_zero,
@@ -39,21 +41,31 @@ from fastbn.cpu.kernels.doubles import (
     values,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
-from fastbn.cpu.kernels.simd import any_greater, fma, load, root, store, zero_where_not_positive
+from fastbn.cpu.kernels.simd import address, any_greater, fma, load, root, store, zero_where_not_positive
+from fastbn.cpu.kernels.team import enter
+from fastbn.cpu.kernels.team import store as put_word
 from fastbn.cpu.statistics import (
+    BUFFER,
     CAREFUL,
     CHANNELS,
     COLUMNS,
+    COUNT_KIND,
     DIMENSION,
     DIMENSIONS,
     EMPTY,
     FIELDS,
     FOLD,
     FORM,
+    ITEMSIZE,
     KEPT_DIMENSIONS,
     KEPT_STEP,
     LEAST_SQUARE,
+    MASK,
+    MEAN_KIND,
     NO_DEGREES,
+    OF_INNER,
+    OF_ROWS,
+    OF_VALUES,
     PARTS,
     PIECE,
     PIECES,
@@ -61,6 +73,8 @@ from fastbn.cpu.statistics import (
     ROWS,
     ROWS_OF_A_PART,
     SIZE,
+    SKIP_NAN,
+    SPREAD_KIND,
     STD,
     STEP,
     SUM_OF_SQUARES,
@@ -140,18 +154,18 @@ def add(a, b, v, shift, squares, exact):
 
 
 @inline
-def counted(x, at, step, where, w_at, skip_nan, shift):
+def counted(x, at, where, w_at, masked, skip_nan, shift):
     """Eight values, those that do not count replaced by the shift; how many count."""
-    v = values(x, at, step)
-    mask = not_nan(bytes_not_zero(where, w_at), v, skip_nan)
+    v = values(x, at, None)
+    mask = not_nan(bytes_not_zero(where, w_at), v, skip_nan, masked)
     return choose(mask, v, shift), how_many(mask)
 
 
 @inline
-def first_counted(x, at, step, where, w_at, skip_nan, shift, n):
+def first_counted(x, at, where, w_at, masked, skip_nan, shift, n):
     """The same of the first n."""
-    v = first_values(x, at, step, n)
-    mask = not_nan(first_bytes_not_zero(where, w_at, n), v, skip_nan)
+    v = first_values(x, at, None, n)
+    mask = not_nan(first_bytes_not_zero(where, w_at, n), v, skip_nan, masked)
     return choose(mask, v, shift), how_many(mask)
 
 
@@ -190,7 +204,29 @@ def is_far(n, a, b, exact):
 
 
 @inline
-def peek(x, at, step, geometry, r, rows, columns):
+def fetched(raw, fetch, at, step, n, geometry, work, into):
+    """Copy n values a step apart, of any dtype, to a place in ``work`` as float64."""
+    params = reserve(3)
+    put_word(params, address(raw, at * geometry[ITEMSIZE]))
+    put_word(params + 8, step)
+    put_word(params + 16, address(work, into))
+    enter(fetch, params, 0, 0, n)
+
+
+@inline
+def value_of(x, raw, fetch, at, geometry, work, buffer):
+    """One value of either array."""
+    number = 0.0
+    if x is not None:
+        number = value_at(x, at)
+    if raw is not None:
+        fetched(raw, fetch, at, 1, 1, geometry, work, buffer)
+        number = value_at(work, buffer)
+    return number
+
+
+@inline
+def peek(x, raw, fetch, at, geometry, r, rows, columns, work, buffer):
     """The mean of some values of a part, for a shift; around the first of them, so that it is exact for constants."""
     size = rows * columns
     count = min(PEEKS, max(1, size >> 4))
@@ -198,13 +234,10 @@ def peek(x, at, step, geometry, r, rows, columns):
     for k in range(count):
         i = k * size // count if k > 0 else 0
         row = i // columns if rows > 1 else 0
-        x_at = at + (i - row * columns) * (1 if step is None else geometry[STEP])
+        x_at = at + (i - row * columns) * geometry[STEP]
         if row > 0:
-            x_at += place(
-                r + row, geometry, DIMENSIONS + DIMENSION * geometry[KEPT_DIMENSIONS], geometry[ROW_DIMENSIONS]
-            )[0]
-            x_at -= place(r, geometry, DIMENSIONS + DIMENSION * geometry[KEPT_DIMENSIONS], geometry[ROW_DIMENSIONS])[0]
-        number = value_at(x, x_at)
+            x_at += row_at(r + row, geometry)[0] - row_at(r, geometry)[0]
+        number = value_of(x, raw, fetch, x_at, geometry, work, buffer)
         if not np.isfinite(number):
             number = origin
         if k == 0:
@@ -214,46 +247,69 @@ def peek(x, at, step, geometry, r, rows, columns):
 
 
 @inline
-def sums_of_rows(x, at, step, where, w_at, row_where, skip_nan, squares, exact, geometry, r, last, columns, shift):
+def add_row(x, at, columns, where, w_at, by, masked, skip_nan, squares, exact, q, n, a0, a1, a2, a3, b0, b1, b2, b3):
+    """A row to four sums of eight lanes each, and to the count."""
+    far, jump, end = LANES, 4 * LANES, columns & -4 * LANES
+    done = end
+    if columns >= LONG:
+        far, jump, end = columns // 4 & -LANES, LANES, columns // 4 & -LANES
+        done = 4 * end
+    i = 0
+    while i < end:  # a range of unknown step would be counted by a division for each row
+        v, c = counted(x, at + i, where, w_at + i * by, masked, skip_nan, q)
+        a0, b0 = add(a0, b0, v, q, squares, exact)
+        n += c
+        v, c = counted(x, at + i + far, where, w_at + (i + far) * by, masked, skip_nan, q)
+        a1, b1 = add(a1, b1, v, q, squares, exact)
+        n += c
+        v, c = counted(x, at + i + 2 * far, where, w_at + (i + 2 * far) * by, masked, skip_nan, q)
+        a2, b2 = add(a2, b2, v, q, squares, exact)
+        n += c
+        v, c = counted(x, at + i + 3 * far, where, w_at + (i + 3 * far) * by, masked, skip_nan, q)
+        a3, b3 = add(a3, b3, v, q, squares, exact)
+        n += c
+        i += jump
+    for i in range(done, columns & -LANES, LANES):
+        v, c = counted(x, at + i, where, w_at + i * by, masked, skip_nan, q)
+        a0, b0 = add(a0, b0, v, q, squares, exact)
+        n += c
+    i = columns & -LANES
+    if i < columns:
+        v, c = first_counted(x, at + i, where, w_at + i * by, masked, skip_nan, q, columns - i)
+        a1, b1 = add(a1, b1, v, q, squares, exact)
+        n += c
+    return n, a0, a1, a2, a3, b0, b1, b2, b3
+
+
+@inline
+def sums_of_rows(
+    x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, shift, work, buffer
+):
     """n, A and B of rows from r to last. `at` and `w_at` are where row 0 begins."""
     q = everywhere(shift)
     a0 = everywhere(0.0)
     a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
-    far, jump, end = LANES, 4 * LANES, columns & -4 * LANES
-    if columns >= LONG:
-        far, jump, end = columns // 4 & -LANES, LANES, columns // 4 & -LANES
-    past = max(end, 4 * far) if columns >= LONG else end
-    by = 1 if step is None else geometry[STEP]
-    gap = None if step is None else by
+    mask, by, skip_nan = mask_of(where, ones, geometry)
     n = 0
     while r < last:
         x_row, w_row, x_step, w_step, rows, _ = rows_from(r, last, geometry)
         r += rows
         x_row, w_row = at + x_row, w_at + w_row
         for _ in range(rows):
-            if value_at(row_where, w_row) != 0.0:
-                i = 0
-                while i < end:  # a range of unknown step would be counted by a division for each row
-                    v, c = counted(x, x_row + i * by, gap, where, w_row + i, skip_nan, q)
-                    a0, b0 = add(a0, b0, v, q, squares, exact)
-                    n += c
-                    v, c = counted(x, x_row + (i + far) * by, gap, where, w_row + i + far, skip_nan, q)
-                    a1, b1 = add(a1, b1, v, q, squares, exact)
-                    n += c
-                    v, c = counted(x, x_row + (i + 2 * far) * by, gap, where, w_row + i + 2 * far, skip_nan, q)
-                    a2, b2 = add(a2, b2, v, q, squares, exact)
-                    n += c
-                    v, c = counted(x, x_row + (i + 3 * far) * by, gap, where, w_row + i + 3 * far, skip_nan, q)
-                    a3, b3 = add(a3, b3, v, q, squares, exact)
-                    n += c
-                    i += jump
-                for i in range(past, columns, LANES):
-                    if i + LANES <= columns:
-                        v, c = counted(x, x_row + i * by, gap, where, w_row + i, skip_nan, q)
-                    else:
-                        v, c = first_counted(x, x_row + i * by, gap, where, w_row + i, skip_nan, q, columns - i)
-                    a0, b0 = add(a0, b0, v, q, squares, exact)
-                    n += c
+            if row_counts(where, w_row, geometry):
+                if x is not None:
+                    n, a0, a1, a2, a3, b0, b1, b2, b3 = add_row(
+                        x, x_row, columns, mask, w_row * by, by, masked, skip_nan, squares, exact,
+                        q, n, a0, a1, a2, a3, b0, b1, b2, b3,
+                    )  # fmt: skip
+                if raw is not None:
+                    for c in range(0, columns, BUFFER):
+                        part = min(BUFFER, columns - c)
+                        fetched(raw, fetch, x_row + c * geometry[STEP], geometry[STEP], part, geometry, work, buffer)
+                        n, a0, a1, a2, a3, b0, b1, b2, b3 = add_row(
+                            work, buffer, part, mask, (w_row + c) * by, by, masked, skip_nan, squares, exact,
+                            q, n, a0, a1, a2, a3, b0, b1, b2, b3,
+                        )  # fmt: skip
             x_row += x_step
             w_row += w_step
     a0, b0 = together(a0, b0, a1, b1, squares, exact)
@@ -263,14 +319,28 @@ def sums_of_rows(x, at, step, where, w_at, row_where, skip_nan, squares, exact, 
     return np.float64(n), a, b
 
 
+@inline
+def mask_of(where, ones, geometry):
+    """The bytes that say which values of a row count, how far apart they are, and whether NaNs are left out."""
+    of_values = geometry[MASK] == OF_VALUES
+    return either(of_values, where, ones), 1 if of_values else 0, geometry[SKIP_NAN] != 0
+
+
+@inline
+def row_counts(where, at, geometry):
+    """Whether a mask of rows has this one."""
+    return geometry[MASK] != OF_ROWS or value_at(where, at) != 0.0
+
+
 @kernel
 def inner(
-    share, first, last, x, where, row_where, skip_nan, squares, exact, step, geometry, partials, work,
+    share, first, last, x, raw, fetch, where, ones, masked, squares, exact, geometry, partials, work,
     count, mean, spread, ddof, status,
 ):  # fmt: skip
     """A task is a part of a kept index: rows, or a piece of one."""
     parts, pieces, columns = geometry[PARTS], geometry[PIECES], geometry[COLUMNS]
-    own = share * FIELDS * LANES
+    own = share * OF_INNER
+    buffer = own + FIELDS * LANES
     for task in range(first, last):
         t, part = task, 0
         if parts > 1:
@@ -283,20 +353,19 @@ def inner(
             r = part // pieces
             end, start = r + 1, (part - r * pieces) * geometry[PIECE]
             width = min(geometry[PIECE], columns - start)
-            at += start if step is None else start * geometry[STEP]
-            w_at += start
+            at += start * geometry[STEP]
+            w_at += start if geometry[MASK] == OF_VALUES else 0
         shift = 0.0
         if squares is not None:
-            row = 0
-            if r > 0:
-                row = rows_from(r, end, geometry)[0]
-            shift = peek(x, at + row, step, geometry, r, end - r, width)
+            row = row_at(r, geometry)[0] if r > 0 else 0
+            shift = peek(x, raw, fetch, at + row, geometry, r, end - r, width, work, buffer)
             lower_underflow_flag()
         n, a, b = 0.0, 0.0, 0.0
         for look in range(LOOKS):
             n, a, b = sums_of_rows(
-                x, at, step, where, w_at, row_where, skip_nan, squares, exact, geometry, r, end, width, shift
-            )
+                x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, end, width, shift,
+                work, buffer,
+            )  # fmt: skip
             if squares is None or n == 0.0 or look + 1 == LOOKS or not is_far(n, a, b, exact):
                 break
             shift += a / n
@@ -307,9 +376,7 @@ def inner(
             partials[FIELDS * task + 2], partials[FIELDS * task + 3] = a, b
         else:
             work[own], work[own + LANES], work[own + 2 * LANES], work[own + 3 * LANES] = n, shift, a, b
-            merge_parts(
-                work, own, LANES, 0, 1, 1, skip_nan, squares, exact, geometry, count, mean, spread, o_at, ddof, status
-            )
+            merge_parts(work, own, LANES, 0, 1, 1, squares, exact, geometry, count, mean, spread, o_at, ddof, status)
 
 
 # --- along rows of kept indices ---------------------------------------------------------------------------------------
@@ -336,26 +403,26 @@ def add_to_columns(work, at, pitch, v, q, squares, exact):
 
 
 @inline
-def add_one_row(x, at, step, by, where, w_at, skip_nan, squares, exact, columns, work, own, pitch):
+def add_one_row(x, at, where, w_at, by, masked, skip_nan, squares, exact, columns, work, own, pitch):
     """A row to the sums of its columns, and to their counts if there are masks."""
     for c in range(0, columns, LANES):
         q = field(work, own + pitch + c, squares)
         if c + LANES <= columns:
-            v = values(x, at + c * by, step)
-            mask = not_nan(bytes_not_zero(where, w_at + c), v, skip_nan)
+            v = values(x, at + c, None)
+            mask = not_nan(bytes_not_zero(where, w_at + c * by), v, skip_nan, masked)
             v = choose(mask, v, q)
         else:
-            v = first_values(x, at + c * by, step, columns - c)
-            mask = not_nan(first_bytes_not_zero(where, w_at + c, columns - c), v, skip_nan)
+            v = first_values(x, at + c, None, columns - c)
+            mask = not_nan(first_bytes_not_zero(where, w_at + c * by, columns - c), v, skip_nan, masked)
             v = choose(mask, v, q)
-        if where is not None or skip_nan is not None:
+        if masked is not None:
             one = choose(mask, everywhere(1.0), everywhere(0.0))
             store(work, own + c, load(work, own + c, 64) + one)
         add_to_columns(work, own + c, pitch, v, q, squares, exact)
 
 
 @inline
-def add_four(x, at, far, step, squares, exact, work, own, pitch, part):
+def add_four(x, at, far, squares, exact, work, own, pitch, part):
     """Eight columns, or a part of them, of four rows, each ``far`` from the one before."""
     q = field(work, own + pitch, squares)
     a = load(work, own + 2 * pitch, 64)
@@ -364,9 +431,9 @@ def add_four(x, at, far, step, squares, exact, work, own, pitch, part):
         b = load(work, own + 3 * pitch, 64)
     for k in range(4):
         if part is None:
-            v = values(x, at + k * far, step)
+            v = values(x, at + k * far, None)
         else:
-            v = choose(first_bytes_not_zero(None, 0, part), first_values(x, at + k * far, step, part), q)
+            v = choose(first_bytes_not_zero(None, 0, part), first_values(x, at + k * far, None, part), q)
         a, b = add(a, b, v, q, squares, exact)
     store(work, own + 2 * pitch, a)
     if squares is not None or exact is not None:
@@ -374,21 +441,21 @@ def add_four(x, at, far, step, squares, exact, work, own, pitch, part):
 
 
 @inline
-def add_four_rows(x, at, far, step, by, squares, exact, columns, work, own, pitch):
+def add_four_rows(x, at, far, squares, exact, columns, work, own, pitch):
     whole = columns & -LANES
     for c in range(0, whole, LANES):
-        add_four(x, at + c * by, far, step, squares, exact, work, own + c, pitch, None)
+        add_four(x, at + c, far, squares, exact, work, own + c, pitch, None)
     if whole < columns:
-        add_four(x, at + whole * by, far, step, squares, exact, work, own + whole, pitch, columns - whole)
+        add_four(x, at + whole, far, squares, exact, work, own + whole, pitch, columns - whole)
 
 
 @inline
 def add_rows(
-    x, at, step, where, w_at, row_where, skip_nan, squares, exact, geometry, r, last, columns, work, own, pitch
+    x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, work, own, pitch
 ):
     """Rows from r to last to the sums of their columns; how many values a cell has of them, if there are no masks."""
-    by = 1 if step is None else geometry[STEP]
-    gap = None if step is None else by
+    mask, by, skip_nan = mask_of(where, ones, geometry)
+    buffer = own + FIELDS * pitch
     n = 0
     while r < last:
         x_row, w_row, x_step, w_step, rows, left = rows_from(r, last, geometry)
@@ -396,48 +463,61 @@ def add_rows(
         r += rows
         whole = rows - 1 if geometry[TAIL] > 0 and rows == left else rows  # the last one of folded rows may be short
         done = 0
-        if where is None and row_where is None and skip_nan is None:
+        if x is not None and masked is None:
             quarter = whole // 4
             for k in range(quarter):
-                add_four_rows(
-                    x, x_row + k * x_step, quarter * x_step, gap, by, squares, exact, columns, work, own, pitch
-                )
+                add_four_rows(x, x_row + k * x_step, quarter * x_step, squares, exact, columns, work, own, pitch)
             done = 4 * quarter
         for k in range(done, rows):
-            width = columns if k < whole else geometry[TAIL]
-            if value_at(row_where, w_row + k * w_step) != 0.0:
-                add_one_row(
-                    x, x_row + k * x_step, gap, by, where, w_row + k * w_step, skip_nan, squares, exact, width,
-                    work, own, pitch,
-                )  # fmt: skip
+            width, w_k = columns if k < whole else geometry[TAIL], w_row + k * w_step
+            if row_counts(where, w_k, geometry):
+                if x is not None:
+                    add_one_row(
+                        x, x_row + k * x_step, mask, w_k * by, by, masked, skip_nan, squares, exact, width,
+                        work, own, pitch,
+                    )  # fmt: skip
+                if raw is not None:
+                    fetched(raw, fetch, x_row + k * x_step, geometry[STEP], width, geometry, work, buffer)
+                    add_one_row(
+                        work, buffer, mask, w_k * by, by, masked, skip_nan, squares, exact, width, work, own, pitch
+                    )
                 n += geometry[FOLD] if k < whole else geometry[TAIL] // (geometry[CHANNELS] * geometry[SIZE])
         n += done * geometry[FOLD]
     return np.float64(n * geometry[SIZE])
 
 
 @inline
-def peek_at_columns(x, at, step, exact, geometry, r, last, columns, cells, work, own, pitch):
+def peek_at_row(x, at, width, first, work, own, pitch):
+    """A row to the sums around the first one's values, of those that are finite."""
+    zero = everywhere(0.0)
+    for c in range(0, width, LANES):
+        part = min(LANES, width - c)
+        v = choose(first_bytes_not_zero(None, 0, part), first_values(x, at + c, None, part), zero)
+        if first:
+            store(work, own + pitch + c, choose(finite(v), v, zero))
+            store(work, own + 2 * pitch + c, zero)
+        else:
+            d = v - load(work, own + pitch + c, 64)
+            d = choose(finite(d), d, zero)
+            store(work, own + 2 * pitch + c, load(work, own + 2 * pitch + c, 64) + d)
+
+
+@inline
+def peek_at_columns(x, raw, fetch, at, exact, geometry, r, last, columns, cells, work, own, pitch):
     """A shift for each column, the same for all of a cell, from some rows of a part; their sums are used meanwhile."""
-    by = 1 if step is None else geometry[STEP]
-    gap = None if step is None else by
+    buffer = own + FIELDS * pitch
     count = min(PEEKS, max(1, (last - r) >> (4 if exact is None else 2)))
     for k in range(count):
         row, _, _, _, _, left = rows_from(r + k * (last - r) // count, last, geometry)
         width = geometry[TAIL] if geometry[TAIL] > 0 and left == 1 else columns
-        for c in range(0, width, LANES):
-            v = first_values(x, at + row + c * by, gap, min(LANES, width - c))
-            v = choose(first_bytes_not_zero(None, 0, min(LANES, width - c)), v, everywhere(0.0))
-            if k == 0:
-                store(work, own + pitch + c, choose(finite(v), v, everywhere(0.0)))
-                store(work, own + 2 * pitch + c, everywhere(0.0))
-            else:
-                d = v - load(work, own + pitch + c, 64)
-                d = choose(finite(d), d, everywhere(0.0))
-                store(work, own + 2 * pitch + c, load(work, own + 2 * pitch + c, 64) + d)
+        if x is not None:
+            peek_at_row(x, at + row, width, k == 0, work, own, pitch)
+        if raw is not None:
+            fetched(raw, fetch, at + row, geometry[STEP], width, geometry, work, buffer)
+            peek_at_row(work, buffer, width, k == 0, work, own, pitch)
         if k == 0:
-            for c in range(width, columns, LANES):
-                store(work, own + pitch + c, everywhere(0.0))
-                store(work, own + 2 * pitch + c, everywhere(0.0))
+            clear(work, own + pitch + -(-width // LANES) * LANES, columns - width)
+            clear(work, own + 2 * pitch + -(-width // LANES) * LANES, columns - width)
     each = everywhere(1.0 / count)
     for c in range(0, columns, LANES):
         q = load(work, own + pitch + c, 64)
@@ -528,26 +608,23 @@ def clear(work, at, count):
 
 @inline
 def sums_of_columns(
-    x, at, step, where, w_at, row_where, skip_nan, squares, exact, geometry, r, last, columns, cells, work, own, pitch
+    x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, cells, work, own, pitch
 ):
     """n, shift, A and B of each cell, side by side in ``work``, a pitch apart."""
     if squares is not None:
-        peek_at_columns(x, at, step, exact, geometry, r, last, columns, cells, work, own, pitch)
+        peek_at_columns(x, raw, fetch, at, exact, geometry, r, last, columns, cells, work, own, pitch)
     for look in range(LOOKS):
-        if where is not None or skip_nan is not None:
+        if masked is not None:
             clear(work, own, columns)
         clear(work, own + 2 * pitch, columns)
         if squares is not None or exact is not None:
             clear(work, own + 3 * pitch, columns)
         n = add_rows(
-            x, at, step, where, w_at, row_where, skip_nan, squares, exact, geometry, r, last, columns, work, own, pitch
+            x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, work, own, pitch
         )
         if columns > cells:
-            if where is None and skip_nan is None:
-                gather_columns(geometry, columns, cells, squares, exact, None, work, own, pitch)
-            else:
-                gather_columns(geometry, columns, cells, squares, exact, True, work, own, pitch)
-        if where is None and skip_nan is None:
+            gather_columns(geometry, columns, cells, squares, exact, masked, work, own, pitch)
+        if masked is None:
             for j in range(0, cells, LANES):
                 store(work, own + j, everywhere(n))
         if squares is None or look + 1 == LOOKS or not some_are_far(cells, exact, work, own, pitch):
@@ -557,13 +634,13 @@ def sums_of_columns(
 
 @kernel
 def outer(
-    share, first, last, x, where, row_where, skip_nan, squares, exact, step, geometry, partials, work,
+    share, first, last, x, raw, fetch, where, ones, masked, squares, exact, geometry, partials, work,
     count, mean, spread, ddof, status,
 ):  # fmt: skip
     """A task is a tile of cells in a part of the rows; tiles of a row are neighbours."""
     parts, channels, tile, pitch = geometry[PARTS], geometry[CHANNELS], geometry[TILE], geometry[WIDTH]
     tiles = -(-channels // tile)
-    own = share * FIELDS * pitch
+    own = share * (FIELDS + 1) * pitch
     for task in range(first, last):
         rest = task // tiles
         cell = (task - rest * tiles) * tile
@@ -573,13 +650,12 @@ def outer(
         columns = geometry[FOLD] * cells * geometry[SIZE]
         at, w_at, o_at = place(k, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
         r = part * geometry[ROWS_OF_A_PART]
-        at += cell * geometry[SIZE] * (1 if step is None else geometry[STEP])
-        if row_where is None:
-            w_at += cell * geometry[SIZE]
+        at += cell * geometry[SIZE] * geometry[STEP]
+        w_at += cell * geometry[SIZE] if geometry[MASK] == OF_VALUES else 0
         if squares is not None and exact is not None:
             lower_underflow_flag()
         sums_of_columns(
-            x, at, step, where, w_at, row_where, skip_nan, squares, exact, geometry,
+            x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry,
             r, min(r + geometry[ROWS_OF_A_PART], geometry[ROWS]), columns, cells, work, own, pitch,
         )  # fmt: skip
         if squares is not None and exact is not None and underflowed(work[own]):
@@ -592,7 +668,7 @@ def outer(
                     put_values(partials, to + f * channels + j, numbers, min(LANES, cells - j))
         else:
             merge_parts(
-                work, own, pitch, 0, 1, cells, skip_nan, squares, exact, geometry, count, mean, spread,
+                work, own, pitch, 0, 1, cells, squares, exact, geometry, count, mean, spread,
                 o_at + cell * geometry[KEPT_STEP], ddof, status,
             )  # fmt: skip
 
@@ -601,9 +677,7 @@ def outer(
 
 
 @inline
-def merge_parts(
-    a, at, pitch, far, parts, cells, skip_nan, squares, exact, geometry, count, mean, spread, o_at, ddof, status
-):
+def merge_parts(a, at, pitch, far, parts, cells, squares, exact, geometry, count, mean, spread, o_at, ddof, status):
     """Results of neighbouring kept indices from their parts, ``far`` apart, whose four fields are a pitch apart."""
     zero, one = everywhere(0.0), everywhere(1.0)
     for j in range(0, cells, LANES):
@@ -632,13 +706,13 @@ def merge_parts(
                 lo = lo + (lost + rest if exact is not None else lost)
             n = n + part_n
         finish(
-            n, origin, hi, lo, m2, skip_nan, squares, exact, geometry, count, mean, spread,
+            n, origin, hi, lo, m2, squares, exact, geometry, count, mean, spread,
             o_at + j * geometry[KEPT_STEP], min(LANES, cells - j), ddof, status,
         )  # fmt: skip
 
 
 @inline
-def finish(n, origin, hi, lo, m2, skip_nan, squares, exact, geometry, count, mean, spread, at, cells, ddof, status):
+def finish(n, origin, hi, lo, m2, squares, exact, geometry, count, mean, spread, at, cells, ddof, status):
     """Results of up to eight kept indices."""
     zero, one = everywhere(0.0), everywhere(1.0)
     among = first_bytes_not_zero(None, 0, cells)
@@ -656,7 +730,7 @@ def finish(n, origin, hi, lo, m2, skip_nan, squares, exact, geometry, count, mea
         result = m2
         if geometry[FORM] != SUM_OF_SQUARES:
             result = m2 / left
-            if skip_nan is not None:
+            if geometry[SKIP_NAN] != 0:
                 result = choose(greater(left, zero), result, everywhere(np.nan))
             if geometry[FORM] == STD:
                 result = root(result)
@@ -664,7 +738,7 @@ def finish(n, origin, hi, lo, m2, skip_nan, squares, exact, geometry, count, mea
                 status[NO_DEGREES] = 1.0
         else:
             result = choose(greater(n, zero), result, everywhere(np.nan))
-        put_results(spread, at, geometry[KEPT_STEP], result, cells)
+        put_results(spread, geometry[SPREAD_KIND], at, geometry[KEPT_STEP], result, cells)
         if exact is not None:
             small = choose(greater(everywhere(LEAST_SQUARE), m2), m2, zero)
             unsound = choose(finite(m2), small, one)
@@ -672,14 +746,27 @@ def finish(n, origin, hi, lo, m2, skip_nan, squares, exact, geometry, count, mea
                 status[CAREFUL] = 1.0
     elif exact is not None and any_greater(choose(among, choose(finite(s), zero, one), zero), zero):
         status[CAREFUL] = 1.0
-    put_results(mean, at, geometry[KEPT_STEP], mu, cells)
-    put_results(count, at, geometry[KEPT_STEP], n, cells)
+    put_results(mean, geometry[MEAN_KIND], at, geometry[KEPT_STEP], mu, cells)
+    put_results(count, geometry[COUNT_KIND], at, geometry[KEPT_STEP], n, cells)
     if any_greater(choose(among, choose(greater(n, zero), zero, one), zero), zero):
         status[EMPTY] = 1.0
 
 
 @inline
-def put_results(out, at, step, v, n):
+def put_results(out, kind, at, step, v, n):
+    """Into an array at an address, whose dtype's kind is one of `RESULTS`; 0 for none."""
+    if kind == F8:
+        put(doubles(out), at, step, v, n)
+    elif kind == F4:
+        put(floats(out), at, step, v, n)
+    elif kind == U2:
+        put(halves(out), at, step, v, n)
+    elif kind == I2:
+        put(bfloats(out), at, step, v, n)
+
+
+@inline
+def put(out, at, step, v, n):
     if step == 1:
         put_values(out, at, v, n)
     else:
@@ -688,18 +775,16 @@ def put_results(out, at, step, v, n):
 
 
 @kernel
-def finish_parts(
-    share, first, last, inner_parts, skip_nan, squares, exact, geometry, partials, count, mean, spread, ddof, status
-):
+def finish_parts(share, first, last, squares, exact, geometry, partials, count, mean, spread, ddof, status):
     """A task is a kept index of `inner`, or up to eight neighbours of `outer`."""
     parts, channels = geometry[PARTS], geometry[CHANNELS]
     groups = -(-channels // LANES)
     lower_underflow_flag()
     for task in range(first, last):
-        if inner_parts is not None:
+        if channels == 0:
             _, _, o_at = place(task, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
             merge_parts(
-                partials, FIELDS * parts * task, 1, FIELDS, parts, 1, skip_nan, squares, exact, geometry,
+                partials, FIELDS * parts * task, 1, FIELDS, parts, 1, squares, exact, geometry,
                 count, mean, spread, o_at, ddof, status,
             )  # fmt: skip
         else:
@@ -708,8 +793,27 @@ def finish_parts(
             _, _, o_at = place(k, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
             merge_parts(
                 partials, FIELDS * channels * parts * k + cell, channels, FIELDS * channels, parts,
-                min(LANES, channels - cell), skip_nan, squares, exact, geometry,
+                min(LANES, channels - cell), squares, exact, geometry,
                 count, mean, spread, o_at + cell * geometry[KEPT_STEP], ddof, status,
             )  # fmt: skip
     if squares is not None and exact is not None and underflowed(ddof):
         status[CAREFUL] = 1.0
+
+
+# --- any dtype, any step ----------------------------------------------------------------------------------------------
+
+
+@kernel
+def fetch(share, first, last, x, step, out):
+    """Copy values from the first to the last, a step apart, as float64."""
+    whole = last - (last - first) % LANES
+    if step == 1:
+        for i in range(first, whole, LANES):
+            put_values(out, i, values(x, i, None), LANES)
+        if whole < last:
+            put_values(out, whole, first_values(x, whole, None, last - whole), last - whole)
+    else:
+        for i in range(first, whole, LANES):
+            put_values(out, i, values(x, i * step, step), LANES)
+        if whole < last:
+            put_values(out, whole, first_values(x, whole * step, step, last - whole), last - whole)
