@@ -11,7 +11,7 @@ one thread each: dask has as many at work as there are cores. Blocks of integers
 beyond 2^53 are rounded to float64.
 
 Masked blocks mean what they mean to `numpy.ma`: what is masked does not count, and a result is masked where nothing is
-left. Results are masked arrays where the input is one.
+left. Results are masked arrays where the input is one. `nanmean`, `nanvar` and `nanstd` leave out NaN as well.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ __all__ = ["mean", "mean_var", "moments", "nanmean", "nanstd", "nanvar", "std", 
 Axes = int | tuple[int, ...] | None
 NAMES = "count", "hi", "lo", "m2"  # the mean is hi + lo
 PACKED = np.dtype([(name, np.float64) for name in NAMES])
+PIECE = 1 << 14  # channels merged at a time, whose temporary arrays stay in the cache: half the time of 500 000 at once
 FAR = 32  # standard deviations of a block's mean from 0 up to which its rounding costs less than 1e-14 of m2
 
 
@@ -318,8 +319,9 @@ def _of_block(block: Any, axis: tuple[int, ...], keepdims: bool, masked: bool, s
     kept = tuple(a for a in range(values.ndim) if a not in axis)
     with fastbn.threads.num_threads(1):
         parts = _in_two_parts(values, kept, None if where is None else np.asarray(where))
-    shape = tuple(1 if a in axis else size for a, size in enumerate(values.shape))
-    return _pack((np.reshape(part, shape) for part in parts), shape, masked or isinstance(block, np.ma.MaskedArray))
+    packed = np.empty([1 if a in axis else size for a, size in enumerate(values.shape)], PACKED)
+    _fill(packed, (np.reshape(part, packed.shape) for part in parts))
+    return _marked(packed, masked or isinstance(block, np.ma.MaskedArray))
 
 
 def _in_two_parts(values: Any, kept: tuple[int, ...], where: Any) -> tuple[Any, Any, Any, Any]:
@@ -339,19 +341,24 @@ def _in_two_parts(values: Any, kept: tuple[int, ...], where: Any) -> tuple[Any, 
 def _merged(parts: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
     """The branches and the root: parts in their order, whatever was ready first."""
     listed: list[Any] = list(flatten(parts, container=list)) if isinstance(parts, list) else [parts]
-    unmasked = [np.ma.getdata(part) for part in listed]
-    whole = united(np, ((part["count"], part["hi"], part["lo"], part["m2"]) for part in unmasked))
-    shape = whole[0].shape
+    shape = listed[0].shape
     if not keepdims:
         shape = tuple(n for a, n in enumerate(shape) if a not in axis)
-    return _pack((np.reshape(part, shape) for part in whole), shape, any(map(np.ma.isMaskedArray, listed)))
+    flat = [np.ma.getdata(part).reshape(-1) for part in listed]
+    whole = np.empty(flat[0].shape, PACKED)
+    for start in range(0, whole.size, PIECE):
+        piece = slice(start, start + PIECE)
+        _fill(whole[piece], united(np, ([part[name][piece] for name in NAMES] for part in flat)))
+    return _marked(whole.reshape(shape), any(map(np.ma.isMaskedArray, listed)))
 
 
-def _pack(parts: Iterable[Any], shape: tuple[int, ...], masked: bool) -> Any:
-    """One array of all parts. That it is a masked one, of which nothing is masked, says that the result will be."""
-    packed = np.empty(shape, PACKED)
+def _fill(packed: Any, parts: Iterable[Any]) -> None:
     for name, part in zip(NAMES, parts, strict=True):
         packed[name] = part
+
+
+def _marked(packed: Any, masked: bool) -> Any:
+    """That it is a masked array, of which nothing is masked, says that the result will be one."""
     return packed.view(np.ma.MaskedArray) if masked else packed
 
 

@@ -377,10 +377,9 @@ def average(x: Any, axis: Any = None, weights: Any = None, returned: bool = Fals
     weights = _weights_beside(weights, x, axis)
     dtype = np.result_type(x.dtype, weights.dtype, *([np.float64] if x.dtype.kind in "iub" else []))
     axes = tuple(range(x.ndim)) if axis is None else normalize_axis_tuple(axis, x.ndim)
+    wide = np.result_type(dtype, np.float64)
     with np.errstate(over="ignore"):
-        scale = xp.broadcast_to(weights, x.shape).sum(
-            axis=axes, dtype=np.result_type(dtype, np.float64), keepdims=keepdims
-        )
+        scale = xp.broadcast_to(weights, x.shape).sum(axis=axes, dtype=wide, keepdims=keepdims)
     if (scale == 0.0).any():
         raise ZeroDivisionError("weights: expected weights whose sum is not zero along the axis")
     if dtype.char != "g" and bool((xp.isfinite(weights) & (weights >= 0)).all()):

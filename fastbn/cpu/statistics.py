@@ -66,12 +66,8 @@ def kind_of_any(dtype: np.dtype[Any]) -> str | None:
 
 
 def dimensions(
-    shape: tuple[int, ...],
-    steps: tuple[int, ...],
-    masks: tuple[int, ...],
-    results: tuple[int, ...],
-    kept: frozenset[int],
-) -> tuple[list[Dimension], int, int, int]:
+    shape: Shape, steps: Shape, masks: Shape, results: Shape, kept: frozenset[int]
+) -> tuple[list[Dimension], list[int]]:
     """From the outermost in memory to the innermost, with positive steps; and where the first element is then."""
     found, starts = [], [0, 0, 0]
     for axis, size in enumerate(shape):

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,19 +15,6 @@ from fastbn.cuda import requirements
 
 cupy = requirements.cupy()
 runtime = cupy.cuda.runtime
-
-SOURCES = {
-    "statistics": ("numbers", "tile", "moments"),
-    "finish_moments": ("numbers", "tile", "moments"),
-    "forward": ("numbers", "tile", "moments", "centre", "affine"),
-    "normalize": ("numbers", "tile", "moments", "centre", "affine"),
-    "grad_sums": ("numbers", "tile", "centre", "gradients"),
-    "finish_sums": ("numbers", "tile", "centre", "gradients"),
-    "backward": ("numbers", "tile", "centre", "gradients"),
-    "grad_input": ("numbers", "tile", "centre", "gradients"),
-    "update_running": ("numbers",),
-}
-"""The kernels, each in a file of its name, and the files that they build on."""
 
 OPTIONAL = {
     "statistics": ("WEIGHT",),
@@ -46,11 +34,31 @@ OPTIONS = ("-std=c++17",)
 Macros = tuple[tuple[str, int], ...]
 
 
+KERNELS, INCLUDE = (files("fastbn.cuda").joinpath(folder) for folder in ("kernels", "include"))
+
+
 @lru_cache(maxsize=64)
 def source(kernel: str, *, hardware: bool = True) -> str:
-    """The text of a kernel: one unit without includes, since CuPy's cache of compiled kernels does not see these."""
-    names = ("device",) * hardware + (*SOURCES[kernel], kernel)
-    return "\n".join(files("fastbn.cuda").joinpath(f"{name}.cu").read_text() for name in names)
+    """The text of a kernel with its headers in it, since CuPy's cache of compiled kernels does not see included files.
+
+    Without hardware device.cuh is left out.
+    """
+    return _expanded(KERNELS.joinpath(f"{kernel}.cu"), set() if hardware else {"device.cuh"})
+
+
+def _expanded(file: Traversable, seen: set[str]) -> str:
+    """A text in which each header stands where it is first included; messages have the files' own lines."""
+    lines = [f'#line 1 "{file.name}"']
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        name = line.split('"')[1] if line.startswith("#include ") else None
+        if name is None and line != "#pragma once":
+            lines.append(line)
+        elif name is None or name in seen:
+            lines.append("")
+        else:
+            seen.add(name)
+            lines += [_expanded(INCLUDE.joinpath(name), seen), f'#line {number + 1} "{file.name}"']
+    return "\n".join(lines)
 
 
 class Device(NamedTuple):
@@ -152,7 +160,7 @@ TILES = Params(
     ),
     constants=("eps",),
 )  # fmt: skip
-"""Of all kernels that go through arrays: tile.cu."""
+"""Of all kernels that go through arrays: tile.cuh."""
 
 MOMENTS = ("mean", "var", "count", "batch_mean", "m2")
 

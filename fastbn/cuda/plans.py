@@ -264,8 +264,11 @@ def _macros(work: Work, kernel: str, threads: int, held: int, cluster: int = 1) 
     )
 
 
+MERGING_MOMENTS = ("statistics", "finish_moments", "forward", "normalize")
+
+
 def numbers_of_part(problem: Problem) -> int:
-    """Float64 numbers of a `Part` of moments.cu: float64 data have units."""
+    """Float64 numbers of a `Part` of moments.cuh: float64 data have units."""
     return 5 if problem.itemsize == 8 else 4
 
 
@@ -273,7 +276,7 @@ def scratch_bytes(work: Work, kernel: str, threads: int) -> int:
     """Shared memory in which a block merges: MERGE_BYTES and SUM_BYTES of the kernels."""
     problem, _, geometry = work
     width, warps = geometry.lanes * (geometry.vector if geometry.along_channels else 1), threads // 32
-    if "moments" in launch.SOURCES[kernel]:
+    if kernel in MERGING_MOMENTS:
         return -(-8 * numbers_of_part(problem) * width * (warps + 1) // 16) * 16
     return 16 * width * warps
 

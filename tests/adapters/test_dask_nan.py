@@ -114,6 +114,20 @@ def test_digits_at_large_means(ratio, chunk):
     assert abs(Fraction(float(found)) - var) < var / 10**13
 
 
+def test_many_channels(monkeypatch):
+    """Merged a few thousand at a time, with the same bits as all at once."""
+    x = np.random.default_rng(0).standard_normal((6, 211, 97))
+    x[x > 1] = np.nan
+    assert x[0].size > fd.PIECE
+    lazy = da.from_array(x, (2, 211, 97))
+    np.testing.assert_allclose(fd.nanvar(lazy, 0).compute(), numpys("nanvar", x, 0), rtol=1e-12)
+    results = []
+    for piece in (fd.PIECE, 1 << 20, 1000):
+        monkeypatch.setattr(fd, "PIECE", piece)
+        results.append(fd.nanvar(lazy, 0).compute(scheduler="synchronous").tobytes())
+    assert len(set(results)) == 1
+
+
 def test_infinities_count():
     x = np.array([[1, np.nan, np.inf], [np.inf, 2, np.nan], [np.nan, -np.inf, -np.inf]])
     for axis in (0, 1):
@@ -157,6 +171,7 @@ def test_no_warning_from_somewhere_else():
     for name in ("nanmean", "nanvar", "nanstd"):
         assert np.isnan(getattr(fd, name)(x, 0).compute()).all()
     assert np.isnan(fd.nanmean(da.zeros((0, 3), chunks=1), 0).compute()).all()
+    assert fd.nanmean(da.zeros((3, 0), chunks=1), 0).compute().shape == (0,)
 
 
 def test_unknown_chunks():

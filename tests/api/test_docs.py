@@ -1,17 +1,14 @@
-"""The blocks of code in ``docs/*.md`` print what they say."""
+"""The blocks of code in ``docs/*.md`` print what they say, where what they import is installed."""
 
 import doctest
 import re
-from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
+from tests.pages import DOCS, blocks
+
+IMPORTED = re.compile(r"^(?:>>> )?(?:import|from) ([\w.]+)", re.MULTILINE)
 VERSION = re.compile(r"PyTorch is (\d+\.\d+)\.")  # how a page says of which version its lines are
-
-
-def blocks(text):
-    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def is_pytorchs(code):
@@ -19,12 +16,17 @@ def is_pytorchs(code):
 
 
 def sections():
-    """Of each section its blocks of NumPy's and of PyTorch's, after those that stand before the first section."""
+    """Of each section its blocks of NumPy's and of PyTorch's, after those that stand before the first section.
+
+    Of a page whose sections have none, those before them.
+    """
     found = []
     for page in sorted(DOCS.glob("*.md")):
         start, *rest = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
         version = VERSION.search(start)
         common = [code for code in blocks(start) if not is_pytorchs(code)]
+        if common and not any(map(blocks, rest)):
+            found.append(pytest.param(common, None, id=page.stem))
         for section in rest:
             heading = section.partition("\n")[0]
             numpys = [code for code in blocks(section) if not is_pytorchs(code)]
@@ -38,6 +40,9 @@ def sections():
 
 
 def run(code, names):
+    if ">>> " not in code:
+        exec(compile(code, "block", "exec"), names)
+        return
     test = doctest.DocTestParser().get_doctest(code, names, "block", None, 0)
     assert test.examples
     test.globs = names  # not a copy: functions see what later blocks change
@@ -49,6 +54,8 @@ def run(code, names):
 
 @pytest.mark.parametrize(("codes", "version"), sections())
 def test_blocks(codes, version):
+    for module in IMPORTED.findall("".join(codes)):
+        pytest.importorskip(module)
     if any(map(is_pytorchs, codes)):
         torch = pytest.importorskip("torch")
         if version is not None and not torch.__version__.startswith(f"{version}."):
@@ -61,3 +68,11 @@ def test_blocks(codes, version):
 def test_wrong_output_is_seen():
     with pytest.raises(AssertionError, match="Got:"):
         run(">>> 1 + 1\n3\n", {})
+
+
+def test_blocks_without_prompts_are_executed():
+    names = {}
+    run("def double(x):\n    return 2 * x\n", names)
+    run(">>> double(2)\n4\n", names)
+    with pytest.raises(ZeroDivisionError):
+        run("1 / 0\n", names)

@@ -9,300 +9,9 @@ from typing import NamedTuple
 from tests.cuda.runs import RUNS
 from tests.simt import cuda, simt
 
-<<<<<<< HEAD:tests/cuda/faults.py
 MOST_SCHEDULES = range(200)  # until one shows a fault: some need a rare order
 
 
-=======
-from fastbn import reference
-from tests.api import test_matrix
-from tests.conftest import missing
-from tests.cuda import test_running, test_scales
-from tests.on_cupy import OnCupy
-from tests.simt import cuda, host_cupy, simt
-from tests.support import OPTIONS, Layout, make_case
-
-SCHEDULES = range(6)  # of the kernels as they are
-MOST_SCHEDULES = range(200)  # until one shows a fault: some need a rare order
-
-
-@pytest.fixture(autouse=True)
-def harness(request):
-    reason = cuda.available()
-    if reason is not None:
-        missing(request, reason)
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-MARGIN = 8 << 10
-POISON = bytes([host_cupy.POISON]) * MARGIN  # NaN in every dtype
-OTHER_POISON = b"\xf5\xff" * (MARGIN // 2)  # NaN too, of other bits: results of it are not taken for untouched memory
-
-
-def with_margins(array: np.ndarray) -> np.ndarray:
-    """A copy with space around it, so that a fault which reads beside it reads NaN there."""
-    buffer = np.frombuffer(bytearray(OTHER_POISON + array.tobytes() + OTHER_POISON), np.uint8)
-    return buffer[MARGIN : MARGIN + array.nbytes].view(array.dtype).reshape(array.shape)
-
-
-@contextlib.contextmanager
-def guarded() -> Iterator[None]:
-    """Allocations have space around them: what a fault writes there is found, and harms nothing else."""
-    import cupy
-
-    allocated = []
-
-    def allocate(size: int) -> Any:
-        if size == 0:
-            return host_cupy._allocate(0)
-        pointer = host_cupy._allocate(size + 2 * MARGIN)
-        allocated.append((pointer.mem, size))
-        return pointer + MARGIN
-
-    before = cupy.cuda.get_allocator()
-    cupy.cuda.set_allocator(allocate)
-    try:
-        yield
-    finally:
-        cupy.cuda.set_allocator(before)
-    for memory, size in allocated:
-        for start in (memory.ptr, memory.ptr + MARGIN + size):
-            assert ctypes.string_at(start, MARGIN) == POISON, "a kernel wrote beside an array"
-
-
-# --- what is run: small cases that go every way through the kernels ---------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """A check on one case."""
-
-    check: Callable[[Any], object]
-    layout: Layout
-    options: str = "plain"
-    dtype: str = "float32"
-    strategy: str | None = None
-    alter: Callable[[Any], None] = lambda case: None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of the device."""
-    wide: bool = False
-    """Whether vectors are counted in 64 bits."""
-    mean: float = 3.0
-
-    def device(self, **more: Any) -> Any:
-        """The device of the case, whose threads hold two vectors of an array where it says nothing else."""
-        return cuda.installed(**self.settings | {"tuning": {"held": 2} | self.settings.get("tuning", {})}, **more)
-
-    def __call__(self, emulated: cuda.Emulated, schedule: int) -> None:
-        from fastbn.cuda import plans
-
-        case = make_case(self.layout, self.dtype, OPTIONS[self.options], mean=self.mean)
-        self.alter(case)
-        case.x, case.dy = with_margins(case.x), with_margins(case.dy)
-        for arrays, names in ((case.keywords, ("where", "weights")), (case.epilogue, ("residual",))):
-            arrays |= {name: with_margins(arrays[name]) for name in names if name in arrays}
-        emulated.schedule = schedule
-        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), guarded():
-            warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of NaN and infinities
-            patch.setattr(test_matrix, "fastbn", OnCupy())
-            patch.setattr(test_matrix, "SAME_BITS", False)
-            patch.setitem(plans.FORCED, "strategy", self.strategy)
-            if self.wide:
-                patch.setattr(plans, "WIDE_FROM", 0)
-            self.check(case)
-
-
-def check_far_from_0(case):
-    """y is what it is near 0, where the oracle takes it: check_forward lets a mean be off by 1e-7 of itself."""
-    far = case.x + case.dtype.type(2**14)
-    case.x = far - case.dtype.type(2**14)  # exact
-    y, _ = test_matrix.fastbn.batch_norm(far, case.gamma, case.beta, **case.keywords)
-    forward = reference.batch_norm(case.x, case.gamma, case.beta, **case.keywords)
-    test_matrix.assert_close("y", y, forward.y, test_matrix.y_bound(case, forward))
-
-
-def check_gradients_of_statistics(case):
-    """dmean and dvar, which the checks of tests/api/test_matrix.py do not have."""
-    statistics = dict(zip(("dmean", "dvar"), np.random.default_rng(5).random((2, *case.layout.channels)), strict=True))
-    y, saved = test_matrix.fastbn.batch_norm(case.x, case.gamma, case.beta, **case.keywords)
-    grads = test_matrix.fastbn.batch_norm_backward(case.dy, saved, **statistics)
-    forward = reference.batch_norm(case.x, case.gamma, case.beta, **case.keywords)
-    dx, *_ = reference.batch_norm_backward(case.dy, forward, y=y, **statistics)
-    test_matrix.assert_close("dx", grads.x, dx, 1e-12)
-
-
-def check_scaled(exponent):
-    """Statistics and gradients of the case times a power of two."""
-
-    def check(case):
-        x, dy, along = test_scales.put_at_scale(case, exponent)
-        test_scales.check_training(case, x, dy, exponent, along)
-
-    return check
-
-
-def check_running_statistics(case):
-    """Of any case, since they are made of numbers of channels alone."""
-    test_running.check_bits(test_matrix.fastbn, "float64", "float32")
-    test_running.check_bits(test_matrix.fastbn, "bfloat16", "float16", "float32")
-    test_running.check_rounding(test_matrix.fastbn)
-
-
-def check_masked_out(case):
-    """NaN, infinities and large numbers that weigh nothing."""
-    case, garbage = test_scales.masked_case(case.layout, case.dtype.name, "where")
-    y, saved, clean = test_scales.forward_over(case, garbage, test_matrix.fastbn)
-    test_scales.check_masked(case, garbage, test_matrix.fastbn.batch_norm_backward(case.dy, saved), clean, y)
-
-
-def nan_in_the_first_channel(case):
-    case.x[0, 0] = np.nan
-
-
-def infinities(case):
-    """Of both signs in one channel, for the same thread; of one in another."""
-    case.x[[0, 16], 1] = np.inf, -np.inf
-    case.x[3, 2] = np.inf
-
-
-def without_weight(value):
-    """Elements that are not selected are `value`."""
-
-    def alter(case):
-        case.x[~np.broadcast_to(case.keywords["where"], case.x.shape)] = value
-
-    return alter
-
-
-def mask_of_each_channel(case):
-    case.keywords["where"] = np.random.default_rng(2).random(case.x.shape) < 0.7
-
-
-def outliers_first(case):
-    """Every thread starts each of its chunks of eight vectors far from all other elements.
-
-    Of many such numbers one whose squares, added up one by one, are rounded badly.
-    """
-    case.x[...] = 0
-    case.x.reshape(-1, 8, 64, 4)[:, 0, :, 0] = 17811.176
-
-
-def symmetric(case):
-    """Channels whose mean is next to nothing."""
-    half = len(case.x) // 2
-    case.x[half : 2 * half], case.x[2 * half :] = -case.x[:half], 0
-
-
-def large_gamma(case):
-    case.gamma = np.ldexp(np.linspace(1, 2, case.layout.channels[0]), 60)
-
-
-def huge(case):
-    case.x *= case.dtype.type(1e30)  # whose square is infinite in float32
-
-
-ROWS = Layout((3, 3, 9, 60))  # a channel is three rows of 135 vectors
-MANY_ROWS = Layout((2, 7, 9, 60))
-ONE_ROW = Layout((1, 1, 4096))
-COLUMNS = Layout((151, 20))  # tiles of four lanes with four channels each, the second of which has one lane
-NARROW_COLUMNS = Layout((211, 15))  # one tile of 16 lanes, 15 of which have a channel; splits of nine rows of threads
-FEW_NARROW_COLUMNS = Layout((24, 15))
-WIDE_COLUMNS = Layout((40, 72))
-BATCHES = Layout((3, 50, 4), (0, 2))
-
-HALF = {"shared": 4 << 10}  # shared memory for half of a channel
-TWICE = {"shared": 32 << 10, "tuning": {"held": 4}}  # two vectors of each array where there are two arrays
-
-moments, forward, backward = test_matrix.check_moments, test_matrix.check_forward, test_matrix.check_backward
-frozen, parts = test_matrix.check_frozen, test_matrix.check_parts
-
-RUNS = {
-    "moments, rows": Run(moments, ROWS),
-    "moments, rows, 64 bits": Run(moments, ROWS, wide=True),
-    "moments, rows, float64, far from 0": Run(moments, ROWS, dtype="float64", mean=2e4),
-    "moments, rows, far from 0": Run(moments, ROWS, mean=2e4),
-    "moments, rows, huge": Run(moments, ROWS, alter=huge),
-    "moments, rows, NaN without weight": Run(moments, ROWS, "where", alter=without_weight(np.nan)),
-    "moments, rows, outliers without weight": Run(moments, ROWS, "where", alter=without_weight(1e15)),
-    "moments, outliers first": Run(moments, ONE_ROW, alter=outliers_first, settings={"tuning": {"held": 8}}),
-    "moments, columns": Run(moments, COLUMNS),
-    "moments, columns, weights": Run(moments, COLUMNS, "weights relu", settings={"tuning": {"held": 4}}),
-    "statistics, columns, a mask of each channel": Run(
-        test_matrix.check_statistics, COLUMNS, alter=mask_of_each_channel
-    ),
-    "moments, columns, NaN": Run(moments, COLUMNS, alter=nan_in_the_first_channel),
-    "moments, columns, infinities": Run(moments, COLUMNS, alter=infinities),
-    "moments, narrow columns": Run(moments, NARROW_COLUMNS),
-    "moments, wide columns": Run(moments, WIDE_COLUMNS, dtype="float16", settings={"tuning": {"along_channels": 128}}),
-    "moments, batches": Run(moments, BATCHES),
-    "forward, block, rows": Run(forward, ROWS, strategy="block", settings=TWICE),
-    "forward, block, rows, all": Run(forward, ROWS, "affine residual relu", strategy="block", settings=TWICE),
-    "forward, block, rows, far from 0": Run(check_far_from_0, ROWS, strategy="block", settings=TWICE, mean=0.0),
-    "forward, block, rows, float64, far from 0": Run(
-        check_far_from_0, ROWS, dtype="float64", strategy="block", settings=TWICE, mean=0.0
-    ),
-    "forward, block, columns, NaN": Run(
-        forward, COLUMNS, "affine residual relu", strategy="block", settings=TWICE, alter=nan_in_the_first_channel
-    ),
-    "forward, cluster": Run(forward, ROWS, strategy="cluster"),
-    "forward, cooperative": Run(forward, COLUMNS, strategy="cooperative"),
-    "forward, cooperative, blocks take several tiles": Run(forward, MANY_ROWS, strategy="cooperative"),
-    "forward, cooperative, groups take several tiles": Run(forward, MANY_ROWS, strategy="cooperative", settings=HALF),
-    "forward, two passes": Run(forward, COLUMNS, strategy="two passes"),
-    "backward, block, rows": Run(backward, ROWS, strategy="block", settings=TWICE),
-    "backward, block, rows, far from 0": Run(backward, ROWS, strategy="block", settings=TWICE, mean=2e4),
-    "backward, block, rows, all": Run(backward, ROWS, "affine residual relu", strategy="block", settings=TWICE),
-    "backward, block, rows, float64, statistics": Run(
-        check_gradients_of_statistics, ROWS, dtype="float64", strategy="block", settings=TWICE
-    ),
-    "backward, block, columns, NaN": Run(
-        backward, COLUMNS, "affine residual relu", strategy="block", settings=TWICE, alter=nan_in_the_first_channel
-    ),
-    "backward, block, columns, weights": Run(
-        backward, COLUMNS, "where weights residual", strategy="block", settings=TWICE, alter=without_weight(1e30)
-    ),
-    "backward, cooperative": Run(backward, COLUMNS, strategy="cooperative"),
-    "backward, cooperative, narrow columns": Run(backward, NARROW_COLUMNS, strategy="cooperative"),
-    "backward, cooperative, few narrow columns": Run(backward, FEW_NARROW_COLUMNS, strategy="cooperative"),
-    "backward, cooperative, blocks take several tiles": Run(backward, MANY_ROWS, strategy="cooperative"),
-    "backward, two passes": Run(backward, COLUMNS, strategy="two passes"),
-    "training, block, rows, small": Run(check_scaled(-110), ROWS, strategy="block", settings=TWICE),
-    "training, block, rows, large": Run(check_scaled(123), ROWS, strategy="block", settings=TWICE),
-    "training, block, columns, large, affine": Run(
-        check_scaled(123), COLUMNS, "affine residual relu", strategy="block", settings=TWICE, alter=symmetric
-    ),
-    "training, block, rows, small, large gamma": Run(
-        check_scaled(-110), ROWS, strategy="block", settings=TWICE, alter=large_gamma
-    ),
-    "training, cooperative, float64, small": Run(check_scaled(-900), COLUMNS, dtype="float64", strategy="cooperative"),
-    "mixed scales, rows": Run(lambda case: test_scales.check_mixed("float64", "rows"), ROWS, strategy="block"),
-    "mixed scales, columns": Run(
-        lambda case: test_scales.check_mixed("float64", "columns"),
-        COLUMNS,
-        strategy="two passes",
-        settings={"tuning": {"along_channels": 128, "passes": 64}},
-    ),
-    "training, block, masked out": Run(check_masked_out, COLUMNS, strategy="block", settings=TWICE),
-    "training, block, any channel": Run(
-        lambda case: test_scales.check_whatever_a_channel_holds(case, "where"),
-        COLUMNS,
-        strategy="block",
-        settings=TWICE,
-    ),
-    "training, two passes, masked out": Run(check_masked_out, ROWS, strategy="two passes"),
-    "frozen": Run(frozen, NARROW_COLUMNS),
-    "frozen, NaN": Run(frozen, NARROW_COLUMNS, alter=nan_in_the_first_channel),
-    "frozen, float16 parameters": Run(frozen, NARROW_COLUMNS, "where"),
-    "running statistics": Run(check_running_statistics, COLUMNS),
-    "parts, rows": Run(parts, ROWS),
-    "parts, columns": Run(parts, COLUMNS, "where", settings=TWICE),
-}
-
-# --- the faults -------------------------------------------------------------------------------------------------------
-
-
->>>>>>> cuda:tests/cuda/test_mutations.py
 class Fault(NamedTuple):
     name: str
     kernel: str
@@ -315,7 +24,7 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
-    # tile.cu
+    # tile.cuh
     Fault(
         "one vector behind the last", "statistics",
         "(last - v + (ROWS - 1)) / ROWS", "(last - v + ROWS) / ROWS", "moments, narrow columns",
@@ -387,7 +96,7 @@ FAULTS = [
         "float16 parameters read as bfloat16", "normalize",
         "type == FLOAT16 ? half_to_float(bits)", "type == BFLOAT16 ? half_to_float(bits)", "frozen, float16 parameters",
     ),
-    # tile.cu: warps and groups of blocks
+    # tile.cuh: warps and groups of blocks
     Fault(
         "half of a warp shuffles", "statistics",
         "__shfl_xor_sync(0xffffffffu", "__shfl_xor_sync(0xffffu", "moments, rows",
@@ -427,7 +136,7 @@ FAULTS = [
         "        __threadfence();\n    }\n    __syncthreads();", "        __threadfence();\n    }",
         "forward, cooperative",
     ),
-    # moments.cu: a thread
+    # moments.cuh: a thread
     Fault(
         "no pivot", "statistics",
         "first = element(held[0], from);", "first = 0;", "moments, rows, float64, far from 0",
@@ -489,7 +198,7 @@ FAULTS = [
         "units of a thread: squares keep the one before", "forward",
         "squares *= LARGE_UNIT;\n            squares *= LARGE_UNIT;", "squares *= LARGE_UNIT;", "mixed scales, rows",
     ),
-    # moments.cu: several parts
+    # moments.cuh: several parts
     Fault(
         "units of parts: not written", "forward",
         "to[4] = parts[ch].unit;", "to[4] = 1;", "training, cooperative, float64, small",
@@ -571,7 +280,7 @@ FAULTS = [
         "parts of one row of threads alone", "finish_moments",
         "split < splits; split += ROWS)", "split < splits; split += splits)", "moments, narrow columns",
     ),
-    # centre.cu
+    # centre.cuh
     Fault(
         "no units of large distances", "forward",
         "abs(exponent) <= ORDINARY_RSTD", "exponent <= ORDINARY_RSTD", "training, block, columns, large, affine",
@@ -580,7 +289,7 @@ FAULTS = [
         "no units of small distances", "forward",
         "abs(exponent) <= ORDINARY_RSTD", "exponent >= -ORDINARY_RSTD", "training, block, rows, small, large gamma",
     ),
-    # affine.cu
+    # affine.cuh
     Fault(
         "low part of a given mean", "normalize",
         "low = is_finite(left) ? static_cast<real>(left) : 0;", "low = 0;", "frozen",
@@ -641,7 +350,7 @@ FAULTS = [
         "at < p.tiles; at += gridDim.x / splits)", "at < p.tiles; at += gridDim.x)",
         "forward, cooperative, groups take several tiles",
     ),
-    # gradients.cu
+    # gradients.cuh
     Fault(
         "low part of the mean", "backward",
         "low = is_finite(left) ? static_cast<real>(left) : 0;", "low = 0;", "backward, block, rows, far from 0",

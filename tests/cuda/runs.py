@@ -15,7 +15,7 @@ import pytest
 
 from fastbn import reference
 from tests.cases import checks
-from tests.cuda import scales
+from tests.cuda import running, scales
 from tests.on_cupy import OnCupy
 from tests.simt import cuda, host_cupy
 from tests.support import OPTIONS, Layout, make_case
@@ -127,6 +127,13 @@ def check_scaled(exponent):
         scales.check_training(case, x, dy, exponent, along)
 
     return check
+
+
+def check_running_statistics(case):
+    """Of any case, since they are made of numbers of channels alone."""
+    running.check_bits(checks.fastbn, "float64", "float32")
+    running.check_bits(checks.fastbn, "bfloat16", "float16", "float32")
+    running.check_rounding(checks.fastbn)
 
 
 def check_masked_out(case):
@@ -272,6 +279,7 @@ RUNS = {
     "frozen": Run(frozen, NARROW_COLUMNS),
     "frozen, NaN": Run(frozen, NARROW_COLUMNS, alter=nan_in_the_first_channel),
     "frozen, float16 parameters": Run(frozen, NARROW_COLUMNS, "where"),
+    "running statistics": Run(check_running_statistics, COLUMNS),
     "parts, rows": Run(parts, ROWS),
     "parts, columns": Run(parts, COLUMNS, "where", settings=TWICE),
 }

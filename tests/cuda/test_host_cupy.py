@@ -10,13 +10,9 @@ import numpy as np
 import pytest
 
 import fastbn
-<<<<<<< HEAD
-from tests.cuda.harness import numbers
-from tests.simt import host_cupy
-=======
 from tests.conftest import missing
+from tests.cuda.harness import numbers
 from tests.simt import cuda, host_cupy
->>>>>>> cuda
 from tests.simt.host_cupy import to_cupy, to_numpy
 from tests.support import DTYPES, LAYOUTS
 

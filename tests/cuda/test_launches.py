@@ -10,7 +10,7 @@ import pytest
 
 import fastbn
 from fastbn.cuda import launch, plans
-from tests.cases.arguments import data
+from tests.cases.arguments import batch, data
 from tests.cuda.harness import EVERY, arguments_of, by_function, by_layout, leaves, on_device
 
 pytestmark = pytest.mark.usefixtures("nothing_waits")

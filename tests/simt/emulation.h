@@ -1,4 +1,4 @@
-// CUDA C++ for the CPU: what kernels use of the language and of fastbn/cuda/device.cu, under the same names. A kernel's
+// CUDA C++ for the CPU: what kernels use of the language and of fastbn/cuda/device.cuh, under the same names. A kernel's
 // text follows, then SIMT_ENTRY. Nothing of the standard library is included: it would take most of a compilation.
 #pragma once
 #include "runtime.h"

@@ -14,7 +14,7 @@ Everything is summed in float64, and an array's kept indices in parts of its red
   are merged by Chan's update (eq. 2.1).
 
 `inner` goes along rows whose values are reduced, `outer` along rows of kept indices; `finish_parts` merges parts. The
-geometry is laid out in `fastbn.cpu.statistics`. A part's numbers are (n, shift, A, B), without squares (n, _, sum, rest).
+geometry is laid out in `fastbn.cpu.statistics`. A part's numbers are (n, shift, A, B), of sums (n, _, sum, rest).
 """
 
 import numpy as np

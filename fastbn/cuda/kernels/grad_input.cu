@@ -4,6 +4,8 @@
 // As the second pass of a backward pass the numbers follow from the sums that `grad_sums` left, which the first block of
 // each tile writes; else they are given, the unit in the place of rstd.
 
+#include "gradients.cuh"
+
 KERNEL grad_input(const Params p) {
     unsigned at, split;
     find_work(p, at, split);

@@ -3,6 +3,8 @@
 // Each block takes one split of one tile; with one split it writes the moments, else its part, which `finish_moments`
 // or the normalising pass merges. No atomics, no order that could vary: the bits are the same in every run.
 
+#include "moments.cuh"
+
 KERNEL statistics(const Params p) {
     unsigned at, split;
     find_work(p, at, split);

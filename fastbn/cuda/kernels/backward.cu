@@ -3,6 +3,8 @@
 //
 // Groups of blocks as in forward.cu.
 
+#include "gradients.cuh"
+
 KERNEL backward(const Params p) {
     Packed* kept = reinterpret_cast<Packed*>(dynamic_shared() + SUM_BYTES) + threadIdx.x;
     const unsigned splits = static_cast<unsigned>(p.splits), split = blockIdx.x % splits;

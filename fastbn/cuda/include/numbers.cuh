@@ -1,5 +1,9 @@
 // Numbers of a channel, of any float type, in float64; special values.
 
+#pragma once
+
+#include "device.cuh"
+
 typedef long long i64;
 typedef unsigned long long u64;
 

@@ -5,6 +5,9 @@
 // parts through global memory. Groups take tile after tile.
 // After: Ioffe & Szegedy (2015), Algorithm 1; kept on the chip as in NVIDIA Apex's groupbn.
 
+#include "affine.cuh"
+#include "moments.cuh"
+
 KERNEL forward(const Params p) {
     Packed* kept = reinterpret_cast<Packed*>(dynamic_shared() + MERGE_BYTES) + threadIdx.x;
     const unsigned splits = static_cast<unsigned>(p.splits), split = blockIdx.x % splits;

@@ -3,6 +3,9 @@
 // The mean and the rstd are given (or the variance, to which eps is added); or, as the second pass of a batch
 // normalization, merged from the parts that `statistics` left, and written by the first block of each tile.
 
+#include "affine.cuh"
+#include "moments.cuh"
+
 KERNEL normalize(const Params p) {
     unsigned at, split;
     find_work(p, at, split);

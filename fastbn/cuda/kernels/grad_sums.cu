@@ -3,6 +3,8 @@
 // Each block takes one split of one tile; with one split it writes the sums, else its part, which `finish_sums` or the
 // pass that writes dx adds up in a fixed order.
 
+#include "gradients.cuh"
+
 KERNEL grad_sums(const Params p) {
     unsigned at, split;
     find_work(p, at, split);

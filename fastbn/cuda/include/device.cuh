@@ -3,6 +3,8 @@
 // No header is included: NVRTC compiles a kernel in a third of the time, and runs where no toolkit is installed.
 // The tests execute all the other files on the CPU, where these few functions are replaced.
 
+#pragma once
+
 __device__ __forceinline__ unsigned char* dynamic_shared() {
     extern __shared__ uint4 fastbn_dynamic_shared[];
     return reinterpret_cast<unsigned char*>(fastbn_dynamic_shared);

@@ -11,6 +11,10 @@
 // Squares that leave the range of their type, at either end, are taken again: those of float32 in float64, those of
 // float64 of distances times a unit, 2^600, 1 or 2^-600. No distance of float64 numbers needs another.
 
+#pragma once
+
+#include "tile.cuh"
+
 #if DTYPE == 3
 #define LEAST_SQUARES 0x1p-900  // below, sums of squares have lost digits to underflow
 #define SMALL_UNIT 0x1p600      // for small distances

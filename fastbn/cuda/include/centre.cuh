@@ -3,6 +3,10 @@
 // Units are powers of two, 1 for ordinary data, whose bits they do not change. They matter at both ends of float32: rstd
 // is 10^37 where deviations are 10^-37, and subnormal, which is 0, where these are 10^38; there x - mean overflows.
 
+#pragma once
+
+#include "tile.cuh"
+
 #if DTYPE == 3
 #define ORDINARY_RSTD 300    // exponents up to which distances are taken as they are
 #define LEAST_EXPONENT -360  // of numbers that are multiplied with elements

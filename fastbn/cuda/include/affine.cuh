@@ -2,6 +2,11 @@
 //
 // The mean is subtracted in two parts, since x*s + (beta - mean*s) is 7.5e-4 off where the mean is 10^4 deviations.
 
+#pragma once
+
+#include "centre.cuh"
+#include "moments.cuh"
+
 struct Affine {
     Centre centre;
     real scale, shift;

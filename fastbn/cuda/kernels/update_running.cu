@@ -7,6 +7,9 @@
 // new arrays may be old ones. Channels that stay as they are keep their bits: those with count <= correction, with
 // `skip_nonfinite` those whose batch is not finite, and all where the rate is 0.
 
+#include "device.cuh"
+#include "numbers.cuh"
+
 struct Params {  // launch.py writes it: `RUNNING`
     const char *mean, *var, *count, *batch_mean, *m2;
     char *new_mean, *new_var;

@@ -16,6 +16,11 @@
 //
 // A tile is the LANES * CHANNELS channels of one block, over all their reduced positions; `splits` blocks may share it.
 
+#pragma once
+
+#include "device.cuh"
+#include "numbers.cuh"
+
 #if DTYPE == 3
 typedef double T;
 typedef double real;  // the type of all arithmetic on elements

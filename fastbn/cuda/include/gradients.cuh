@@ -4,10 +4,15 @@
 //     offset = (scale dbeta - dmean) / count,   slope = (scale rstd dgamma - 2 dvar) / count
 //
 // A position of weight 0 whose dz is 0 is skipped, whatever x holds there: it adds nothing to the sums, and its dx is 0.
-// Numbers have units where they would leave the range of the elements' type (centre.cu).
+// Numbers have units where they would leave the range of the elements' type (centre.cuh).
 //
 // A thread sums HELD vectors in the type of the elements' arithmetic, all else is float64 in a fixed order.
 // After: Ioffe & Szegedy (2015), section 3.
+
+#pragma once
+
+#include "centre.cuh"
+#include "tile.cuh"
 
 struct Xhat {  // of a channel: (x - mean) rstd
     Centre centre;
@@ -77,7 +82,7 @@ __device__ __forceinline__ void add_sums(
     sums.dgamma += product;
 }
 
-// As merge_block of moments.cu, of plain sums.
+// As merge_block of moments.cuh, of plain sums.
 __device__ __forceinline__ void sum_block(Sums (&sums)[CHANNELS]) {
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) {
