@@ -285,6 +285,9 @@ def test_dtype(code, function):
         for axis in (None, 1):
             actual, expected = (getattr(m, function)(x, axis=axis, dtype=code) for m in (fastbn, np))
             assert (type(actual), actual.dtype) == (type(expected), expected.dtype)
+            if code == "g":  # left to NumPy, whose deviations of float32 are float32
+                np.testing.assert_array_equal(actual, expected)
+                continue
             exact = getattr(np, function)(x.astype(np.longdouble), axis=axis)
             np.testing.assert_allclose(
                 actual, exact, rtol=2 * np.finfo(code).eps + (1e-15 if x.itemsize == 8 else 1e-13)
