@@ -348,7 +348,8 @@ def _merged(parts: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
     whole = np.empty(flat[0].shape, PACKED)
     for start in range(0, whole.size, PIECE):
         piece = slice(start, start + PIECE)
-        _fill(whole[piece], united(np, ([part[name][piece] for name in NAMES] for part in flat)))
+        pieces: Any = ([part[name][piece] for name in NAMES] for part in flat)
+        _fill(whole[piece], united(np, pieces))
     return _marked(whole.reshape(shape), any(map(np.ma.isMaskedArray, listed)))
 
 

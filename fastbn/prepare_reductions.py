@@ -50,6 +50,8 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
         kind = one_kind({"x": x}, out=out)
         if weights is None and kind == "numpy" and _is_numpys(x, options.dtype):
             return _numpys(what, options)
+        if options.skip_nan:
+            _check_nan_form(x, where, options.dtype)
         if weights is None and given is None:
             direct = _direct(what, x, where, out, options)
             if direct is not None:
@@ -57,6 +59,14 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
         if options.skip_nan and x.dtype.kind not in "biu":
             return _without_nans(what, x, given, out, options)
         return _general(what, x, where, weights, given, out, options)
+
+
+def _check_nan_form(x: Any, where: Any, dtype: Any) -> None:
+    """What NumPy says in other words, of arguments that are not named."""
+    if where is not None and _operand("where", where, x).dtype != bool:
+        raise TypeError(f"where: expected dtype bool, got {_operand('where', where, x).dtype}")
+    if dtype is not None and x.dtype.kind not in "biu" and np.dtype(dtype).kind in "biuO":
+        raise TypeError(f"dtype: expected a float dtype for an array of floats, got {np.dtype(dtype)}")
 
 
 def _direct(what: str, x: Any, where: Any, out: Any, options: Options) -> Call | None:
@@ -67,6 +77,8 @@ def _direct(what: str, x: Any, where: Any, out: Any, options: Options) -> Call |
     kept, dtype = _kept(x, options.axis), np.dtype(_dtype(x, options.dtype))
     shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if options.keepdims or axis in kept)
     _check_out(shape, dtype, out)
+    if out is not None and options.dtype is None:  # its digits are wanted
+        dtype = out.dtype.newbyteorder("=") if validation.is_float(out.dtype) else np.dtype(np.float64)
     single = frozenset(range(x.ndim)) - kept
     into = out if out is not None and _lies_well(out, dtype) else np.empty(shape, dtype)
     steps = iter(s // dtype.itemsize for s in into.strides)
@@ -84,6 +96,12 @@ def _direct(what: str, x: Any, where: Any, out: Any, options: Options) -> Call |
     )
     plain = validation.plainer(x)
     run = backend.statistic(validation.plain(x), mask, kept, wanted, strides)
+    if run is None and isinstance(x, np.ndarray) and not (x.dtype.isnative and x.flags.aligned):
+        plain = _native
+        copied = _native(x)
+        if where is not None:
+            mask, to_mask = _mask_of(_operand("where", where, copied), copied)
+        run = backend.statistic(copied, mask, kept, wanted, strides)
     if run is None:
         return None
     ddof, scalar, like = float(options.ddof), shape == (), into if into is out else None
@@ -131,6 +149,11 @@ def _direct(what: str, x: Any, where: Any, out: Any, options: Options) -> Call |
 _UNREAD = np.zeros(3)  # the status of calls that cannot change it
 _EMPTY = {False: "Mean of empty slice.", True: "Mean of empty slice"}  # as NumPy says it
 _NO_DEGREES = "Degrees of freedom <= 0 for slice."
+
+
+def _native(x: Any) -> Any:
+    """A copy whose elements are in the machine's byte order, and where it wants them."""
+    return np.array(x, x.dtype.newbyteorder("="), order="K", subok=False)
 
 
 class _Once:

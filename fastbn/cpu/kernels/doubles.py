@@ -193,6 +193,24 @@ def finite(typing, v):
 
 
 @intrinsic
+def both(typing, a, b):
+    """The lanes that two masks have."""
+    return a(a, b), lambda context, builder, sig, args: builder.and_(*args)
+
+
+@intrinsic
+def shortened(typing, v, exact):
+    """Rounded to float32, unless the sums are to be exact in float64."""
+    if exact != types.none:
+        return v(v, exact), lambda context, builder, sig, args: args[0]
+
+    def codegen(context, builder, sig, args):
+        return builder.fpext(builder.fptrunc(args[0], FLOATS.llvm), DOUBLES.llvm)
+
+    return v(v, exact), codegen
+
+
+@intrinsic
 def greater(typing, a, b):
     def codegen(context, builder, sig, args):
         return builder.fcmp_ordered(">", *args)

@@ -72,8 +72,8 @@ def decode(builder, stored, dtype, v):
     if dtype == types.int16:
         bits = builder.zext(stored, ir.VectorType(I32, v.lanes))
         return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * v.lanes)), v.llvm)
-    if dtype == types.uint8:
-        return builder.uitofp(stored, v.llvm)
+    if dtype == types.uint8:  # a mask, whose bytes may be other numbers than 0 and 1
+        return builder.uitofp(builder.icmp_unsigned("!=", stored, ir.Constant(stored.type, None)), v.llvm)
     return stored
 
 

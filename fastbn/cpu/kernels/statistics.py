@@ -24,6 +24,7 @@ from fastbn.cpu.kernels.compiler import inner as inline
 from fastbn.cpu.kernels.compiler import kernel
 from fastbn.cpu.kernels.doubles import (
     LANES,
+    both,
     bytes_not_zero,
     choose,
     either,
@@ -37,6 +38,7 @@ from fastbn.cpu.kernels.doubles import (
     not_nan,
     put_value,
     put_values,
+    shortened,
     value_at,
     values,
 )
@@ -226,24 +228,36 @@ def value_of(x, raw, fetch, at, geometry, work, buffer):
 
 
 @inline
-def peek(x, raw, fetch, at, geometry, r, rows, columns, work, buffer):
-    """The mean of some values of a part, for a shift; around the first of them, so that it is exact for constants."""
+def short(number, exact):
+    """As float32 has it, so that floats' and integers' distances from it are exact."""
+    if exact is None:
+        return np.float64(np.float32(number))
+    return number
+
+
+@inline
+def peek(x, raw, fetch, at, where, w_at, exact, geometry, r, rows, columns, work, buffer):
+    """The mean of some values of a part, for a shift; around the first that counts, so that it is that of constants."""
     size = rows * columns
     count = min(PEEKS, max(1, size >> 4))
-    origin, s = 0.0, 0.0
+    origin, s, n = 0.0, 0.0, 0
     for k in range(count):
         i = k * size // count if k > 0 else 0
         row = i // columns if rows > 1 else 0
-        x_at = at + (i - row * columns) * geometry[STEP]
+        x_at, w_k = at + (i - row * columns) * geometry[STEP], w_at
+        if geometry[MASK] == OF_VALUES:
+            w_k += i - row * columns
         if row > 0:
-            x_at += row_at(r + row, geometry)[0] - row_at(r, geometry)[0]
+            here, there = row_at(r + row, geometry), row_at(r, geometry)
+            x_at += here[0] - there[0]
+            w_k += here[1] - there[1]
         number = value_of(x, raw, fetch, x_at, geometry, work, buffer)
-        if not np.isfinite(number):
-            number = origin
-        if k == 0:
-            origin = number
-        s += number - origin
-    return origin + s / count
+        if np.isfinite(number) and (geometry[MASK] == 0 or value_at(where, w_k) != 0.0):
+            if n == 0:
+                origin = number
+            s += number - origin
+            n += 1
+    return short(origin + s / n, exact) if n > 0 else 0.0
 
 
 @inline
@@ -357,8 +371,10 @@ def inner(
             w_at += start if geometry[MASK] == OF_VALUES else 0
         shift = 0.0
         if squares is not None:
-            row = row_at(r, geometry)[0] if r > 0 else 0
-            shift = peek(x, raw, fetch, at + row, geometry, r, end - r, width, work, buffer)
+            x_row, w_row = row_at(r, geometry)
+            shift = peek(
+                x, raw, fetch, at + x_row, where, w_at + w_row, exact, geometry, r, end - r, width, work, buffer
+            )
             lower_underflow_flag()
         n, a, b = 0.0, 0.0, 0.0
         for look in range(LOOKS):
@@ -368,7 +384,7 @@ def inner(
             )  # fmt: skip
             if squares is None or n == 0.0 or look + 1 == LOOKS or not is_far(n, a, b, exact):
                 break
-            shift += a / n
+            shift = short(shift + a / n, exact)
         if exact is not None and squares is not None and underflowed(b):
             status[CAREFUL] = 1.0
         if parts > 1:
@@ -487,48 +503,59 @@ def add_rows(
 
 
 @inline
-def peek_at_row(x, at, width, first, work, own, pitch):
-    """A row to the sums around the first one's values, of those that are finite."""
-    zero = everywhere(0.0)
+def peek_at_row(x, at, where, w_at, by, masked, width, first, work, own, pitch):
+    """A row to the sums around the first values that count in each column, and to their counts."""
+    zero, one = everywhere(0.0), everywhere(1.0)
     for c in range(0, width, LANES):
         part = min(LANES, width - c)
         v = choose(first_bytes_not_zero(None, 0, part), first_values(x, at + c, None, part), zero)
-        if first:
-            store(work, own + pitch + c, choose(finite(v), v, zero))
-            store(work, own + 2 * pitch + c, zero)
+        counts = both(finite(v), first_bytes_not_zero(where, w_at + c * by, part))
+        if first and masked is None:
+            store(work, own + pitch + c, choose(counts, v, zero))
         else:
-            d = v - load(work, own + pitch + c, 64)
-            d = choose(finite(d), d, zero)
+            n, q = load(work, own + c, 64), load(work, own + pitch + c, 64)
+            if masked is not None:
+                q = choose(both(counts, greater(one, n)), v, q)
+                store(work, own + pitch + c, q)
+            d = choose(counts, v - q, zero)
             store(work, own + 2 * pitch + c, load(work, own + 2 * pitch + c, 64) + d)
+            store(work, own + c, n + choose(counts, one, zero))
 
 
 @inline
-def peek_at_columns(x, raw, fetch, at, exact, geometry, r, last, columns, cells, work, own, pitch):
+def peek_at_columns(
+    x, raw, fetch, at, where, ones, w_at, masked, exact, geometry, r, last, columns, cells, work, own, pitch
+):
     """A shift for each column, the same for all of a cell, from some rows of a part; their sums are used meanwhile."""
     buffer = own + FIELDS * pitch
+    mask, by, _ = mask_of(where, ones, geometry)
+    clear(work, own, columns)
+    clear(work, own + pitch, columns)
+    clear(work, own + 2 * pitch, columns)
     count = min(PEEKS, max(1, (last - r) >> (4 if exact is None else 2)))
     for k in range(count):
-        row, _, _, _, _, left = rows_from(r + k * (last - r) // count, last, geometry)
+        row, w_row, _, _, _, left = rows_from(r + k * (last - r) // count, last, geometry)
+        w_row += w_at
         width = geometry[TAIL] if geometry[TAIL] > 0 and left == 1 else columns
-        if x is not None:
-            peek_at_row(x, at + row, width, k == 0, work, own, pitch)
-        if raw is not None:
-            fetched(raw, fetch, at + row, geometry[STEP], width, geometry, work, buffer)
-            peek_at_row(work, buffer, width, k == 0, work, own, pitch)
-        if k == 0:
-            clear(work, own + pitch + -(-width // LANES) * LANES, columns - width)
-            clear(work, own + 2 * pitch + -(-width // LANES) * LANES, columns - width)
-    each = everywhere(1.0 / count)
+        if row_counts(where, w_row, geometry):
+            if x is not None:
+                peek_at_row(x, at + row, mask, w_row * by, by, masked, width, k == 0, work, own, pitch)
+            if raw is not None:
+                fetched(raw, fetch, at + row, geometry[STEP], width, geometry, work, buffer)
+                peek_at_row(work, buffer, mask, w_row * by, by, masked, width, k == 0, work, own, pitch)
     for c in range(0, columns, LANES):
-        q = load(work, own + pitch + c, 64)
-        store(work, own + pitch + c, fma(load(work, own + 2 * pitch + c, 64), each, q))
+        n, q = load(work, own + c, 64), load(work, own + pitch + c, 64)
+        if masked is None:
+            n = n + everywhere(1.0)
+        mu = q + load(work, own + 2 * pitch + c, 64) / choose(greater(n, everywhere(0.0)), n, everywhere(1.0))
+        store(work, own + pitch + c, shortened(mu, exact))
     if cells < columns:
         of_first = geometry[SIZE] if geometry[FOLD] == 1 else 1
         for j in range(cells):
             origin, s = work[own + pitch + j * geometry[SIZE]], 0.0
             for i in range(of_first):
                 s += work[own + pitch + j * geometry[SIZE] + i] - origin
-            work[own + 2 * pitch + j] = origin + s / of_first
+            work[own + 2 * pitch + j] = short(origin + s / of_first, exact)
         spread_shifts(geometry, columns, cells, work, own, pitch)
 
 
@@ -591,11 +618,11 @@ def some_are_far(cells, exact, work, own, pitch):
 
 
 @inline
-def better_shifts(geometry, columns, cells, work, own, pitch):
+def better_shifts(exact, geometry, columns, cells, work, own, pitch):
     """The mean of each cell, for another look."""
     for j in range(cells):
         q, n, a = work[own + pitch + j], work[own + j], work[own + 2 * pitch + j]
-        better = q + a / n
+        better = short(q + a / n, exact)
         work[own + 2 * pitch + j] = better if n > 0.0 and np.isfinite(better) else q
     spread_shifts(geometry, columns, cells, work, own, pitch)
 
@@ -612,7 +639,9 @@ def sums_of_columns(
 ):
     """n, shift, A and B of each cell, side by side in ``work``, a pitch apart."""
     if squares is not None:
-        peek_at_columns(x, raw, fetch, at, exact, geometry, r, last, columns, cells, work, own, pitch)
+        peek_at_columns(
+            x, raw, fetch, at, where, ones, w_at, masked, exact, geometry, r, last, columns, cells, work, own, pitch
+        )
     for look in range(LOOKS):
         if masked is not None:
             clear(work, own, columns)
@@ -629,7 +658,7 @@ def sums_of_columns(
                 store(work, own + j, everywhere(n))
         if squares is None or look + 1 == LOOKS or not some_are_far(cells, exact, work, own, pitch):
             break
-        better_shifts(geometry, columns, cells, work, own, pitch)
+        better_shifts(exact, geometry, columns, cells, work, own, pitch)
 
 
 @kernel
@@ -720,11 +749,13 @@ def finish(n, origin, hi, lo, m2, squares, exact, geometry, count, mean, spread,
     s = choose(finite(lo), s, hi)  # what two-sum loses of infinities is NaN
     mu = s / n
     # The quotient once more: the mean of equal numbers is that number.
-    rest = fma(zero - mu, n, s) + ((hi - s) + lo)
-    better = mu + rest / n
+    rest = (fma(zero - mu, n, s) + ((hi - s) + lo)) / n
+    if squares is not None:
+        mu, lost = two_sum(origin, mu)
+        rest = rest + lost
+    better = mu + rest
     mu = choose(finite(better), better, mu)
     if squares is not None:
-        mu = origin + mu
         degrees = n - everywhere(ddof)
         left = choose(greater(degrees, zero), degrees, zero)
         result = m2
