@@ -170,7 +170,7 @@ class Variant(NamedTuple):
             loads, stores = 1 + residual, self.kernel != "statistics"
         else:
             loads, stores = 2 + relu, 0 if self.kernel == "grad_sums" else 1 + residual
-        return loads * self["HELD"], stores * self["HELD"]
+        return loads * self["ITEMS_PER_THREAD"], stores * self["ITEMS_PER_THREAD"]
 
     def __str__(self) -> str:
         if self.of_numbers:
@@ -178,7 +178,7 @@ class Variant(NamedTuple):
         layout = "channels-last" if self["ALONG_CHANNELS"] else "channels-first"
         options = ", ".join(f"{name} {self[name]}" for name in ("WEIGHT", "RELU", "RESIDUAL", "WIDE") if self[name])
         cluster = f", CLUSTER {self['CLUSTER']}" if self["CLUSTER"] > 1 else ""
-        sizes = ", ".join(f"{name} {self[name]}" for name in ("VECTOR", "LANES", "THREADS", "HELD"))
+        sizes = ", ".join(f"{name} {self[name]}" for name in ("VECTOR", "LANES", "THREADS", "ITEMS_PER_THREAD"))
         return f"{self.kernel} {DTYPES[self['DTYPE']]} {layout}, {sizes}{cluster}{options and f', {options}'}"
 
 
@@ -212,7 +212,7 @@ def planned(architecture: int) -> tuple[Variant, ...]:
         for values in itertools.product(*(options[name] for name in here)):
             changed = dict(zip(here, values, strict=True))
             variants.add(Variant(kernel, tuple((name, changed.get(name, value)) for name, value in macros)))
-    first = ("VECTOR", "HELD", "THREADS")
+    first = ("VECTOR", "ITEMS_PER_THREAD", "THREADS")
     return tuple(sorted(variants, key=lambda v: (v.kernel, *(-v[name] for name in first), v.macros)))
 
 
@@ -267,7 +267,9 @@ def hot(architecture: int) -> tuple[Variant, ...]:
     like: dict[Any, Variant] = {}
     for v in every:  # the first of a kind has the widest loads and the most threads; of these the most lanes
         key = (v.kernel, *(v[name] for name in ("DTYPE", "ALONG_CHANNELS", "WEIGHT", "RELU", "RESIDUAL")))
-        sizes = [tuple(w[name] for name in ("VECTOR", "HELD", "THREADS", "LANES")) for w in (like.get(key, v), v)]
+        sizes = [
+            tuple(w[name] for name in ("VECTOR", "ITEMS_PER_THREAD", "THREADS", "LANES")) for w in (like.get(key, v), v)
+        ]
         like[key] = max(zip(sizes, (like.get(key, v), v), strict=True))[1]
     return covering(
         like.values(),
@@ -417,7 +419,7 @@ def sizeof_params_is(kernel: str, nbytes: int) -> bool:
     from fastbn.cuda import launch
 
     text = f'{launch.source(kernel)}\nstatic_assert(sizeof(Params) == {nbytes}, "another size");'
-    sizes = {"VECTOR": 1, "LANES": 1, "THREADS": 32, "HELD": 1, "CLUSTER": 1, "BLOCKS": 1}
+    sizes = {"VECTOR": 1, "LANES": 1, "THREADS": 32, "ITEMS_PER_THREAD": 1, "CLUSTER": 1, "MIN_BLOCKS": 1}
     others = ("DTYPE", "ALONG_CHANNELS", "WIDE", "WEIGHT", "RELU", "RESIDUAL")
     options = (f"-D{name}={sizes.get(name, 0)}" for name in (*sizes, *others))
     try:
@@ -432,7 +434,7 @@ def sizeof_params_is(kernel: str, nbytes: int) -> bool:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 HEADER = (
-    f"{'sm':>3} {'kernel':14} {'dtype':8} {'layout':14} {'vector':>6} {'lanes':>5} {'threads':>7} {'held':>4} "
+    f"{'sm':>3} {'kernel':14} {'dtype':8} {'layout':14} {'vector':>6} {'lanes':>5} {'threads':>7} {'items':>5} "
     f"{'cluster':>7} {'options':20} {'regs':>4} {'blocks':>6} {'spills':>6} {'loads':26} {'stores':20} {'div':>3} "
     f"{'kB':>4}"
 )
@@ -447,7 +449,7 @@ def line(variant: Variant, code: Compiled, architecture: int) -> str:
     loads, stores = (" ".join(f"{b}x{n}" for b, n in sorted(w.items())[::-1]) for w in (code.loads, code.stores))
     return (
         f"{architecture:>3} {variant.kernel:14} {dtype:8} {layout:14} {variant['VECTOR']:>6} "
-        f"{variant['LANES']:>5} {variant['THREADS']:>7} {variant['HELD']:>4} {variant['CLUSTER']:>7} "
+        f"{variant['LANES']:>5} {variant['THREADS']:>7} {variant['ITEMS_PER_THREAD']:>5} {variant['CLUSTER']:>7} "
         f"{' '.join(filter(None, names)):20} {code.registers:>4} {code.blocks(variant['THREADS'], architecture):>6} "
         f"{code.spill_stores:>6} {loads:26} {stores:20} {code.integer_divisions:>3} {code.size >> 10:>4}"
     )

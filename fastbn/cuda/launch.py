@@ -147,14 +147,14 @@ class Params:
 
 AXES = ("batch", "outer", "channel", "inner")
 ARRAYS = ("x", "y", "residual", "dy", "dx", "dresidual", "weight")
-NUMBERS = ("gamma", "beta", "mean", "spread", "count", "dmean", "dvar", "offset", "slope")
+PARAMETERS = ("gamma", "beta", "mean", "spread", "count", "dmean", "dvar", "offset", "slope")
 
 TILES = Params(
-    pointers=(*ARRAYS, *NUMBERS, "results", "partials", "counters"),
+    pointers=(*ARRAYS, *PARAMETERS, "results", "partials", "counters"),
     scalars=(),
     integers=(
         *(f"{name}_strides_{axis}" for name in ARRAYS for axis in AXES),
-        *(f"{name}_type" for name in NUMBERS),
+        *(f"{name}_type" for name in PARAMETERS),
         "batches", "channels", "vectors", "row_vectors", "row_magic", "row_shift",
         "tiles_per_batch", "tiles", "splits", "share", "backwards", "summed", "spread_is_variance", "frozen",
     ),

@@ -2,7 +2,7 @@
 
 A plan is made once for all calls of the same shapes, strides, alignment, dtype and options. One launch does everything
 where a tile of channels can stay on the chip between the reduction and what follows from it: in one block, in a
-cluster of blocks, or in several of a cooperative launch. Elsewhere a first pass leaves parts and a second merges them.
+cluster of blocks, or in several of a cooperative launch. Elsewhere a first pass leaves partials, which a second merges.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Tuning:
 
     threads: int = 256
     """Of a block, where there is work for so many."""
-    held: int = 8
+    items_per_thread: int = 8
     """Vectors of one array that a thread holds in registers; half as many where it holds two arrays."""
     along_channels: int = 128
     """Bytes of neighbouring channels that a tile is wide: whole cache lines, and no more scratch than needed."""
@@ -88,7 +88,7 @@ class Problem(NamedTuple):
     """0 none, 1 bool, 2 float64."""
     weight_strides: Strides
     types: tuple[tuple[str, int], ...]
-    """The dtypes of per-channel numbers, by their names in `launch.NUMBERS`."""
+    """The dtypes of per-channel numbers, by their names in `launch.PARAMETERS`."""
     relu: bool
     residual: bool
     options: tuple[tuple[str, int], ...] = ()
@@ -216,11 +216,11 @@ def _division(vectors: int, by: int) -> tuple[int, int]:
 
 
 def _launch(
-    work: Work, kernel: str, grid: int, threads: int, held: int, *, splits: int,
+    work: Work, kernel: str, grid: int, threads: int, items: int, *, splits: int,
     shared: int = 0, cluster: int = 1, cooperative: bool = False, fields: Mapping[str, int] = NOTHING,
 ) -> Launch:  # fmt: skip
     problem, _, geometry = work
-    macros = _macros(work, kernel, threads, held, cluster)
+    macros = _macros(work, kernel, threads, items, cluster)
     magic, shift = _division(geometry.vectors, geometry.row_vectors)
     everything: dict[str, float] = {
         **dict(problem.options),
@@ -246,7 +246,7 @@ def _launch(
     return Launch(compiled, grid, threads, shared, cooperative, launch.TILES, everything)
 
 
-def _macros(work: Work, kernel: str, threads: int, held: int, cluster: int = 1) -> launch.Macros:
+def _macros(work: Work, kernel: str, threads: int, items: int, cluster: int = 1) -> launch.Macros:
     problem, tuning, geometry = work
     blocks = tuning.backward_blocks if kernel == "backward" and geometry.along_channels else 2
     options = {"WEIGHT": problem.weight, "RELU": int(problem.relu), "RESIDUAL": int(problem.residual)}
@@ -256,19 +256,19 @@ def _macros(work: Work, kernel: str, threads: int, held: int, cluster: int = 1) 
         ("ALONG_CHANNELS", int(geometry.along_channels)),
         ("LANES", geometry.lanes),
         ("THREADS", threads),
-        ("HELD", held),
+        ("ITEMS_PER_THREAD", items),
         ("WIDE", int(geometry.vectors >= WIDE_FROM)),
         *((name, value if name in launch.OPTIONAL[kernel] else 0) for name, value in options.items()),
         ("CLUSTER", cluster),
-        ("BLOCKS", blocks),
+        ("MIN_BLOCKS", blocks),
     )
 
 
 MERGING_MOMENTS = ("statistics", "finish_moments", "forward", "normalize")
 
 
-def numbers_of_part(problem: Problem) -> int:
-    """Float64 numbers of a `Part` of moments.cuh: float64 data have units."""
+def doubles_of_partial(problem: Problem) -> int:
+    """Float64 numbers of a `Partial` of moments.cuh: float64 data have units."""
     return 5 if problem.itemsize == 8 else 4
 
 
@@ -277,7 +277,7 @@ def scratch_bytes(work: Work, kernel: str, threads: int) -> int:
     problem, _, geometry = work
     width, warps = geometry.lanes * (geometry.vector if geometry.along_channels else 1), threads // 32
     if kernel in MERGING_MOMENTS:
-        return -(-8 * numbers_of_part(problem) * width * (warps + 1) // 16) * 16
+        return -(-8 * doubles_of_partial(problem) * width * (warps + 1) // 16) * 16
     return 16 * width * warps
 
 
@@ -286,13 +286,13 @@ def _threads(geometry: Geometry, vectors: int, most: int) -> int:
     return min(most, max(32, _power(vectors * geometry.lanes)))
 
 
-def _held(work: Work, arrays: int) -> int:
+def _items_per_thread(work: Work, arrays: int) -> int:
     """Vectors of each array that a thread holds in registers."""
     problem, tuning, geometry = work
-    held = max(1, tuning.held // arrays)
+    items = max(1, tuning.items_per_thread // arrays)
     if geometry.along_channels and geometry.vector * problem.itemsize >= 16:
-        held = max(1, held // 2)  # each channel of a thread takes registers of its own
-    return min(held, 2) if problem.weight else held
+        items = max(1, items // 2)  # each channel of a thread takes registers of its own
+    return min(items, 2) if problem.weight else items
 
 
 # --- one launch -------------------------------------------------------------------------------------------------------
@@ -302,15 +302,15 @@ def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | 
     """The plan that keeps `arrays` arrays of a tile on the chip; None where they do not fit."""
     problem, tuning, geometry = work
     device, vectors, lanes = problem.device, max(1, geometry.vectors), geometry.lanes
-    held = _held(work, arrays)
+    items = _items_per_thread(work, arrays)
     vector_bytes = geometry.vector * problem.itemsize
     budget = int(device.shared * tuning.shared_share)
 
     def fitted(share: int) -> tuple[int, int] | None:
         """Threads and bytes kept for a share of a tile's vectors in each block."""
         threads = _threads(geometry, share, tuning.threads)
-        chunks = -(-share // (threads // lanes * held)) - 1  # the last stays in registers
-        kept = chunks * held * threads * vector_bytes * arrays
+        chunks = -(-share // (threads // lanes * items)) - 1  # the last stays in registers
+        kept = chunks * items * threads * vector_bytes * arrays
         fits = kept + scratch_bytes(work, kernel, threads) <= budget or kept == 0
         return (threads, kept) if fits else None
 
@@ -319,7 +319,7 @@ def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | 
             return None
         threads, kept = fit
         grid = geometry.tiles * splits
-        step = _launch(work, kernel, grid, threads, held, splits=splits, shared=kept, cluster=splits)
+        step = _launch(work, kernel, grid, threads, items, splits=splits, shared=kept, cluster=splits)
         slots = problem.kept * splits * partial if splits > 1 else 0
         return Plan((step,), slots, 0, strategy)
 
@@ -341,12 +341,12 @@ def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | 
                 return plan
             splits *= 2
     if forced in (None, "cooperative"):
-        return _cooperative(work, kernel, held, partial, fitted)
+        return _cooperative(work, kernel, items, partial, fitted)
     return None
 
 
 def _cooperative(
-    work: Work, kernel: str, held: int, partial: int, fitted: Callable[[int], tuple[int, int] | None]
+    work: Work, kernel: str, items: int, partial: int, fitted: Callable[[int], tuple[int, int] | None]
 ) -> Plan | None:
     """Groups of blocks, all on the device at once, that take tile after tile."""
     problem, _, geometry = work
@@ -359,14 +359,14 @@ def _cooperative(
     fit = fitted(-(-vectors // splits))
     assert fit is not None  # for the type checker: the loop ended
     threads, kept = fit
-    macros = _macros(work, kernel, threads, held)
+    macros = _macros(work, kernel, threads, items)
     shared = kept + scratch_bytes(work, kernel, threads)
     blocks = device.processors * launch.blocks_per_processor(device.number, kernel, macros, threads, shared)
     if splits > blocks:
         return None
     groups = min(geometry.tiles, blocks // splits)
-    splits = min(blocks // groups, max(splits, -(-vectors // (threads // geometry.lanes * held))))
-    step = _launch(work, kernel, groups * splits, threads, held, splits=splits, shared=kept, cooperative=True)
+    splits = min(blocks // groups, max(splits, -(-vectors // (threads // geometry.lanes * items))))
+    step = _launch(work, kernel, groups * splits, threads, items, splits=splits, shared=kept, cooperative=True)
     slots = problem.kept * splits * partial
     return Plan((step,), slots, 4 * groups, "cooperative")
 
@@ -377,15 +377,15 @@ def _cooperative(
 def _pass(work: Work, kernel: str, arrays: int, fields: Mapping[str, int] = NOTHING) -> tuple[Launch, int]:
     """A launch, and its blocks for each tile: the device is full, and a block has enough to do."""
     problem, tuning, geometry = work
-    threads, held = _threads(geometry, geometry.vectors, tuning.threads), _held(work, arrays)
+    threads, items = _threads(geometry, geometry.vectors, tuning.threads), _items_per_thread(work, arrays)
     wanted = -(-tuning.passes * problem.device.processors // max(1, geometry.tiles))
-    splits = max(1, min(wanted, geometry.vectors // (2 * threads // geometry.lanes * held)))
-    step = _launch(work, kernel, geometry.tiles * splits, threads, held, splits=splits, fields=fields)
+    splits = max(1, min(wanted, geometry.vectors // (2 * threads // geometry.lanes * items)))
+    step = _launch(work, kernel, geometry.tiles * splits, threads, items, splits=splits, fields=fields)
     return step, splits
 
 
 def _reduction(work: Work, kernel: str, arrays: int, finish: str, partial: int) -> Plan:
-    """A pass that reduces, and the merge of its parts."""
+    """A pass that reduces, and the merge of its partials."""
     problem, tuning, geometry = work
     first, splits = _pass(work, kernel, arrays)
     if splits == 1:
@@ -396,7 +396,7 @@ def _reduction(work: Work, kernel: str, arrays: int, finish: str, partial: int) 
 
 
 def _two_passes(work: Work, kernels: tuple[str, str], arrays: int, partial: int) -> Plan:
-    """A pass that reduces; the next merges its parts and goes backwards, through what the cache still holds."""
+    """A pass that reduces; the next merges its partials and goes backwards, through what the cache still holds."""
     first, splits = _pass(work, kernels[0], arrays)
     second, _ = _pass(work, kernels[1], arrays, {"summed": splits, "backwards": 1})
     return Plan((first, second), work.problem.kept * splits * partial, 0, "two passes")
@@ -409,8 +409,8 @@ FORCED: dict[str, str | None] = {"strategy": None}  # for tests and tuning: one 
 
 @lru_cache(maxsize=4096)
 def moments(problem: Problem) -> Plan:
-    """Count, mean, M2 and rstd: one pass, and the merge of its parts where it was split."""
-    return _reduction(_work(problem), "statistics", 1, "finish_moments", numbers_of_part(problem))
+    """Count, mean, M2 and rstd: one pass, and the merge of its partials where it was split."""
+    return _reduction(_work(problem), "statistics", 1, "finish_moments", doubles_of_partial(problem))
 
 
 @lru_cache(maxsize=4096)
@@ -434,7 +434,7 @@ def grad_input(problem: Problem) -> Plan:
 @lru_cache(maxsize=4096)
 def forward(problem: Problem) -> Plan:
     """Moments and the output, in one launch or two."""
-    return _either(problem, "forward", 1, ("statistics", "normalize"), numbers_of_part(problem))
+    return _either(problem, "forward", 1, ("statistics", "normalize"), doubles_of_partial(problem))
 
 
 @lru_cache(maxsize=4096)

@@ -89,7 +89,8 @@ FAULTS = [
     ),
     Fault(
         "vectors stored beyond the count", "forward",
-        "store(held, p.y, p.y_strides, p, tile, v, count);", "store(held, p.y, p.y_strides, p, tile, v, HELD);",
+        "store(items, p.y, p.y_strides, p, tile, v, count);",
+        "store(items, p.y, p.y_strides, p, tile, v, ITEMS_PER_THREAD);",
         "forward, block, rows",
     ),
     Fault(
@@ -136,18 +137,18 @@ FAULTS = [
         "        __threadfence();\n    }\n    __syncthreads();", "        __threadfence();\n    }",
         "forward, cooperative",
     ),
-    # moments.cuh: a thread
+    # accumulator.cuh
     Fault(
-        "no pivot", "statistics",
-        "first = element(held[0], from);", "first = 0;", "moments, rows, float64, far from 0",
+        "distances from 0", "statistics",
+        "first = chunk.at(0, 0);", "first = 0;", "moments, rows, float64, far from 0",
     ),
     Fault(
         "E[x^2] - E[x]^2", "statistics",
-        "middle = total * inverse;", "middle = -first;", "moments, rows, far from 0",
+        "middle = sum_of_distances(chunk, weights, first) * inverse;", "middle = -first;", "moments, rows, far from 0",
     ),
     Fault(
         "one pass over a chunk", "statistics",
-        "middle = total * inverse;", "middle = 0;", "moments, outliers first",
+        "middle = sum_of_distances(chunk, weights, first) * inverse;", "middle = 0;", "moments, outliers first",
     ),
     Fault(
         "mean of a chunk not corrected", "statistics",
@@ -159,14 +160,16 @@ FAULTS = [
     ),
     Fault(
         "chunks of a thread: no delta^2", "statistics",
-        "(square - rest * correction) + moved * distance", "(square - rest * correction)", "moments, rows",
+        "(errors.squares - errors.sum * correction) + moved * distance",
+        "(errors.squares - errors.sum * correction)",
+        "moments, rows",
     ),
     Fault(
         "elements of weight 0 not left out", "statistics",
         "return w[k][j] > 0;", "return true;", "moments, rows, NaN without weight",
     ),
     Fault(
-        "pivot of weight 0", "statistics",
+        "distances from an element of weight 0", "statistics",
         "if (!some && exact > 0) {", "if (!some) {", "moments, rows, outliers without weight",
     ),
     Fault(
@@ -198,10 +201,10 @@ FAULTS = [
         "units of a thread: squares keep the one before", "forward",
         "squares *= LARGE_UNIT;\n            squares *= LARGE_UNIT;", "squares *= LARGE_UNIT;", "mixed scales, rows",
     ),
-    # moments.cuh: several parts
+    # moments.cuh
     Fault(
         "units of parts: not written", "forward",
-        "to[4] = parts[ch].unit;", "to[4] = 1;", "training, cooperative, float64, small",
+        "to[4] = partials[ch].unit;", "to[4] = 1;", "training, cooperative, float64, small",
     ),
     Fault(
         "units of parts: always the last", "forward",
@@ -213,7 +216,8 @@ FAULTS = [
     ),
     Fault(
         "units of parts: rstd without", "forward",
-        "part.unit * part.unit) * part.unit;", "part.unit * part.unit);", "training, cooperative, float64, small",
+        "partial.unit * partial.unit) * partial.unit;", "partial.unit * partial.unit);",
+        "training, cooperative, float64, small",
     ),
     Fault(
         "merge: share of the other part", "finish_moments",
@@ -253,7 +257,8 @@ FAULTS = [
     ),
     Fault(
         "block: parts read before they are written", "statistics",
-        "= parts[ch];\n    __syncthreads();\n    if (WIDTH == 1)", "= parts[ch];\n    if (WIDTH == 1)", "moments, rows",
+        "= partials[ch];\n    __syncthreads();\n    if (WIDTH == 1)", "= partials[ch];\n    if (WIDTH == 1)",
+        "moments, rows",
     ),
     Fault(
         "block: parts written before the last are read", "forward",
@@ -274,7 +279,7 @@ FAULTS = [
     ),
     Fault(
         "slots of parts overlap", "statistics",
-        "(sizeof(Part) / sizeof(double))", "(sizeof(Part) / sizeof(double) - 1)", "moments, columns",
+        "(sizeof(Partial) / sizeof(double))", "(sizeof(Partial) / sizeof(double) - 1)", "moments, columns",
     ),
     Fault(
         "parts of one row of threads alone", "finish_moments",
@@ -328,13 +333,14 @@ FAULTS = [
     ),
     Fault(
         "blocks wait before they have written", "forward",
-        "            write_parts(p, tile, split, parts);\n            group_barrier(p, ++round);\n",
-        "            group_barrier(p, ++round);\n            write_parts(p, tile, split, parts);\n",
+        "            write_partials(p, tile, split, partials);\n            group_barrier(p, ++round);\n",
+        "            group_barrier(p, ++round);\n            write_partials(p, tile, split, partials);\n",
         "forward, cooperative",
     ),
     Fault(
         "x kept: another vector read", "forward",
-        "held[k] = kept[(chunk * HELD + k) * THREADS]", "held[k] = kept[(chunk * HELD + HELD - 1 - k) * THREADS]",
+        "items[k] = kept[(chunk * ITEMS_PER_THREAD + k) * THREADS]",
+        "items[k] = kept[(chunk * ITEMS_PER_THREAD + ITEMS_PER_THREAD - 1 - k) * THREADS]",
         "forward, block, rows",
     ),
     Fault(
@@ -343,7 +349,7 @@ FAULTS = [
     ),
     Fault(
         "x kept: as many vectors as of the last chunk", "forward",
-        "            count = HELD;\n", "", "forward, block, rows",
+        "            count = ITEMS_PER_THREAD;\n", "", "forward, block, rows",
     ),
     Fault(
         "tiles left out", "forward",
@@ -451,7 +457,7 @@ FAULTS = [
     ),
     Fault(
         "dz kept: x read", "backward",
-        "dz[k] = kept[((2 * chunk + 1) * HELD + k) * THREADS];", "dz[k] = kept[(2 * chunk * HELD + k) * THREADS];",
+        "fetch(dz, kept, 2 * chunk + 1);", "fetch(dz, kept, 2 * chunk);",
         "backward, block, rows",
     ),
     # update_running.cu

@@ -79,7 +79,9 @@ class Run:
 
     def device(self, **more: Any) -> Any:
         """The device of the case, whose threads hold two vectors of an array where it says nothing else."""
-        return cuda.installed(**self.settings | {"tuning": {"held": 2} | self.settings.get("tuning", {})}, **more)
+        return cuda.installed(
+            **self.settings | {"tuning": {"items_per_thread": 2} | self.settings.get("tuning", {})}, **more
+        )
 
     def __call__(self, emulated: cuda.Emulated, schedule: int) -> None:
         from fastbn.cuda import plans
@@ -199,7 +201,7 @@ WIDE_COLUMNS = Layout((40, 72))
 BATCHES = Layout((3, 50, 4), (0, 2))
 
 HALF = {"shared": 4 << 10}  # shared memory for half of a channel
-TWICE = {"shared": 32 << 10, "tuning": {"held": 4}}  # two vectors of each array where there are two arrays
+TWICE = {"shared": 32 << 10, "tuning": {"items_per_thread": 4}}  # two vectors of each array where there are two arrays
 
 moments, forward, backward = checks.check_moments, checks.check_forward, checks.check_backward
 frozen, parts = checks.check_frozen, checks.check_parts
@@ -212,9 +214,11 @@ RUNS = {
     "moments, rows, huge": Run(moments, ROWS, alter=huge),
     "moments, rows, NaN without weight": Run(moments, ROWS, "where", alter=without_weight(np.nan)),
     "moments, rows, outliers without weight": Run(moments, ROWS, "where", alter=without_weight(1e15)),
-    "moments, outliers first": Run(moments, ONE_ROW, alter=outliers_first, settings={"tuning": {"held": 8}}),
+    "moments, outliers first": Run(
+        moments, ONE_ROW, alter=outliers_first, settings={"tuning": {"items_per_thread": 8}}
+    ),
     "moments, columns": Run(moments, COLUMNS),
-    "moments, columns, weights": Run(moments, COLUMNS, "weights relu", settings={"tuning": {"held": 4}}),
+    "moments, columns, weights": Run(moments, COLUMNS, "weights relu", settings={"tuning": {"items_per_thread": 4}}),
     "statistics, columns, a mask of each channel": Run(checks.check_statistics, COLUMNS, alter=mask_of_each_channel),
     "moments, columns, NaN": Run(moments, COLUMNS, alter=nan_in_the_first_channel),
     "moments, columns, infinities": Run(moments, COLUMNS, alter=infinities),

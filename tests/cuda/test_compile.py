@@ -94,12 +94,12 @@ def test_the_argument_has_one_size():
 
 # --- the gates can fail -----------------------------------------------------------------------------------------------
 
-MACROS = {"DTYPE": 2, "VECTOR": 4, "ALONG_CHANNELS": 0, "LANES": 1, "THREADS": 256, "HELD": 2, "WIDE": 0}
-OPTIONS = {"WEIGHT": 0, "RELU": 0, "RESIDUAL": 0, "CLUSTER": 1, "BLOCKS": 1}
+MACROS = {"DTYPE": 2, "VECTOR": 4, "ALONG_CHANNELS": 0, "LANES": 1, "THREADS": 256, "ITEMS_PER_THREAD": 2, "WIDE": 0}
+OPTIONS = {"WEIGHT": 0, "RELU": 0, "RESIDUAL": 0, "CLUSTER": 1, "MIN_BLOCKS": 1}
 COPY = """
 extern "C" __global__ void __launch_bounds__(THREADS) normalize(const uint4* x, uint4* y) {
     const int at = blockIdx.x * THREADS + threadIdx.x;
-    for (int k = 0; k < HELD; ++k) {
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k) {
         const uint4 v = x[at + k * 4096];
         y[at + k * 4096] = make_uint4(v.x + 1, v.y, v.z, v.w);
     }
@@ -144,7 +144,7 @@ def test_the_wrong_block_is_rejected():
 def test_spills_are_rejected():
     from fastbn.cuda import launch
 
-    assert "bytes of spills" in rejected(launch.source("forward"), kernel="forward", HELD=8, BLOCKS=6)
+    assert "bytes of spills" in rejected(launch.source("forward"), kernel="forward", ITEMS_PER_THREAD=8, MIN_BLOCKS=6)
 
 
 def test_subroutines_are_rejected():

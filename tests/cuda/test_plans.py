@@ -17,7 +17,10 @@ ODD_ROWS = Layout((5, 3, 7, 11))  # 385, of one element
 COLUMNS = Layout((91, 20))  # tiles of four lanes, of which the last has one
 WITHOUT_WORK = Layout((1, 3, 1))  # one vector, less than there are blocks for it
 
-LITTLE = {"threads": 32, "held": 2, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1, "passes": 2}
+LITTLE = {
+    "threads": 32, "items_per_thread": 2, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1,
+    "passes": 2,
+}  # fmt: skip
 SHAPES = {"rows": ROWS, "columns": COLUMNS}
 SCHEDULES = (0, 1, 2, 7)
 
@@ -125,11 +128,11 @@ def test_sizes_choose_strategies(cuda_device, monkeypatch):
 
 
 TUNINGS = {
-    "narrow": {"threads": 32, "held": 1, "cluster": 1},
-    "middling": {"threads": 128, "held": 4, "along_channels": 128, "waves": 2},
-    "wide": {"threads": 256, "held": 8, "along_channels": 32, "shared_share": 0.1, "passes": 8},
-    "long": {"threads": 32, "held": 8, "cluster": 8},
-    "short": {"threads": 256, "held": 1, "along_channels": 16},
+    "narrow": {"threads": 32, "items_per_thread": 1, "cluster": 1},
+    "middling": {"threads": 128, "items_per_thread": 4, "along_channels": 128, "waves": 2},
+    "wide": {"threads": 256, "items_per_thread": 8, "along_channels": 32, "shared_share": 0.1, "passes": 8},
+    "long": {"threads": 32, "items_per_thread": 8, "cluster": 8},
+    "short": {"threads": 256, "items_per_thread": 1, "along_channels": 16},
     "as for users": {},
 }
 OFTEN = (("narrow", "rows"), ("middling", "columns"), ("wide", "rows"))
@@ -148,9 +151,11 @@ def test_tunings(cuda_device, monkeypatch, tuning, shape):
     monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**base | chosen))
     cuda_device.launches.clear()
     checks.check_backward(make_case(SHAPES[shape], "float32", OPTIONS["affine residual relu"]))
-    held = chosen.get("held", 8)
+    items = chosen.get("items_per_thread", 8)
     whole = any(4 * step.macros["VECTOR"] >= 16 and step.macros["ALONG_CHANNELS"] for step in cuda_device.launches)
-    assert max(step.macros["HELD"] for step in cuda_device.launches) == (max(1, held // 2) if whole else held)
+    assert max(step.macros["ITEMS_PER_THREAD"] for step in cuda_device.launches) == (
+        max(1, items // 2) if whole else items
+    )
     assert all(step.threads <= chosen.get("threads", 256) for step in cuda_device.launches)
 
 

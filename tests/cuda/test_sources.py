@@ -37,8 +37,8 @@ def test_every_header_is_included_and_guarded():
         assert launch.INCLUDE.joinpath(name).read_text().count("\n#pragma once\n") == 1
 
 
-MACROS = {"DTYPE": 2, "VECTOR": 4, "ALONG_CHANNELS": 0, "LANES": 1, "THREADS": 64, "HELD": 2, "WIDE": 0}
-OPTIONS = {"WEIGHT": 0, "RELU": 0, "RESIDUAL": 0, "CLUSTER": 1, "BLOCKS": 1}
+MACROS = {"DTYPE": 2, "VECTOR": 4, "ALONG_CHANNELS": 0, "LANES": 1, "THREADS": 64, "ITEMS_PER_THREAD": 2, "WIDE": 0}
+OPTIONS = {"WEIGHT": 0, "RELU": 0, "RESIDUAL": 0, "CLUSTER": 1, "MIN_BLOCKS": 1}
 
 
 @pytest.mark.parametrize("header", HEADERS)

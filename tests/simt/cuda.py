@@ -20,7 +20,10 @@ from tests.simt import host_cupy, simt
 __all__ = ["ARCHITECTURE", "SMALL", "Emulated", "Launched", "OnCupy", "available", "forget", "installed"]
 
 ARCHITECTURE = 90
-SMALL = {"threads": 64, "held": 4, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1, "passes": 2}
+SMALL = {
+    "threads": 64, "items_per_thread": 4, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1,
+    "passes": 2,
+}  # fmt: skip
 
 
 def available() -> str | None:

@@ -1,7 +1,7 @@
 // The distance of elements from their channel's mean, in units in which no number leaves the range of its type.
 //
-// Units are powers of two, 1 for ordinary data, whose bits they do not change. They matter at both ends of float32: rstd
-// is 10^37 where deviations are 10^-37, and subnormal, which is 0, where these are 10^38; there x - mean overflows.
+// Units are powers of two, 1 for ordinary data, whose bits they do not change. They matter at both ends of float32:
+// rstd is 10^37 where deviations are 10^-37; it is subnormal, hence 0, where these are 10^38, and x - mean overflows.
 
 #pragma once
 

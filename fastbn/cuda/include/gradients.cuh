@@ -3,10 +3,11 @@
 //     dx = scale dz - w (offset + slope (x - mean)),   scale = gamma rstd,
 //     offset = (scale dbeta - dmean) / count,   slope = (scale rstd dgamma - 2 dvar) / count
 //
-// A position of weight 0 whose dz is 0 is skipped, whatever x holds there: it adds nothing to the sums, and its dx is 0.
-// Numbers have units where they would leave the range of the elements' type (centre.cuh).
+// A position of weight 0 whose dz is 0 is skipped, whatever x is there: it adds nothing to the sums, and its dx is 0.
+// Coefficients have units where they would leave the range of the elements' type (centre.cuh).
 //
-// A thread sums HELD vectors in the type of the elements' arithmetic, all else is float64 in a fixed order.
+// A thread sums a chunk, ITEMS_PER_THREAD vectors, in the type of the elements' arithmetic; all else is float64, in a
+// fixed order.
 // After: Ioffe & Szegedy (2015), section 3.
 
 #pragma once
@@ -20,7 +21,8 @@ struct Xhat {  // of a channel: (x - mean) rstd
 
     __device__ __forceinline__ void set(const Params& p, const Tile& tile, int ch) {
         const i64 at = tile.kept(p, ch);
-        const double mean = number(p.mean, p.mean_type, at, 0.0), value = number(p.spread, p.spread_type, at, 1.0);
+        const double mean = parameter(p.mean, p.mean_type, at, 0.0);
+        const double value = parameter(p.spread, p.spread_type, at, 1.0);
         const int exponent = distance_exponent(mean, value);
         centre.set(mean, 0.0, exponent);
         rstd = static_cast<real>(value * power_of_two(-exponent));
@@ -42,14 +44,14 @@ __device__ __forceinline__ void mask(Packed& dy, const Packed& y) {
 }
 
 __device__ __forceinline__ void load_dz(
-    Packed (&dz)[HELD], const Params& p, const Tile& tile, Index v, int count
+    Items& dz, const Params& p, const Tile& tile, Index v, int count
 ) {
     load(dz, p.dy, p.dy_strides, p, tile, v, count);
 #if RELU
-    Packed y[HELD];
+    Items y;
     load(y, p.y, p.y_strides, p, tile, v, count);
 #pragma unroll
-    for (int k = 0; k < HELD; ++k)
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k)
         if (k < count) mask(dz[k], y[k]);
 #endif
 }
@@ -60,12 +62,12 @@ __device__ __forceinline__ bool skipped(const Params& p, const Tile& tile, Index
 }
 
 __device__ __forceinline__ void add_sums(
-    Sums& sums, const Packed (&x)[HELD], const Packed (&dz)[HELD], int count, int channel, const Xhat& xhat,
+    Sums& sums, const Items& x, const Items& dz, int count, int channel, const Xhat& xhat,
     const Params& p, const Tile& tile, Index v
 ) {
     real plain = 0, product = 0;
 #pragma unroll
-    for (int k = 0; k < HELD; ++k)
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k)
         if (k < count) {
             real part = 0, part_product = 0;
 #pragma unroll
@@ -156,11 +158,11 @@ struct Linear {  // dx of a channel: unit (scale dz - w (offset + slope distance
     real scale, offset, slope, unit;
 
     // From scale, offset and slope in the unit 2^exponent. Its own unit is as near to 1 as their range allows.
-    __device__ __forceinline__ void set(int exponent, const double (&numbers)[3]) {
+    __device__ __forceinline__ void set(int exponent, const double (&coefficients)[3]) {
         int least = MOST_EXPONENT, most = LEAST_EXPONENT;
 #pragma unroll
         for (int i = 0; i < 3; ++i) {
-            const int its = exponent_of(numbers[i]);
+            const int its = exponent_of(coefficients[i]);
             if (its == NO_EXPONENT) continue;
             least = min(least, exponent + its);
             most = max(most, exponent + its);
@@ -168,9 +170,9 @@ struct Linear {  // dx of a channel: unit (scale dz - w (offset + slope distance
         const int beyond = max(most - MOST_EXPONENT, min(least - LEAST_EXPONENT, 0));
         const int own = max(-UNITS, min(beyond, UNITS));
         const double factor = power_of_two(exponent - own);
-        scale = static_cast<real>(numbers[0] * factor);
-        offset = static_cast<real>(numbers[1] * factor);
-        slope = static_cast<real>(numbers[2] * factor);
+        scale = static_cast<real>(coefficients[0] * factor);
+        offset = static_cast<real>(coefficients[1] * factor);
+        slope = static_cast<real>(coefficients[2] * factor);
         unit = static_cast<real>(power_of_two(own));
     }
 };
@@ -182,16 +184,17 @@ __device__ __forceinline__ void set_from_sums(
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) {
         const i64 at = tile.kept(p, ch);
-        const double rstd = number(p.spread, p.spread_type, at, 1.0);
+        const double rstd = parameter(p.spread, p.spread_type, at, 1.0);
         const int exponent = max(0, min(exponent_of(rstd), 1022));
         const double per_unit = power_of_two(-exponent);
-        const double scale = number(p.gamma, p.gamma_type, at, 1.0) * (rstd * per_unit);
+        const double scale = parameter(p.gamma, p.gamma_type, at, 1.0) * (rstd * per_unit);
         double offset = 0, slope = 0;
         if (!p.frozen) {
-            const double mean = number(p.mean, p.mean_type, at, 0.0);
+            const double mean = parameter(p.mean, p.mean_type, at, 0.0);
             const double per_distance = power_of_two(-distance_exponent(mean, rstd));
-            const double count = number(p.count, p.count_type, at, 1.0);
-            const double dmean = number(p.dmean, p.dmean_type, at, 0.0), dvar = number(p.dvar, p.dvar_type, at, 0.0);
+            const double count = parameter(p.count, p.count_type, at, 1.0);
+            const double dmean = parameter(p.dmean, p.dmean_type, at, 0.0);
+            const double dvar = parameter(p.dvar, p.dvar_type, at, 0.0);
             const double share = count > 0 ? reciprocal(count) : not_a_number();
             offset = (scale * sums[ch].dbeta - dmean * per_unit) * share;
             slope = (scale * (rstd * per_distance) * sums[ch].dgamma - 2.0 * dvar * per_unit * per_distance) * share;
@@ -202,14 +205,14 @@ __device__ __forceinline__ void set_from_sums(
 
 // Writes dx, and dz where there was a residual. Without x, or with frozen statistics, dx = scale dz.
 __device__ __forceinline__ void write_dx(
-    Packed (&x)[HELD], const Packed (&dz)[HELD], const Params& p, const Tile& tile, Index v, int count,
+    Items& x, const Items& dz, const Params& p, const Tile& tile, Index v, int count,
     const Xhat (&xhat)[CHANNELS], const Linear (&linear)[CHANNELS]
 ) {
 #if RESIDUAL
     store(dz, p.dresidual, p.dresidual_strides, p, tile, v, count);
 #endif
 #pragma unroll
-    for (int k = 0; k < HELD; ++k)
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k)
         if (k < count) {
             Elements results;
 #pragma unroll

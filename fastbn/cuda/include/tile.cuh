@@ -1,25 +1,25 @@
-// How a block sees the arrays: element (batch, outer, channel, inner), of which batch and channel are kept and outer and
+// How a block sees the arrays: element (batch, outer, channel, inner), of which batch and channel are kept, outer and
 // inner reduced; each array has its own strides. The host chooses by macros:
 //
-//   DTYPE           0 float16, 1 bfloat16, 2 float32, 3 float64
-//   VECTOR          elements of a load: 16 bytes where alignment and sizes allow it
-//   ALONG_CHANNELS  1: a vector lies along the channels (channels-last); 0: along the inner axis (channels-first)
-//   LANES           threads side by side along the channels; the others stand along the reduced axes
-//   THREADS         of a block
-//   HELD            vectors that a thread holds in registers at once, all their loads in flight together
-//   WIDE            1: a channel has 2^31 vectors or more
-//   WEIGHT          0 none, 1 bool, 2 float64
-//   RELU, RESIDUAL  0 or 1
-//   CLUSTER         blocks of a cluster, 1 without
-//   BLOCKS          that a multiprocessor holds at least: bounds registers, which otherwise spill a few bytes to reach
-//                   some number of blocks that nothing asked for
+//   DTYPE             0 float16, 1 bfloat16, 2 float32, 3 float64
+//   VECTOR            elements of a load: 16 bytes where alignment and sizes allow it
+//   ALONG_CHANNELS    1: a vector lies along the channels (channels-last); 0: along the inner axis (channels-first)
+//   LANES             threads side by side along the channels; the others stand along the reduced axes
+//   THREADS           of a block
+//   ITEMS_PER_THREAD  vectors of one array that a thread has in registers, all their loads in flight together
+//   WIDE              1: a channel has 2^31 vectors or more
+//   WEIGHT            0 none, 1 bool, 2 float64
+//   RELU, RESIDUAL    0 or 1
+//   CLUSTER           blocks of a cluster, 1 without
+//   MIN_BLOCKS        resident on a multiprocessor at least: without it ptxas spills a few bytes to reach a number of
+//                     blocks that nothing asked for
 //
 // A tile is the LANES * CHANNELS channels of one block, over all their reduced positions; `splits` blocks may share it.
 
 #pragma once
 
 #include "device.cuh"
-#include "numbers.cuh"
+#include "parameters.cuh"
 
 #if DTYPE == 3
 typedef double T;
@@ -43,9 +43,9 @@ typedef float real;
 #define ROWS (THREADS / LANES)    // threads along the reduced axes
 #define WARPS (THREADS / 32)
 #if CLUSTER > 1
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(CLUSTER, 1, 1)
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) __cluster_dims__(CLUSTER, 1, 1)
 #else
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #endif
 
 #if WIDE
@@ -54,15 +54,16 @@ typedef i64 Index;  // of a vector among those of a channel
 typedef unsigned Index;
 #endif
 
-// The same for all kernels; what one does not use is null. launch.py writes it: `POINTERS`, then `FIELDS`. Strides are in
-// elements: of batch, outer, channel and inner. Numbers of each kept channel are contiguous; types are as DTYPE.
+typedef i64 Strides[4];  // of batch, outer, channel and inner, in elements
+
+// The same for all kernels on arrays; what one does not use is null. launch.py writes it: `TILES`. Parameters are
+// contiguous, one for each kept channel; their types are as DTYPE.
 struct Params {
     char *x, *y, *residual, *dy, *dx, *dresidual, *weight;
     const char *gamma, *beta, *mean, *spread, *count, *dmean, *dvar, *offset, *slope;
     double *results, *partials;
     unsigned* counters;
-    i64 x_strides[4], y_strides[4], residual_strides[4], dy_strides[4], dx_strides[4], dresidual_strides[4],
-        weight_strides[4];
+    Strides x_strides, y_strides, residual_strides, dy_strides, dx_strides, dresidual_strides, weight_strides;
     i64 gamma_type, beta_type, mean_type, spread_type, count_type, dmean_type, dvar_type, offset_type, slope_type;
     i64 batches, channels;      // kept sizes
     i64 vectors, row_vectors;   // of a channel; of these in one run of the inner axis
@@ -74,7 +75,7 @@ struct Params {
     double eps;
 };
 
-// --- elements ---------------------------------------------------------------------------------------------------------
+// --- elements --------------------------------------------------------------------------------------------------------
 
 template <int BYTES> struct Words;
 template <> struct Words<16> { typedef uint4 type; };
@@ -82,6 +83,8 @@ template <> struct Words<8> { typedef uint2 type; };
 template <> struct Words<4> { typedef unsigned type; };
 template <> struct Words<2> { typedef unsigned short type; };
 typedef typename Words<VECTOR * sizeof(T)>::type Packed;
+
+typedef Packed Items[ITEMS_PER_THREAD];
 
 union Elements {
     Packed packed;
@@ -114,7 +117,7 @@ __device__ __forceinline__ real element(const Packed& packed, int j) {
     return decoded(elements.each[j]);
 }
 
-// --- where a thread stands --------------------------------------------------------------------------------------------
+// --- where a thread stands -------------------------------------------------------------------------------------------
 
 struct Tile {
     i64 batch, channel;  // the first channel of this thread
@@ -132,18 +135,18 @@ struct Tile {
         last = static_cast<Index>(end < p.vectors ? end : p.vectors);
     }
 
-    // Of the vectors v, v + ROWS, ... of one thread, how many are this block's, HELD at most.
+    // Of the vectors v, v + ROWS, ... of one thread, how many are this block's, ITEMS_PER_THREAD at most.
     __device__ __forceinline__ int within(Index v) const {
         if (!active || v >= last) return 0;
         const Index left = (last - v + (ROWS - 1)) / ROWS;
-        return left < HELD ? static_cast<int>(left) : HELD;
+        return left < ITEMS_PER_THREAD ? static_cast<int>(left) : ITEMS_PER_THREAD;
     }
 
     __device__ __forceinline__ Index start() const { return first + threadIdx.x / LANES; }
 
     __device__ __forceinline__ i64 kept(const Params& p, int j) const { return batch * p.channels + channel + j; }
 
-    __device__ __forceinline__ i64 base(const i64 (&strides)[4]) const {
+    __device__ __forceinline__ i64 base(const Strides& strides) const {
         return batch * strides[0] + channel * strides[2];
     }
 };
@@ -177,30 +180,41 @@ struct Position {  // on the reduced axes
 #endif
     }
 
-    __device__ __forceinline__ i64 offset(const i64 (&strides)[4]) const {
+    __device__ __forceinline__ i64 offset(const Strides& strides) const {
         return outer * strides[1] + inner * strides[3];
     }
 };
 
-// HELD vectors of an array, as many as `count`; the others are left alone.
+// ITEMS_PER_THREAD vectors of an array, as many as `count`; the others are left alone.
 __device__ __forceinline__ void load(
-    Packed (&held)[HELD], const char* data, const i64 (&strides)[4], const Params& p, const Tile& tile, Index v, int count
+    Items& items, const char* data, const Strides& strides, const Params& p, const Tile& tile, Index v, int count
 ) {
     const T* start = reinterpret_cast<const T*>(data) + tile.base(strides);
 #pragma unroll
-    for (int k = 0; k < HELD; ++k)
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k)
         if (k < count)
-            held[k] = *reinterpret_cast<const Packed*>(start + Position(p, v + k * ROWS).offset(strides));
+            items[k] = *reinterpret_cast<const Packed*>(start + Position(p, v + k * ROWS).offset(strides));
 }
 
 __device__ __forceinline__ void store(
-    const Packed (&held)[HELD], char* data, const i64 (&strides)[4], const Params& p, const Tile& tile, Index v, int count
+    const Items& items, char* data, const Strides& strides, const Params& p, const Tile& tile, Index v, int count
 ) {
     T* start = reinterpret_cast<T*>(data) + tile.base(strides);
 #pragma unroll
-    for (int k = 0; k < HELD; ++k)
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k)
         if (k < count)  // an assignment of a uint4 becomes four stores before sm_100
-            __stwb(reinterpret_cast<Packed*>(start + Position(p, v + k * ROWS).offset(strides)), held[k]);
+            __stwb(reinterpret_cast<Packed*>(start + Position(p, v + k * ROWS).offset(strides)), items[k]);
+}
+
+// What a thread keeps on the chip: chunks in shared memory, `kept` being its own place in the first vectors.
+__device__ __forceinline__ void keep(Packed* kept, int chunk, const Items& items) {
+#pragma unroll
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k) kept[(chunk * ITEMS_PER_THREAD + k) * THREADS] = items[k];
+}
+
+__device__ __forceinline__ void fetch(Items& items, const Packed* kept, int chunk) {
+#pragma unroll
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k) items[k] = kept[(chunk * ITEMS_PER_THREAD + k) * THREADS];
 }
 
 // The weight of element j of the vector v.
@@ -219,7 +233,7 @@ __device__ __forceinline__ double weight_of(const Params& p, const Tile& tile, I
 #endif
 }
 
-// --- blocks that work together ----------------------------------------------------------------------------------------
+// --- blocks that work together ---------------------------------------------------------------------------------------
 
 // All blocks of a group of `splits` wait for one another; what they wrote to global memory before is seen after. The
 // launch is cooperative: all groups are on the device. `round` counts the barriers of this launch from 1.

@@ -1,7 +1,12 @@
-// The backward pass in one launch: x and dz are read once and kept on the chip until their sums are known. Reads x and
-// dy, writes dx: 3S bytes; with relu also reads y, with a residual also writes dz.
+// The backward pass in one launch. Of every channel, with dz = dy, or 0 where y <= 0 under relu, and W = sum(w)
 //
-// Groups of blocks as in forward.cu.
+//     xhat = (x - mean) rstd
+//     dbeta = sum(dz),   dgamma = sum(dz xhat)
+//     dx = gamma rstd (dz - w/W (dbeta + xhat dgamma)) + w/W (dmean + 2 (x - mean) dvar)
+//     dresidual = dz
+//
+// x and dz are read once and kept on the chip until their sums are known. Reads x and dy, writes dx: 3S bytes; with
+// relu also reads y, with a residual also writes dz. Groups of blocks as in forward.cu; sums and dx in gradients.cuh.
 
 #include "gradients.cuh"
 
@@ -18,7 +23,7 @@ KERNEL backward(const Params p) {
             if (tile.active) xhat[ch].set(p, tile, ch);
             sums[ch] = Sums{0, 0};
         }
-        Packed x[HELD], dz[HELD];
+        Items x, dz;
         Index v = tile.start();
         int count = tile.within(v), chunk = 0;
         while (true) {
@@ -26,14 +31,11 @@ KERNEL backward(const Params p) {
             load_dz(dz, p, tile, v, count);
 #pragma unroll
             for (int ch = 0; ch < CHANNELS; ++ch) add_sums(sums[ch], x, dz, count, ch, xhat[ch], p, tile, v);
-            const int next = tile.within(v + HELD * ROWS);
+            const int next = tile.within(v + ITEMS_PER_THREAD * ROWS);
             if (next == 0) break;  // the last chunk stays in registers
-#pragma unroll
-            for (int k = 0; k < HELD; ++k) {
-                kept[(2 * chunk * HELD + k) * THREADS] = x[k];
-                kept[((2 * chunk + 1) * HELD + k) * THREADS] = dz[k];
-            }
-            v += HELD * ROWS;
+            keep(kept, 2 * chunk, x);
+            keep(kept, 2 * chunk + 1, dz);
+            v += ITEMS_PER_THREAD * ROWS;
             count = next;
             ++chunk;
         }
@@ -49,13 +51,10 @@ KERNEL backward(const Params p) {
         while (true) {
             write_dx(x, dz, p, tile, v, count, xhat, linear);
             if (chunk-- == 0) break;
-            v -= HELD * ROWS;
-            count = HELD;
-#pragma unroll
-            for (int k = 0; k < HELD; ++k) {
-                x[k] = kept[(2 * chunk * HELD + k) * THREADS];
-                dz[k] = kept[((2 * chunk + 1) * HELD + k) * THREADS];
-            }
+            v -= ITEMS_PER_THREAD * ROWS;
+            count = ITEMS_PER_THREAD;
+            fetch(x, kept, 2 * chunk);
+            fetch(dz, kept, 2 * chunk + 1);
         }
     }
 }

@@ -1,7 +1,7 @@
 // dgamma and dbeta. Reads dy and x, and y under relu: 2S or 3S bytes.
 //
-// Each block takes one split of one tile; with one split it writes the sums, else its part, which `finish_sums` or the
-// pass that writes dx adds up in a fixed order.
+// Each block takes one split of one tile; with one split it writes the sums, else partial ones, which `finish_sums`
+// or the pass that writes dx adds up in a fixed order.
 
 #include "gradients.cuh"
 
@@ -16,8 +16,8 @@ KERNEL grad_sums(const Params p) {
         if (tile.active) xhat[ch].set(p, tile, ch);
         sums[ch] = Sums{0, 0};
     }
-    for (Index v = tile.start(); tile.within(v); v += HELD * ROWS) {
-        Packed x[HELD], dz[HELD];
+    for (Index v = tile.start(); tile.within(v); v += ITEMS_PER_THREAD * ROWS) {
+        Items x, dz;
         const int count = tile.within(v);
         load(x, p.x, p.x_strides, p, tile, v, count);
         load_dz(dz, p, tile, v, count);

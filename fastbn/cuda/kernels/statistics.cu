@@ -1,32 +1,32 @@
 // Moments of each channel. Reads x once: S bytes.
 //
-// Each block takes one split of one tile; with one split it writes the moments, else its part, which `finish_moments`
-// or the normalising pass merges. No atomics, no order that could vary: the bits are the same in every run.
+// Each block takes one split of one tile; with one split it writes the moments, else partial ones, which
+// `finish_moments` or the normalising pass merges. No atomics, no order that could vary: every run gives the same bits.
 
-#include "moments.cuh"
+#include "accumulator.cuh"
 
 KERNEL statistics(const Params p) {
     unsigned at, split;
     find_work(p, at, split);
     const Tile tile(p, at, split);
-    Running running[CHANNELS];
+    Accumulator accumulators[CHANNELS];
 #pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) running[ch].clear();
+    for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].clear();
     double taken = 0;
-    for (Index v = tile.start(); tile.within(v); v += HELD * ROWS) {
-        Packed held[HELD];
+    for (Index v = tile.start(); tile.within(v); v += ITEMS_PER_THREAD * ROWS) {
+        Items items;
         const int count = tile.within(v);
-        load(held, p.x, p.x_strides, p, tile, v, count);
+        load(items, p.x, p.x_strides, p, tile, v, count);
 #pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) running[ch].add(held, count, ch, p, tile, v);
+        for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].add(items, count, ch, p, tile, v);
         taken += count * DEPTH;
     }
-    Part parts[CHANNELS];
+    Partials partials;
 #pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) parts[ch] = running[ch].part(taken);
-    merge_block(parts);
+    for (int ch = 0; ch < CHANNELS; ++ch) partials[ch] = accumulators[ch].partial(taken);
+    merge_block(partials);
     if (p.partials != nullptr)
-        write_parts(p, tile, split, parts);
+        write_partials(p, tile, split, partials);
     else
-        write_moments(p, tile, parts);
+        write_moments(p, tile, partials);
 }

@@ -3,12 +3,12 @@
 //     new = (1 - rate) old + rate batch,   var of the batch = m2 / (count - correction)
 //
 // in float64, each step rounded as NumPy rounds it, so that both give the same bits; then once to the type of the
-// running statistics. A thread has a channel: it reads all five numbers of it before it writes two, 56 bytes at most, so
-// new arrays may be old ones. Channels that stay as they are keep their bits: those with count <= correction, with
-// `skip_nonfinite` those whose batch is not finite, and all where the rate is 0.
+// running statistics. A thread has a channel, of which it reads all five numbers before it writes two (56 bytes at
+// most): new arrays may be old ones. Channels that stay as they are keep their bits: those with count <= correction,
+// with `skip_nonfinite` those whose batch is not finite, and all where the rate is 0.
 
 #include "device.cuh"
-#include "numbers.cuh"
+#include "parameters.cuh"
 
 struct Params {  // launch.py writes it: `RUNNING`
     const char *mean, *var, *count, *batch_mean, *m2;
@@ -58,9 +58,10 @@ __device__ __forceinline__ double moved(double old, double batch, double rate) {
 extern "C" __global__ void __launch_bounds__(THREADS) update_running(const Params p) {
     const i64 at = static_cast<i64>(blockIdx.x) * THREADS + threadIdx.x;
     if (at >= p.channels) return;
-    const double mean = number(p.mean, p.mean_type, at, 0.0), var = number(p.var, p.var_type, at, 0.0);
-    const double count = number(p.count, p.count_type, at, 0.0), divisor = count - p.correction;
-    const double batch_mean = number(p.batch_mean, p.batch_mean_type, at, 0.0), m2 = number(p.m2, p.m2_type, at, 0.0);
+    const double mean = parameter(p.mean, p.mean_type, at, 0.0), var = parameter(p.var, p.var_type, at, 0.0);
+    const double count = parameter(p.count, p.count_type, at, 0.0), divisor = count - p.correction;
+    const double batch_mean = parameter(p.batch_mean, p.batch_mean_type, at, 0.0);
+    const double m2 = parameter(p.m2, p.m2_type, at, 0.0);
     const double batch_var = divisor > 0 ? m2 / divisor : not_a_number();
     u64 new_mean = bits_at(p.mean, p.mean_type, at), new_var = bits_at(p.var, p.var_type, at);
     bool counts = count > p.correction && p.rate != 0;

@@ -1,4 +1,4 @@
-// Numbers of a channel, of any float type, in float64; special values.
+// Parameters of a channel, of any float type, in float64; special values.
 
 #pragma once
 
@@ -7,12 +7,12 @@
 typedef long long i64;
 typedef unsigned long long u64;
 
-#define FLOAT16 0  // types of numbers, as DTYPE
+#define FLOAT16 0  // types, as DTYPE
 #define BFLOAT16 1
 #define FLOAT32 2
 #define FLOAT64 3
 
-__device__ __forceinline__ double number(const char* data, i64 type, i64 index, double otherwise) {
+__device__ __forceinline__ double parameter(const char* data, i64 type, i64 index, double otherwise) {
     if (data == nullptr) return otherwise;
     if (type == FLOAT64) return reinterpret_cast<const double*>(data)[index];
     if (type == FLOAT32) return reinterpret_cast<const float*>(data)[index];
