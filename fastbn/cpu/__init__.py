@@ -14,14 +14,15 @@ import numpy as np
 from fastbn.cpu import plans, team, vector_plans
 from fastbn.cpu.extremes import LEAST_EPS, find_beyond, weight_in_range
 from fastbn.cpu.memory import (
+    PLAIN,
     Array,
     alike,
     allocator,
     apart,
     folded_view,
     kind_or_none,
+    nontemporal_stores,
     overlap,
-    past_caches,
     reads,
     same_or_apart,
     strides_of,
@@ -67,7 +68,7 @@ def place(a: Array) -> tuple[int, int]:
 
 
 def _launcher(plan: Callable[[int], Program], size: int) -> Callable[..., object]:
-    """What runs the program for as many threads as share so much work; how many these are may change between calls."""
+    """What runs the program on as many threads as so much work is worth; the number may change between calls."""
     if size < team.PARALLEL_FROM:
         return plan(1).prepared()
 
@@ -108,7 +109,7 @@ def normalize(
     shape, kind, (xs, ys, rs) = x.shape, kind_of(x.dtype), map(strides_of, (x, y, residual))
     kinds = tuple(map(kind_or_none, parameters))
     launch = _launcher(lambda threads: plans.normalize(shape, kind, xs, ys, rs, kinds, relu, threads), x.size)
-    added, past, operands = -1.0 if eps is None else eps, past_caches(y), (x, residual, y)
+    added, allowed, operands = -1.0 if eps is None else eps, nontemporal_stores(y), (x, residual, y)
     beyond = None
     if x.dtype.itemsize < 8 and added < LEAST_EPS:
         beyond = find_beyond(x.kept, np.dtype(float) if eps is not None else parameters.spread, parameters.gamma)
@@ -119,7 +120,7 @@ def normalize(
         if beyond and beyond(spread if eps is None else reciprocal_std(spread.astype(float), eps), gamma):
             _normalize_in_float64(operands, x, residual, y, mean, spread, gamma, beta, eps, relu)
         else:
-            launch(x, y, residual, mean, spread, gamma, beta, added, past(y) if past else 0.0)
+            launch(x, y, residual, mean, spread, gamma, beta, added, allowed(y) if allowed else PLAIN)
 
     return run
 
@@ -150,7 +151,7 @@ def forward(
     launch = _launcher(
         lambda threads: plans.forward(shape, kind, xs, ws, weights, ys, rs, kinds, relu, threads), x.size
     )
-    past, operands = past_caches(y), (x, residual, y)
+    allowed, operands = nontemporal_stores(y), (x, residual, y)
     weighted, narrow = weight, x.dtype.itemsize < 8
     beyond = find_beyond(kept, np.dtype(float), gamma) if narrow and eps < LEAST_EPS else None
 
@@ -166,7 +167,7 @@ def forward(
         table, k = np.empty((6, kept)), 0
         if weight is not None:
             weight, k = weight_in_range(weight, x)
-        launch(x, weight, y, residual, gamma, beta, table, eps, past(y) if past else 0.0)
+        launch(x, weight, y, residual, gamma, beta, table, eps, allowed(y) if allowed else PLAIN)
         if beyond and beyond(table[3], gamma):
             _normalize_in_float64(operands, x, residual, y, table[2], table[3], gamma, beta, None, relu)
         return _unscaled(table, k) if k else (table[0], table[2], table[1], table[3])
@@ -204,7 +205,7 @@ def grad_input(
     launch = _launcher(
         lambda threads: plans.grad_input(shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, threads), x.size
     )
-    past = past_caches(dx, dresidual)
+    allowed = nontemporal_stores(dx, dresidual)
 
     def run(
         dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array, gamma: Array | None,
@@ -213,7 +214,7 @@ def grad_input(
     ) -> None:  # fmt: skip
         if weight is not None:
             weight, count = _in_range(weight, count, x)
-        nontemporal = past(dx, dresidual) if past else 0.0
+        nontemporal = allowed(dx, dresidual) if allowed else PLAIN
         numbers = mean, rstd, gamma, count, dmean, dvar, dgamma, dbeta
         launch(dy, x, y, weight, dx, dresidual, *numbers, nontemporal)
 
@@ -235,7 +236,7 @@ def backward(
     launch = _launcher(
         lambda threads: plans.backward(shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, frozen, threads), x.size
     )
-    past, kept, empty = past_caches(dx, dresidual), x.kept, x.size == 0
+    allowed, kept, empty = nontemporal_stores(dx, dresidual), x.kept, x.size == 0
 
     def run(
         dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array, gamma: Array | None,
@@ -246,7 +247,7 @@ def backward(
         if weight is not None and count is not None:
             weight, count = _in_range(weight, count, x)
         sums = np.empty((2, kept))
-        nontemporal = past(dx, dresidual) if past else 0.0
+        nontemporal = allowed(dx, dresidual) if allowed else PLAIN
         numbers = mean, rstd, gamma, count, dmean, dvar, sums
         launch(dy, x, y, weight, dx, dresidual, *numbers, nontemporal)
         return sums[0], sums[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ from fastbn.operands import Operand, dense
 Array = np.ndarray[Any, Any]
 Strides = tuple[int, ...]  # in elements: where the first one is, then of batch, outer and channel
 
-CACHE_SHARE = 4 << 20  # bytes of output; below, streaming stores lose to plain ones, whose lines are still in cache
+CACHE_SHARE = 4 << 20  # bytes of output; below, nontemporal stores lose to plain ones, whose lines are still in cache
 # How many times as much of a result that is allocated here, in memory that was in use a moment ago: plain stores of
 # 6 MB are 1.1 to 1.4 times faster where the last cache has 32 MB, and up to 1.8 where it holds x as well; into an `out`
-# that has left the caches they are 1.3 times slower. Streaming 13 MB is 1.5 times faster.
+# that has left the caches they are 1.3 times slower. Nontemporal ones of 13 MB are 1.5 times faster.
 OWN_TIMES = min(max(1, last_cache() // 4 // CACHE_SHARE), 4)
 
 
@@ -148,16 +149,25 @@ def allocator(a: Array) -> Callable[[Array], Array]:
     return np.empty_like if plain else empty_like
 
 
-def past_caches(*operands: Operand | None) -> Callable[..., float] | None:
-    """Of arrays that lie so: which kernels may write them past the caches. None: they are small. Else ``past(*arrays)``
-    is 1 for those kernels that find the first line themselves; 2 for all, if the arrays start at a multiple of 16
-    bytes, as NumPy's own do.
-    """
+class Nontemporal(float, Enum):
+    """Which kernels may write a result past the caches. Compiled code reads these as any float."""
+
+    NONE = 0.0  # it is small: the cache has its lines when they are read again
+    FROM_FIRST_LINE = 1.0  # those that store plainly up to the first whole line
+    ALL = 2.0  # it starts at a multiple of 16 bytes
+
+
+PLAIN = Nontemporal.NONE  # asking a class for it takes a call 40 ns
+
+
+def nontemporal_stores(*operands: Operand | None) -> Callable[..., Nontemporal] | None:
+    """What decides it for the results of a call, from the arrays; None where they are small."""
     for o in operands:
         if o is not None and o.size * o.dtype.itemsize < CACHE_SHARE * (OWN_TIMES if o.fresh else 1):
             return None
 
-    def past(*arrays: Array | None) -> float:
-        return 2.0 if all(a is None or a.__array_interface__["data"][0] % 16 == 0 for a in arrays) else 1.0
+    def allowed(*arrays: Array | None) -> Nontemporal:
+        aligned = all(a is None or a.__array_interface__["data"][0] % 16 == 0 for a in arrays)
+        return Nontemporal.ALL if aligned else Nontemporal.FROM_FIRST_LINE
 
-    return past
+    return allowed

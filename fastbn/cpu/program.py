@@ -62,7 +62,7 @@ class Program:
     Parameters
     ----------
     threads : int
-        That share the tasks, at most.
+        That run the tasks, at most.
     size : int
         Elements of the arrays.
     arrays : dict

@@ -49,8 +49,8 @@ def padded(cells: int, tile: int) -> int:
     return -(-cells // tile) * -(-tile // PAD) * PAD
 
 
-# --- arrays of a share ------------------------------------------------------------------------------------------------
+# --- arrays of a thread -----------------------------------------------------------------------------------------------
 
-AFFINE, LINEAR = 3, 5  # the numbers of y = (x - hi) * scale + shift, and of dx, of each channel or column
-GUESS_AND_SUMS, SUMMED = 3, 4  # of each column: a guess and two sums; hi, unit and two sums
-PIVOTS, SUMS = 2, 2  # in float64, of each cell: the pivot and the centre; two sums
+AFFINE, LINEAR = 3, 5  # the numbers of y = (x - hi) * scale + bias, and of dx, of each channel or column
+SHIFT_AND_SUMS, SUMMED = 3, 4  # of each column: a shift and two sums; hi, unit and two sums
+ORIGINS, SUMS = 2, 2  # in float64, of each cell: the origin and the centre; two sums

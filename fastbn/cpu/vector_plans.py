@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from fastbn.cpu.plans import Kind, Kinds, number_rows
+from fastbn.cpu.plans import Kind, Kinds, coefficient_rows
 from fastbn.cpu.program import Program
 
 
@@ -12,8 +12,8 @@ from fastbn.cpu.program import Program
 def find_beyond(kept: int, parameters: Kinds) -> Program:
     """``program(rstd, gamma, out)``."""
     p = Program(1, kept, dict(zip(("rstd", "gamma"), parameters, strict=True)) | {"out": "f8*"})
-    numbers = number_rows(p, (1, 1, kept, 1), rstd=1.0, gamma=1.0)
-    p.launch("vectors.find_beyond", 1, numbers=numbers, kept=p.integers([kept]), out=p.array("out"))
+    coefficients = coefficient_rows(p, (1, 1, kept, 1), rstd=1.0, gamma=1.0)
+    p.launch("vectors.find_beyond", 1, coefficients=coefficients, kept=p.integers([kept]), out=p.array("out"))
     return p
 
 
@@ -22,9 +22,9 @@ def update_running(kept: int, parameters: Kinds, skip_nonfinite: bool) -> Progra
     """``program(mean, var, count, batch_mean, m2, new_mean, new_var, rate, correction)``; new ones are f4* or f8*."""
     names = ("mean", "var", "count", "batch_mean", "m2", "new_mean", "new_var")
     p = Program(1, kept, dict(zip(names, parameters, strict=True)), ["rate", "correction"])
-    numbers = number_rows(p, (1, 1, kept, 1), **dict.fromkeys(names[:5], 0.0))
+    coefficients = coefficient_rows(p, (1, 1, kept, 1), **dict.fromkeys(names[:5], 0.0))
     p.launch(
-        "vectors.update_running", 1, numbers=numbers, kept=p.integers([kept]), rate=p.number("rate"),
+        "vectors.update_running", 1, coefficients=coefficients, kept=p.integers([kept]), rate=p.number("rate"),
         correction=p.number("correction"), skip_nonfinite=skip_nonfinite, new_mean=p.array("new_mean"),
         new_var=p.array("new_var"),
     )  # fmt: skip
@@ -41,7 +41,7 @@ def merge(kept: int, parameters: tuple[Kinds, ...], begin: bool, end: bool) -> P
     p = Program(1, kept, arrays)
     state, integers = p.array("state"), p.integers([kept])
     for i, three in enumerate(names):
-        part = number_rows(p, (1, 1, kept, 1), **dict.fromkeys(three, 0.0))
+        part = coefficient_rows(p, (1, 1, kept, 1), **dict.fromkeys(three, 0.0))
         step = "begin_union" if begin and i == 0 else "add_to_union"
         p.launch(f"vectors.{step}", 1, part=part, kept=integers, state=state)
     if end:

@@ -1,7 +1,7 @@
-"""How kernels become machine code: `inner`, `kernel`, `plain`, `object_code`.
+"""How kernels become machine code: `inline`, `kernel`, `plain`, `object_code`.
 
 Numba types and lowers; its private parts are used here alone. What comes out is an object file with one function of
-plain words, ``kernel(params, share, first, last)``: ``params`` points to its arguments, 8 bytes each. It refers to
+plain words, ``kernel(params, thread, first, last)``: ``params`` points to its arguments, 8 bytes each. It refers to
 neither Python nor Numba, so that llvmlite alone can load it (`fastbn.cpu.code`).
 """
 
@@ -40,7 +40,7 @@ KINDS = {
 
 
 class _Part(JITCodeLibrary):
-    """The code of an inner function, ready to be linked into a kernel, and no more.
+    """The code of an inlined function, ready to be linked into a kernel, and no more.
 
     Numba would optimize each by itself and make machine code of it too: a fifth to a quarter of a first call.
     """
@@ -122,7 +122,7 @@ class _PartCompiler(CompilerBase):
         return [passes]
 
 
-def inner(function):
+def inline(function):
     """A function that kernels call: compiled into them, never called from Python.
 
     Inlined by force: a call costs some 10 ns, as much as a row of 49 values.
@@ -132,7 +132,7 @@ def inner(function):
 
 
 def kernel(function):
-    """A kernel, ``function(share, first, last, *arguments)``: the tasks from first to last, as one share of all."""
+    """A kernel, ``function(thread, first, last, *arguments)``: the tasks from first to last, on one thread."""
     function.entry = _enter_kernel
     return function
 
@@ -154,7 +154,7 @@ def object_code(function, kinds, symbol, level):
     if own != [name for name, _, _ in given]:
         raise TypeError(f"{function.__qualname__}: expected {own}, got {kinds}")
     signature = (*[types.int64] * (len(names) - len(own)), *(KINDS[kind] for _, _, kind in given))
-    part = inner(function)
+    part = inline(function)
     part.compile(signature)
     code = part.overloads[signature]
     library = _Part(cpu_target.target_context.codegen(), symbol)
@@ -168,7 +168,7 @@ def object_code(function, kinds, symbol, level):
 
 
 def _enter_kernel(module, symbol, description, signature):
-    """``symbol(params, share, first, last)`` takes the arguments from where ``params`` points to."""
+    """``symbol(params, thread, first, last)`` takes the arguments from where ``params`` points to."""
     function = ir.Function(module, ir.FunctionType(_VOID, [_WORDS, _I64, _I64, _I64]), symbol)
     builder = ir.IRBuilder(function.append_basic_block())
     params, *tasks = function.args

@@ -337,7 +337,7 @@ def store_first(typing, array, at, n, v):
 
 
 @intrinsic
-def stream(typing, array, at, v):
+def store_nontemporal(typing, array, at, v):
     """Write the lanes past the caches; ``at`` must lie on a multiple of the vector's stored bytes, at most 16.
 
     NumPy's large arrays start 16 bytes into a line. Four stores of 16 bytes go out as one line, as fast as one of 64.

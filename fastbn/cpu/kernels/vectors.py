@@ -1,33 +1,37 @@
 """Small work on a number per kept index, in float64: what NumPy takes a microsecond for, and many steps of it.
 
-Each function is one task; rows of numbers are ``kept`` apart.
+Each function is one task; rows of coefficients are ``kept`` apart.
 """
 
 import numpy as np
 
-from fastbn.cpu.kernels.compiler import inner, kernel
+from fastbn.cpu.kernels.compiler import inline, kernel
 
 MOST = float(np.finfo(np.float32).max)
 
 
 @kernel
-def find_beyond(share, first, last, numbers, kept, out):
+def find_beyond(thread, first, last, coefficients, kept, out):
     """Whether some finite ``rstd * gamma`` is beyond float32, of the rows rstd and gamma."""
     out[0] = 0.0
     for t in range(kept[0]):
-        scale = abs(numbers[t] * numbers[kept[0] + t])
+        scale = abs(coefficients[t] * coefficients[kept[0] + t])
         if MOST < scale < np.inf:
             out[0] = 1.0
 
 
 @kernel
-def update_running(share, first, last, numbers, kept, rate, correction, skip_nonfinite, new_mean, new_var):
+def update_running(thread, first, last, coefficients, kept, rate, correction, skip_nonfinite, new_mean, new_var):
     """Running mean and variance after one more batch: `fastbn.formulas.running` on the rows of its arguments."""
     n = kept[0]
     for t in range(n):
-        mean, var = numbers[t], numbers[n + t]
-        count, batch_mean, divisor = numbers[2 * n + t], numbers[3 * n + t], numbers[2 * n + t] - correction
-        batch_var = numbers[4 * n + t] / divisor if divisor > 0.0 else np.nan
+        mean, var = coefficients[t], coefficients[n + t]
+        count, batch_mean, divisor = (
+            coefficients[2 * n + t],
+            coefficients[3 * n + t],
+            coefficients[2 * n + t] - correction,
+        )
+        batch_var = coefficients[4 * n + t] / divisor if divisor > 0.0 else np.nan
         counts = count > correction
         if skip_nonfinite:
             counts = counts and np.isfinite(batch_mean) and np.isfinite(batch_var)
@@ -39,7 +43,7 @@ def update_running(share, first, last, numbers, kept, rate, correction, skip_non
         new_mean[t], new_var[t] = mean, var
 
 
-@inner
+@inline
 def two_sum(a, b):
     """`fastbn.formulas.two_sum`."""
     total = a + b
@@ -48,7 +52,7 @@ def two_sum(a, b):
 
 
 @kernel
-def begin_union(share, first, last, part, kept, state):
+def begin_union(thread, first, last, part, kept, state):
     """The first part's rows count, mean, M2 as the state: rows n, hi, lo, M2, and what rounding left of M2."""
     n = kept[0]
     for t in range(n):
@@ -57,7 +61,7 @@ def begin_union(share, first, last, part, kept, state):
 
 
 @kernel
-def add_to_union(share, first, last, part, kept, state):
+def add_to_union(thread, first, last, part, kept, state):
     """One more part: a step of `fastbn.formulas.united`."""
     k = kept[0]
     for t in range(k):
@@ -83,7 +87,7 @@ def add_to_union(share, first, last, part, kept, state):
 
 
 @kernel
-def end_union(share, first, last, kept, state):
+def end_union(thread, first, last, kept, state):
     """What rounding left goes to M2."""
     k = kept[0]
     for t in range(k):
