@@ -11,11 +11,11 @@ import numpy as np
 from fastbn.caches import last_cache
 from fastbn.cpu import program
 from fastbn.cpu.program import kind_of
+from fastbn.cpu.records import Strides
 from fastbn.layout import Layout
 from fastbn.operands import Operand, dense
 
 Array = np.ndarray[Any, Any]
-Strides = tuple[int, ...]  # in elements: where the first one is, then of batch, outer and channel
 
 CACHE_SHARE = 4 << 20  # bytes of output; below, nontemporal stores lose to plain ones, whose lines are still in cache
 # How many times as much of a result that is allocated here, in memory that was in use a moment ago: plain stores of
@@ -68,8 +68,8 @@ def strides_of(o: Operand | None) -> Strides | None:
     _, outer, channel, inner = o.shape
     whole = zip(o.strides, dense(o.shape, o.dtype).strides, o.shape, strict=True)
     if 0 in o.shape or all(s == d or n == 1 for s, d, n in whole):
-        return 0, outer * channel * inner, channel * inner, inner
-    return 0, *(s // o.dtype.itemsize if n > 1 else 0 for s, n in zip(o.strides[:3], o.shape, strict=False))
+        return Strides(outer * channel * inner, channel * inner, inner)
+    return Strides(*(s // o.dtype.itemsize if n > 1 else 0 for s, n in zip(o.strides[:3], o.shape, strict=False)))
 
 
 def strides_of_weight(o: Operand | None) -> tuple[Strides | None, str | None]:
@@ -77,7 +77,8 @@ def strides_of_weight(o: Operand | None) -> tuple[Strides | None, str | None]:
     if o is None:
         return None, None
     batch, outer, channel, inner = o.shape
-    return (0, outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1)), kind_of(o.dtype)
+    strides = Strides(outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1))
+    return strides, kind_of(o.dtype)
 
 
 def kind_or_none(dtype: np.dtype[Any] | None) -> str | None:

@@ -248,12 +248,12 @@ def test_forced_strategies(monkeypatch, fresh_plans, options, serial_below, whol
     for forced in (False, True):
         if forced:
             monkeypatch.setattr(team, "PARALLEL_FROM", serial_below)
-            monkeypatch.setattr(plans, "_whole_channels", lambda shape, shares: whole_channels)
+            monkeypatch.setattr(plans, "_whole_channels", lambda problem: whole_channels)
             if not whole_channels:
                 monkeypatch.setattr(plans, "_fused_tile", lambda *_: 0)
             if streaming:
                 monkeypatch.setattr(memory, "CACHE_SHARE", 0)
-                monkeypatch.setattr(plans, "STREAMED_ROW", 0)
+                monkeypatch.setattr(plans, "NONTEMPORAL_ROW", 0)
             forget()
         for c in (case, last, short):
             check_backward(c)
@@ -276,7 +276,7 @@ def test_forced_strategies(monkeypatch, fresh_plans, options, serial_below, whol
 def test_out_anywhere_in_memory(monkeypatch, fresh_plans, shape, axis, offset):
     """Stores past the caches need whole lines; what lies before and behind an `out` that starts between two stays."""
     monkeypatch.setattr(memory, "CACHE_SHARE", 0)
-    monkeypatch.setattr(plans, "STREAMED_ROW", 0)
+    monkeypatch.setattr(plans, "NONTEMPORAL_ROW", 0)
     rng = np.random.default_rng(offset)
     x = rng.standard_normal(shape, dtype=np.float32)
     gamma, beta = rng.random((2, shape[axis]))

@@ -3,14 +3,15 @@
 Squares that leave the compute type's range cost the common path nothing: too large ones make M2 infinite or NaN, too
 small ones raise the processor's flag (`flags`), and `finished` takes such a channel again, value by value.
 
-Kernels take their integers as one vector, the geometry, which a caller may keep: ``(batch, outer, channel, inner)``,
-four integers of the family, then ``(start, batch, outer, channel)`` strides of each array in the order of arguments.
+Arguments are arrays with strides (`records.Array`), of which functions take the rows of a channel (`rows_of`), and
+tables (`records`), whose fields are pointers to their rows. A *kept index* t is ``batch * channels + channel``.
 """
 
 import numpy as np
 
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.simd import (
+    advance,
     converted,
     fma,
     lanes,
@@ -27,27 +28,105 @@ from fastbn.cpu.kernels.simd import (
     zero_where_uncounted,
     zero_where_zero,
 )
+from fastbn.cpu.records import (
+    Affine,
+    Distances,
+    GradientParameters,
+    Linear,
+    Moments,
+    Parameters,
+    Rows,
+    Sums,
+)
 
 FULL = 64  # bytes of a vector: one cache line of float32
 LEAST_M2 = 2.0**-930  # of what is not constant, until `finished` finds it; far below what float32's squares give
 
 
-@inline
-def four(geometry, k):
-    return geometry[k], geometry[k + 1], geometry[k + 2], geometry[k + 3]
+# --- arrays and tables ------------------------------------------------------------------------------------------------
 
 
 @inline
-def channel_start(strides, t, shape):
-    """Where the slab of kept index t = batch * channels + channel begins."""
-    if t < shape[2]:
-        return strides[0] + t * strides[3]
-    return strides[0] + t // shape[2] * strides[1] + t % shape[2] * strides[3]
+def start_of_channel(array, t, shape):
+    """Where the values of kept index t begin."""
+    if t < shape.channel:
+        return t * array.channel
+    return t // shape.channel * array.batch + t % shape.channel * array.channel
+
+
+@inline
+def rows_of(array, t, shape):
+    """The rows of kept index t."""
+    return Rows(advance(array.values, start_of_channel(array, t, shape)), array.outer)
+
+
+@inline
+def rows_from(rows, row, column):
+    """What is left of them from a value on."""
+    return Rows(advance(rows.values, row * rows.step + column), rows.step)
+
+
+@inline
+def moments_table(table, kept):
+    return Moments(
+        table, advance(table, kept), advance(table, 2 * kept), advance(table, 3 * kept), advance(table, 4 * kept),
+        advance(table, 5 * kept),
+    )  # fmt: skip
+
+
+@inline
+def parameters_table(table, kept):
+    return Parameters(table, advance(table, kept), advance(table, 2 * kept), advance(table, 3 * kept))
+
+
+@inline
+def gradient_parameters_table(table, kept):
+    return GradientParameters(
+        table, advance(table, kept), advance(table, 2 * kept), advance(table, 3 * kept), advance(table, 4 * kept),
+        advance(table, 5 * kept),
+    )  # fmt: skip
+
+
+@inline
+def sums_table(table, kept):
+    return Sums(table, advance(table, kept))
+
+
+@inline
+def distances_table(table, kept):
+    return Distances(
+        table, advance(table, kept), advance(table, 2 * kept), advance(table, 3 * kept), advance(table, 4 * kept)
+    )
+
+
+@inline
+def affine_table(workspace, pitch):
+    return Affine(workspace, advance(workspace, pitch), advance(workspace, 2 * pitch))
+
+
+@inline
+def linear_table(workspace, pitch):
+    return Linear(
+        workspace, advance(workspace, pitch), advance(workspace, 2 * pitch), advance(workspace, 3 * pitch),
+        advance(workspace, 4 * pitch),
+    )  # fmt: skip
+
+
+@inline
+def put(y, at, v, nontemporal):
+    """Store a vector, past the caches if so."""
+    if nontemporal:
+        store_nontemporal(y, at, v)
+    else:
+        store(y, at, v)
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
 
 
 @inline
 def merged(n, mean, m2, count, other_mean, other_m2):
-    """Chan's update of (n, mean, m2) by a part (Chan, Golub & LeVeque 1983, eq. 2.1); an empty side is the identity."""
+    """Chan's update of (n, mean, m2) by others (Chan, Golub & LeVeque 1983, eq. 2.1); an empty side is the identity."""
     if count == 0.0:
         return n, mean, m2
     if n == 0.0:
@@ -93,44 +172,43 @@ def positive_or_nan(m2):
 
 
 @inline
-def origin_of(x, at, weight, origins, t):
+def origin_of(x, weight, origins, t):
     """What the mean of kept index t is taken relative to: its first selected value, or 0 if that is not finite."""
     if weight is None:
-        number = value(x, at)
+        number = value(x.values, 0)
         return number if np.isfinite(number) else 0.0
     return origins[t]
 
 
 @kernel
-def find_origins(thread, first, last, x, weight, geometry, origins):
+def find_origins(thread, first, last, x, weight, shape, origins):
     """The first finite value of non-zero weight of each kept index, or 0."""
-    shape, xs, ws = four(geometry, 0), four(geometry, 8), four(geometry, 12)
     for t in range(first, last):
-        x_at, w_at = channel_start(xs, t, shape), channel_start(ws, t, shape)
+        rows, weights = rows_of(x, t, shape), rows_of(weight, t, shape)
         origins[t] = 0.0
-        for k in range(shape[1] * shape[3]):
-            r, i = k // shape[3], k % shape[3]
-            number = value(x, x_at + r * xs[2] + i)
-            if value(weight, w_at + r * ws[2] + i) != 0.0 and np.isfinite(number):
+        for k in range(shape.outer * shape.inner):
+            r, i = k // shape.inner, k % shape.inner
+            number = value(rows.values, r * rows.step + i)
+            if value(weights.values, r * weights.step + i) != 0.0 and np.isfinite(number):
                 origins[t] = number
                 break
 
 
 @inline
-def finished(x, x_at, x_step, weight, w_at, w_step, shape, n, mean, m2, origin):
+def finished(x, weight, shape, n, mean, m2, origin):
     """The channel's moments from those relative to the origin: n, mean, M2 in squares of 1/unit, and unit.
 
     The unit is 1, unless squares may have left the range of the compute type.
     """
     if n == 0.0:
         return 0.0, np.nan, np.nan, 1.0
-    if is_sound(mean, m2, max(n, np.float64(shape[1] * shape[3])) * least_variance(x)):
+    if is_sound(mean, m2, max(n, np.float64(shape.outer * shape.inner)) * least_variance(x.values)):
         return n, origin + mean, m2, 1.0
-    return careful_moments(x, x_at, x_step, weight, w_at, w_step, shape, n, origin)
+    return careful_moments(x, weight, shape, n, origin)
 
 
 @inline
-def careful_moments(x, x_at, x_step, weight, w_at, w_step, shape, n, origin):
+def careful_moments(x, weight, shape, n, origin):
     """The same in float64, in a unit that brings the largest value near 1, so that no square leaves the range.
 
     Like NumPy, the mean of infinities of one sign is that infinity.
@@ -138,12 +216,12 @@ def careful_moments(x, x_at, x_step, weight, w_at, w_step, shape, n, origin):
     unit, scaled_origin, from_origin, rest, m2 = 1.0, 0.0, 0.0, 0.0, 0.0
     largest, infinite = 0.0, 0.0
     for look in range(3):
-        for k in range(shape[1] * shape[3]):
-            r, i = k // shape[3], k % shape[3]
-            w = 1.0 if weight is None else value(weight, w_at + r * w_step + i)
+        for k in range(shape.outer * shape.inner):
+            r, i = k // shape.inner, k % shape.inner
+            w = 1.0 if weight is None else value(weight.values, r * weight.step + i)
             if w == 0.0:
                 continue
-            v = value(x, x_at + r * x_step + i)
+            v = value(x.values, r * x.step + i)
             if look == 0:
                 largest = max(largest, abs(v)) if np.isfinite(v) else largest
                 infinite += 0.0 if np.isfinite(v) else v
@@ -156,76 +234,65 @@ def careful_moments(x, x_at, x_step, weight, w_at, w_step, shape, n, origin):
         if look == 0:
             if infinite != 0.0:  # or NaN
                 return n, infinite, np.nan, 1.0
-            unit = 1.0 / unit_of(x, largest)
+            unit = 1.0 / unit_of(x.values, largest)
             scaled_origin = origin * unit
     return n, (scaled_origin + (from_origin + rest / n)) / unit, positive_or_nan(m2 - rest * rest / n), unit
 
 
 @inline
-def write_moments(table, t, kept, n, mean, m2, unit, eps):
-    """Into the rows count, M2, mean, rstd of a table, which go on with gamma and beta; see `finished` for the unit.
-
-    So its last four rows are the coefficients of `affine_of`. M2 may be 0 or infinite where rstd is neither.
-    """
-    table[t], table[kept + t], table[2 * kept + t] = n, m2 / unit / unit, mean
+def write_moments(moments, t, n, mean, m2, unit, eps):
+    """Into a table of `Moments`; see `finished` for the unit. M2 may be 0 or infinite where rstd is neither."""
+    moments.count[t], moments.m2[t], moments.mean[t] = n, m2 / unit / unit, mean
     plus = eps * unit * unit
-    table[3 * kept + t] = unit / np.sqrt(m2 / n + plus) if np.isfinite(plus) else 1.0 / np.sqrt(eps)
+    moments.rstd[t] = unit / np.sqrt(m2 / n + plus) if np.isfinite(plus) else 1.0 / np.sqrt(eps)
+
+
+# --- y ----------------------------------------------------------------------------------------------------------------
 
 
 @inline
-def affine_of(x, coefficients, t, kept, eps):
-    """Three coefficients hi, scale, bias with ``(x - hi) * scale + bias = (x - mean) * scale + beta`` of kept index t.
+def affine_of(x, mean, rstd, gamma, beta):
+    """`Affine` with ``(x - hi) * scale + bias = (x - mean) * (rstd * gamma) + beta``.
 
-    The coefficients are (mean, variance, gamma, beta), or with eps < 0 (mean, rstd, gamma, beta). ``hi`` is the mean in
-    the compute type; what that rounding leaves goes into the bias.
+    What rounding the mean to x's compute type leaves goes into the bias.
     """
-    mean, rstd = coefficients[t], coefficients[kept + t]
-    if eps >= 0.0:
-        rstd = 1.0 / np.sqrt(rstd + eps)
     hi = rounded(x, mean)
-    scale = rstd * coefficients[2 * kept + t]
-    return hi, scale, coefficients[3 * kept + t] - (mean - hi) * scale
+    scale = rstd * gamma
+    return Affine(hi, scale, beta - (mean - hi) * scale)
 
 
 @inline
-def write_affine(x, coefficients, t, kept, workspace, at, pitch):
-    """The three of (mean, rstd, gamma, beta) into ``workspace``, a pitch apart."""
-    hi, scale, bias = affine_of(x, coefficients, t, kept, -1.0)
-    workspace[at], workspace[at + pitch], workspace[at + 2 * pitch] = hi, scale, bias
+def affine_of_index(x, parameters, t, eps, given_rstd):
+    """The same of kept index t, from a table of `Parameters`, in which the spread is rstd or the variance."""
+    rstd = parameters.spread[t]
+    if not given_rstd:
+        rstd = 1.0 / np.sqrt(rstd + eps)
+    return affine_of(x, parameters.mean[t], rstd, parameters.gamma[t], parameters.beta[t])
 
 
 @inline
-def affine_vectors(coefficients, t, count, kept, eps, workspace, at, pitch):
-    """The same three of ``count`` indices from t on into ``workspace``; up to whole vectors are written."""
-    n = lanes(coefficients, FULL)
-    one, plus = splat(coefficients, 1.0, FULL), splat(coefficients, eps, FULL)
+def write_affine(affine, parameters, t, count, eps, given_rstd):
+    """The same of ``count`` indices from t on into a table; up to whole vectors are written."""
+    n = lanes(parameters.mean, FULL)
+    one, plus = splat(parameters.mean, 1.0, FULL), splat(parameters.mean, eps, FULL)
     for i in range(0, count, n):
         part = min(n, count - i)
-        mean = load_first(coefficients, t + i, part, FULL)
-        rstd = load_first(coefficients, kept + t + i, part, FULL)
-        if eps >= 0.0:
+        mean = load_first(parameters.mean, t + i, part, FULL)
+        rstd = load_first(parameters.spread, t + i, part, FULL)
+        if not given_rstd:
             rstd = one / root(rstd + plus)
-        scale = rstd * load_first(coefficients, 2 * kept + t + i, part, FULL)
-        short = converted(mean, load(workspace, at + i, mean))
-        bias = load_first(coefficients, 3 * kept + t + i, part, FULL) - (mean - converted(short, mean)) * scale
-        store(workspace, at + i, short)
-        store(workspace, at + pitch + i, converted(scale, short))
-        store(workspace, at + 2 * pitch + i, converted(bias, short))
+        scale = rstd * load_first(parameters.gamma, t + i, part, FULL)
+        hi = converted(mean, load(affine.hi, i, mean))
+        bias = load_first(parameters.beta, t + i, part, FULL) - (mean - converted(hi, mean)) * scale
+        store(affine.hi, i, hi)
+        store(affine.scale, i, converted(scale, hi))
+        store(affine.bias, i, converted(bias, hi))
 
 
 @inline
-def put(y, at, v, nontemporal):
-    """Store a vector, past the caches if it is nontemporal."""
-    if nontemporal:
-        store_nontemporal(y, at, v)
-    else:
-        store(y, at, v)
-
-
-@inline
-def normalized(x, residual, hi, scale, bias, relu):
+def normalized(x, residual, affine, relu):
     """Vectors of y from vectors of x and residual."""
-    z = fma(x - hi, scale, bias)
+    z = fma(x - affine.hi, affine.scale, affine.bias)
     if residual is not None:
         z = z + residual
     if relu is not None:
@@ -233,75 +300,92 @@ def normalized(x, residual, hi, scale, bias, relu):
     return z
 
 
+# --- dx ---------------------------------------------------------------------------------------------------------------
+
+
 @inline
 def linear_of(x, mean, scale, offset, slope, unit):
-    """Five coefficients of ``unit * (scale * dz - w * (offset + slope * (x - hi)))``; hi as in `affine_of`."""
+    """`Linear` from `Distances`, which have the mean itself."""
     hi = rounded(x, mean)
-    return scale, hi, slope, offset + slope * (hi - mean), unit
+    return Linear(scale, hi, slope, offset + slope * (hi - mean), unit)
 
 
 @inline
-def linear_vectors(coefficients, t, count, kept, workspace, at, pitch):
-    """The same five of ``count`` indices from t on, from (mean, scale, offset, slope, unit) of each."""
-    n = lanes(coefficients, FULL)
+def write_linear(linear, distances, t, count):
+    """The same of ``count`` indices from t on, from a table into a table; up to whole vectors are written."""
+    n = lanes(distances.mean, FULL)
     for i in range(0, count, n):
         part = min(n, count - i)
-        mean = load_first(coefficients, t + i, part, FULL)
-        slope = load_first(coefficients, 3 * kept + t + i, part, FULL)
-        hi = converted(mean, load(workspace, at + i, mean))
-        offset = load_first(coefficients, 2 * kept + t + i, part, FULL) + slope * (converted(hi, mean) - mean)
-        store(workspace, at + i, converted(load_first(coefficients, kept + t + i, part, FULL), hi))
-        store(workspace, at + pitch + i, hi)
-        store(workspace, at + 2 * pitch + i, converted(slope, hi))
-        store(workspace, at + 3 * pitch + i, converted(offset, hi))
-        store(workspace, at + 4 * pitch + i, converted(load_first(coefficients, 4 * kept + t + i, part, FULL), hi))
+        mean = load_first(distances.mean, t + i, part, FULL)
+        slope = load_first(distances.slope, t + i, part, FULL)
+        hi = converted(mean, load(linear.hi, i, mean))
+        offset = load_first(distances.offset, t + i, part, FULL) + slope * (converted(hi, mean) - mean)
+        store(linear.scale, i, converted(load_first(distances.scale, t + i, part, FULL), hi))
+        store(linear.hi, i, hi)
+        store(linear.slope, i, converted(slope, hi))
+        store(linear.offset, i, converted(offset, hi))
+        store(linear.unit, i, converted(load_first(distances.unit, t + i, part, FULL), hi))
 
 
 @inline
-def input_gradient(dz, x, weight, scale, hi, slope, offset, unit):
+def input_gradient(dz, x, weight, linear):
     """``unit * (scale * dz - weight * (offset + slope * (x - hi)))``; without x, ``unit * (scale * dz)``.
 
-    It is 0 where weight and dz are, whatever x and the coefficients are.
+    It is 0 where weight and dz are, whatever x and the numbers are.
     """
     if x is None:
-        return unit * (scale * dz)
-    back = fma(x - hi, slope, offset)
+        return linear.unit * (linear.scale * dz)
+    back = fma(x - linear.hi, linear.slope, linear.offset)
     if weight is None:
-        return unit * (scale * dz - back)
+        return linear.unit * (linear.scale * dz - back)
     back = zero_where_zero(weight, weight * back)
-    return zero_where_uncounted(weight, dz, unit * (scale * dz - back))
+    return zero_where_uncounted(weight, dz, linear.unit * (linear.scale * dz - back))
 
 
 @inline
-def input_coefficients(x, coefficients, t, kept, frozen, mixed, a, b):
-    """scale, offset, slope and unit of dx from the sums a = dbeta, b = dgamma: `fastbn.formulas.input_numbers` here.
-
-    The coefficients are (mean, rstd, gamma, count), and if they are mixed (dmean, dvar).
-    """
-    rstd = coefficients[kept + t]
+def dgamma_of(x, mean, rstd, a, b):
+    """From a = sum(dz) and b = sum(dz * (x - hi) * unit), hi the rounded mean."""
     unit = unit_of(x, rstd)
-    scale = coefficients[2 * kept + t] * (rstd / unit)
-    if frozen:
-        return scale, 0.0, 0.0, unit
-    count = coefficients[3 * kept + t]
-    if not mixed:
-        return scale, scale * a / count, scale * rstd * b / count, unit
-    offset = (scale * a - coefficients[4 * kept + t] / unit) / count
-    return scale, offset, (scale * rstd * b - 2.0 * coefficients[5 * kept + t] / unit) / count, unit
+    return (b - (mean - rounded(x, mean)) * unit * a) * (rstd / unit)
 
 
 @inline
-def write_linear(x, coefficients, first, last, kept, frozen, mixed, sums, linear):
-    """Rows (mean, scale, offset, slope, unit) of dx from those of `input_coefficients` and the sums (dgamma, dbeta)."""
+def distances_of(x, parameters, t, frozen, mixed, dgamma, dbeta):
+    """`Distances` from a table of `GradientParameters` and the sums: `fastbn.formulas.input_numbers` here.
+
+    They are mixed with gradients of the moments, or not; frozen statistics have none.
+    """
+    mean, rstd = parameters.mean[t], parameters.rstd[t]
+    unit = unit_of(x, rstd)
+    scale = parameters.gamma[t] * (rstd / unit)
+    if frozen:
+        return Distances(mean, scale, 0.0, 0.0, unit)
+    count = parameters.count[t]
+    if not mixed:
+        return Distances(mean, scale, scale * dbeta / count, scale * rstd * dgamma / count, unit)
+    offset = (scale * dbeta - parameters.dmean[t] / unit) / count
+    return Distances(mean, scale, offset, (scale * rstd * dgamma - 2.0 * parameters.dvar[t] / unit) / count, unit)
+
+
+@inline
+def distances_at(distances, t):
+    """Of one kept index, from a table."""
+    return Distances(distances.mean[t], distances.scale[t], distances.offset[t], distances.slope[t], distances.unit[t])
+
+
+@inline
+def write_distances(x, parameters, first, last, frozen, mixed, sums, distances):
+    """The same of kept indices from first to last, from tables into a table."""
     for t in range(first, last):
-        scale, offset, slope, unit = input_coefficients(
-            x, coefficients, t, kept, frozen, mixed, sums[kept + t], sums[t]
-        )
-        linear[t], linear[kept + t] = coefficients[t], scale
-        linear[2 * kept + t], linear[3 * kept + t], linear[4 * kept + t] = offset, slope, unit
+        one = distances_of(x, parameters, t, frozen, mixed, sums.dgamma[t], sums.dbeta[t])
+        distances.mean[t], distances.scale[t], distances.offset[t] = one.mean, one.scale, one.offset
+        distances.slope[t], distances.unit[t] = one.slope, one.unit
 
 
 @kernel
-def linear_rows(thread, first, last, x, coefficients, kept, mixed, sums, linear):
-    """`write_linear` by itself, for sums that come from elsewhere."""
-    write_linear(x, coefficients, first, last, kept[0], False, mixed, sums, linear)
+def find_distances(thread, first, last, x, parameters, kept, mixed, sums, distances):
+    """`write_distances` by itself, for sums that come from elsewhere."""
+    write_distances(
+        x, gradient_parameters_table(parameters, kept), first, last, False, mixed, sums_table(sums, kept),
+        distances_table(distances, kept),
+    )  # fmt: skip

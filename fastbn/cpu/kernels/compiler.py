@@ -6,6 +6,7 @@ neither Python nor Numba, so that llvmlite alone can load it (`fastbn.cpu.code`)
 """
 
 import inspect
+import itertools
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -18,6 +19,7 @@ from numba.core.compiler_machinery import PassManager
 from numba.core.registry import cpu_target
 
 from fastbn.cpu.code import machine_for
+from fastbn.cpu.records import INTEGERS, Array
 
 llvm.initialize_native_asmparser()  # for `flags`; Numba, that has no assembly of its own, leaves it out
 
@@ -36,6 +38,10 @@ KINDS = {
     "f8": types.float64,
     "bool": types.boolean,
     "none": types.none,
+} | {name: types.NamedUniTuple(types.int64, len(record._fields), record) for name, record in INTEGERS.items()}
+KINDS |= {
+    f"{kind.rstrip('*')}[]": types.NamedTuple([KINDS[kind], *[types.int64] * 3], Array)
+    for kind in ("u1*", "u2*", "i2*", "f4*", "f8*", "none")
 }
 
 
@@ -172,10 +178,8 @@ def _enter_kernel(module, symbol, description, signature):
     function = ir.Function(module, ir.FunctionType(_VOID, [_WORDS, _I64, _I64, _I64]), symbol)
     builder = ir.IRBuilder(function.append_basic_block())
     params, *tasks = function.args
-    arguments = []
-    for i, kind in enumerate(signature[3:]):
-        word = builder.load(builder.gep(params, [ir.Constant(_I64, i)]))
-        arguments.append(_from_word(builder, word, kind))
+    words = (builder.load(builder.gep(params, [ir.Constant(_I64, i)])) for i in itertools.count())
+    arguments = [_argument(builder, words, kind) for kind in signature[3:]]
     _call(builder, description, signature, [*tasks, *arguments])
     builder.ret_void()
 
@@ -186,6 +190,18 @@ def _enter_plain(module, symbol, description, signature):
     builder = ir.IRBuilder(function.append_basic_block())
     result = _call(builder, description, signature, function.args)
     builder.ret(result if description.restype == types.int64 else ir.Constant(_I64, 0))
+
+
+def _argument(builder, words, kind):
+    """Of the next word, or two: a record of integers is where its word points to, an array has a word more before."""
+    if not isinstance(kind, types.BaseNamedTuple):
+        return _from_word(builder, next(words), kind)
+    values = [_from_word(builder, next(words), kind[0])] if kind.instance_class is Array else []
+    integers = builder.inttoptr(next(words), _WORDS)
+    places = [builder.gep(integers, [ir.Constant(_I64, i)]) for i in range(len(kind) - len(values))]
+    absent = kind[0] == types.none
+    values += [ir.Constant(_I64, 0) if absent else builder.load(place) for place in places]
+    return cpu_target.target_context.make_tuple(builder, kind, values)
 
 
 def _from_word(builder, word, kind):

@@ -1,23 +1,47 @@
-"""Gradient kernels of the family `inner_reduction`, which go along a channel's rows: sums of dz, and dx.
+"""Gradients along memory, for what `inner_reduction` takes: sums of dz, and dx.
 
-Memory, chunks, geometry and bytes moved are described there.
+For each channel, and each batch index if the batch is kept, with x, dy, y and the weights w as (outer, inner):
+
+    dz = np.where(y <= 0, 0, dy)                       # or dy, without relu; this is the residual's gradient
+    xhat = (x - mean) * rstd
+    dbeta, dgamma = dz.sum(), (dz * xhat).sum()
+    dx = gamma * rstd * (dz - w / n * (dbeta + xhat * dgamma))
+    dx += w / n * (dmean + 2 * dvar * (x - mean))      # what comes back through the moments themselves
+    dx = gamma * rstd * dz                             # instead, if the statistics are frozen
+
+Chunks, segments and the order of sums are those of `inner_reduction`, so the fused kernel (`backward`) gives the same
+bits as the separate kernels. Elements are taken relative to hi, the mean rounded to the compute type, and what that
+leaves out is added to the finished sums. In terms of `records.Distances`, of which `common.distances_of` has the
+formulas: ``dx = unit * (scale * dz - w * (offset + slope * (x - mean)))``, the unit a power of two, 1 unless rstd is
+so far from it (30 binary orders) that squares could leave float32's range.
+
+Bytes moved, S = the bytes of x: grad_sums 2S, grad_input 3S; backward 3S where the slabs of dy and x stay in cache
+between the two passes over them.
 """
+
+from typing import Any, NamedTuple
 
 from fastbn.cpu.kernels.common import (
     FULL,
-    channel_start,
-    four,
-    input_coefficients,
+    dgamma_of,
+    distances_of,
+    distances_table,
+    gradient_parameters_table,
     input_gradient,
     linear_of,
-    linear_vectors,
+    linear_table,
     put,
+    rows_from,
+    rows_of,
+    sums_table,
+    write_distances,
     write_linear,
 )
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.inner_reduction import (
     NARROW,
     SINGLE,
+    Place,
     chunk_at,
     chunk_count,
     kept_range,
@@ -25,9 +49,11 @@ from fastbn.cpu.kernels.inner_reduction import (
     piece_start,
     place_of,
     row_after,
-    start_of,
+    segment_count,
+    values_from,
 )
 from fastbn.cpu.kernels.simd import (
+    advance,
     blended,
     converted,
     fma,
@@ -35,7 +61,6 @@ from fastbn.cpu.kernels.simd import (
     load,
     load_first,
     narrowed,
-    rounded,
     splat,
     store,
     total,
@@ -43,249 +68,274 @@ from fastbn.cpu.kernels.simd import (
     zero_where_not_positive,
     zero_where_uncounted,
 )
-from fastbn.cpu.sizes import LINEAR, SEGMENT
+from fastbn.cpu.records import Linear
+from fastbn.cpu.sizes import LINEAR, PAD, SEGMENT
+
+
+class Slabs(NamedTuple):
+    """The rows of a channel that sums are made of."""
+
+    dy: Any
+    x: Any
+    y: Any
+    weight: Any
+
+
+class Inputs(NamedTuple):
+    """Pointers to values that lie side by side."""
+
+    dy: Any
+    x: Any
+    y: Any
+    weight: Any
+
+
+class Results(NamedTuple):
+    """Pointers to where their gradients go."""
+
+    dx: Any
+    dresidual: Any
 
 
 @inline
-def distance(x, i, weight, w, part, dz, hi, unit):
-    """A vector of (x - hi) * unit, or its first ``part`` lanes; 0 where neither weight nor dz counts the element."""
-    if part is None:
-        return zero_where_uncounted(load(weight, w, dz), dz, (load(x, i, FULL) - hi) * unit)
-    return zero_where_uncounted(load_first(weight, w, part, dz), dz, (load_first(x, i, part, FULL) - hi) * unit)
+def slabs_of(dy, x, y, weight, t, shape):
+    return Slabs(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), rows_of(weight, t, shape))
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
 
 
 @inline
-def chunk_grad_sums(
-    dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, weight, w_at, w_step, rows, columns, mean, rstd
-):  # fmt: skip
-    """sum(dz), sum(dz * (x - hi)) in units of 1/unit, with dz = dy, or 0 where y <= 0, and hi the mean rounded.
+def dz_at(slabs, row, column):
+    """A vector of dz."""
+    dy = load(slabs.dy.values, row * slabs.dy.step + column, FULL)
+    return zero_where_not_positive(load(slabs.y.values, row * slabs.y.step + column, FULL), dy)
 
-    Two rows at a time, as in `inner_reduction.chunk_sums`.
+
+@inline
+def dz_at_end(slabs, row, column, n):
+    """Its first n lanes."""
+    dy = load_first(slabs.dy.values, row * slabs.dy.step + column, n, FULL)
+    return zero_where_not_positive(load_first(slabs.y.values, row * slabs.y.step + column, n, FULL), dy)
+
+
+@inline
+def distance_at(slabs, row, column, dz, hi, unit):
+    """A vector of (x - hi) * unit; 0 where neither weight nor dz counts the element."""
+    x, weight = slabs.x, slabs.weight
+    distance = (load(x.values, row * x.step + column, FULL) - hi) * unit
+    return zero_where_uncounted(load(weight.values, row * weight.step + column, dz), dz, distance)
+
+
+@inline
+def distance_at_end(slabs, row, column, n, dz, hi, unit):
+    """Its first n lanes."""
+    x, weight = slabs.x, slabs.weight
+    distance = (load_first(x.values, row * x.step + column, n, FULL) - hi) * unit
+    return zero_where_uncounted(load_first(weight.values, row * weight.step + column, n, dz), dz, distance)
+
+
+@inline
+def chunk_grad_sums(slabs, rows, columns, mean, rstd):
+    """sum(dz), sum(dz * (x - hi)) in units of 1/unit.
+
+    Two rows at a time, as in `inner_reduction.unweighted_sums`.
     """
+    x = slabs.x.values
     n = lanes(x, FULL)
     hi, unit = splat(x, mean, FULL), splat(x, unit_of(x, rstd), FULL)
     s1 = splat(x, 0.0, FULL)
     s2, t1, t2 = s1, s1, s1
     pairs, whole = rows - rows % 2, columns - columns % n
     for r in range(0, pairs, 2):
-        g, i, o, w = dy_at + r * dy_step, x_at + r * x_step, y_at + r * y_step, w_at + r * w_step
-        for k in range(0, whole, n):
-            dz = zero_where_not_positive(load(y, o + k, FULL), load(dy, g + k, FULL))
+        for c in range(0, whole, n):
+            dz = dz_at(slabs, r, c)
             s1 = s1 + dz
-            s2 = fma(dz, distance(x, i + k, weight, w + k, None, dz, hi, unit), s2)
-            dz = zero_where_not_positive(load(y, o + y_step + k, FULL), load(dy, g + dy_step + k, FULL))
+            s2 = fma(dz, distance_at(slabs, r, c, dz, hi, unit), s2)
+            dz = dz_at(slabs, r + 1, c)
             t1 = t1 + dz
-            t2 = fma(dz, distance(x, i + x_step + k, weight, w + w_step + k, None, dz, hi, unit), t2)
+            t2 = fma(dz, distance_at(slabs, r + 1, c, dz, hi, unit), t2)
     for r in range(pairs if whole == columns else 0, rows):
-        g, i, o, w = dy_at + r * dy_step, x_at + r * x_step, y_at + r * y_step, w_at + r * w_step
-        for k in range(whole if r < pairs else 0, columns, n):
-            dz = load_first(dy, g + k, columns - k, FULL)
-            dz = zero_where_not_positive(load_first(y, o + k, columns - k, FULL), dz)
+        for c in range(whole if r < pairs else 0, columns, n):
+            dz = dz_at_end(slabs, r, c, columns - c)
             s1 = s1 + dz
-            s2 = fma(dz, distance(x, i + k, weight, w + k, columns - k, dz, hi, unit), s2)
+            s2 = fma(dz, distance_at_end(slabs, r, c, columns - c, dz, hi, unit), s2)
     return total(s1 + t1), total(s2 + t2)
 
 
 @inline
-def grad_segment(
-    dy, dy_at, dy_step, x, x_at, x_step, y, y_at, y_step, weight, w_at, w_step, shape, grid, segment, mean, rstd
-):  # fmt: skip
+def segment_grad_sums(slabs, shape, largest, segment, mean, rstd):
+    """The same of a segment."""
     a, b = 0.0, 0.0
-    for k in range(segment * SEGMENT, min((segment + 1) * SEGMENT, chunk_count(shape, grid))):
-        row, rows, column, columns = chunk_at(k, shape, grid)
-        s1, s2 = chunk_grad_sums(
-            dy, dy_at + row * dy_step + column, dy_step, x, x_at + row * x_step + column, x_step,
-            y, y_at + row * y_step + column, y_step, weight, w_at + row * w_step + column, w_step,
-            rows, columns, mean, rstd,
+    for k in range(segment * SEGMENT, min((segment + 1) * SEGMENT, chunk_count(shape, largest))):
+        chunk = chunk_at(k, shape, largest)
+        part = Slabs(
+            rows_from(slabs.dy, chunk.row, chunk.column), rows_from(slabs.x, chunk.row, chunk.column),
+            rows_from(slabs.y, chunk.row, chunk.column), rows_from(slabs.weight, chunk.row, chunk.column),
         )  # fmt: skip
+        s1, s2 = chunk_grad_sums(part, chunk.rows, chunk.columns, mean, rstd)
         a, b = a + s1, b + s2
     return a, b
 
 
-@inline
-def around_mean(x, mean, rstd, a, b):
-    """Dgamma from a = sum(dz) and b = sum(dz * (x - hi)) in units of 1/unit."""
-    unit = unit_of(x, rstd)
-    return (b - (mean - rounded(x, mean)) * unit * a) * (rstd / unit)
-
-
 @kernel
-def grad_sums_of_segments(thread, first, last, dy, x, y, weight, geometry, coefficients, partials):
-    """sum(dz) and sum(dz * (x - hi)) of every segment of every kept index; the coefficients begin with (mean, rstd)."""
-    shape, grid, dys = four(geometry, 0), four(geometry, 4), four(geometry, 8)
-    xs, ys, ws = four(geometry, 12), four(geometry, 16), four(geometry, 20)
-    segments, kept = -(-chunk_count(shape, grid) // SEGMENT), shape[0] * shape[2]
+def grad_sums_of_segments(thread, first, last, dy, x, y, weight, shape, chunks, parameters, partials):
+    """The two sums, side by side, of every segment of every kept index; of the parameters it reads mean and rstd."""
+    segments = segment_count(shape, chunks)
+    given = gradient_parameters_table(parameters, shape.batch * shape.channel)
     for k in range(first, last):
         t = k // segments
-        partials[2 * k], partials[2 * k + 1] = grad_segment(
-            dy, channel_start(dys, t, shape), dys[2], x, channel_start(xs, t, shape), xs[2],
-            y, channel_start(ys, t, shape), ys[2], weight, channel_start(ws, t, shape), ws[2],
-            shape, grid, k % segments, coefficients[t], coefficients[kept + t],
-        )  # fmt: skip
+        partials[2 * k], partials[2 * k + 1] = segment_grad_sums(
+            slabs_of(dy, x, y, weight, t, shape), shape, chunks, k % segments, given.mean[t], given.rstd[t]
+        )
 
 
 @kernel
-def channel_grad_sums(thread, first, last, x, geometry, coefficients, partials, out, linear, frozen, mixed):
-    """The results (dgamma, dbeta) from the segments' sums; the coefficients begin with (mean, rstd).
-
-    If they are those of `input_coefficients`, then for ``linear`` see `write_linear`; else it is None.
-    """
-    shape, grid = four(geometry, 0), four(geometry, 4)
-    segments = -(-chunk_count(shape, grid) // SEGMENT)
-    kept = shape[0] * shape[2]
+def channel_grad_sums(
+    thread, first, last, x, shape, chunks, parameters, partials, sums, distances, frozen, mixed
+):  # fmt: skip
+    """The results from the segments' sums and, if they are asked for, the `records.Distances` of dx."""
+    segments, kept = segment_count(shape, chunks), shape.batch * shape.channel
+    given, results = gradient_parameters_table(parameters, kept), sums_table(sums, kept)
     for t in range(first, last):
         a, b = 0.0, 0.0
         for k in range(t * segments, (t + 1) * segments):
             a, b = a + partials[2 * k], b + partials[2 * k + 1]
-        out[t], out[kept + t] = around_mean(x, coefficients[t], coefficients[kept + t], a, b), a
-    if linear is not None:
-        write_linear(x, coefficients, first, last, kept, frozen, mixed, out, linear)
+        results.dgamma[t], results.dbeta[t] = dgamma_of(x, given.mean[t], given.rstd[t], a, b), a
+    if distances is not None:
+        write_distances(x, given, first, last, frozen, mixed, results, distances_table(distances, kept))
+
+
+# --- dx ---------------------------------------------------------------------------------------------------------------
 
 
 @inline
-def grad_input_end(dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, n, linear):
-    """The n values, less than a vector, at either end of a row: by short vectors, then one by one."""
-    scale, hi, slope, offset, unit = linear
-    k = 0
-    while k + lanes(dy, NARROW) <= n:
-        dz = zero_where_not_positive(load(y, o + k, NARROW), load(dy, g + k, NARROW))
-        x_, w_ = load(x, i + k, NARROW), converted(load(weight, w + k, dz), dz)
-        out = input_gradient(
-            dz, x_, w_, narrowed(dy, scale, NARROW), narrowed(dy, hi, NARROW),
-            narrowed(dy, slope, NARROW), narrowed(dy, offset, NARROW), narrowed(dy, unit, NARROW),
-        )  # fmt: skip
-        store(dx, d + k, out)
-        store(dresidual, e + k, dz)
-        k += lanes(dy, NARROW)
-    while k < n:
-        dz = zero_where_not_positive(load(y, o + k, SINGLE), load(dy, g + k, SINGLE))
-        x_, w_ = load(x, i + k, SINGLE), converted(load(weight, w + k, dz), dz)
-        out = input_gradient(
-            dz, x_, w_, narrowed(dy, scale, SINGLE), narrowed(dy, hi, SINGLE),
-            narrowed(dy, slope, SINGLE), narrowed(dy, offset, SINGLE), narrowed(dy, unit, SINGLE),
-        )  # fmt: skip
-        store(dx, d + k, out)
-        store(dresidual, e + k, dz)
-        k += 1
+def linear_in_all_lanes(dy, table, t):
+    return Linear(
+        splat(dy, table.scale[t], FULL), splat(dy, table.hi[t], FULL), splat(dy, table.slope[t], FULL),
+        splat(dy, table.offset[t], FULL), splat(dy, table.unit[t], FULL),
+    )  # fmt: skip
 
 
 @inline
-def grad_input_run(
-    dy, g, x, i, y, o, weight, w, dx, d, dresidual, e, place, count, shape, workspace, at, pitch, nontemporal
-):  # fmt: skip
-    """As `inner_reduction.normalize_run`, with scale, hi, slope, offset and unit of `linear_of`."""
-    n, inner = lanes(dy, FULL), shape[3]
-    _, outer, channel, column = place
-    lead = misaligned(dx, d, count) if nontemporal else 0
-    k, edge = 0, min(inner - column, count)
-    while k < count:
-        scale, hi = splat(dy, workspace[at], FULL), splat(dy, workspace[at + pitch], FULL)
-        slope, offset = splat(dy, workspace[at + 2 * pitch], FULL), splat(dy, workspace[at + 3 * pitch], FULL)
-        unit = splat(dy, workspace[at + 4 * pitch], FULL)
-        at, outer, channel = row_after(at, outer, channel, shape)
-        if k < lead:
-            part = min(lead, edge) - k
-            grad_input_end(
-                dy, g + k, x, i + k, y, o + k, weight, w + k, dx, d + k, dresidual, e + k, part,
-                (scale, hi, slope, offset, unit),
-            )  # fmt: skip
-            k += part
-        if k >= lead:
-            while k + n <= edge:
-                dz = zero_where_not_positive(load(y, o + k, FULL), load(dy, g + k, FULL))
-                x_, w_ = load(x, i + k, FULL), converted(load(weight, w + k, dz), dz)
-                put(dx, d + k, input_gradient(dz, x_, w_, scale, hi, slope, offset, unit), nontemporal)
-                store(dresidual, e + k, dz)
-                k += n
-            if k < edge and (inner < n or k + n > count):
-                grad_input_end(
-                    dy, g + k, x, i + k, y, o + k, weight, w + k, dx, d + k, dresidual, e + k, edge - k,
-                    (scale, hi, slope, offset, unit),
-                )  # fmt: skip
-                k = edge
-            elif k < edge:
-                scale = blended(edge - k, scale, splat(dy, workspace[at], FULL))
-                hi = blended(edge - k, hi, splat(dy, workspace[at + pitch], FULL))
-                slope = blended(edge - k, slope, splat(dy, workspace[at + 2 * pitch], FULL))
-                offset = blended(edge - k, offset, splat(dy, workspace[at + 3 * pitch], FULL))
-                unit = blended(edge - k, unit, splat(dy, workspace[at + 4 * pitch], FULL))
-                dz = zero_where_not_positive(load(y, o + k, FULL), load(dy, g + k, FULL))
-                x_, w_ = load(x, i + k, FULL), converted(load(weight, w + k, dz), dz)
-                put(dx, d + k, input_gradient(dz, x_, w_, scale, hi, slope, offset, unit), nontemporal)
-                store(dresidual, e + k, dz)
-                k += n
-        edge = min(edge + inner, count)
+def narrowed_linear(dy, linear, width):
+    return Linear(
+        narrowed(dy, linear.scale, width), narrowed(dy, linear.hi, width), narrowed(dy, linear.slope, width),
+        narrowed(dy, linear.offset, width), narrowed(dy, linear.unit, width),
+    )  # fmt: skip
+
+
+@inline
+def blended_linear(n, a, b):
+    return Linear(
+        blended(n, a.scale, b.scale), blended(n, a.hi, b.hi), blended(n, a.slope, b.slope),
+        blended(n, a.offset, b.offset), blended(n, a.unit, b.unit),
+    )  # fmt: skip
+
+
+@inline
+def write_vector(inputs, results, i, width, linear, nontemporal):
+    """A vector of dx, and of dz where there is a residual."""
+    dz = zero_where_not_positive(load(inputs.y, i, width), load(inputs.dy, i, width))
+    weight = converted(load(inputs.weight, i, dz), dz)
+    put(results.dx, i, input_gradient(dz, load(inputs.x, i, width), weight, linear), nontemporal)
+    store(results.dresidual, i, dz)
+
+
+@inline
+def grad_input_end(inputs, results, start, end, linear):
+    """Less than a vector of values, at either end of a row: by short vectors, then one by one."""
+    narrow, single = narrowed_linear(inputs.dy, linear, NARROW), narrowed_linear(inputs.dy, linear, SINGLE)
+    i = start
+    while i + lanes(inputs.dy, NARROW) <= end:
+        write_vector(inputs, results, i, NARROW, narrow, False)
+        i += lanes(inputs.dy, NARROW)
+    while i < end:
+        write_vector(inputs, results, i, SINGLE, single, False)
+        i += 1
+
+
+@inline
+def grad_input_run(inputs, results, table, t, place, count, shape, nontemporal):
+    """As `inner_reduction.normalize_run`, with a table of `Linear`."""
+    n = lanes(inputs.dy, FULL)
+    outer, channel = place.outer, place.channel
+    lead = misaligned(results.dx, count) if nontemporal else 0
+    i, edge = 0, min(shape.inner - place.column, count)
+    while i < count:
+        linear = linear_in_all_lanes(inputs.dy, table, t)
+        t, outer, channel = row_after(t, outer, channel, shape)
+        if i < lead:
+            grad_input_end(inputs, results, i, min(lead, edge), linear)
+            i = min(lead, edge)
+        if i >= lead:
+            while i + n <= edge:
+                write_vector(inputs, results, i, FULL, linear, nontemporal)
+                i += n
+            if i < edge and (shape.inner < n or i + n > count):
+                grad_input_end(inputs, results, i, edge, linear)
+                i = edge
+            elif i < edge:
+                both = blended_linear(edge - i, linear, linear_in_all_lanes(inputs.dy, table, t))
+                write_vector(inputs, results, i, FULL, both, nontemporal)
+                i += n
+        edge = min(edge + shape.inner, count)
 
 
 @kernel
-def grad_input(thread, first, last, dy, x, y, weight, dx, dresidual, geometry, coefficients, workspace, nontemporal):
-    """``dx`` (and ``dresidual = dz``), in the order of memory; coefficients: (mean, scale, offset, slope, unit)."""
-    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
-    ws, dxs, drs = four(geometry, 20), four(geometry, 24), four(geometry, 28)
-    _, _, run, pitch = four(geometry, 4)
-    start, end = piece_start(first, shape[3]), piece_start(last, shape[3])
-    own = LINEAR * thread * pitch
+def grad_input(
+    thread, first, last, dy, x, y, weight, dx, dresidual, shape, run, pitch, distances, workspace, nontemporal
+):  # fmt: skip
+    """``dx`` (and ``dresidual = dz``), in the order of memory, as `inner_reduction.normalize`."""
+    start, end = piece_start(first, shape.inner), piece_start(last, shape.inner)
+    linear = linear_table(advance(workspace, LINEAR * thread * pitch), pitch)
     t, t_end = kept_range(start, end, shape)
-    linear_vectors(coefficients, t, t_end - t, shape[0] * shape[2], workspace, own, pitch)
+    write_linear(linear, distances_table(distances, shape.batch * shape.channel), t, t_end - t)
     while start < end:
         place = place_of(start, shape)
         count = min(end, (start // run + 1) * run) - start
-        grad_input_run(
-            dy, start_of(dys, place), x, start_of(xs, place), y, start_of(ys, place), weight, start_of(ws, place),
-            dx, start_of(dxs, place), dresidual, start_of(drs, place), place, count, shape,
-            workspace, own + place[0] * shape[2] + place[2] - t, pitch, nontemporal,
-        )  # fmt: skip
+        inputs = Inputs(
+            values_from(dy, place), values_from(x, place), values_from(y, place), values_from(weight, place)
+        )
+        results = Results(values_from(dx, place), values_from(dresidual, place))
+        at = place.batch * shape.channel + place.channel - t
+        grad_input_run(inputs, results, linear, at, place, count, shape, nontemporal)
         start += count
+
+
+@inline
+def row_of(rows, r):
+    """A pointer to its values."""
+    return advance(rows.values, r * rows.step)
 
 
 @kernel
 def backward(
-    thread,
-    first,
-    last,
-    dy,
-    x,
-    y,
-    live,
-    weight,
-    dx,
-    dresidual,
-    geometry,
-    coefficients,
-    mixed,
-    out,
-    workspace,
+    thread, first, last, dy, x, y, weight, dx, dresidual, live, shape, chunks, parameters, mixed, sums, workspace,
     nontemporal,
-):
-    """Gradient sums and dx, a channel at a time: the second pass finds the slabs of dy and x in cache.
+):  # fmt: skip
+    """Sums and dx, a channel at a time: the second pass finds the slabs of dy and x in cache.
 
-    ``live`` is x again, or None where statistics are frozen and dx does not depend on it. The coefficients are those of
-    `input_coefficients`, the results (dgamma, dbeta).
+    ``live`` is x again, or None where statistics are frozen and dx does not depend on it.
     """
-    shape, grid, dys = four(geometry, 0), four(geometry, 4), four(geometry, 8)
-    xs, ys, ws = four(geometry, 12), four(geometry, 16), four(geometry, 20)
-    dxs, drs = four(geometry, 24), four(geometry, 28)
-    kept, pitch = shape[0] * shape[2], geometry[7]
-    own = LINEAR * thread * pitch
+    kept = shape.batch * shape.channel
+    given, out = gradient_parameters_table(parameters, kept), sums_table(sums, kept)
+    linear = linear_table(advance(workspace, LINEAR * thread * PAD), PAD)
     for t in range(first, last):
-        dy_at, x_at, y_at = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
-        w_at, dx_at, dr_at = channel_start(ws, t, shape), channel_start(dxs, t, shape), channel_start(drs, t, shape)
-        mean, rstd = coefficients[t], coefficients[kept + t]
+        slabs, of_live = slabs_of(dy, x, y, weight, t, shape), rows_of(live, t, shape)
+        of_dx, of_dresidual = rows_of(dx, t, shape), rows_of(dresidual, t, shape)
+        mean, rstd = given.mean[t], given.rstd[t]
         a, b = 0.0, 0.0
-        for s in range(-(-chunk_count(shape, grid) // SEGMENT)):
-            s1, s2 = grad_segment(
-                dy, dy_at, dys[2], x, x_at, xs[2], y, y_at, ys[2], weight, w_at, ws[2], shape, grid, s, mean, rstd
-            )
+        for s in range(segment_count(shape, chunks)):
+            s1, s2 = segment_grad_sums(slabs, shape, chunks, s, mean, rstd)
             a, b = a + s1, b + s2
-        b = around_mean(x, mean, rstd, a, b)
-        out[t], out[kept + t] = b, a
-        scale, offset, slope, unit = input_coefficients(x, coefficients, t, kept, live is None, mixed, a, b)
-        linear = linear_of(x, mean, scale, offset, slope, unit)
-        for k in range(LINEAR):
-            workspace[own + k * pitch] = linear[k]
-        for r in range(shape[1]):
-            grad_input_run(
-                dy, dy_at + r * dys[2], live, x_at + r * xs[2], y, y_at + r * ys[2], weight, w_at + r * ws[2],
-                dx, dx_at + r * dxs[2], dresidual, dr_at + r * drs[2], (0, r, t, 0), shape[3], shape,
-                workspace, own, pitch, nontemporal,
-            )  # fmt: skip
+        b = dgamma_of(slabs.x.values, mean, rstd, a, b)
+        out.dgamma[t], out.dbeta[t] = b, a
+        d = distances_of(slabs.x.values, given, t, live.values is None, mixed, b, a)
+        one = linear_of(slabs.x.values, d.mean, d.scale, d.offset, d.slope, d.unit)
+        linear.scale[0], linear.hi[0], linear.slope[0] = one.scale, one.hi, one.slope
+        linear.offset[0], linear.unit[0] = one.offset, one.unit
+        for r in range(shape.outer):
+            inputs = Inputs(row_of(slabs.dy, r), row_of(of_live, r), row_of(slabs.y, r), row_of(slabs.weight, r))
+            results = Results(row_of(of_dx, r), row_of(of_dresidual, r))
+            grad_input_run(inputs, results, linear, 0, Place(0, r, t, 0), shape.inner, shape, nontemporal)

@@ -1,11 +1,28 @@
-"""Gradient kernels of the family `outer_reduction`, which go through all channels: sums of dz, and dx.
+"""Gradients across memory, for what `outer_reduction` takes: sums of dz, and dx.
 
-Memory, chunks, geometry and bytes moved are described there.
+For each channel c, and each batch index if the batch is kept, with x, dy and y as (outer, inner) of the channel, and a
+weight w of each row, which all channels share:
+
+    dz = np.where(y <= 0, 0, dy)                       # or dy, without relu; this is the residual's gradient
+    xhat = (x - mean) * rstd
+    dbeta, dgamma = dz.sum(), (dz * xhat).sum()
+    dx = gamma * rstd * (dz - w / n * (dbeta + xhat * dgamma))
+    dx += w / n * (dmean + 2 * dvar * (x - mean))      # what comes back through the moments themselves
+    dx = gamma * rstd * dz                             # instead, if the statistics are frozen
+
+Cells, coalesced rows, chunks and segments are those of `outer_reduction`, units and what is relative to the rounded
+mean that of `inner_gradients`. A chunk has as many rows of both halves of the segment: four streams from memory.
+
+Bytes moved, S = the bytes of x: grad_sums 2S, grad_input 3S; backward 3S where a tile of all rows of dy and x stays in
+cache between the two passes over it.
 """
+
+from typing import Any, NamedTuple
 
 from fastbn.cpu.kernels.cells import (
     AHEAD,
     cell_totals,
+    columns_of_last_row,
     fill,
     in_float64,
     part_of,
@@ -13,24 +30,32 @@ from fastbn.cpu.kernels.cells import (
     place_of_cell,
     places,
     repeat,
+    results_of,
+    rows_of_tile,
     spread,
     store_part,
     task_at,
-    width_of_last_row,
 )
 from fastbn.cpu.kernels.common import (
     FULL,
-    channel_start,
-    four,
-    input_coefficients,
+    dgamma_of,
+    distances_at,
+    distances_of,
+    distances_table,
+    gradient_parameters_table,
     input_gradient,
     linear_of,
-    linear_vectors,
+    linear_table,
     put,
+    rows_from,
+    rows_of,
+    sums_table,
+    write_distances,
     write_linear,
 )
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.simd import (
+    advance,
     converted,
     fma,
     lanes,
@@ -46,164 +71,222 @@ from fastbn.cpu.kernels.simd import (
     zero_where_not_positive,
     zero_where_uncounted,
 )
-from fastbn.cpu.sizes import LINEAR, ROW_CHUNK, SUMMED, SUMS
+from fastbn.cpu.records import ColumnSums, Linear, Rows
+from fastbn.cpu.sizes import COLUMN_SUMS, LINEAR, ROW_CHUNK, SUMS
+
+
+class Inputs(NamedTuple):
+    """Rows of a tile."""
+
+    dy: Any
+    x: Any
+    y: Any
+    weight: Any
+
+
+class Results(NamedTuple):
+    """Rows of a tile's gradients."""
+
+    dx: Any
+    dresidual: Any
 
 
 @inline
-def add_two_grad_rows(
-    dy, g, g_far, x, i, i_far, y, o, o_far, weight, far_weight, part, workspace, c, pitch
-):  # fmt: skip
-    """Add two rows' dz and dz * (x - hi) * unit of one vector of columns, or a part, to the sums at c."""
-    hi, unit, s1, s2 = load(workspace, c, FULL), load(workspace, c + pitch, FULL), c + 2 * pitch, c + 3 * pitch
-    p = zero_where_not_positive(part_of(y, o, part), part_of(dy, g, part))
-    q = zero_where_not_positive(part_of(y, o + o_far, part), part_of(dy, g + g_far, part))
-    store(workspace, s1, load(workspace, s1, FULL) + (p + q))
-    of_p = zero_where_uncounted(weight, p, (part_of(x, i, part) - hi) * unit)
-    of_q = zero_where_uncounted(far_weight, q, (part_of(x, i + i_far, part) - hi) * unit)
-    store(workspace, s2, load(workspace, s2, FULL) + fma(p, of_p, q * of_q))
+def column_sums(workspace, pitch):
+    return ColumnSums(
+        workspace, advance(workspace, pitch), advance(workspace, 2 * pitch), advance(workspace, 3 * pitch)
+    )
 
 
 @inline
-def grad_segment(
-    dy, g, g_step, x, i, i_step, y, o, o_step, weight, w, w_step, rows, cells, size,
-    partials, first_sum, second_sum, pitch, workspace, loose,
-):  # fmt: skip
-    """sum(dz) and sum(dz * (x - hi) * unit) of each cell of one segment, into two places of ``partials``.
+def inputs_from(inputs, row):
+    """What is left of them from a row on."""
+    return Inputs(
+        rows_from(inputs.dy, row, 0), rows_from(inputs.x, row, 0), rows_from(inputs.y, row, 0),
+        rows_from(inputs.weight, row, 0),
+    )  # fmt: skip
 
-    hi and unit are at ``loose``. A chunk has as many rows of both halves of the segment: four streams from memory, as
-    in `outer_reduction.segment`. All columns thread a weight.
-    """
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+@inline
+def dz_at(inputs, row, c, part):
+    """A vector of dz, or its first lanes."""
+    y = part_of(inputs.y.values, row * inputs.y.step + c, part)
+    return zero_where_not_positive(y, part_of(inputs.dy.values, row * inputs.dy.step + c, part))
+
+
+@inline
+def distance_at(inputs, row, c, part, weight, dz, hi, unit):
+    """A vector of (x - hi) * unit, or its first lanes; 0 where neither weight nor dz counts the element."""
+    x = part_of(inputs.x.values, row * inputs.x.step + c, part)
+    return zero_where_uncounted(weight, dz, (x - hi) * unit)
+
+
+@inline
+def add_two_rows(inputs, row, far, weight, far_weight, part, sums, c):
+    """Add one vector of columns, or a part, of two rows to the sums."""
+    hi, unit = load(sums.hi, c, FULL), load(sums.unit, c, FULL)
+    dz, far_dz = dz_at(inputs, row, c, part), dz_at(inputs, far, c, part)
+    store(sums.s1, c, load(sums.s1, c, FULL) + (dz + far_dz))
+    distance = distance_at(inputs, row, c, part, weight, dz, hi, unit)
+    far_distance = distance_at(inputs, far, c, part, far_weight, far_dz, hi, unit)
+    store(sums.s2, c, load(sums.s2, c, FULL) + fma(dz, distance, far_dz * far_distance))
+
+
+@inline
+def add_row(inputs, row, columns, sums):
+    """Add one row to the sums, by parts of vectors."""
+    x = inputs.x.values
+    weight = splat(x, value(inputs.weight.values, row * inputs.weight.step), FULL)
+    for c in range(0, columns, lanes(x, FULL)):
+        dz = dz_at(inputs, row, c, columns - c)
+        hi, unit = load(sums.hi, c, FULL), load(sums.unit, c, FULL)
+        distance = distance_at(inputs, row, c, columns - c, weight, dz, hi, unit)
+        store(sums.s1, c, load(sums.s1, c, FULL) + dz)
+        store(sums.s2, c, fma(dz, distance, load(sums.s2, c, FULL)))
+
+
+@inline
+def segment_grad_sums(inputs, rows, cells, size, dbeta, dgamma, sums):
+    """sum(dz) and sum(dz * (x - hi) * unit) of each cell of one segment, with hi and unit of its columns."""
+    x = inputs.x.values
     n, columns = lanes(x, FULL), cells * size
-    s1, s2 = loose + 2 * pitch, loose + 3 * pitch
-    fill(partials, first_sum, cells, 0.0)
-    fill(partials, second_sum, cells, 0.0)
+    fill(dbeta, cells, 0.0)
+    fill(dgamma, cells, 0.0)
     half, whole = rows // 2, columns - columns % n
-    g_far, i_far, o_far = half * g_step, half * i_step, half * o_step
     for first in range(0, max(1, half), ROW_CHUNK // 2):
-        fill(workspace, s1, columns, 0.0)
-        fill(workspace, s2, columns, 0.0)
+        fill(sums.s1, columns, 0.0)
+        fill(sums.s2, columns, 0.0)
         end = min(first + ROW_CHUNK // 2, half)
         for r in range(first, end):
-            g_row, i_row, o_row = g + r * g_step, i + r * i_step, o + r * o_step
-            near = splat(x, value(weight, w + r * w_step), FULL)
-            far = splat(x, value(weight, w + (half + r) * w_step), FULL)
+            near = splat(x, value(inputs.weight.values, r * inputs.weight.step), FULL)
+            far = splat(x, value(inputs.weight.values, (half + r) * inputs.weight.step), FULL)
             for c in range(0, whole, n):
-                add_two_grad_rows(
-                    dy, g_row + c, g_far, x, i_row + c, i_far, y, o_row + c, o_far, near, far, None,
-                    workspace, loose + c, pitch,
-                )  # fmt: skip
+                add_two_rows(inputs, r, half + r, near, far, None, sums, c)
             if whole < columns:
-                c = whole
-                add_two_grad_rows(
-                    dy, g_row + c, g_far, x, i_row + c, i_far, y, o_row + c, o_far, near, far, columns - c,
-                    workspace, loose + c, pitch,
-                )  # fmt: skip
+                add_two_rows(inputs, r, half + r, near, far, columns - whole, sums, whole)
         if rows % 2 > 0 and end == half:
-            g_row, i_row, o_row = g + (rows - 1) * g_step, i + (rows - 1) * i_step, o + (rows - 1) * o_step
-            w_ = splat(x, value(weight, w + (rows - 1) * w_step), FULL)
-            for c in range(0, columns, n):
-                dz = load_first(dy, g_row + c, columns - c, FULL)
-                dz = zero_where_not_positive(load_first(y, o_row + c, columns - c, FULL), dz)
-                e = load_first(x, i_row + c, columns - c, FULL) - load(workspace, loose + c, FULL)
-                e = zero_where_uncounted(w_, dz, e * load(workspace, loose + pitch + c, FULL))
-                store(workspace, s1 + c, load(workspace, s1 + c, FULL) + dz)
-                store(workspace, s2 + c, fma(dz, e, load(workspace, s2 + c, FULL)))
-        cell_totals(workspace, s1, cells, size, partials)
-        cell_totals(workspace, s2, cells, size, partials)
-        for j in range(0, cells, lanes(partials, FULL)):
-            a, b = first_sum + j, second_sum + j
-            store(partials, a, load(partials, a, FULL) + in_float64(workspace, s1 + j, partials))
-            store(partials, b, load(partials, b, FULL) + in_float64(workspace, s2 + j, partials))
+            add_row(inputs, rows - 1, columns, sums)
+        cell_totals(sums.s1, cells, size, dbeta)
+        cell_totals(sums.s2, cells, size, dbeta)
+        for j in range(0, cells, lanes(dbeta, FULL)):
+            store(dbeta, j, load(dbeta, j, FULL) + in_float64(sums.s1, j, dbeta))
+            store(dgamma, j, load(dgamma, j, FULL) + in_float64(sums.s2, j, dbeta))
+
+
+@inline
+def spread_hi_and_unit(x, given, first, j, channels, cells, size, sums):
+    """Of the cells from j on, in all their columns; ``first`` is channel 0's kept index."""
+    c = j % channels
+    for i in range(cells):
+        spread(sums.hi, i * size, rounded(x, given.mean[first + c]), size)
+        spread(sums.unit, i * size, unit_of(x, given.rstd[first + c]), size)
+        c = c + 1 if c + 1 < channels else 0
 
 
 @kernel
-def segment_grad_sums(thread, first, last, dy, x, y, weight, geometry, coefficients, partials, workspace):
-    """sum(dz) and sum(dz * (x - hi) * unit) of each segment of each cell, first in ``partials``.
-
-    The coefficients begin with (mean, rstd).
-    """
-    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
-    ws = four(geometry, 20)
-    fold, tile, height, _ = four(geometry, 4)
-    channels, size = shape[2], shape[3]
-    rows, cells = shape[1] // fold, channels * fold
-    g_step, i_step, o_step = dys[2] * fold, xs[2] * fold, ys[2] * fold
-    pitch, loose = pitch_of(tile, size), thread * SUMMED * pitch_of(tile, size)
-    segments, kept = -(-rows // height), shape[0] * channels
-    row_of_results = places(cells, tile)
-    results = shape[0] * segments * row_of_results
+def grad_sums_of_segments(
+    thread, first, last, dy, x, y, weight, shape, tiles, parameters, partials, workspace
+):  # fmt: skip
+    """Of each cell of each segment, in ``partials``: all sum(dz), then all sum(dz * (x - hi) * unit)."""
+    channels, size, coalesced = shape.channel, shape.inner, tiles.coalesced
+    rows, cells, pitch = shape.outer // coalesced, channels * coalesced, pitch_of(tiles, size)
+    results = results_of(shape, rows, cells, tiles)
+    given = gradient_parameters_table(parameters, shape.batch * channels)
+    sums = column_sums(advance(workspace, thread * COLUMN_SUMS * pitch), pitch)
     for k in range(first, last):
-        b, row, end, j, width = task_at(k, rows, cells, height, tile)
-        t = b * channels
-        c = j % channels
-        for i in range(width):
-            spread(workspace, loose + i * size, rounded(x, coefficients[t + c]), size)
-            spread(workspace, loose + pitch + i * size, unit_of(x, coefficients[kept + t + c]), size)
-            c = c + 1 if c + 1 < channels else 0
-        at = (b * segments + row // height) * row_of_results + place_of_cell(j, tile)
-        grad_segment(
-            dy, channel_start(dys, t, shape) + row * g_step + j * size, g_step,
-            x, channel_start(xs, t, shape) + row * i_step + j * size, i_step,
-            y, channel_start(ys, t, shape) + row * o_step + j * size, o_step,
-            weight, channel_start(ws, t, shape) + row * ws[2], ws[2],
-            end - row, width, size, partials, at, results + at, pitch, workspace, loose,
-        )  # fmt: skip
+        task = task_at(k, rows, cells, tiles)
+        spread_hi_and_unit(x.values, given, task.batch * channels, task.cell, channels, task.cells, size, sums)
+        at = task.batch * results.segments + task.row // tiles.height
+        dbeta = advance(partials, at * results.of_segment + place_of_cell(task.cell, tiles))
+        inputs = Inputs(
+            rows_of_tile(dy, task.batch, task.row, task.cell * size, coalesced),
+            rows_of_tile(x, task.batch, task.row, task.cell * size, coalesced),
+            rows_of_tile(y, task.batch, task.row, task.cell * size, coalesced),
+            rows_of_tile(weight, task.batch, task.row, 0, 1),
+        )
+        dgamma = advance(dbeta, results.together)
+        segment_grad_sums(inputs, task.end - task.row, task.cells, size, dbeta, dgamma, sums)
 
 
 @inline
-def write_grad_sums(x, t, count, kept, partials, at, second, apart, segments, coefficients, out):
-    """(dgamma, dbeta) of channels from t on, whose segments' sums are ``apart``: eight at a time."""
+def write_grad_sums(x, t, count, partials, results, given, sums):
+    """The results of channels from t on, whose segments' sums begin at ``partials``: eight at a time."""
     n = lanes(partials, FULL)
     for i in range(0, count, n):
         part = min(n, count - i)
-        p = splat(partials, 0.0, FULL)
-        q = p
-        for s in range(segments):
-            p = p + load_first(partials, at + s * apart + i, part, FULL)
-            q = q + load_first(partials, second + at + s * apart + i, part, FULL)
-        mean, rstd = load_first(coefficients, t + i, part, FULL), load_first(coefficients, kept + t + i, part, FULL)
+        a = splat(partials, 0.0, FULL)
+        b = a
+        for s in range(results.segments):
+            a = a + load_first(partials, s * results.of_segment + i, part, FULL)
+            b = b + load_first(partials, results.together + s * results.of_segment + i, part, FULL)
+        mean, rstd = load_first(given.mean, t + i, part, FULL), load_first(given.rstd, t + i, part, FULL)
         hi, unit = converted(converted(mean, splat(x, 0.0, mean)), mean), unit_of(x, rstd)
-        store_part(out, t + i, part, (q - (mean - hi) * unit * p) * (rstd / unit), n)
-        store_part(out, kept + t + i, part, p, n)
+        store_part(sums.dgamma, t + i, part, (b - (mean - hi) * unit * a) * (rstd / unit), n)
+        store_part(sums.dbeta, t + i, part, a, n)
+
+
+@inline
+def single_dz(dy, dy_at, y, y_at):
+    """The gradient of one value, 0 where relu has cut it off."""
+    if y is not None and value(y, y_at) <= 0.0:
+        return 0.0
+    return value(dy, dy_at)
+
+
+@inline
+def sums_of_rest(dy, x, y, t, first_row, shape, mean, rstd, a, b):
+    """And of the rows behind the coalesced ones."""
+    of_dy, of_x, of_y = rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape)
+    hi, unit = rounded(x.values, mean), unit_of(x.values, rstd)
+    for r in range(first_row, shape.outer):
+        dz = single_dz(of_dy.values, r * of_dy.step, of_y.values, r * of_y.step)
+        a, b = a + dz, b + dz * ((value(of_x.values, r * of_x.step) - hi) * unit)
+    return a, b
 
 
 @kernel
-def channel_grad_sums(thread, first, last, dy, x, y, geometry, coefficients, partials, out, linear, frozen, mixed):
-    """The results (dgamma, dbeta) of every kept index from its cells' sums; the coefficients begin with (mean, rstd).
-
-    If they are those of `input_coefficients`, then for ``linear`` see `write_linear`; else it is None.
-    """
-    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
-    fold, tile, height, _ = four(geometry, 4)
-    channels, kept = shape[2], shape[0] * shape[2]
-    rows, cells = shape[1] // fold, channels * fold
-    segments = -(-rows // height)
-    row_of_results = places(cells, tile)
-    results = shape[0] * segments * row_of_results
+def channel_grad_sums(
+    thread, first, last, dy, x, y, shape, tiles, parameters, partials, sums, distances, frozen, mixed
+):  # fmt: skip
+    """The results from the cells' sums and, if they are asked for, the `records.Distances` of dx."""
+    channels, kept = shape.channel, shape.batch * shape.channel
+    rows, cells = shape.outer // tiles.coalesced, channels * tiles.coalesced
+    results, given = results_of(shape, rows, cells, tiles), gradient_parameters_table(parameters, kept)
+    out = sums_table(sums, kept)
     whole = first
-    while fold == 1 and whole < last:
+    while tiles.coalesced == 1 and whole < last:
         j = whole % channels
-        width = min(last - whole, channels - j, tile - j % tile)
-        at = whole // channels * segments * row_of_results + place_of_cell(j, tile)
-        write_grad_sums(x, whole, width, kept, partials, at, results, row_of_results, segments, coefficients, out)
-        whole += width
+        count = min(last - whole, channels - j, tiles.width - j % tiles.width)
+        at = whole // channels * results.segments * results.of_segment + place_of_cell(j, tiles)
+        write_grad_sums(x.values, whole, count, advance(partials, at), results, given, out)
+        whole += count
     for t in range(whole, last):
-        p, q = 0.0, 0.0
-        for s in range(segments):
-            at = (t // channels * segments + s) * row_of_results
+        a, b = 0.0, 0.0
+        for s in range(results.segments):
+            at = (t // channels * results.segments + s) * results.of_segment
             for j in range(t % channels, cells, channels):
-                k = at + place_of_cell(j, tile)
-                p, q = p + partials[k], q + partials[results + k]
-        hi, unit, rstd = rounded(x, coefficients[t]), unit_of(x, coefficients[kept + t]), coefficients[kept + t]
-        g, i, o = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
-        for r in range(rows * fold, shape[1]):
-            dz = value(dy, g + r * dys[2])
-            if y is not None and value(y, o + r * ys[2]) <= 0.0:
-                dz = 0.0
-            p, q = p + dz, q + dz * ((value(x, i + r * xs[2]) - hi) * unit)
-        out[t], out[kept + t] = (q - (coefficients[t] - hi) * unit * p) * (rstd / unit), p
-    if linear is not None:
-        write_linear(x, coefficients, first, last, kept, frozen, mixed, out, linear)
+                k = at + place_of_cell(j, tiles)
+                a, b = a + partials[k], b + partials[results.together + k]
+        mean, rstd = given.mean[t], given.rstd[t]
+        a, b = sums_of_rest(dy, x, y, t, rows * tiles.coalesced, shape, mean, rstd, a, b)
+        out.dgamma[t], out.dbeta[t] = dgamma_of(x.values, mean, rstd, a, b), a
+    if distances is not None:
+        write_distances(x.values, given, first, last, frozen, mixed, out, distances_table(distances, kept))
+
+
+# --- dx ---------------------------------------------------------------------------------------------------------------
+
+
+@inline
+def linear_at(linear, c):
+    """A vector of columns."""
+    return Linear(
+        load(linear.scale, c, FULL), load(linear.hi, c, FULL), load(linear.slope, c, FULL),
+        load(linear.offset, c, FULL), load(linear.unit, c, FULL),
+    )  # fmt: skip
 
 
 @inline
@@ -213,149 +296,130 @@ def put_if_there(y, at, v, nontemporal):
 
 
 @inline
-def grad_input_rows(
-    dy, g, g_step, x, i, i_step, y, o, o_step, weight, w, w_step, dx, d, d_step, dresidual, e, e_step,
-    rows, columns, end_columns, workspace, loose, pitch, nontemporal, ahead,
-):  # fmt: skip
-    """As `normalize_rows`; in ``workspace`` are scale, hi, slope, offset and unit of every column."""
-    n = lanes(dy, FULL)
-    scale, hi, slope, offset = loose, loose + pitch, loose + 2 * pitch, loose + 3 * pitch
-    unit = loose + 4 * pitch
+def grad_input_rows(inputs, results, rows, columns, end_columns, linear, nontemporal, ahead):
+    """As `outer_reduction.normalize_rows`, with a `Linear` of all columns."""
+    dy, x, dx, dresidual = inputs.dy, inputs.x, results.dx, results.dresidual
+    n = lanes(dy.values, FULL)
     for r in range(rows):
         width = end_columns if r == rows - 1 else columns
         whole = width - width % n
-        w_ = splat(dy, value(weight, w + r * w_step), FULL)
+        weight = splat(dy.values, value(inputs.weight.values, r * inputs.weight.step), FULL)
         for c in range(0, whole, n):
-            prefetch(dy, g + r * g_step + c + ahead)
-            prefetch(x, i + r * i_step + c + ahead)
-            a, h = load(workspace, scale + c, FULL), load(workspace, hi + c, FULL)
-            p, q = load(workspace, slope + c, FULL), load(workspace, offset + c, FULL)
-            dz = zero_where_not_positive(load(y, o + r * o_step + c, FULL), load(dy, g + r * g_step + c, FULL))
-            x_ = load(x, i + r * i_step + c, FULL)
-            dx_ = input_gradient(dz, x_, w_, a, h, p, q, load(workspace, unit + c, FULL))
-            put(dx, d + r * d_step + c, dx_, nontemporal)
-            put_if_there(dresidual, e + r * e_step + c, dz, nontemporal)
+            prefetch(dy.values, r * dy.step + c + ahead)
+            prefetch(x.values, r * x.step + c + ahead)
+            dz = dz_at(inputs, r, c, None)
+            v = input_gradient(dz, load(x.values, r * x.step + c, FULL), weight, linear_at(linear, c))
+            put(dx.values, r * dx.step + c, v, nontemporal)
+            put_if_there(dresidual.values, r * dresidual.step + c, dz, nontemporal)
         if whole < width:
             c, part = whole, width - whole
-            a, h = load(workspace, scale + c, FULL), load(workspace, hi + c, FULL)
-            p, q = load(workspace, slope + c, FULL), load(workspace, offset + c, FULL)
-            dz = load_first(dy, g + r * g_step + c, part, FULL)
-            dz = zero_where_not_positive(load_first(y, o + r * o_step + c, part, FULL), dz)
-            x_ = load_first(x, i + r * i_step + c, part, FULL)
-            dx_ = input_gradient(dz, x_, w_, a, h, p, q, load(workspace, unit + c, FULL))
-            store_first(dx, d + r * d_step + c, part, dx_)
-            store_first(dresidual, e + r * e_step + c, part, dz)
+            dz = dz_at(inputs, r, c, part)
+            v = input_gradient(dz, load_first(x.values, r * x.step + c, part, FULL), weight, linear_at(linear, c))
+            store_first(dx.values, r * dx.step + c, part, v)
+            store_first(dresidual.values, r * dresidual.step + c, part, dz)
 
 
 @inline
-def spread_linear(x, workspace, at, pitch, size, mean, scale, offset, slope, unit):
-    """What `grad_input_rows` wants of one cell."""
-    linear = linear_of(x, mean, scale, offset, slope, unit)
-    for k in range(LINEAR):
-        spread(workspace, at + k * pitch, linear[k], size)
+def spread_linear(x, d, at, size, linear):
+    """What `grad_input_rows` wants of one cell, from its `Distances`."""
+    one = linear_of(x, d.mean, d.scale, d.offset, d.slope, d.unit)
+    spread(linear.scale, at, one.scale, size)
+    spread(linear.hi, at, one.hi, size)
+    spread(linear.slope, at, one.slope, size)
+    spread(linear.offset, at, one.offset, size)
+    spread(linear.unit, at, one.unit, size)
 
 
 @inline
-def spread_all_linear(x, coefficients, t, j, channels, kept, cells, size, workspace, at, pitch):
-    """The same of the cells from j on; t is the kept index of channel 0."""
+def spread_all_linear(x, distances, first, j, channels, cells, size, linear):
+    """The same of the cells from j on, from a table; ``first`` is channel 0's kept index."""
     if size == 1 and (j == 0 or j + cells <= channels):
-        linear_vectors(coefficients, t + j % channels, min(cells, channels), kept, workspace, at, pitch)
-        for k in range(LINEAR):
-            repeat(workspace, at + k * pitch, channels, cells)
+        write_linear(linear, distances, first + j % channels, min(cells, channels))
+        repeat(linear.scale, channels, cells)
+        repeat(linear.hi, channels, cells)
+        repeat(linear.slope, channels, cells)
+        repeat(linear.offset, channels, cells)
+        repeat(linear.unit, channels, cells)
     else:
-        c = t + j % channels
+        c = first + j % channels
         for i in range(cells):
-            spread_linear(
-                x, workspace, at + i * size, pitch, size,
-                coefficients[c], coefficients[kept + c], coefficients[2 * kept + c],
-                coefficients[3 * kept + c], coefficients[4 * kept + c],
-            )  # fmt: skip
-            c = c + 1 if c + 1 < t + channels else t
+            spread_linear(x, distances_at(distances, c), i * size, size, linear)
+            c = c + 1 if c + 1 < first + channels else first
 
 
 @kernel
-def grad_input(thread, first, last, dy, x, y, weight, dx, dresidual, geometry, coefficients, workspace, nontemporal):
-    """``dx`` (and ``dresidual = dz``); the coefficients are (mean, scale, offset, slope, unit)."""
-    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
-    ws, dxs, drs = four(geometry, 20), four(geometry, 24), four(geometry, 28)
-    fold, tile, height, _ = four(geometry, 4)
-    channels, size, kept = shape[2], shape[3], shape[0] * shape[2]
-    rows, cells = -(-shape[1] // fold), channels * fold
-    g_step, i_step, o_step, d_step, e_step = dys[2] * fold, xs[2] * fold, ys[2] * fold, dxs[2] * fold, drs[2] * fold
-    pitch = pitch_of(tile, size)
-    loose = thread * LINEAR * pitch
+def grad_input(
+    thread, first, last, dy, x, y, weight, dx, dresidual, shape, tiles, distances, workspace, nontemporal
+):  # fmt: skip
+    """``dx`` (and ``dresidual = dz``), as `outer_reduction.normalize`."""
+    channels, size, coalesced = shape.channel, shape.inner, tiles.coalesced
+    rows, cells, pitch = -(-shape.outer // coalesced), channels * coalesced, pitch_of(tiles, size)
+    given = distances_table(distances, shape.batch * channels)
+    linear = linear_table(advance(workspace, thread * LINEAR * pitch), pitch)
     for k in range(first, last):
-        b, row, end, j, width = task_at(k, rows, cells, height, tile)
-        t = b * channels
-        spread_all_linear(dy, coefficients, t, j, channels, kept, width, size, workspace, loose, pitch)
-        grad_input_rows(
-            dy, channel_start(dys, t, shape) + row * g_step + j * size, g_step,
-            x, channel_start(xs, t, shape) + row * i_step + j * size, i_step,
-            y, channel_start(ys, t, shape) + row * o_step + j * size, o_step,
-            weight, channel_start(ws, t, shape) + row * ws[2], ws[2],
-            dx, channel_start(dxs, t, shape) + row * d_step + j * size, d_step,
-            dresidual, channel_start(drs, t, shape) + row * e_step + j * size, e_step,
-            end - row, width * size, width_of_last_row(end, j, width, shape, fold) * size,
-            workspace, loose, pitch, nontemporal, AHEAD,
+        task = task_at(k, rows, cells, tiles)
+        batch, row, column = task.batch, task.row, task.cell * size
+        spread_all_linear(dy.values, given, batch * channels, task.cell, channels, task.cells, size, linear)
+        inputs = Inputs(
+            rows_of_tile(dy, batch, row, column, coalesced), rows_of_tile(x, batch, row, column, coalesced),
+            rows_of_tile(y, batch, row, column, coalesced), rows_of_tile(weight, batch, row, 0, 1),
         )  # fmt: skip
+        results = Results(
+            rows_of_tile(dx, batch, row, column, coalesced), rows_of_tile(dresidual, batch, row, column, coalesced)
+        )
+        grad_input_rows(
+            inputs, results, task.end - row, task.cells * size, columns_of_last_row(task, shape, coalesced), linear,
+            nontemporal, AHEAD,
+        )  # fmt: skip
+
+
+@inline
+def add_to_sums(t, cells, dbeta, dgamma, sums):
+    """A segment's sums of cells that are whole channels, from kept index t on."""
+    for c in range(cells):
+        sums.dbeta[t + c] += dbeta[c]
+        sums.dgamma[t + c] += dgamma[c]
+
+
+@inline
+def finish_tile(x, t, cells, size, given, frozen, mixed, sums, linear):
+    """The results of a tile's channels, from kept index t on, and what their dx needs."""
+    for c in range(cells):
+        a = sums.dbeta[t + c]
+        b = dgamma_of(x, given.mean[t + c], given.rstd[t + c], a, sums.dgamma[t + c])
+        sums.dgamma[t + c] = b
+        spread_linear(x, distances_of(x, given, t + c, frozen, mixed, b, a), c * size, size, linear)
 
 
 @kernel
 def backward(
-    thread,
-    first,
-    last,
-    dy,
-    x,
-    y,
-    live,
-    dx,
-    dresidual,
-    geometry,
-    coefficients,
-    mixed,
-    out,
-    partials,
-    workspace,
+    thread, first, last, dy, x, y, dx, dresidual, live, shape, tiles, parameters, mixed, sums, partials, workspace,
     nontemporal,
-):
-    """Gradient sums and dx, a tile of cells at a time: the second pass finds its rows of dy and x in cache.
+):  # fmt: skip
+    """Sums and dx, a tile of cells at a time: the second pass finds its rows of dy and x in cache.
 
-    ``live`` is x again, or None where statistics are frozen and dx does not depend on it. The coefficients are those of
-    `input_coefficients`, the results (dgamma, dbeta). Rows are not folded.
+    ``live`` is x again, or None where statistics are frozen and dx does not depend on it. Rows are not coalesced.
     """
-    shape, dys, xs, ys = four(geometry, 0), four(geometry, 8), four(geometry, 12), four(geometry, 16)
-    dxs, drs = four(geometry, 24), four(geometry, 28)
-    _, tile, height, _ = four(geometry, 4)
-    channels, size, rows, kept = shape[2], shape[3], shape[1], shape[0] * shape[2]
-    pitch = pitch_of(tile, size)
-    loose, own, apart = thread * LINEAR * pitch, thread * SUMS * places(tile, tile), places(tile, tile)
+    channels, size, rows, kept = shape.channel, shape.inner, shape.outer, shape.batch * shape.channel
+    pitch, room = pitch_of(tiles, size), places(tiles.width, tiles.width)
+    given, out = gradient_parameters_table(parameters, kept), sums_table(sums, kept)
+    of_thread = advance(workspace, thread * LINEAR * pitch)
+    columns, linear = column_sums(of_thread, pitch), linear_table(of_thread, pitch)
+    dbeta = advance(partials, thread * SUMS * room)
+    dgamma = advance(dbeta, room)
     for k in range(first, last):
-        b, _, _, j, width = task_at(k, 1, channels, 1, tile)
-        t = b * channels + j
-        g, i, o = channel_start(dys, t, shape), channel_start(xs, t, shape), channel_start(ys, t, shape)
-        d, e = channel_start(dxs, t, shape), channel_start(drs, t, shape)
-        for c in range(width):
-            spread(workspace, loose + c * size, rounded(x, coefficients[t + c]), size)
-            spread(workspace, loose + pitch + c * size, unit_of(x, coefficients[kept + t + c]), size)
-            out[t + c] = out[kept + t + c] = 0.0
-        for row in range(0, rows, height):
-            grad_segment(
-                dy, g + row * dys[2], dys[2], x, i + row * xs[2], xs[2], y, o + row * ys[2], ys[2], None, 0, 0,
-                min(height, rows - row), width, size, partials, own, own + apart, pitch, workspace, loose,
-            )  # fmt: skip
-            for c in range(width):
-                out[kept + t + c] += partials[own + c]
-                out[t + c] += partials[own + apart + c]
-        for c in range(width):
-            mean, rstd, a = coefficients[t + c], coefficients[kept + t + c], out[kept + t + c]
-            unit = unit_of(x, rstd)
-            b_ = (out[t + c] - (mean - rounded(x, mean)) * unit * a) * (rstd / unit)
-            out[t + c] = b_
-            scale, offset, slope, unit = input_coefficients(x, coefficients, t + c, kept, live is None, mixed, a, b_)
-            spread_linear(x, workspace, loose + c * size, pitch, size, mean, scale, offset, slope, unit)
-        columns = width * size
-        grad_input_rows(
-            dy, g, dys[2], live, i, xs[2], y, o, ys[2], None, 0, 0, dx, d, dxs[2], dresidual, e, drs[2],
-            rows, columns, columns, workspace, loose, pitch, nontemporal, columns,
-        )  # fmt: skip
+        tile = task_at(k, 1, channels, tiles)
+        t, cells, wide = tile.batch * channels + tile.cell, tile.cells, tile.cells * size
+        no_weight = Rows(None, 0)
+        inputs = Inputs(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), no_weight)
+        spread_hi_and_unit(x.values, given, t, 0, cells, cells, size, columns)
+        for c in range(cells):
+            out.dgamma[t + c] = out.dbeta[t + c] = 0.0
+        for row in range(0, rows, tiles.height):
+            high = min(tiles.height, rows - row)
+            segment_grad_sums(inputs_from(inputs, row), high, cells, size, dbeta, dgamma, columns)
+            add_to_sums(t, cells, dbeta, dgamma, out)
+        finish_tile(x.values, t, cells, size, given, live.values is None, mixed, out, linear)
+        of_live = Inputs(inputs.dy, rows_of(live, t, shape), inputs.y, no_weight)
+        results = Results(rows_of(dx, t, shape), rows_of(dresidual, t, shape))
+        grad_input_rows(of_live, results, rows, wide, wide, linear, nontemporal, wide)

@@ -442,6 +442,26 @@ def unit_of(typing, array, number):
 
 
 @intrinsic
+def advance(typing, array, count):
+    """The same array from an element on."""
+    if array == types.none:
+        return _absent(types.none, array, types.intp)
+
+    def codegen(context, builder, sig, args):
+        return builder.gep(args[0], [args[1]])
+
+    return array(array, types.intp), codegen
+
+
+@intrinsic
+def present(typing, record):
+    """An array with strides, or rows; None if they are absent."""
+    if record[0] == types.none:
+        return _absent(types.none, record)
+    return record(record), lambda context, builder, sig, args: args[0]
+
+
+@intrinsic
 def address(typing, array, at):
     """The address of an element in bytes."""
 
