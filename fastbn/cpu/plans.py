@@ -6,8 +6,8 @@ A plan is made once for each shape, strides, dtype, options and number of thread
 - one trip over memory, where what is read twice stays in a core's cache, and two;
 - plain stores and stores past the caches.
 
-What changes the bits of sums (chunks, segments, coalesced rows, the family of kernels) follows from shape and strides
-alone: `sizes` has these numbers, and the numbers here decide speed.
+What changes the bits of sums (chunks and segments, for which see `sizes`, coalesced rows, the family of kernels)
+follows from shape and strides alone.
 
 Dtypes are named as kernels name arrays of them (`program.kind_of`).
 """
@@ -21,7 +21,19 @@ from typing import Any, NamedTuple
 from fastbn.cpu import sizes, team
 from fastbn.cpu.memory import Nontemporal
 from fastbn.cpu.program import Argument, Program, Strided
-from fastbn.cpu.records import Chunks, GradientParameters, Moments, Parameters, Shape, Strides, Sums, Tiles
+from fastbn.cpu.records import (
+    Chunks,
+    Distances,
+    GradientParameters,
+    Moments,
+    Parameters,
+    Part,
+    SegmentSums,
+    Shape,
+    Strides,
+    Sums,
+    Tiles,
+)
 
 Kind = str
 Kinds = tuple[Kind | None, ...]  # of vectors of parameters; None for one that has its default
@@ -252,7 +264,7 @@ def _add_moments(problem: Problem, table: Argument, eps: Argument) -> None:
     else:
         problem = problem.halved()
         tasks = kept * sizes.segment_count(problem.shape.outer, problem.shape.inner)
-        family, count = "inner_reduction", 3 * tasks
+        family, count = "inner_reduction", len(Part._fields) * tasks
         division = {"chunks": p.record(_chunks(problem.shape))}
     given: dict[str, Any] = problem.arrays("x", "weight") | {"shape": problem.of_shape} | division
     given |= {"origins": _add_origins(problem), "partials": p.scratch(count, "f8*")}
@@ -405,15 +417,20 @@ def _add_grad_sums(
         )  # fmt: skip
     else:
         problem = problem.halved()
-        chunks, segments = _chunks(problem.shape), sizes.segment_count(problem.shape.outer, problem.shape.inner)
-        given: dict[str, Any] = {"shape": problem.of_shape, "chunks": p.record(chunks), "parameters": parameters}
-        partials = p.scratch(2 * kept * segments, "f8*")
+        segments = kept * sizes.segment_count(problem.shape.outer, problem.shape.inner)
+        count = len(SegmentSums._fields) * segments
+        given: dict[str, Any] = {
+            "shape": problem.of_shape,
+            "chunks": p.record(_chunks(problem.shape)),
+            "parameters": parameters,
+        }
+        partials = p.scratch(count, "f8*")
         p.launch(
-            "inner_gradients.grad_sums_of_segments", kept * segments, **problem.arrays("dy", "x", "y", "weight"),
+            "inner_gradients.grad_sums_of_segments", segments, **problem.arrays("dy", "x", "y", "weight"),
             **given, partials=partials,
         )  # fmt: skip
         p.launch(
-            "inner_gradients.channel_grad_sums", kept, 2 * kept * segments < FEW_PARTIALS, x=p.array("x"), **given,
+            "inner_gradients.channel_grad_sums", kept, count < FEW_PARTIALS, x=p.array("x"), **given,
             partials=partials, sums=p.array("sums"), distances=distances, frozen=frozen, mixed=mixed,
         )  # fmt: skip
 
@@ -431,7 +448,10 @@ def grad_input(
     strides = {"dy": dys, "x": xs, "y": ys, "weight": ws, "dx": dxs, "dresidual": drs}
     problem = Problem(p, shape, kind, num_threads, strides)
     table, mixed = _gradient_parameters(problem, parameters)
-    sums, distances = table_of(p, problem.kept, Sums(dgamma=0.0, dbeta=0.0)), p.scratch(5 * problem.kept, "f8*")
+    sums, distances = (
+        table_of(p, problem.kept, Sums(dgamma=0.0, dbeta=0.0)),
+        p.scratch(len(Distances._fields) * problem.kept, "f8*"),
+    )
     p.launch(
         "common.find_distances", problem.kept, True, x=p.array("x"), parameters=table, kept=problem.kept, mixed=mixed,
         sums=sums, distances=distances,
@@ -515,7 +535,7 @@ def backward(
             nontemporal=problem.nontemporal_rows(problem.shape.inner),
         )  # fmt: skip
     else:
-        distances = p.scratch(5 * kept, "f8*")
+        distances = p.scratch(len(Distances._fields) * kept, "f8*")
         _add_grad_sums(problem, table, distances, frozen, mixed)
         _add_grad_input(problem, distances, frozen)
     return p

@@ -106,6 +106,13 @@ class Sums(NamedTuple):
     dbeta: Any
 
 
+class SegmentSums(NamedTuple):
+    """Of a segment: sums of dz, and of ``dz * (x - hi) * unit``, hi the rounded mean."""
+
+    dz: Any
+    distance: Any
+
+
 class Distances(NamedTuple):
     """Of ``unit * (scale * dz - weight * (offset + slope * (x - mean)))``."""
 
@@ -134,7 +141,7 @@ class Running(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Statistics to be merged."""
+    """Statistics to be merged; of a segment, the mean is relative to its channel's origin."""
 
     count: Any
     mean: Any

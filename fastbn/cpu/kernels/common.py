@@ -22,22 +22,14 @@ from fastbn.cpu.kernels.simd import (
     splat,
     store,
     store_nontemporal,
+    table_rows,
     unit_of,
     value,
     zero_where_not_positive,
     zero_where_uncounted,
     zero_where_zero,
 )
-from fastbn.cpu.records import (
-    Affine,
-    Distances,
-    GradientParameters,
-    Linear,
-    Moments,
-    Parameters,
-    Rows,
-    Sums,
-)
+from fastbn.cpu.records import Affine, Distances, GradientParameters, Linear, Rows, Sums
 
 FULL = 64  # bytes of a vector: one cache line of float32
 LEAST_M2 = 2.0**-930  # of what is not constant, until `finished` finds it; far below what float32's squares give
@@ -64,52 +56,6 @@ def rows_of(array, t, shape):
 def rows_from(rows, row, column):
     """What is left of them from a value on."""
     return Rows(advance(rows.values, row * rows.step + column), rows.step)
-
-
-@inline
-def moments_table(table, kept):
-    return Moments(
-        table, advance(table, kept), advance(table, 2 * kept), advance(table, 3 * kept), advance(table, 4 * kept),
-        advance(table, 5 * kept),
-    )  # fmt: skip
-
-
-@inline
-def parameters_table(table, kept):
-    return Parameters(table, advance(table, kept), advance(table, 2 * kept), advance(table, 3 * kept))
-
-
-@inline
-def gradient_parameters_table(table, kept):
-    return GradientParameters(
-        table, advance(table, kept), advance(table, 2 * kept), advance(table, 3 * kept), advance(table, 4 * kept),
-        advance(table, 5 * kept),
-    )  # fmt: skip
-
-
-@inline
-def sums_table(table, kept):
-    return Sums(table, advance(table, kept))
-
-
-@inline
-def distances_table(table, kept):
-    return Distances(
-        table, advance(table, kept), advance(table, 2 * kept), advance(table, 3 * kept), advance(table, 4 * kept)
-    )
-
-
-@inline
-def affine_table(workspace, pitch):
-    return Affine(workspace, advance(workspace, pitch), advance(workspace, 2 * pitch))
-
-
-@inline
-def linear_table(workspace, pitch):
-    return Linear(
-        workspace, advance(workspace, pitch), advance(workspace, 2 * pitch), advance(workspace, 3 * pitch),
-        advance(workspace, 4 * pitch),
-    )  # fmt: skip
 
 
 @inline
@@ -386,6 +332,6 @@ def write_distances(x, parameters, first, last, frozen, mixed, sums, distances):
 def find_distances(thread, first, last, x, parameters, kept, mixed, sums, distances):
     """`write_distances` by itself, for sums that come from elsewhere."""
     write_distances(
-        x, gradient_parameters_table(parameters, kept), first, last, False, mixed, sums_table(sums, kept),
-        distances_table(distances, kept),
+        x, table_rows(GradientParameters, parameters, kept), first, last, False, mixed, table_rows(Sums, sums, kept),
+        table_rows(Distances, distances, kept),
     )  # fmt: skip

@@ -25,15 +25,11 @@ from fastbn.cpu.kernels.common import (
     FULL,
     dgamma_of,
     distances_of,
-    distances_table,
-    gradient_parameters_table,
     input_gradient,
     linear_of,
-    linear_table,
     put,
     rows_from,
     rows_of,
-    sums_table,
     write_distances,
     write_linear,
 )
@@ -63,12 +59,13 @@ from fastbn.cpu.kernels.simd import (
     narrowed,
     splat,
     store,
+    table_rows,
     total,
     unit_of,
     zero_where_not_positive,
     zero_where_uncounted,
 )
-from fastbn.cpu.records import Linear
+from fastbn.cpu.records import Distances, GradientParameters, Linear, SegmentSums, Sums
 from fastbn.cpu.sizes import LINEAR, PAD, SEGMENT
 
 
@@ -180,12 +177,12 @@ def segment_grad_sums(slabs, shape, largest, segment, mean, rstd):
 
 @kernel
 def grad_sums_of_segments(thread, first, last, dy, x, y, weight, shape, chunks, parameters, partials):
-    """The two sums, side by side, of every segment of every kept index; of the parameters it reads mean and rstd."""
-    segments = segment_count(shape, chunks)
-    given = gradient_parameters_table(parameters, shape.batch * shape.channel)
+    """A table of `SegmentSums`, of every segment of every kept index; of the parameters it reads mean and rstd."""
+    segments, kept = segment_count(shape, chunks), shape.batch * shape.channel
+    given, parts = table_rows(GradientParameters, parameters, kept), table_rows(SegmentSums, partials, kept * segments)
     for k in range(first, last):
         t = k // segments
-        partials[2 * k], partials[2 * k + 1] = segment_grad_sums(
+        parts.dz[k], parts.distance[k] = segment_grad_sums(
             slabs_of(dy, x, y, weight, t, shape), shape, chunks, k % segments, given.mean[t], given.rstd[t]
         )
 
@@ -196,14 +193,15 @@ def channel_grad_sums(
 ):  # fmt: skip
     """The results from the segments' sums and, if they are asked for, the `records.Distances` of dx."""
     segments, kept = segment_count(shape, chunks), shape.batch * shape.channel
-    given, results = gradient_parameters_table(parameters, kept), sums_table(sums, kept)
+    given, results = table_rows(GradientParameters, parameters, kept), table_rows(Sums, sums, kept)
+    parts = table_rows(SegmentSums, partials, kept * segments)
     for t in range(first, last):
         a, b = 0.0, 0.0
         for k in range(t * segments, (t + 1) * segments):
-            a, b = a + partials[2 * k], b + partials[2 * k + 1]
+            a, b = a + parts.dz[k], b + parts.distance[k]
         results.dgamma[t], results.dbeta[t] = dgamma_of(x, given.mean[t], given.rstd[t], a, b), a
     if distances is not None:
-        write_distances(x, given, first, last, frozen, mixed, results, distances_table(distances, kept))
+        write_distances(x, given, first, last, frozen, mixed, results, table_rows(Distances, distances, kept))
 
 
 # --- dx ---------------------------------------------------------------------------------------------------------------
@@ -288,9 +286,9 @@ def grad_input(
 ):  # fmt: skip
     """``dx`` (and ``dresidual = dz``), in the order of memory, as `inner_reduction.normalize`."""
     start, end = piece_start(first, shape.inner), piece_start(last, shape.inner)
-    linear = linear_table(advance(workspace, LINEAR * thread * pitch), pitch)
+    linear = table_rows(Linear, advance(workspace, LINEAR * thread * pitch), pitch)
     t, t_end = kept_range(start, end, shape)
-    write_linear(linear, distances_table(distances, shape.batch * shape.channel), t, t_end - t)
+    write_linear(linear, table_rows(Distances, distances, shape.batch * shape.channel), t, t_end - t)
     while start < end:
         place = place_of(start, shape)
         count = min(end, (start // run + 1) * run) - start
@@ -319,8 +317,8 @@ def backward(
     ``live`` is x again, or None where statistics are frozen and dx does not depend on it.
     """
     kept = shape.batch * shape.channel
-    given, out = gradient_parameters_table(parameters, kept), sums_table(sums, kept)
-    linear = linear_table(advance(workspace, LINEAR * thread * PAD), PAD)
+    given, out = table_rows(GradientParameters, parameters, kept), table_rows(Sums, sums, kept)
+    linear = table_rows(Linear, advance(workspace, LINEAR * thread * PAD), PAD)
     for t in range(first, last):
         slabs, of_live = slabs_of(dy, x, y, weight, t, shape), rows_of(live, t, shape)
         of_dx, of_dresidual = rows_of(dx, t, shape), rows_of(dresidual, t, shape)

@@ -32,15 +32,12 @@ import numpy as np
 from fastbn.cpu.kernels.common import (
     FULL,
     affine_of,
-    affine_table,
     finished,
     marked,
     merged,
-    moments_table,
     needs_new_shift,
     normalized,
     origin_of,
-    parameters_table,
     positive_or_nan,
     put,
     rows_from,
@@ -67,10 +64,11 @@ from fastbn.cpu.kernels.simd import (
     splat,
     store,
     store_nontemporal,
+    table_rows,
     total,
     zero_where_zero,
 )
-from fastbn.cpu.records import Affine
+from fastbn.cpu.records import Affine, Moments, Parameters, Part
 from fastbn.cpu.sizes import AFFINE, PAD, PIECE, SEGMENT
 
 WIDE = 128  # bytes of a vector where weights cost precision: fewer additions a lane
@@ -260,24 +258,26 @@ def slab_moments(x, weight, shape, largest, origin):
 
 @kernel
 def moments_of_segments(thread, first, last, x, weight, shape, chunks, origins, partials):
-    """n, mean - origin and M2, side by side, of every segment of every kept index."""
+    """Sum of weights, mean - origin and M2 of every segment of every kept index: a table of `Part`."""
     segments = segment_count(shape, chunks)
+    parts = table_rows(Part, partials, shape.batch * shape.channel * segments)
     for k in range(first, last):
         t = k // segments
         rows, weights = rows_of(x, t, shape), present(rows_of(weight, t, shape))
         origin = origin_of(rows, weights, origins, t)
         n, mean, m2 = segment_moments(rows, weights, shape, chunks, k % segments, origin)
-        partials[3 * k], partials[3 * k + 1], partials[3 * k + 2] = n, mean, m2
+        parts.count[k], parts.mean[k], parts.m2[k] = n, mean, m2
 
 
 @kernel
 def channel_moments(thread, first, last, x, weight, shape, chunks, origins, partials, table, eps):
     """Moments of every kept index from those of its segments."""
-    segments, moments = segment_count(shape, chunks), moments_table(table, shape.batch * shape.channel)
+    segments, kept = segment_count(shape, chunks), shape.batch * shape.channel
+    parts, moments = table_rows(Part, partials, kept * segments), table_rows(Moments, table, kept)
     for t in range(first, last):
         n, mean, m2 = 0.0, 0.0, 0.0
         for k in range(t * segments, (t + 1) * segments):
-            n, mean, m2 = merged(n, mean, m2, partials[3 * k], partials[3 * k + 1], partials[3 * k + 2])
+            n, mean, m2 = merged(n, mean, m2, parts.count[k], parts.mean[k], parts.m2[k])
         rows, weights = rows_of(x, t, shape), present(rows_of(weight, t, shape))
         n, mean, m2, unit = finished(rows, weights, shape, n, mean, m2, origin_of(rows, weights, origins, t))
         write_moments(moments, t, n, mean, m2, unit, eps)
@@ -377,9 +377,9 @@ def normalize(
     rows a pitch apart.
     """
     start, end = piece_start(first, shape.inner), piece_start(last, shape.inner)
-    affine = affine_table(advance(workspace, AFFINE * thread * pitch), pitch)
+    affine = table_rows(Affine, advance(workspace, AFFINE * thread * pitch), pitch)
     t, t_end = kept_range(start, end, shape)
-    write_affine(affine, parameters_table(table, shape.batch * shape.channel), t, t_end - t, eps, given_rstd)
+    write_affine(affine, table_rows(Parameters, table, shape.batch * shape.channel), t, t_end - t, eps, given_rstd)
     while start < end:
         place = place_of(start, shape)
         count = min(end, (start // run + 1) * run) - start
@@ -395,8 +395,8 @@ def forward(
     thread, first, last, x, weight, y, residual, shape, chunks, origins, table, eps, workspace, relu, nontemporal
 ):  # fmt: skip
     """Moments and y, a channel at a time: the second pass finds the slab in cache. The table is of `Moments`."""
-    moments = moments_table(table, shape.batch * shape.channel)
-    affine = affine_table(advance(workspace, AFFINE * thread * PAD), PAD)
+    moments = table_rows(Moments, table, shape.batch * shape.channel)
+    affine = table_rows(Affine, advance(workspace, AFFINE * thread * PAD), PAD)
     for t in range(first, last):
         rows, weights = rows_of(x, t, shape), present(rows_of(weight, t, shape))
         origin = origin_of(rows, weights, origins, t)

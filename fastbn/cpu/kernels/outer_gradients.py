@@ -41,15 +41,11 @@ from fastbn.cpu.kernels.common import (
     dgamma_of,
     distances_at,
     distances_of,
-    distances_table,
-    gradient_parameters_table,
     input_gradient,
     linear_of,
-    linear_table,
     put,
     rows_from,
     rows_of,
-    sums_table,
     write_distances,
     write_linear,
 )
@@ -66,12 +62,13 @@ from fastbn.cpu.kernels.simd import (
     splat,
     store,
     store_first,
+    table_rows,
     unit_of,
     value,
     zero_where_not_positive,
     zero_where_uncounted,
 )
-from fastbn.cpu.records import ColumnSums, Linear, Rows
+from fastbn.cpu.records import ColumnSums, Distances, GradientParameters, Linear, Rows, Sums
 from fastbn.cpu.sizes import COLUMN_SUMS, LINEAR, ROW_CHUNK, SUMS
 
 
@@ -89,13 +86,6 @@ class Results(NamedTuple):
 
     dx: Any
     dresidual: Any
-
-
-@inline
-def column_sums(workspace, pitch):
-    return ColumnSums(
-        workspace, advance(workspace, pitch), advance(workspace, 2 * pitch), advance(workspace, 3 * pitch)
-    )
 
 
 @inline
@@ -194,8 +184,8 @@ def grad_sums_of_segments(
     channels, size, coalesced = shape.channel, shape.inner, tiles.coalesced
     rows, cells, pitch = shape.outer // coalesced, channels * coalesced, pitch_of(tiles, size)
     results = results_of(shape, rows, cells, tiles)
-    given = gradient_parameters_table(parameters, shape.batch * channels)
-    sums = column_sums(advance(workspace, thread * COLUMN_SUMS * pitch), pitch)
+    given = table_rows(GradientParameters, parameters, shape.batch * channels)
+    sums = table_rows(ColumnSums, advance(workspace, thread * COLUMN_SUMS * pitch), pitch)
     for k in range(first, last):
         task = task_at(k, rows, cells, tiles)
         spread_hi_and_unit(x.values, given, task.batch * channels, task.cell, channels, task.cells, size, sums)
@@ -212,16 +202,16 @@ def grad_sums_of_segments(
 
 
 @inline
-def write_grad_sums(x, t, count, partials, results, given, sums):
-    """The results of channels from t on, whose segments' sums begin at ``partials``: eight at a time."""
-    n = lanes(partials, FULL)
+def write_grad_sums(x, t, count, dz, distance, results, given, sums):
+    """The results of channels from t on, whose segments' sums begin at two places: eight at a time."""
+    n = lanes(dz, FULL)
     for i in range(0, count, n):
         part = min(n, count - i)
-        a = splat(partials, 0.0, FULL)
+        a = splat(dz, 0.0, FULL)
         b = a
         for s in range(results.segments):
-            a = a + load_first(partials, s * results.of_segment + i, part, FULL)
-            b = b + load_first(partials, results.together + s * results.of_segment + i, part, FULL)
+            a = a + load_first(dz, s * results.of_segment + i, part, FULL)
+            b = b + load_first(distance, s * results.of_segment + i, part, FULL)
         mean, rstd = load_first(given.mean, t + i, part, FULL), load_first(given.rstd, t + i, part, FULL)
         hi, unit = converted(converted(mean, splat(x, 0.0, mean)), mean), unit_of(x, rstd)
         store_part(sums.dgamma, t + i, part, (b - (mean - hi) * unit * a) * (rstd / unit), n)
@@ -254,14 +244,14 @@ def channel_grad_sums(
     """The results from the cells' sums and, if they are asked for, the `records.Distances` of dx."""
     channels, kept = shape.channel, shape.batch * shape.channel
     rows, cells = shape.outer // tiles.coalesced, channels * tiles.coalesced
-    results, given = results_of(shape, rows, cells, tiles), gradient_parameters_table(parameters, kept)
-    out = sums_table(sums, kept)
+    results, given = results_of(shape, rows, cells, tiles), table_rows(GradientParameters, parameters, kept)
+    out, dz, distance = table_rows(Sums, sums, kept), partials, advance(partials, results.together)
     whole = first
     while tiles.coalesced == 1 and whole < last:
         j = whole % channels
         count = min(last - whole, channels - j, tiles.width - j % tiles.width)
         at = whole // channels * results.segments * results.of_segment + place_of_cell(j, tiles)
-        write_grad_sums(x.values, whole, count, advance(partials, at), results, given, out)
+        write_grad_sums(x.values, whole, count, advance(dz, at), advance(distance, at), results, given, out)
         whole += count
     for t in range(whole, last):
         a, b = 0.0, 0.0
@@ -269,12 +259,12 @@ def channel_grad_sums(
             at = (t // channels * results.segments + s) * results.of_segment
             for j in range(t % channels, cells, channels):
                 k = at + place_of_cell(j, tiles)
-                a, b = a + partials[k], b + partials[results.together + k]
+                a, b = a + dz[k], b + distance[k]
         mean, rstd = given.mean[t], given.rstd[t]
         a, b = sums_of_rest(dy, x, y, t, rows * tiles.coalesced, shape, mean, rstd, a, b)
         out.dgamma[t], out.dbeta[t] = dgamma_of(x.values, mean, rstd, a, b), a
     if distances is not None:
-        write_distances(x.values, given, first, last, frozen, mixed, out, distances_table(distances, kept))
+        write_distances(x.values, given, first, last, frozen, mixed, out, table_rows(Distances, distances, kept))
 
 
 # --- dx ---------------------------------------------------------------------------------------------------------------
@@ -354,8 +344,8 @@ def grad_input(
     """``dx`` (and ``dresidual = dz``), as `outer_reduction.normalize`."""
     channels, size, coalesced = shape.channel, shape.inner, tiles.coalesced
     rows, cells, pitch = -(-shape.outer // coalesced), channels * coalesced, pitch_of(tiles, size)
-    given = distances_table(distances, shape.batch * channels)
-    linear = linear_table(advance(workspace, thread * LINEAR * pitch), pitch)
+    given = table_rows(Distances, distances, shape.batch * channels)
+    linear = table_rows(Linear, advance(workspace, thread * LINEAR * pitch), pitch)
     for k in range(first, last):
         task = task_at(k, rows, cells, tiles)
         batch, row, column = task.batch, task.row, task.cell * size
@@ -402,9 +392,9 @@ def backward(
     """
     channels, size, rows, kept = shape.channel, shape.inner, shape.outer, shape.batch * shape.channel
     pitch, room = pitch_of(tiles, size), places(tiles.width, tiles.width)
-    given, out = gradient_parameters_table(parameters, kept), sums_table(sums, kept)
+    given, out = table_rows(GradientParameters, parameters, kept), table_rows(Sums, sums, kept)
     of_thread = advance(workspace, thread * LINEAR * pitch)
-    columns, linear = column_sums(of_thread, pitch), linear_table(of_thread, pitch)
+    columns, linear = table_rows(ColumnSums, of_thread, pitch), table_rows(Linear, of_thread, pitch)
     dbeta = advance(partials, thread * SUMS * room)
     dgamma = advance(dbeta, room)
     for k in range(first, last):

@@ -57,18 +57,15 @@ from fastbn.cpu.kernels.cells import (
 )
 from fastbn.cpu.kernels.common import (
     FULL,
-    affine_table,
     careful_moments,
     finished,
     is_sound,
     least_variance,
     marked,
     merged,
-    moments_table,
     needs_new_shift,
     normalized,
     origin_of,
-    parameters_table,
     positive_or_nan,
     put,
     rows_from,
@@ -93,12 +90,13 @@ from fastbn.cpu.kernels.simd import (
     splat,
     store,
     store_first,
+    table_rows,
     total,
     value,
     zero_where_not_positive,
     zero_where_zero,
 )
-from fastbn.cpu.records import Affine, ColumnMoments, Parameters
+from fastbn.cpu.records import Affine, ColumnMoments, Moments, Parameters
 from fastbn.cpu.sizes import AFFINE, COLUMN_MOMENTS, ORIGINS, ROW_CHUNK
 
 WEIGHTED_CHUNK = 32  # rows: with weights each column has one sum, whose roundings of equal values add up
@@ -122,11 +120,6 @@ class WeightedCells(NamedTuple):
     n: Any
     mean: Any
     m2: Any
-
-
-@inline
-def column_moments(workspace, pitch):
-    return ColumnMoments(workspace, advance(workspace, pitch), advance(workspace, 2 * pitch))
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -374,7 +367,7 @@ def moments_of_segments(thread, first, last, x, weight, shape, tiles, origins, p
     size, rows, cells = shape.inner, shape.outer // tiles.coalesced, shape.channel * tiles.coalesced
     results, room = results_of(shape, rows, cells, tiles), places(tiles.width, tiles.width)
     pitch = pitch_of(tiles, size)
-    columns = column_moments(advance(workspace, thread * COLUMN_MOMENTS * pitch), pitch)
+    columns = table_rows(ColumnMoments, advance(workspace, thread * COLUMN_MOMENTS * pitch), pitch)
     own = advance(partials, results.together * (2 if present(weight) is None else 3) + thread * ORIGINS * room)
     for k in range(first, last):
         task = task_at(k, rows, cells, tiles)
@@ -388,10 +381,7 @@ def moments_of_segments(thread, first, last, x, weight, shape, tiles, origins, p
 
 @inline
 def careful_cells(x, shape, t, first, end, moments, all_rows, lost, eps):
-    """Again those of the channels from t + first on whose squares left the range; ``lost``: also without M2.
-
-    In the table, where the count will be, stand their origins.
-    """
+    """Again those of the channels from t + first on whose squares left the range; ``lost``: also those of M2 = 0."""
     for k in range(t + first, t + end):
         m2 = moments.m2[k]
         if is_sound(moments.mean[k], m2, all_rows * least_variance(x.values)) and not (lost and m2 == 0.0):
@@ -474,7 +464,7 @@ def count_of(weight, counts, k, values):
 @kernel
 def channel_moments(thread, first, last, x, weight, shape, tiles, origins, partials, table, eps):
     """Moments of every kept index from those of its cells, into a table of `Moments`."""
-    channels, moments = shape.channel, moments_table(table, shape.batch * shape.channel)
+    channels, moments = shape.channel, table_rows(Moments, table, shape.batch * shape.channel)
     rows, cells = shape.outer // tiles.coalesced, channels * tiles.coalesced
     results = results_of(shape, rows, cells, tiles)
     means, m2s, counts = partials, advance(partials, results.together), advance(partials, 2 * results.together)
@@ -537,8 +527,8 @@ def normalize(
     """From a table of `Parameters`, of which each task puts an `Affine` of all its columns into the workspace."""
     channels, size, coalesced = shape.channel, shape.inner, tiles.coalesced
     rows, cells = -(-shape.outer // coalesced), channels * coalesced
-    parameters, pitch = parameters_table(table, shape.batch * channels), pitch_of(tiles, size)
-    affine = affine_table(advance(workspace, thread * AFFINE * pitch), pitch)
+    parameters, pitch = table_rows(Parameters, table, shape.batch * channels), pitch_of(tiles, size)
+    affine = table_rows(Affine, advance(workspace, thread * AFFINE * pitch), pitch)
     for k in range(first, last):
         task = task_at(k, rows, cells, tiles)
         spread_affine(
@@ -563,12 +553,12 @@ def forward(
     """
     channels, size, rows, height = shape.channel, shape.inner, shape.outer, tiles.height
     pitch, room = pitch_of(tiles, size), places(tiles.width, tiles.width)
-    moments = moments_table(table, shape.batch * channels)
+    moments = table_rows(Moments, table, shape.batch * channels)
     parameters = Parameters(moments.mean, moments.rstd, moments.gamma, moments.beta)
     own = advance(partials, thread * (ORIGINS + 2 * -(-rows // height)) * room)
     results = advance(own, ORIGINS * room)
     of_thread = advance(workspace, thread * COLUMN_MOMENTS * pitch)
-    columns, affine = column_moments(of_thread, pitch), affine_table(of_thread, pitch)
+    columns, affine = table_rows(ColumnMoments, of_thread, pitch), table_rows(Affine, of_thread, pitch)
     for k in range(first, last):
         tile = task_at(k, 1, channels, tiles)
         t = tile.batch * channels + tile.cell

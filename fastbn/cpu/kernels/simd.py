@@ -454,6 +454,18 @@ def advance(typing, array, count):
 
 
 @intrinsic
+def table_rows(typing, record, table, pitch):
+    """A table as a record of `records`: its fields are pointers to rows that are a pitch apart."""
+    rows = types.NamedUniTuple(table, len(record.instance_class._fields), record.instance_class)
+
+    def codegen(context, builder, sig, args):
+        starts = (builder.mul(args[2], ir.Constant(I64, row)) for row in range(len(rows)))
+        return context.make_tuple(builder, rows, [builder.gep(args[1], [start]) for start in starts])
+
+    return rows(record, table, types.intp), codegen
+
+
+@intrinsic
 def present(typing, record):
     """An array with strides, or rows; None if they are absent."""
     if record[0] == types.none:

@@ -351,6 +351,20 @@ def nobody_comes(team, time, burst, threads):
 
 
 @inline
+def publish(team, entry, params, tasks, chunks, at_once, threads):
+    """A job, of which each member has tickets for an equal part of the chunks; from then on others take some."""
+    store(team + ENTRY, entry)
+    store(team + PARAMS, params)
+    store(team + TASKS, tasks)
+    store(team + CHUNK_COUNT, chunks)
+    store(team + AT_ONCE, at_once)
+    store(team + THREADS, threads)
+    store(team + DONE, 0)
+    for k in range(threads):
+        store(member_at(team, k) + TICKET, k * chunks // threads << 32 | (k + 1) * chunks // threads)
+
+
+@inline
 def run_together(team, entry, params, tasks, num_threads, lately):
     """Run all tasks, by the team or alone; a second caller meanwhile goes alone, as one does without a team (0).
 
@@ -374,17 +388,9 @@ def run_together(team, entry, params, tasks, num_threads, lately):
         store(team + BUSY, 0)
         return
     chunks = min(tasks, num_threads * CHUNKS)
-    store(team + ENTRY, entry)
-    store(team + PARAMS, params)
-    store(team + TASKS, tasks)
-    store(team + CHUNK_COUNT, chunks)
-    store(team + AT_ONCE, max(1, chunks // num_threads))
-    store(team + THREADS, threads)
-    store(team + DONE, 0)
     store(me + CALLED, 0)
     store(me + SPENT, 0)
-    for k in range(threads):
-        store(member_at(team, k) + TICKET, k * chunks // threads << 32 | (k + 1) * chunks // threads)
+    publish(team, entry, params, tasks, chunks, max(1, chunks // num_threads), threads)
     call_sleepers(team, me, load(lately) // chunks, chunks, threads)
     mine = take_part(team, 0, 0, 0)
     ready, others = now(me), chunks - mine

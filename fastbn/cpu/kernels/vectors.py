@@ -10,7 +10,7 @@ Each function is one task. Tables are those of `records`: a row for each field.
 import numpy as np
 
 from fastbn.cpu.kernels.compiler import inline, kernel
-from fastbn.cpu.kernels.simd import advance
+from fastbn.cpu.kernels.simd import table_rows
 from fastbn.cpu.records import Part, Running, Scale, Union
 
 MOST = float(np.finfo(np.float32).max)
@@ -19,7 +19,7 @@ MOST = float(np.finfo(np.float32).max)
 @kernel
 def find_beyond(thread, first, last, table, kept, out):
     """Whether some finite ``rstd * gamma`` is beyond float32, of a table of `Scale`."""
-    given = Scale(table, advance(table, kept))
+    given = table_rows(Scale, table, kept)
     out[0] = 0.0
     for t in range(kept):
         scale = abs(given.rstd[t] * given.gamma[t])
@@ -30,9 +30,7 @@ def find_beyond(thread, first, last, table, kept, out):
 @kernel
 def update_running(thread, first, last, table, kept, rate, correction, skip_nonfinite, new_mean, new_var):
     """Running mean and variance after one more batch: `fastbn.formulas.running` on a table of `Running`."""
-    given = Running(
-        table, advance(table, kept), advance(table, 2 * kept), advance(table, 3 * kept), advance(table, 4 * kept)
-    )
+    given = table_rows(Running, table, kept)
     for t in range(kept):
         mean, var = given.mean[t], given.var[t]
         count, batch_mean, divisor = given.count[t], given.batch_mean[t], given.count[t] - correction
@@ -56,22 +54,10 @@ def two_sum(a, b):
     return total, (a - (total - shared)) + (b - shared)
 
 
-@inline
-def part_table(table, kept):
-    return Part(table, advance(table, kept), advance(table, 2 * kept))
-
-
-@inline
-def union_table(table, kept):
-    return Union(
-        table, advance(table, kept), advance(table, 2 * kept), advance(table, 3 * kept), advance(table, 4 * kept)
-    )
-
-
 @kernel
 def begin_union(thread, first, last, part, kept, state):
     """The first `Part` as a `Union`."""
-    given, union = part_table(part, kept), union_table(state, kept)
+    given, union = table_rows(Part, part, kept), table_rows(Union, state, kept)
     for t in range(kept):
         union.n[t], union.hi[t], union.lo[t] = given.count[t], given.mean[t], 0.0
         union.m2[t], union.left[t] = given.m2[t], 0.0
@@ -80,7 +66,7 @@ def begin_union(thread, first, last, part, kept, state):
 @kernel
 def add_to_union(thread, first, last, part, kept, state):
     """One more `Part`: a step of `fastbn.formulas.united`."""
-    given, union = part_table(part, kept), union_table(state, kept)
+    given, union = table_rows(Part, part, kept), table_rows(Union, state, kept)
     for t in range(kept):
         n, hi, lo, m2 = union.n[t], union.hi[t], union.lo[t], union.m2[t]
         count, mean, other = given.count[t], given.mean[t], given.m2[t]
@@ -106,7 +92,7 @@ def add_to_union(thread, first, last, part, kept, state):
 @kernel
 def end_union(thread, first, last, kept, state):
     """What rounding left goes to M2."""
-    union = union_table(state, kept)
+    union = table_rows(Union, state, kept)
     for t in range(kept):
         if union.left[t] != 0.0:
             union.m2[t] += union.left[t]
