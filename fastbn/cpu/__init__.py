@@ -14,14 +14,15 @@ import numpy as np
 from fastbn.cpu import plans, team, vector_plans
 from fastbn.cpu.extremes import LEAST_EPS, find_beyond, weight_in_range
 from fastbn.cpu.memory import (
+    PLAIN,
     Array,
     alike,
     allocator,
     apart,
     folded_view,
     kind_or_none,
+    nontemporal_stores,
     overlap,
-    past_caches,
     reads,
     same_or_apart,
     strides_of,
@@ -29,6 +30,7 @@ from fastbn.cpu.memory import (
     viewed,
 )
 from fastbn.cpu.program import Program, kind_of
+from fastbn.cpu.records import Shape
 from fastbn.cpu.statistics import statistic
 from fastbn.formulas import reciprocal_std
 from fastbn.operands import Affine, Numbers, Operand, dense
@@ -70,7 +72,7 @@ def place(a: Array) -> tuple[int, int]:
 
 
 def _launcher(plan: Callable[[int], Program], size: int) -> Callable[..., object]:
-    """What runs the program for as many threads as share so much work; how many these are may change between calls."""
+    """What runs the program on as many threads as so much work is worth; the number may change between calls."""
     if size < team.PARALLEL_FROM:
         return plan(1).prepared()
 
@@ -92,7 +94,13 @@ def moments(x: Operand, weight: Operand | None) -> Callable[..., tuple[Array, ..
 
 
 def _moments(x: Operand, weight: Operand | None, eps: float) -> Callable[..., tuple[Array, ...]]:
-    shape, kind, xs, (ws, weights), kept = x.shape, kind_of(x.dtype), strides_of(x), strides_of_weight(weight), x.kept
+    shape, kind, xs, (ws, weights), kept = (
+        Shape(*x.shape),
+        kind_of(x.dtype),
+        strides_of(x),
+        strides_of_weight(weight),
+        x.kept,
+    )
     launch = _launcher(lambda threads: plans.moments(shape, kind, xs, ws, weights, threads), x.size)
 
     def run(x: Array, weight: Array | None) -> tuple[Array, ...]:
@@ -108,10 +116,12 @@ def _moments(x: Operand, weight: Operand | None, eps: float) -> Callable[..., tu
 def normalize(
     x: Operand, y: Operand, residual: Operand | None, parameters: Affine, eps: float | None, relu: bool
 ) -> Callable[..., None]:
-    shape, kind, (xs, ys, rs) = x.shape, kind_of(x.dtype), map(strides_of, (x, y, residual))
+    shape, kind, (xs, ys, rs) = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (x, y, residual))
     kinds = tuple(map(kind_or_none, parameters))
-    launch = _launcher(lambda threads: plans.normalize(shape, kind, xs, ys, rs, kinds, relu, threads), x.size)
-    added, past, operands = -1.0 if eps is None else eps, past_caches(y), (x, residual, y)
+    launch = _launcher(
+        lambda threads: plans.normalize(shape, kind, xs, ys, rs, kinds, eps is None, relu, threads), x.size
+    )
+    added, allowed, operands = 0.0 if eps is None else eps, nontemporal_stores(y), (x, residual, y)
     beyond = None
     if x.dtype.itemsize < 8 and added < LEAST_EPS:
         beyond = find_beyond(x.kept, np.dtype(float) if eps is not None else parameters.spread, parameters.gamma)
@@ -122,7 +132,7 @@ def normalize(
         if beyond and beyond(spread if eps is None else reciprocal_std(spread.astype(float), eps), gamma):
             _normalize_in_float64(operands, x, residual, y, mean, spread, gamma, beta, eps, relu)
         else:
-            launch(x, y, residual, mean, spread, gamma, beta, added, past(y) if past else 0.0)
+            launch(x, y, residual, mean, spread, gamma, beta, added, allowed(y) if allowed else PLAIN)
 
     return run
 
@@ -148,12 +158,12 @@ def forward(
     x: Operand, weight: Operand | None, y: Operand, residual: Operand | None, gamma: Any, beta: Any,
     eps: float, relu: bool,
 ) -> Callable[..., tuple[Array, ...]]:  # fmt: skip
-    shape, kind, (xs, ys, rs), kept = x.shape, kind_of(x.dtype), map(strides_of, (x, y, residual)), x.kept
+    shape, kind, (xs, ys, rs), kept = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (x, y, residual)), x.kept
     (ws, weights), kinds = strides_of_weight(weight), (kind_or_none(gamma), kind_or_none(beta))
     launch = _launcher(
         lambda threads: plans.forward(shape, kind, xs, ws, weights, ys, rs, kinds, relu, threads), x.size
     )
-    past, operands = past_caches(y), (x, residual, y)
+    allowed, operands = nontemporal_stores(y), (x, residual, y)
     weighted, narrow = weight, x.dtype.itemsize < 8
     beyond = find_beyond(kept, np.dtype(float), gamma) if narrow and eps < LEAST_EPS else None
 
@@ -169,7 +179,7 @@ def forward(
         table, k = np.empty((6, kept)), 0
         if weight is not None:
             weight, k = weight_in_range(weight, x)
-        launch(x, weight, y, residual, gamma, beta, table, eps, past(y) if past else 0.0)
+        launch(x, weight, y, residual, gamma, beta, table, eps, allowed(y) if allowed else PLAIN)
         if beyond and beyond(table[3], gamma):
             _normalize_in_float64(operands, x, residual, y, table[2], table[3], gamma, beta, None, relu)
         return _unscaled(table, k) if k else (table[0], table[2], table[1], table[3])
@@ -180,7 +190,7 @@ def forward(
 def grad_sums(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, mean: Any, rstd: Any
 ) -> Callable[..., tuple[Array, Array]]:
-    shape, kind, (dys, xs, ys), kept = x.shape, kind_of(x.dtype), map(strides_of, (dy, x, y)), x.kept
+    shape, kind, (dys, xs, ys), kept = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (dy, x, y)), x.kept
     (ws, weights), kinds, empty = strides_of_weight(weight), (kind_of(mean), kind_of(rstd)), x.size == 0
     launch = _launcher(lambda threads: plans.grad_sums(shape, kind, dys, xs, ys, ws, weights, kinds, threads), x.size)
 
@@ -202,12 +212,12 @@ def grad_input(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, sums: tuple[Any, Any],
     dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., None]:  # fmt: skip
-    shape, kind, (dys, xs, ys, dxs, drs) = x.shape, kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
+    shape, kind, (dys, xs, ys, dxs, drs) = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
     (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, (*numbers, *sums)))
     launch = _launcher(
         lambda threads: plans.grad_input(shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, threads), x.size
     )
-    past = past_caches(dx, dresidual)
+    allowed = nontemporal_stores(dx, dresidual)
 
     def run(
         dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array, gamma: Array | None,
@@ -216,7 +226,7 @@ def grad_input(
     ) -> None:  # fmt: skip
         if weight is not None:
             weight, count = _in_range(weight, count, x)
-        nontemporal = past(dx, dresidual) if past else 0.0
+        nontemporal = allowed(dx, dresidual) if allowed else PLAIN
         numbers = mean, rstd, gamma, count, dmean, dvar, dgamma, dbeta
         launch(dy, x, y, weight, dx, dresidual, *numbers, nontemporal)
 
@@ -233,12 +243,12 @@ def backward(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
     dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., tuple[Array, Array]]:  # fmt: skip
-    shape, kind, (dys, xs, ys, dxs, drs) = x.shape, kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
+    shape, kind, (dys, xs, ys, dxs, drs) = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
     (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, numbers))
     launch = _launcher(
         lambda threads: plans.backward(shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, frozen, threads), x.size
     )
-    past, kept, empty = past_caches(dx, dresidual), x.kept, x.size == 0
+    allowed, kept, empty = nontemporal_stores(dx, dresidual), x.kept, x.size == 0
 
     def run(
         dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array, gamma: Array | None,
@@ -249,7 +259,7 @@ def backward(
         if weight is not None and count is not None:
             weight, count = _in_range(weight, count, x)
         sums = np.empty((2, kept))
-        nontemporal = past(dx, dresidual) if past else 0.0
+        nontemporal = allowed(dx, dresidual) if allowed else PLAIN
         numbers = mean, rstd, gamma, count, dmean, dvar, sums
         launch(dy, x, y, weight, dx, dresidual, *numbers, nontemporal)
         return sums[0], sums[1]

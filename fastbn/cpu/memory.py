@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,16 @@ import numpy as np
 from fastbn.caches import last_cache
 from fastbn.cpu import program
 from fastbn.cpu.program import kind_of
+from fastbn.cpu.records import Strides
 from fastbn.layout import Layout
 from fastbn.operands import Operand, dense
 
 Array = np.ndarray[Any, Any]
-Strides = tuple[int, ...]  # in elements: where the first one is, then of batch, outer and channel
 
-CACHE_SHARE = 4 << 20  # bytes of output; below, streaming stores lose to plain ones, whose lines are still in cache
+CACHE_SHARE = 4 << 20  # bytes of output; below, nontemporal stores lose to plain ones, whose lines are still in cache
 # How many times as much of a result that is allocated here, in memory that was in use a moment ago: plain stores of
 # 6 MB are 1.1 to 1.4 times faster where the last cache has 32 MB, and up to 1.8 where it holds x as well; into an `out`
-# that has left the caches they are 1.3 times slower. Streaming 13 MB is 1.5 times faster.
+# that has left the caches they are 1.3 times slower. Nontemporal ones of 13 MB are 1.5 times faster.
 OWN_TIMES = min(max(1, last_cache() // 4 // CACHE_SHARE), 4)
 
 
@@ -67,8 +68,8 @@ def strides_of(o: Operand | None) -> Strides | None:
     _, outer, channel, inner = o.shape
     whole = zip(o.strides, dense(o.shape, o.dtype).strides, o.shape, strict=True)
     if 0 in o.shape or all(s == d or n == 1 for s, d, n in whole):
-        return 0, outer * channel * inner, channel * inner, inner
-    return 0, *(s // o.dtype.itemsize if n > 1 else 0 for s, n in zip(o.strides[:3], o.shape, strict=False))
+        return Strides(outer * channel * inner, channel * inner, inner)
+    return Strides(*(s // o.dtype.itemsize if n > 1 else 0 for s, n in zip(o.strides[:3], o.shape, strict=False)))
 
 
 def strides_of_weight(o: Operand | None) -> tuple[Strides | None, str | None]:
@@ -76,7 +77,8 @@ def strides_of_weight(o: Operand | None) -> tuple[Strides | None, str | None]:
     if o is None:
         return None, None
     batch, outer, channel, inner = o.shape
-    return (0, outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1)), kind_of(o.dtype)
+    strides = Strides(outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1))
+    return strides, kind_of(o.dtype)
 
 
 def kind_or_none(dtype: np.dtype[Any] | None) -> str | None:
@@ -148,16 +150,25 @@ def allocator(a: Array) -> Callable[[Array], Array]:
     return np.empty_like if plain else empty_like
 
 
-def past_caches(*operands: Operand | None) -> Callable[..., float] | None:
-    """Of arrays that lie so: which kernels may write them past the caches. None: they are small. Else ``past(*arrays)``
-    is 1 for those kernels that find the first line themselves; 2 for all, if the arrays start at a multiple of 16
-    bytes, as NumPy's own do.
-    """
+class Nontemporal(float, Enum):
+    """Which kernels may write a result past the caches. Compiled code reads these as any float."""
+
+    NONE = 0.0  # it is small: the cache has its lines when they are read again
+    FROM_FIRST_LINE = 1.0  # those that store plainly up to the first whole line
+    ALL = 2.0  # it starts at a multiple of 16 bytes
+
+
+PLAIN = Nontemporal.NONE  # asking a class for it takes a call 40 ns
+
+
+def nontemporal_stores(*operands: Operand | None) -> Callable[..., Nontemporal] | None:
+    """What decides it for the results of a call, from the arrays; None where they are small."""
     for o in operands:
         if o is not None and o.size * o.dtype.itemsize < CACHE_SHARE * (OWN_TIMES if o.fresh else 1):
             return None
 
-    def past(*arrays: Array | None) -> float:
-        return 2.0 if all(a is None or a.__array_interface__["data"][0] % 16 == 0 for a in arrays) else 1.0
+    def allowed(*arrays: Array | None) -> Nontemporal:
+        aligned = all(a is None or a.__array_interface__["data"][0] % 16 == 0 for a in arrays)
+        return Nontemporal.ALL if aligned else Nontemporal.FROM_FIRST_LINE
 
-    return past
+    return allowed

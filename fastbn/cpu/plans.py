@@ -2,11 +2,12 @@
 
 A plan is made once for each shape, strides, dtype, options and number of threads. It chooses between
 
-- `rows`, a channel's rows one after the other, and `columns`, rows through all channels;
+- `inner_reduction`, along a channel's contiguous rows, and `outer_reduction`, across rows through all channels;
 - one trip over memory, where what is read twice stays in a core's cache, and two;
 - plain stores and stores past the caches.
 
-What changes the bits of sums (chunks, segments, folding, the family of kernels) follows from shape and strides alone.
+What changes the bits of sums (chunks and segments, for which see `sizes`, coalesced rows, the family of kernels)
+follows from shape and strides alone.
 
 Dtypes are named as kernels name arrays of them (`program.kind_of`).
 """
@@ -15,22 +16,34 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastbn.cpu import sizes, team
-from fastbn.cpu.memory import Strides
-from fastbn.cpu.program import Argument, Program
+from fastbn.cpu.memory import Nontemporal
+from fastbn.cpu.program import Argument, Program, Strided
+from fastbn.cpu.records import (
+    Chunks,
+    Distances,
+    GradientParameters,
+    Moments,
+    Parameters,
+    Part,
+    SegmentSums,
+    Shape,
+    Strides,
+    Sums,
+    Tiles,
+)
 
-Shape = tuple[int, ...]
 Kind = str
 Kinds = tuple[Kind | None, ...]  # of vectors of parameters; None for one that has its default
 
-STREAMED_ROW = 512  # bytes side by side from which streaming pays: their two ends are not streamed
+NONTEMPORAL_ROW = 512  # bytes side by side from which nontemporal stores pay: their two ends are stored plainly
 SHORT = 1024  # values of a row, below which rows of many channels are read in one go
 FEW_ROWS = 8  # below so many, spreading each channel's numbers over its columns costs more than it saves
 LINE = 16  # values of a channel's row from which elementwise passes go in the order of memory, whatever the channels
-FOLDED = 1024  # columns, about, of folded rows
-FOLDED_ROWS = 256  # rows of few channels are folded only while so many remain
+COALESCED = 1024  # columns, about, of coalesced rows
+COALESCED_ROWS = 256  # rows of few channels are coalesced only while so many remain
 TILE = 1024  # columns, at most, of which a task makes sums; 512 read half as fast, 2048 short rows slower
 ROW = 2048  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
 FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least: from memory, narrow tiles are slower than two passes
@@ -40,29 +53,93 @@ FUSED_FROM = 2 << 20  # bytes of x from which fusing pays, if threads share it: 
 FUSED_MOST = 384 << 10  # what stays in a second-level cache of 512 kB beside the output
 
 PIECES, FEWEST_ROWS = 16, 32  # of rows for each thread, and rows of one at least: each spreads its columns anew
-FEW_PARTS = 8192  # sums of segments that are merged in some 20 us: less than threads gain
-NEVER = 3  # what `memory.past_caches` never says
-NOWHERE = (0, 0, 0, 0)
+FEW_PARTIALS = 8192  # sums of segments that are merged in some 20 us: less than threads gain
 
 
-def in_columns(shape: Shape, *strides: Strides | None, weighted: bool = False) -> bool:
-    """Whether the kernels of `columns` take these arrays: channels-last, or many short rows side by side."""
-    _, outer, channel, inner = shape
-    if inner == 1 or channel == 1:
-        return channel > 1
-    adjacent = all(s is None or s[3] == inner for s in strides)
-    return inner <= SHORT and outer >= FEW_ROWS and not weighted and adjacent
+# --- what is planned --------------------------------------------------------------------------------------------------
 
 
-def folding(shape: Shape, itemsize: int, *strides: Strides | None, weighted: bool = False) -> int:
+class Problem:
+    """Arrays of one shape, whose strides are known by the names that a program has for them.
+
+    Parameters
+    ----------
+    program : Program
+        To which launches are added.
+    shape : Shape
+    kind : str
+        Of all arrays but the weight.
+    num_threads : int
+    strides : dict
+        Of each array; None of one that is absent.
+    """
+
+    def __init__(
+        self, program: Program, shape: Shape, kind: Kind, num_threads: int, strides: dict[str, Strides | None]
+    ) -> None:
+        self.program, self.shape, self.kind, self.num_threads, self.strides = program, shape, kind, num_threads, strides
+        self.kept, self.itemsize = shape.batch * shape.channel, int(kind[1])
+        self.weighted = strides.get("weight") is not None
+        self.of_shape = program.record(shape)
+        self.compute = "f8*" if kind == "f8*" else "f4*"  # what kernels compute in, and have in their workspace
+
+    def given(self, *names: str) -> list[Strides]:
+        """Strides of those arrays that are not absent."""
+        return [s for s in map(self.strides.get, names) if s is not None]
+
+    def arrays(self, *names: str) -> dict[str, Any]:
+        """Arguments of a kernel, by the names of its parameters."""
+        return {name: self.program.strided(self.program.array(name), self.strides[name]) for name in names}
+
+    def halved(self) -> Problem:
+        """With the only row of each channel as two, which are read faster than one; else as it is."""
+        batch, outer, channel, inner = self.shape
+        if outer > 1 or inner < 2 * sizes.CHUNK or inner % (2 * sizes.CHUNK) > 0:
+            return self
+        half = inner // 2
+        strides = {name: None if s is None else s._replace(outer=half) for name, s in self.strides.items()}
+        return Problem(self.program, Shape(batch, 2, channel, half), self.kind, self.num_threads, strides)
+
+    def workspace(self, count: int) -> Argument:
+        return self.program.temporary(count, self.compute)
+
+    def nontemporal(self, whole_lines: bool) -> Argument | bool:
+        """Whether a kernel writes past the caches: as a call's arrays decide, if it writes nothing but whole lines."""
+        return whole_lines and self.program.at_least("nontemporal", Nontemporal.ALL)
+
+    def nontemporal_rows(self, row: int) -> Argument | bool:
+        """The same of a kernel that finds the first whole line of a row, which must be long."""
+        long = row * self.itemsize >= NONTEMPORAL_ROW
+        return long and self.program.at_least("nontemporal", Nontemporal.FROM_FIRST_LINE)
+
+
+def is_outer(shape: Shape, strides: list[Strides], weighted: bool = False) -> bool:
+    """Whether the kernels of `outer_reduction` take these arrays: channels-last, or many short rows side by side."""
+    if shape.inner == 1 or shape.channel == 1:
+        return shape.channel > 1
+    adjacent = all(s.channel == shape.inner for s in strides)
+    return shape.inner <= SHORT and shape.outer >= FEW_ROWS and not weighted and adjacent
+
+
+def coalescing(shape: Shape, itemsize: int, strides: list[Strides], weighted: bool = False) -> int:
     """How many rows of few channels are taken as one; whole cache lines of them where that is possible."""
-    _, outer, channel, inner = shape
-    fold = min(FOLDED // max(1, channel), outer // FOLDED_ROWS)
-    lines = 64 // math.gcd(64, channel * itemsize)
-    fold -= fold % lines if fold > lines else 0
-    if inner > 1 or fold < 2 or weighted:
+    rows = min(COALESCED // max(1, shape.channel), shape.outer // COALESCED_ROWS)
+    lines = 64 // math.gcd(64, shape.channel * itemsize)
+    rows -= rows % lines if rows > lines else 0
+    if shape.inner > 1 or rows < 2 or weighted:
         return 1
-    return fold if all(s is None or s[2] == channel for s in strides) else 1
+    return rows if all(s.outer == shape.channel for s in strides) else 1
+
+
+def table_of(program: Program, kept: int, defaults: NamedTuple, names: tuple[str, ...] | None = None) -> Argument:
+    """A table of one of `records`, in float64, from the vectors of its fields' names (or others) that a call gives."""
+    table = program.scratch(len(defaults) * kept, "f8*")
+    for i, (name, default) in enumerate(zip(names or defaults._fields, defaults, strict=True)):
+        program.vector(name, kept, default, table.after(i * kept))
+    return table
+
+
+# --- how work is divided ----------------------------------------------------------------------------------------------
 
 
 def _tile(channels: int, size: int, itemsize: int, most: int) -> int:
@@ -71,395 +148,399 @@ def _tile(channels: int, size: int, itemsize: int, most: int) -> int:
     return min(max(1, channels), -(-max(1, most // size) // lines) * lines)
 
 
-def _fused_tile(shape: Shape, itemsize: int, twice: int, shares: int) -> int:
+def _fused_tile(problem: Problem, twice: int) -> int:
     """Cells of a tile whose rows all stay in a core's cache between two passes over ``twice`` arrays, or 0."""
-    batch, outer, channel, inner = shape
+    (batch, outer, channel, inner), itemsize = problem.shape, problem.itemsize
+    size = math.prod(problem.shape)
     tile = _tile(channel, inner, itemsize, min(TILE, FUSED_BYTES // max(1, outer * itemsize * twice)))
-    if shares == 1 and math.prod(shape) < team.PARALLEL_FROM:
+    if problem.num_threads == 1 and size < team.PARALLEL_FROM:
         return tile
     width = tile * inner * itemsize
-    narrowest = FUSED_WIDTH if math.prod(shape) * itemsize >= FROM_MEMORY else FUSED_WIDTH // 8
+    narrowest = FUSED_WIDTH if size * itemsize >= FROM_MEMORY else FUSED_WIDTH // 8
     if (
-        math.prod(shape) * itemsize < FUSED_FROM
+        size * itemsize < FUSED_FROM
         or width < narrowest
         or width * outer * twice > FUSED_MOST
-        or batch * -(-channel // tile) < 2 * shares
+        or batch * -(-channel // tile) < 2 * problem.num_threads
     ):
         return 0
     return tile
 
 
-def _whole_channels(shape: Shape, shares: int) -> bool:
+def _whole_channels(problem: Problem) -> bool:
     """Whether one thread does all, or there are channels enough to give each thread whole ones."""
-    return shares == 1 or shape[0] * shape[2] >= 4 * shares
+    return problem.num_threads == 1 or problem.kept >= 4 * problem.num_threads
 
 
-def _geometry(program: Program, shape: Shape, family: tuple[int, ...], *strides: Strides | None) -> Argument:
-    """The integers of a kernel in one vector; see `fastbn.cpu.kernels.slab`."""
-    return program.integers([*shape, *family, *(step for s in strides for step in s or NOWHERE)])
+def _chunks(shape: Shape) -> Chunks:
+    return Chunks(*sizes.chunk_grid(shape.outer, shape.inner))
 
 
-def _compute(kind: Kind) -> Kind:
-    """What kernels compute in, and keep in their work arrays."""
-    return "f8*" if kind == "f8*" else "f4*"
+class InOrder:
+    """A division of `inner_reduction`'s elementwise passes: equal parts of the values in the order of memory."""
 
-
-def _size(kind: Kind) -> int:
-    return int(kind[1])
-
-
-def _chunks(shape: Shape) -> tuple[int, ...]:
-    """The geometry's integers of the family `rows`, for one channel at a time."""
-    return (*sizes.chunk_grid(shape[1], shape[3]), max(1, shape[3]), sizes.PAD)
-
-
-def _halved(shape: Shape, *strides: Strides | None) -> tuple[Any, ...]:
-    """Shape and strides with the only row of each channel as two, which are read faster than one; else as they are."""
-    batch, outer, channel, inner = shape
-    if outer > 1 or inner < 2 * sizes.CHUNK or inner % (2 * sizes.CHUNK) > 0:
-        return shape, *strides
-    half = inner // 2
-    return (batch, 2, channel, half), *(None if s is None else (s[0], s[1], half, s[3]) for s in strides)
-
-
-class _Rows:
-    """A division of ``rows``' elementwise passes: equal shares of the values in the order of memory."""
-
-    def __init__(self, shape: Shape, itemsize: int, shares: int, *strides: Strides | None) -> None:
-        batch, outer, channel, inner = shape
+    def __init__(self, problem: Problem, strides: list[Strides]) -> None:
+        batch, outer, channel, inner = problem.shape
         run = max(1, inner)  # values side by side in all arrays
-        for axis, n in ((3, channel), (2, outer), (1, batch)):
-            if any(s is not None and n > 1 and s[axis] != run for s in strides):
+        for axis, n in (("channel", channel), ("outer", outer), ("batch", batch)):
+            if any(n > 1 and getattr(s, axis) != run for s in strides):
                 break
             run *= n
-        self.tasks = sizes.piece_count(shape)
-        most = -(-self.tasks // shares) // max(1, -(-inner // sizes.PIECE)) + 2  # rows of a share
-        batches = most if outer == 1 else (most // max(1, outer * channel) + 2) * channel
-        self.pitch = min(batch * channel, batches) + sizes.PAD
-        self.family = (*sizes.chunk_grid(outer, inner), run, self.pitch)
-        self.streams = run * itemsize >= STREAMED_ROW
+        self.run, self.tasks = run, sizes.piece_count(problem.shape)
+        rows = -(-self.tasks // problem.num_threads) // max(1, -(-inner // sizes.PIECE)) + 2  # of a thread, at most
+        channels = rows if outer == 1 else (rows // max(1, outer * channel) + 2) * channel
+        self.pitch = min(batch * channel, channels) + sizes.PAD  # between rows of a thread's table
 
 
-class _Columns:
-    """A division of ``columns``: segments of rows for sums, shares of the rows, or whole tiles for both at once."""
+class Tiled:
+    """A division of `outer_reduction`: segments of rows for sums, parts of the rows, or whole tiles for both at once.
+
+    Parameters
+    ----------
+    problem : Problem
+    coalesced, width : int
+        Rows taken as one, cells of a tile.
+    sums : int
+        In float64, of each cell and segment.
+    scratch : int
+        In float64, of each cell of a thread's tile.
+    workspace : int
+        In the type that kernels compute in, of each column of a thread's tile.
+    fused : bool
+        Whether tiles are whole.
+    """
 
     def __init__(
-        self, shape: Shape, fold: int, tile: int, itemsize: int, shares: int,
-        sums: int = 0, scratch: int = 0, work: int = 0, fused: bool = False,
+        self, problem: Problem, coalesced: int, width: int, *,
+        sums: int = 0, scratch: int = 0, workspace: int = 0, fused: bool = False,
     ) -> None:  # fmt: skip
-        batch, outer, channel, inner = shape
-        # Sums take whole folds and leave the rest to their last step; elementwise passes take the rest as a row.
-        folded = outer // fold if sums else -(-outer // fold)
-        self.fold, self.tile, self.itemsize, self.inner, self.cells = fold, tile, itemsize, inner, channel * fold
-        of_segments = sizes.segment_rows(folded, self.cells)
-        pieces = 1 if shares == 1 else max(shares, min(PIECES * shares, folded // FEWEST_ROWS))
-        self.height = of_segments if sums or fused else max(1, -(-folded // pieces))
-        segments = -(-folded // self.height)
-        pieces = 1 if fused else segments
-        self.tasks = batch * pieces * -(-self.cells // tile)
-        pitch = tile * inner + sizes.PAD
-        of_a_share = scratch * (1 + segments if fused else 1) * sizes.padded(tile, tile)
-        self.parts = sums * batch * segments * sizes.padded(self.cells, tile) + shares * of_a_share
-        self.work = shares * work * pitch
-        self.family = (fold, tile, self.height, 0)
+        batch, outer, channel, inner = problem.shape
+        num_threads, self._itemsize, self._cells = problem.num_threads, problem.itemsize, channel * coalesced
+        # Sums take whole groups of rows and leave the rest to their last step; elementwise passes take it as a row.
+        rows = outer // coalesced if sums else -(-outer // coalesced)
+        pieces = 1 if num_threads == 1 else max(num_threads, min(PIECES * num_threads, rows // FEWEST_ROWS))
+        of_segment = sizes.segment_rows(rows, self._cells)
+        height = of_segment if sums or fused else max(1, -(-rows // pieces))
+        segments = -(-rows // height)
+        self.tiles, self._columns = Tiles(coalesced, width, height), width * inner
+        self.tasks = batch * (1 if fused else segments) * -(-self._cells // width)
+        of_thread = scratch * (1 + segments if fused else 1) * sizes.padded(width, width)
+        self.partials = sums * batch * segments * sizes.padded(self._cells, width) + num_threads * of_thread
+        self.workspace = num_threads * workspace * (self._columns + sizes.PAD)
 
-    def streams(self, *strides: Strides | None) -> bool:
+    def whole_lines(self, strides: list[Strides]) -> bool:
         """Whether every row of a tile is whole cache lines, if the array starts on one."""
-        width = 0 if self.tile >= self.cells else self.tile * self.inner
-        steps = [width, *(step for s in strides if s is not None for step in (s[0], s[1], s[2] * self.fold))]
-        return all(step * self.itemsize % 64 == 0 for step in steps)
+        columns = 0 if self.tiles.width >= self._cells else self._columns
+        steps = [columns, *(step for s in strides for step in (s.batch, s.outer * self.tiles.coalesced))]
+        return all(step * self._itemsize % 64 == 0 for step in steps)
 
 
-# --- plans ------------------------------------------------------------------------------------------------------------
+# --- statistics and y -------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1024)
-def moments(shape: Shape, kind: Kind, xs: Strides, ws: Strides | None, weights: Kind | None, shares: int) -> Program:
-    """``program(x, weight, table, eps)``: see `slab.enter_moments`."""
-    p = Program(shares, math.prod(shape), {"x": kind, "weight": weights, "table": "f8*"}, ["eps"])
-    _add_moments(p, shape, kind, xs, ws, shares, p.array("x"), p.array("weight"), p.array("table"), p.number("eps"))
+def moments(
+    shape: Shape, kind: Kind, xs: Strides, ws: Strides | None, weights: Kind | None, num_threads: int
+) -> Program:
+    """``program(x, weight, table, eps)``: the table is of `records.Moments`."""
+    p = Program(num_threads, math.prod(shape), {"x": kind, "weight": weights, "table": "f8*"}, ["eps"])
+    problem = Problem(p, shape, kind, num_threads, {"x": xs, "weight": ws})
+    _add_moments(problem, p.array("table"), p.number("eps"))
     return p
 
 
-def _add_moments(
-    p: Program, shape: Shape, kind: Kind, xs: Strides, ws: Strides | None, shares: int,
-    x: Argument, weight: Argument, table: Argument, eps: Argument,
-) -> None:  # fmt: skip
-    kept, weighted = shape[0] * shape[2], ws is not None
-    pivots = p.scratch(kept if weighted else 0, "f8*")
-    if in_columns(shape, xs, weighted=weighted):
-        fold = folding(shape, _size(kind), xs, weighted=weighted)
-        tile = _tile(shape[2] * fold, shape[3], _size(kind), TILE)
-        c = _Columns(
-            shape, fold, tile, _size(kind), shares, 3 if weighted else 2, sizes.PIVOTS, work=sizes.GUESS_AND_SUMS
-        )
-        geometry = _geometry(p, shape, c.family, xs, ws)
-        _add_pivots(p, kept, x, weight, geometry, pivots)
-        parts, work = p.scratch(c.parts, "f8*"), p.temporary(c.work, _compute(kind))
-        p.launch(
-            "columns.segment_moments", c.tasks,
-            x=x, weight=weight, geometry=geometry, pivots=pivots, parts=parts, work=work,
+def _add_moments(problem: Problem, table: Argument, eps: Argument) -> None:
+    p, kept, weighted = problem.program, problem.kept, problem.weighted
+    own: dict[str, Any] = {}
+    if is_outer(problem.shape, problem.given("x"), weighted):
+        coalesced = coalescing(problem.shape, problem.itemsize, problem.given("x"), weighted)
+        width = _tile(problem.shape.channel * coalesced, problem.shape.inner, problem.itemsize, TILE)
+        tiled = Tiled(
+            problem, coalesced, width, sums=3 if weighted else 2, scratch=sizes.ORIGINS,
+            workspace=sizes.COLUMN_MOMENTS,
         )  # fmt: skip
-        family, parts_of_all = "columns", c.parts
+        family, tasks, count = "outer_reduction", tiled.tasks, tiled.partials
+        division, own["workspace"] = {"tiles": p.record(tiled.tiles)}, problem.workspace(tiled.workspace)
     else:
-        shape, xs, ws = _halved(shape, xs, ws)
-        segments = kept * sizes.segment_count(shape[1], shape[3])
-        geometry = _geometry(p, shape, _chunks(shape), xs, ws)
-        _add_pivots(p, kept, x, weight, geometry, pivots)
-        parts = p.scratch(3 * segments, "f8*")
-        p.launch(
-            "rows.moments_of_segments", segments, x=x, weight=weight, geometry=geometry, pivots=pivots, parts=parts
-        )
-        family, parts_of_all = "rows", 3 * segments
-    p.launch(
-        f"{family}.channel_moments", kept, parts_of_all < FEW_PARTS,
-        x=x, weight=weight, geometry=geometry, pivots=pivots, parts=parts, table=table, eps=eps,
-    )  # fmt: skip
+        problem = problem.halved()
+        tasks = kept * sizes.segment_count(problem.shape.outer, problem.shape.inner)
+        family, count = "inner_reduction", len(Part._fields) * tasks
+        division = {"chunks": p.record(_chunks(problem.shape))}
+    given: dict[str, Any] = problem.arrays("x", "weight") | {"shape": problem.of_shape} | division
+    given |= {"origins": _add_origins(problem), "partials": p.scratch(count, "f8*")}
+    p.launch(f"{family}.moments_of_segments", tasks, **given, **own)
+    p.launch(f"{family}.channel_moments", kept, count < FEW_PARTIALS, **given, table=table, eps=eps)
 
 
-def _add_pivots(p: Program, kept: int, x: Argument, weight: Argument, geometry: Argument, pivots: Argument) -> None:
-    if weight.kind != "none":
-        p.launch("slab.find_pivots", kept, x=x, weight=weight, geometry=geometry, pivots=pivots)
+def _add_origins(problem: Problem) -> Argument:
+    """Found ahead where there are weights; else kernels find them."""
+    p = problem.program
+    origins = p.scratch(problem.kept if problem.weighted else 0, "f8*")
+    if problem.weighted:
+        given = problem.arrays("x", "weight")
+        p.launch("common.find_origins", problem.kept, **given, shape=problem.of_shape, origins=origins)
+    return origins
 
 
 @lru_cache(maxsize=1024)
 def normalize(
-    shape: Shape, kind: Kind, xs: Strides, ys: Strides, rs: Strides | None, parameters: Kinds, relu: bool, shares: int
-) -> Program:
-    """``program(x, y, residual, mean, spread, gamma, beta, eps, past)``.
+    shape: Shape, kind: Kind, xs: Strides, ys: Strides, rs: Strides | None, parameters: Kinds, given_rstd: bool,
+    relu: bool, num_threads: int,
+) -> Program:  # fmt: skip
+    """``program(x, y, residual, mean, spread, gamma, beta, eps, nontemporal)``: see `records.Parameters`.
 
-    See `slab.affine_of`; past is that of `memory.past_caches`.
+    Nontemporal is one of `memory.Nontemporal`.
     """
-    names = ("mean", "spread", "gamma", "beta")
-    arrays = {"x": kind, "y": kind, "residual": kind if rs else None, **dict(zip(names, parameters, strict=True))}
-    p = Program(shares, math.prod(shape), arrays, ["eps", "past"])
-    numbers = number_rows(p, shape, mean=0.0, spread=1.0, gamma=1.0, beta=0.0)
-    _add_normalize(p, shape, kind, xs, ys, rs, relu, shares, p.array("x"), numbers, p.number("eps"))
+    arrays = {"x": kind, "y": kind, "residual": kind if rs else None}
+    arrays |= dict(zip(Parameters._fields, parameters, strict=True))
+    p = Program(num_threads, math.prod(shape), arrays, ["eps", "nontemporal"])
+    problem = Problem(p, shape, kind, num_threads, {"x": xs, "y": ys, "residual": rs})
+    table = table_of(p, problem.kept, Parameters(mean=0.0, spread=1.0, gamma=1.0, beta=0.0))
+    _add_normalize(problem, table, p.number("eps"), given_rstd, relu)
     return p
 
 
-def number_rows(p: Program, shape: Shape, **defaults: float) -> Argument:
-    """Rows of float64, a channel's number in each, from vectors that a call gives."""
-    kept = shape[0] * shape[2]
-    rows = p.scratch(len(defaults) * kept, "f8*")
-    for i, (name, default) in enumerate(defaults.items()):
-        p.vector(name, kept, default, rows.after(i * kept))
-    return rows
-
-
 def _add_normalize(
-    p: Program, shape: Shape, kind: Kind, xs: Strides, ys: Strides, rs: Strides | None, relu: bool, shares: int,
-    x: Argument, numbers: Argument, eps: Argument | float,
+    problem: Problem, table: Argument, eps: Argument | float, given_rstd: bool, relu: bool
 ) -> None:  # fmt: skip
-    if shape[3] < LINE and in_columns(shape, xs, ys, rs):
-        fold = folding(shape, _size(kind), xs, ys, rs)
-        tile = _tile(shape[2] * fold, shape[3], _size(kind), ROW)
-        c = _Columns(shape, fold, tile, _size(kind), shares, work=sizes.AFFINE)
-        geometry, past = _geometry(p, shape, c.family, xs, ys, rs), 2 if c.streams(ys) else NEVER
-        name, tasks, size = "columns.normalize", c.tasks, c.work
+    p, shape, itemsize = problem.program, problem.shape, problem.itemsize
+    strides = problem.given("x", "y", "residual")
+    given = problem.arrays("x", "y", "residual") | {"shape": problem.of_shape}
+    numbers: dict[str, Any] = {"table": table, "eps": eps, "given_rstd": given_rstd}
+    if shape.inner < LINE and is_outer(shape, strides):
+        coalesced = coalescing(shape, itemsize, strides)
+        width = _tile(shape.channel * coalesced, shape.inner, itemsize, ROW)
+        tiled = Tiled(problem, coalesced, width, workspace=sizes.AFFINE)
+        p.launch(
+            "outer_reduction.normalize", tiled.tasks, **given, tiles=p.record(tiled.tiles), **numbers,
+            workspace=problem.workspace(tiled.workspace), relu=_option(relu),
+            nontemporal=problem.nontemporal(tiled.whole_lines(problem.given("y"))),
+        )  # fmt: skip
     else:
-        r = _Rows(shape, _size(kind), shares, xs, ys, rs)
-        geometry, past = _geometry(p, shape, r.family, xs, ys, rs), 1 if r.streams else NEVER
-        name, tasks, size = "rows.normalize", r.tasks, sizes.AFFINE * shares * r.pitch
-    p.launch(
-        name, tasks, x=x, y=p.array("y"), residual=p.array("residual"), geometry=geometry, numbers=numbers, eps=eps,
-        work=p.temporary(size, _compute(kind)), relu=relu or None, streaming=p.at_least("past", past),
-    )  # fmt: skip
+        order = InOrder(problem, strides)
+        p.launch(
+            "inner_reduction.normalize", order.tasks, **given, run=order.run, pitch=order.pitch, **numbers,
+            workspace=problem.workspace(sizes.AFFINE * problem.num_threads * order.pitch), relu=_option(relu),
+            nontemporal=problem.nontemporal_rows(order.run),
+        )  # fmt: skip
+
+
+def _option(on: bool) -> bool | None:
+    """For an option, kernels are compiled with it or, if it is None, without."""
+    return True if on else None
 
 
 @lru_cache(maxsize=1024)
 def forward(
     shape: Shape, kind: Kind, xs: Strides, ws: Strides | None, weights: Kind | None, ys: Strides, rs: Strides | None,
-    parameters: Kinds, relu: bool, shares: int,
+    parameters: Kinds, relu: bool, num_threads: int,
 ) -> Program:  # fmt: skip
-    """``program(x, weight, y, residual, gamma, beta, table, eps, past)``: for the table see `slab.enter_moments`."""
-    gamma, beta = parameters
-    p = Program(
-        shares,
-        math.prod(shape),
-        {
-            "x": kind, "weight": weights, "y": kind, "residual": kind if rs else None, "gamma": gamma, "beta": beta,
-            "table": "f8*",
-        },
-        ["eps", "past"],
-    )  # fmt: skip
-    of_y = ys if relu else None
+    """``program(x, weight, y, residual, gamma, beta, table, eps, nontemporal)``: the table is of `records.Moments`."""
+    arrays = {"x": kind, "weight": weights, "y": kind, "residual": kind if rs else None}
+    arrays |= {**dict(zip(("gamma", "beta"), parameters, strict=True)), "table": "f8*"}
+    p = Program(num_threads, math.prod(shape), arrays, ["eps", "nontemporal"])
     p.followed_by = partial(
-        backward, shape, kind, xs, xs, of_y, ws, weights, xs, rs, ("f8*",) * 6, frozen=False, shares=shares
-    )
-    x, weight, table, eps = p.array("x"), p.array("weight"), p.array("table"), p.number("eps")
-    weighted, kept = ws is not None, shape[0] * shape[2]
-    p.vector("gamma", kept, 1.0, table.after(4 * kept))
-    p.vector("beta", kept, 0.0, table.after(5 * kept))
+        backward, shape, kind, xs, xs, ys if relu else None, ws, weights, xs, rs, ("f8*",) * 6, frozen=False,
+        num_threads=num_threads,
+    )  # fmt: skip
+    problem = Problem(p, shape, kind, num_threads, {"x": xs, "weight": ws, "y": ys, "residual": rs})
+    kept, table, eps = problem.kept, p.array("table"), p.number("eps")
+    rows = Moments(*(table.after(i * kept) for i in range(len(Moments._fields))))
+    p.vector("gamma", kept, 1.0, rows.gamma)
+    p.vector("beta", kept, 0.0, rows.beta)
     tile = 0
-    if not weighted and in_columns(shape, xs, ys, rs) and folding(shape, _size(kind), xs) == 1:
-        tile = _fused_tile(shape, _size(kind), 1, shares)
+    if not problem.weighted and is_outer(shape, problem.given("x", "y", "residual")):
+        tile = _fused_tile(problem, 1) if coalescing(shape, problem.itemsize, [xs]) == 1 else 0
     if tile:
-        c = _Columns(shape, 1, tile, _size(kind), shares, scratch=sizes.PIVOTS, work=sizes.GUESS_AND_SUMS, fused=True)
+        tiled = Tiled(problem, 1, tile, scratch=sizes.ORIGINS, workspace=sizes.COLUMN_MOMENTS, fused=True)
         p.launch(
-            "columns.forward", c.tasks, x=x, y=p.array("y"), residual=p.array("residual"),
-            geometry=_geometry(p, shape, c.family, xs, ys, rs), table=table, eps=eps,
-            parts=p.scratch(c.parts, "f8*"), work=p.temporary(c.work, _compute(kind)), relu=relu or None,
-            streaming=p.at_least("past", 2 if c.streams(ys) else NEVER),
+            "outer_reduction.forward", tiled.tasks, **problem.arrays("x", "y", "residual"), shape=problem.of_shape,
+            tiles=p.record(tiled.tiles), table=table, eps=eps, partials=p.scratch(tiled.partials, "f8*"),
+            workspace=problem.workspace(tiled.workspace), relu=_option(relu),
+            nontemporal=problem.nontemporal(tiled.whole_lines([ys])),
         )  # fmt: skip
-    elif _whole_channels(shape, shares) and not in_columns(shape, xs, weighted=weighted):
-        shape, xs, ws, ys, rs = _halved(shape, xs, ws, ys, rs)
-        geometry, pivots = _geometry(p, shape, _chunks(shape), xs, ws, ys, rs), p.scratch(kept * weighted, "f8*")
-        _add_pivots(p, kept, x, weight, geometry, pivots)
+    elif _whole_channels(problem) and not is_outer(shape, [xs], problem.weighted):
+        problem = problem.halved()
+        origins = _add_origins(problem)
         p.launch(
-            "rows.forward", kept, x=x, weight=weight, y=p.array("y"), residual=p.array("residual"), geometry=geometry,
-            pivots=pivots, table=table, eps=eps, work=p.temporary(sizes.AFFINE * shares * sizes.PAD, _compute(kind)),
-            relu=relu or None, streaming=p.at_least("past", _past_of_rows(shape, kind)),
+            "inner_reduction.forward", kept, **problem.arrays("x", "weight", "y", "residual"), shape=problem.of_shape,
+            chunks=p.record(_chunks(problem.shape)), origins=origins, table=table, eps=eps,
+            workspace=problem.workspace(sizes.AFFINE * num_threads * sizes.PAD), relu=_option(relu),
+            nontemporal=problem.nontemporal_rows(problem.shape.inner),
         )  # fmt: skip
     else:
-        _add_moments(p, shape, kind, xs, ws, shares, x, weight, table, eps)
-        _add_normalize(p, shape, kind, xs, ys, rs, relu, shares, x, table.after(2 * kept), -1.0)
+        _add_moments(problem, table, eps)
+        _add_normalize(problem, rows.mean, 0.0, True, relu)
     return p
 
 
-def _past_of_rows(shape: Shape, kind: Kind) -> int:
-    """What `memory.past_caches` must say for kernels to stream whole rows of a channel."""
-    return 1 if shape[3] * _size(kind) >= STREAMED_ROW else NEVER
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1024)
 def grad_sums(
     shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
-    parameters: Kinds, shares: int,
+    parameters: Kinds, num_threads: int,
 ) -> Program:  # fmt: skip
-    """``program(dy, x, y, weight, mean, rstd, out)``: (dgamma, dbeta)."""
-    mean, rstd = parameters
+    """``program(dy, x, y, weight, mean, rstd, sums)``: these are `records.Sums`."""
     arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights}
-    arrays |= {"mean": mean, "rstd": rstd, "out": "f8*"}
-    p = Program(shares, math.prod(shape), arrays)
-    numbers = number_rows(p, shape, mean=0.0, rstd=1.0)
-    _add_grad_sums(p, shape, kind, dys, xs, ys, ws, shares, numbers, None, False, False)
+    arrays |= {**dict(zip(("mean", "rstd"), parameters, strict=True)), "sums": "f8*"}
+    p = Program(num_threads, math.prod(shape), arrays)
+    problem = Problem(p, shape, kind, num_threads, {"dy": dys, "x": xs, "y": ys, "weight": ws})
+    table = p.scratch(2 * problem.kept, "f8*")  # the first rows of `records.GradientParameters`
+    p.vector("mean", problem.kept, 0.0, table)
+    p.vector("rstd", problem.kept, 1.0, table.after(problem.kept))
+    _add_grad_sums(problem, table, None, False, False)
     return p
 
 
 def _add_grad_sums(
-    p: Program, shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None,
-    shares: int, numbers: Argument, linear: Argument | None, frozen: bool, mixed: bool,
-) -> None:  # fmt: skip
-    """For ``linear`` see `slab.enter_linear`."""
-    dy, x, y, weight = (p.array(name) for name in ("dy", "x", "y", "weight"))
-    kept, weighted = shape[0] * shape[2], ws is not None
-    if in_columns(shape, dys, xs, ys, weighted=weighted):
-        fold = folding(shape, _size(kind), dys, xs, ys, weighted=weighted)
-        tile = _tile(shape[2] * fold, shape[3], _size(kind), TILE)
-        c = _Columns(shape, fold, tile, _size(kind), shares, 2, work=sizes.SUMMED)
-        geometry, parts = _geometry(p, shape, c.family, dys, xs, ys, ws), p.scratch(c.parts, "f8*")
+    problem: Problem, parameters: Argument, distances: Argument | None, frozen: bool, mixed: bool
+) -> None:
+    """And, if they are asked for, the `records.Distances` of dx."""
+    p, kept, weighted = problem.program, problem.kept, problem.weighted
+    strides = problem.given("dy", "x", "y")
+    if is_outer(problem.shape, strides, weighted):
+        coalesced = coalescing(problem.shape, problem.itemsize, strides, weighted)
+        width = _tile(problem.shape.channel * coalesced, problem.shape.inner, problem.itemsize, TILE)
+        tiled = Tiled(problem, coalesced, width, sums=2, workspace=sizes.COLUMN_SUMS)
+        tiles, partials = p.record(tiled.tiles), p.scratch(tiled.partials, "f8*")
         p.launch(
-            "columns_gradients.segment_grad_sums", c.tasks, dy=dy, x=x, y=y, weight=weight, geometry=geometry,
-            numbers=numbers, parts=parts, work=p.temporary(c.work, _compute(kind)),
+            "outer_gradients.grad_sums_of_segments", tiled.tasks, **problem.arrays("dy", "x", "y", "weight"),
+            shape=problem.of_shape, tiles=tiles, parameters=parameters, partials=partials,
+            workspace=problem.workspace(tiled.workspace),
         )  # fmt: skip
         p.launch(
-            "columns_gradients.channel_grad_sums", kept, c.parts < FEW_PARTS, dy=dy, x=x, y=y, geometry=geometry,
-            numbers=numbers, parts=parts, out=p.array("out"), linear=linear, frozen=frozen, mixed=mixed,
+            "outer_gradients.channel_grad_sums", kept, tiled.partials < FEW_PARTIALS, **problem.arrays("dy", "x", "y"),
+            shape=problem.of_shape, tiles=tiles, parameters=parameters, partials=partials, sums=p.array("sums"),
+            distances=distances, frozen=frozen, mixed=mixed,
         )  # fmt: skip
     else:
-        shape, dys, xs, ys, ws = _halved(shape, dys, xs, ys, ws)
-        geometry = _geometry(p, shape, _chunks(shape), dys, xs, ys, ws)
-        segments = kept * sizes.segment_count(shape[1], shape[3])
-        parts = p.scratch(2 * segments, "f8*")
+        problem = problem.halved()
+        segments = kept * sizes.segment_count(problem.shape.outer, problem.shape.inner)
+        count = len(SegmentSums._fields) * segments
+        given: dict[str, Any] = {
+            "shape": problem.of_shape,
+            "chunks": p.record(_chunks(problem.shape)),
+            "parameters": parameters,
+        }
+        partials = p.scratch(count, "f8*")
         p.launch(
-            "rows_gradients.grad_sums_of_segments", segments, dy=dy, x=x, y=y, weight=weight, geometry=geometry,
-            numbers=numbers, parts=parts,
+            "inner_gradients.grad_sums_of_segments", segments, **problem.arrays("dy", "x", "y", "weight"),
+            **given, partials=partials,
         )  # fmt: skip
         p.launch(
-            "rows_gradients.channel_grad_sums", kept, 2 * segments < FEW_PARTS, x=x, geometry=geometry, numbers=numbers,
-            parts=parts, out=p.array("out"), linear=linear, frozen=frozen, mixed=mixed,
+            "inner_gradients.channel_grad_sums", kept, count < FEW_PARTIALS, x=p.array("x"), **given,
+            partials=partials, sums=p.array("sums"), distances=distances, frozen=frozen, mixed=mixed,
         )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
 def grad_input(
     shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
-    dxs: Strides, drs: Strides | None, parameters: Kinds, shares: int,
+    dxs: Strides, drs: Strides | None, parameters: Kinds, num_threads: int,
 ) -> Program:  # fmt: skip
-    """``program(dy, x, y, weight, dx, dresidual, mean, rstd, gamma, count, dmean, dvar, dgamma, dbeta, past)``."""
-    names = (*GRADIENT_NUMBERS, "dgamma", "dbeta")
+    """``program(dy, x, y, weight, dx, dresidual, *GradientParameters, *Sums, nontemporal)``; both of `records`."""
     arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "dx": kind}
+    names = (*GradientParameters._fields, *Sums._fields)
     arrays |= {"dresidual": kind if drs else None, **dict(zip(names, parameters, strict=True))}
-    p = Program(shares, math.prod(shape), arrays, ["past"])
-    kept, x = shape[0] * shape[2], p.array("x")
-    numbers, mixed = _gradient_numbers(p, shape, parameters)
-    sums, linear = number_rows(p, shape, dgamma=0.0, dbeta=0.0), p.scratch(5 * kept, "f8*")
-    p.launch("slab.linear_rows", kept, True, x=x, numbers=numbers, kept=p.integers([kept]), mixed=mixed, sums=sums,
-             linear=linear)  # fmt: skip
-    _add_grad_input(p, shape, kind, x, dys, xs, ys, ws, dxs, drs, shares, linear)
+    p = Program(num_threads, math.prod(shape), arrays, ["nontemporal"])
+    strides = {"dy": dys, "x": xs, "y": ys, "weight": ws, "dx": dxs, "dresidual": drs}
+    problem = Problem(p, shape, kind, num_threads, strides)
+    table, mixed = _gradient_parameters(problem, parameters)
+    sums, distances = (
+        table_of(p, problem.kept, Sums(dgamma=0.0, dbeta=0.0)),
+        p.scratch(len(Distances._fields) * problem.kept, "f8*"),
+    )
+    p.launch(
+        "common.find_distances", problem.kept, True, x=p.array("x"), parameters=table, kept=problem.kept, mixed=mixed,
+        sums=sums, distances=distances,
+    )  # fmt: skip
+    _add_grad_input(problem, distances, False)
     return p
 
 
-GRADIENT_NUMBERS = ("mean", "rstd", "gamma", "count", "dmean", "dvar")
+def _gradient_parameters(problem: Problem, parameters: Kinds) -> tuple[Argument, bool]:
+    """A table of `records.GradientParameters`, and whether dmean or dvar is among them; else there are no such rows."""
+    kinds = GradientParameters(*parameters[: len(GradientParameters._fields)])
+    mixed = kinds.dmean is not None or kinds.dvar is not None
+    defaults = GradientParameters(mean=0.0, rstd=1.0, gamma=1.0, count=1.0, dmean=0.0, dvar=0.0)
+    table = problem.program.scratch((6 if mixed else 4) * problem.kept, "f8*")
+    for i, (name, default) in enumerate(zip(defaults._fields, defaults, strict=True)):
+        if mixed or name not in ("dmean", "dvar"):
+            problem.program.vector(name, problem.kept, default, table.after(i * problem.kept))
+    return table, mixed
 
 
-def _gradient_numbers(p: Program, shape: Shape, parameters: Kinds) -> tuple[Argument, bool]:
-    """Rows of numbers as `slab.input_numbers` takes them, and whether dmean or dvar is among them."""
-    mixed = parameters[4] is not None or parameters[5] is not None
-    defaults = {"mean": 0.0, "rstd": 1.0, "gamma": 1.0, "count": 1.0} | ({"dmean": 0.0, "dvar": 0.0} if mixed else {})
-    return number_rows(p, shape, **defaults), mixed
-
-
-def _add_grad_input(
-    p: Program, shape: Shape, kind: Kind, x: Argument | None, dys: Strides, xs: Strides | None, ys: Strides | None,
-    ws: Strides | None, dxs: Strides, drs: Strides | None, shares: int, numbers: Argument,
-) -> None:  # fmt: skip
-    strides = (dys, xs, ys, ws, dxs, drs)
-    if shape[3] < LINE and in_columns(shape, dys, xs, ys, dxs, drs, weighted=ws is not None):
-        fold = folding(shape, _size(kind), dys, xs, ys, dxs, drs, weighted=ws is not None)
-        tile = _tile(shape[2] * fold, shape[3], _size(kind), ROW // 2)  # with five numbers a column, not three
-        c = _Columns(shape, fold, tile, _size(kind), shares, work=sizes.LINEAR)
-        geometry, past = _geometry(p, shape, c.family, *strides), 2 if c.streams(dxs, drs) else NEVER
-        name, tasks, size = "columns_gradients.grad_input", c.tasks, c.work
+def _add_grad_input(problem: Problem, distances: Argument, frozen: bool) -> None:
+    """Frozen statistics have no gradients, so that dx does not depend on x."""
+    p, shape, itemsize = problem.program, problem.shape, problem.itemsize
+    arrays = problem.arrays("dy", "x", "y", "weight", "dx", "dresidual") | {"shape": problem.of_shape}
+    strides = problem.given("dy", "y", "dx", "dresidual")
+    arrays["x"] = _live(problem, frozen)
+    strides += [] if frozen else problem.given("x")
+    if shape.inner < LINE and is_outer(shape, strides, problem.weighted):
+        coalesced = coalescing(shape, itemsize, strides, problem.weighted)
+        width = _tile(
+            shape.channel * coalesced, shape.inner, itemsize, ROW // 2
+        )  # with five numbers a column, not three
+        tiled = Tiled(problem, coalesced, width, workspace=sizes.LINEAR)
+        p.launch(
+            "outer_gradients.grad_input", tiled.tasks, **arrays, tiles=p.record(tiled.tiles), distances=distances,
+            workspace=problem.workspace(tiled.workspace),
+            nontemporal=problem.nontemporal(tiled.whole_lines(problem.given("dx", "dresidual"))),
+        )  # fmt: skip
     else:
-        r = _Rows(shape, _size(kind), shares, *strides)
-        geometry, past = _geometry(p, shape, r.family, *strides), 1 if r.streams else NEVER
-        name, tasks, size = "rows_gradients.grad_input", r.tasks, sizes.LINEAR * shares * r.pitch
-    p.launch(
-        name, tasks, dy=p.array("dy"), x=x, y=p.array("y"), weight=p.array("weight"), dx=p.array("dx"),
-        dresidual=p.array("dresidual"), geometry=geometry, numbers=numbers, work=p.temporary(size, _compute(kind)),
-        streaming=p.at_least("past", past),
-    )  # fmt: skip
+        order = InOrder(problem, strides + problem.given("weight"))
+        p.launch(
+            "inner_gradients.grad_input", order.tasks, **arrays, run=order.run, pitch=order.pitch, distances=distances,
+            workspace=problem.workspace(sizes.LINEAR * problem.num_threads * order.pitch),
+            nontemporal=problem.nontemporal_rows(order.run),
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
 def backward(
     shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
-    dxs: Strides, drs: Strides | None, parameters: Kinds, frozen: bool, shares: int,
+    dxs: Strides, drs: Strides | None, parameters: Kinds, frozen: bool, num_threads: int,
 ) -> Program:  # fmt: skip
-    """``program(dy, x, y, weight, dx, dresidual, mean, rstd, gamma, count, dmean, dvar, out, past)``.
-
-    See `slab.input_numbers`; ``out`` is for (dgamma, dbeta).
-    """
+    """``program(dy, x, y, weight, dx, dresidual, *GradientParameters, sums, nontemporal)``; the sums are `Sums`."""
     arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "dx": kind}
-    arrays |= {"dresidual": kind if drs else None, **dict(zip(GRADIENT_NUMBERS, parameters, strict=True)), "out": "f8*"}
-    p = Program(shares, math.prod(shape), arrays, ["past"])
-    dy, x, y, dx, dresidual = (p.array(name) for name in ("dy", "x", "y", "dx", "dresidual"))
-    numbers, mixed = _gradient_numbers(p, shape, parameters)
-    out, live = p.array("out"), None if frozen else x
-    strides, kept = (dys, xs, ys, ws, dxs, drs), shape[0] * shape[2]
+    arrays |= {"dresidual": kind if drs else None}
+    arrays |= {**dict(zip(GradientParameters._fields, parameters, strict=True)), "sums": "f8*"}
+    p = Program(num_threads, math.prod(shape), arrays, ["nontemporal"])
+    strides = {"dy": dys, "x": xs, "y": ys, "weight": ws, "dx": dxs, "dresidual": drs}
+    problem = Problem(p, shape, kind, num_threads, strides)
+    table, mixed = _gradient_parameters(problem, parameters)
+    kept, sums = problem.kept, p.array("sums")
     tile = 0
-    if ws is None and in_columns(shape, dys, xs, ys, dxs, drs) and folding(shape, _size(kind), dys, xs, ys) == 1:
-        tile = _fused_tile(shape, _size(kind), 2, shares)
+    if ws is None and is_outer(shape, problem.given("dy", "x", "y", "dx", "dresidual")):
+        tile = _fused_tile(problem, 2) if coalescing(shape, problem.itemsize, problem.given("dy", "x", "y")) == 1 else 0
     if tile:
-        c = _Columns(shape, 1, tile, _size(kind), shares, scratch=sizes.SUMS, work=sizes.LINEAR, fused=True)
+        tiled = Tiled(problem, 1, tile, scratch=sizes.SUMS, workspace=sizes.LINEAR, fused=True)
         p.launch(
-            "columns_gradients.backward", c.tasks, dy=dy, x=x, y=y, live=live, dx=dx, dresidual=dresidual,
-            geometry=_geometry(p, shape, c.family, *strides), numbers=numbers, mixed=mixed, out=out,
-            parts=p.scratch(c.parts, "f8*"), work=p.temporary(c.work, _compute(kind)),
-            streaming=p.at_least("past", 2 if c.streams(dxs, drs) else NEVER),
+            "outer_gradients.backward", tiled.tasks, **problem.arrays("dy", "x", "y", "dx", "dresidual"),
+            live=_live(problem, frozen), shape=problem.of_shape, tiles=p.record(tiled.tiles), parameters=table,
+            mixed=mixed, sums=sums, partials=p.scratch(tiled.partials, "f8*"),
+            workspace=problem.workspace(tiled.workspace),
+            nontemporal=problem.nontemporal(tiled.whole_lines(problem.given("dx", "dresidual"))),
         )  # fmt: skip
-    elif _whole_channels(shape, shares) and not in_columns(shape, dys, xs, ys, weighted=ws is not None):
-        shape, *halved = _halved(shape, *strides)
+    elif _whole_channels(problem) and not is_outer(shape, problem.given("dy", "x", "y"), problem.weighted):
+        problem = problem.halved()
         p.launch(
-            "rows_gradients.backward", kept, dy=dy, x=x, y=y, live=live, weight=p.array("weight"), dx=dx,
-            dresidual=dresidual, geometry=_geometry(p, shape, _chunks(shape), *halved), numbers=numbers, mixed=mixed,
-            out=out, work=p.temporary(sizes.LINEAR * shares * sizes.PAD, _compute(kind)),
-            streaming=p.at_least("past", _past_of_rows(shape, kind)),
+            "inner_gradients.backward", kept, **problem.arrays("dy", "x", "y", "weight", "dx", "dresidual"),
+            live=_live(problem, frozen), shape=problem.of_shape, chunks=p.record(_chunks(problem.shape)),
+            parameters=table, mixed=mixed, sums=sums,
+            workspace=problem.workspace(sizes.LINEAR * num_threads * sizes.PAD),
+            nontemporal=problem.nontemporal_rows(problem.shape.inner),
         )  # fmt: skip
     else:
-        linear = p.scratch(5 * kept, "f8*")
-        _add_grad_sums(p, shape, kind, dys, xs, ys, ws, shares, numbers, linear, frozen, mixed)
-        _add_grad_input(p, shape, kind, live, dys, None if frozen else xs, ys, ws, dxs, drs, shares, linear)
+        distances = p.scratch(len(Distances._fields) * kept, "f8*")
+        _add_grad_sums(problem, table, distances, frozen, mixed)
+        _add_grad_input(problem, distances, frozen)
     return p
+
+
+def _live(problem: Problem, frozen: bool) -> Strided:
+    """The array x again; of frozen statistics dx does not depend on it."""
+    return problem.program.strided(problem.program.array("x"), None if frozen else problem.strides["x"])

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastbn.cpu.code import Kernel, address, addresses, is_missing
+from fastbn.cpu.records import Strides
 from fastbn.cpu.team import OF_THE_TEAM, RUNTIME, team_for
 
 # Where an argument comes from: itself; a number given at each call; an array given at each call, or the scratch memory,
@@ -50,6 +51,16 @@ class Argument(NamedTuple):
 NONE = Argument("none", CONSTANT)
 
 
+class Strided(NamedTuple):
+    """Of a kernel: an array, in one word, and its strides, in another."""
+
+    array: Argument
+    strides: Argument
+
+
+Words = tuple[Argument, ...]
+
+
 @lru_cache(maxsize=64)
 def kind_of(dtype: np.dtype[Any]) -> str:
     """An array of this dtype, as kernels name it (``dtype.name`` alone takes a microsecond)."""
@@ -62,7 +73,7 @@ class Program:
     Parameters
     ----------
     threads : int
-        That share the tasks, at most.
+        That run the tasks, at most.
     size : int
         Elements of the arrays.
     arrays : dict
@@ -75,7 +86,7 @@ class Program:
         self.threads, self._releases = threads, size >= HELD
         self._slots = {name: 8 * i for i, name in enumerate((*arrays, *numbers))}
         self._kinds = {name: kind or "none" for name, kind in arrays.items()} | dict.fromkeys(numbers, "f8")
-        self._launches: list[tuple[str, int, int, dict[str, Argument]]] = []
+        self._launches: list[tuple[str, int, int, dict[str, Words]]] = []
         self._functions: list[Kernel] = []
         self._vectors: list[int] = []
         self._scratch = self._temporary = self._used = 0
@@ -115,6 +126,16 @@ class Program:
         self._integers += values
         return Argument("i8*", INTEGERS, extra=place)
 
+    def record(self, values: NamedTuple) -> Argument:
+        """Integers that a kernel knows by their names, one of `records.INTEGERS`."""
+        return self.integers(values)._replace(kind=type(values).__name__)
+
+    def strided(self, array: Argument, strides: Strides | None) -> Strided:
+        """An array with its strides; of an absent one there are none."""
+        if strides is None:
+            return Strided(Argument("none[]", CONSTANT), NONE)
+        return Strided(array._replace(kind=array.kind.replace("*", "[]")), self.record(strides))
+
     def vector(self, name: str, count: int, default: float, to: Argument) -> None:
         """First of all, copy a vector of parameters to a place, in float64; where none is given, its default."""
         kind = self._kinds[name]
@@ -122,11 +143,13 @@ class Program:
         target = NOWHERE if to.source == SCRATCH else to.slot
         self._vectors += [slot, FLOATS.index(kind), _bits(default), count, target, to.extra]
 
-    def launch(self, name: str, tasks: int, short: bool = False, **arguments: Argument | bool | float | None) -> None:
+    def launch(
+        self, name: str, tasks: int, short: bool = False, **arguments: Argument | Strided | bool | float | None
+    ) -> None:
         """The kernel ``module.function``; its arguments in order. The calling thread does what is short."""
         threads = 1 if short else self.threads
         self._used = 0
-        self._launches.append((name, tasks, threads, {key: _argument(a) for key, a in arguments.items()}))
+        self._launches.append((name, tasks, threads, {key: _words(a) for key, a in arguments.items()}))
 
     def function(self, name: str, **kinds: str) -> Argument:
         """The address of a kernel that others call."""
@@ -135,7 +158,10 @@ class Program:
 
     def kernels(self) -> list[Kernel]:
         """Those that it launches, and those that these call."""
-        launched = [(n, tuple(f"{key}:{a.kind}" for key, a in given.items())) for n, _, _, given in self._launches]
+        launched = [
+            (name, tuple(f"{key}:{words[0].kind}" for key, words in given.items()))
+            for name, _, _, given in self._launches
+        ]
         return [*launched, *self._functions]
 
     def _later(self) -> list[Kernel]:
@@ -164,9 +190,10 @@ class Program:
         words = [0, self._releases, *_of_python(*_OF_PYTHON), *sizes, *self._vectors]
         entries = addresses([*self.kernels(), *RUNTIME, *(OF_THE_TEAM if self.threads > 1 else ())], self._later)
         pointers = []  # words that are to point into these words
-        for (_, tasks, threads, arguments), entry in zip(self._launches, entries, strict=False):
+        for (_, tasks, threads, named), entry in zip(self._launches, entries, strict=False):
+            arguments = [word for of_one in named.values() for word in of_one]
             words += [entry, tasks, threads, len(arguments), 0]
-            for a in arguments.values():
+            for a in arguments:
                 if a.source == TEMPORARY:  # behind all that lasts
                     a = a._replace(source=SCRATCH, extra=a.extra + self._scratch)
                 elif a.source == INTEGERS:
@@ -181,14 +208,18 @@ class Program:
         self._words, self.call = vars(self).setdefault("_prepared", (mine, _built_in(_call, "calls.call", mine)))
 
 
-def _argument(given: Argument | bool | float | None) -> Argument:
+def _words(given: Argument | Strided | bool | float | None) -> Words:
+    if isinstance(given, Strided):
+        return tuple(given)
+    if isinstance(given, Argument):
+        return (given,)
     if given is None:
-        return NONE
+        return (NONE,)
     if isinstance(given, bool):
-        return Argument("bool", CONSTANT, extra=int(given))
-    if isinstance(given, float):
-        return Argument("f8", CONSTANT, extra=_bits(given))
-    return given
+        return (Argument("bool", CONSTANT, extra=int(given)),)
+    if isinstance(given, int):
+        return (Argument("i8", CONSTANT, extra=given),)
+    return (Argument("f8", CONSTANT, extra=_bits(given)),)
 
 
 def _bits(number: float) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fastbn.cpu import records
+
 # --- rows: a channel's rows one after the other -----------------------------------------------------------------------
 
 CHUNK = 1024  # values: 32 float32 additions per lane (rounding below 1e-6), and L1 holds it for a second look
@@ -25,9 +27,9 @@ def segment_count(outer: int, inner: int) -> int:
     return -(-(-(-outer // rows) * -(-inner // columns)) // SEGMENT)
 
 
-def piece_count(shape: tuple[int, ...]) -> int:
+def piece_count(shape: records.Shape) -> int:
     """Pieces of rows in the whole array, in the order of memory."""
-    return shape[0] * shape[1] * shape[2] * -(-shape[3] // PIECE)
+    return shape.batch * shape.outer * shape.channel * -(-shape.inner // PIECE)
 
 
 # --- columns: rows through all channels -------------------------------------------------------------------------------
@@ -49,8 +51,8 @@ def padded(cells: int, tile: int) -> int:
     return -(-cells // tile) * -(-tile // PAD) * PAD
 
 
-# --- arrays of a share ------------------------------------------------------------------------------------------------
+# --- arrays of a thread -----------------------------------------------------------------------------------------------
 
-AFFINE, LINEAR = 3, 5  # the numbers of y = (x - hi) * scale + shift, and of dx, of each channel or column
-GUESS_AND_SUMS, SUMMED = 3, 4  # of each column: a guess and two sums; hi, unit and two sums
-PIVOTS, SUMS = 2, 2  # in float64, of each cell: the pivot and the centre; two sums
+AFFINE, LINEAR = len(records.Affine._fields), len(records.Linear._fields)  # of each channel or column
+COLUMN_MOMENTS, COLUMN_SUMS = len(records.ColumnMoments._fields), len(records.ColumnSums._fields)
+ORIGINS, SUMS = 2, len(records.Sums._fields)  # in float64, of each cell: the origin and the centre; two sums

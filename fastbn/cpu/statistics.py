@@ -27,7 +27,7 @@ OF_VALUES, OF_ROWS = 1, 2  # what a mask is of
 DIMENSION = 4
 FIELDS = 4  # of a part
 BUFFER = 512  # values that are converted at once
-OF_INNER = FIELDS * 8 + BUFFER + 8  # numbers that a share of `inner` has for itself
+OF_INNER = FIELDS * 8 + BUFFER + 8  # numbers that a thread of `inner` has for itself
 FORMS = ("var", "std", "m2")
 VAR, STD, SUM_OF_SQUARES = range(3)
 DIRECT = ("f4*", "f8*")  # what kernels read themselves where it lies side by side; the rest is converted on the way
@@ -105,7 +105,7 @@ class _Division(NamedTuple):
     parts: int
     finishing: int  # tasks
     partials: int
-    own: int  # numbers that a share has for itself
+    own: int  # numbers that a thread has for itself
     strided: bool
     by_rows: bool  # the mask is the same all along a row
 
@@ -253,8 +253,8 @@ def plan(
         "where": p.array("where").after(starts[1]) if masked else ones if skip_nan else None,
         "ones": ones, "masked": (masked or skip_nan) or None,
     }  # fmt: skip
-    work = {"work": p.temporary(threads * c.own, "f8*")}
-    p.launch(f"statistics.{c.kernel}", c.tasks, **(data | given | work | into))
+    workspace = {"workspace": p.temporary(threads * c.own, "f8*")}
+    p.launch(f"statistics.{c.kernel}", c.tasks, **(data | given | workspace | into))
     if c.parts > 1:
         p.launch("statistics.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **(given | into))
     return p

@@ -52,7 +52,7 @@ _starting = threading.Lock()
 
 
 def threads_for(elements: int) -> int:
-    """How many threads share so much work, at most."""
+    """How many threads do so much work, at most."""
     return 1 if elements < PARALLEL_FROM else min(get_num_threads(), MOST)
 
 

@@ -79,11 +79,11 @@ def test_forced_strategies(monkeypatch, fresh_plans, options, serial_below, whol
     for forced in (False, True):
         if forced:
             monkeypatch.setattr(team, "PARALLEL_FROM", serial_below)
-            monkeypatch.setattr(plans, "_whole_channels", lambda shape, shares: whole_channels)
+            monkeypatch.setattr(plans, "_whole_channels", lambda problem: whole_channels)
             if not whole_channels:
                 monkeypatch.setattr(plans, "_fused_tile", lambda *_: 0)
             monkeypatch.setattr(memory, "CACHE_SHARE", 0)
-            monkeypatch.setattr(plans, "STREAMED_ROW", 0)
+            monkeypatch.setattr(plans, "NONTEMPORAL_ROW", 0)
             forget()
         for c in (case, last, short):
             check_backward(c)

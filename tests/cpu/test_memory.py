@@ -49,7 +49,9 @@ def test_what_may_be_streamed(monkeypatch, fresh_plans, kilobytes, own, given):
     monkeypatch.setattr(memory, "OWN_TIMES", 2)
     asked = []
     monkeypatch.setattr(
-        cpu, "past_caches", lambda *o: (p := memory.past_caches(*o)) and (lambda *a: asked.append(a) or p(*a))
+        cpu,
+        "nontemporal_stores",
+        lambda *o: (p := memory.nontemporal_stores(*o)) and (lambda *a: asked.append(a) or p(*a)),
     )
     x = np.random.default_rng(0).standard_normal((kilobytes * 256 // 4, 4), dtype=np.float32)
     for out, expected in ((None, own), (np.empty_like(x), given)):

@@ -9,6 +9,7 @@ import pytest
 
 import fastbn
 from fastbn.cpu import plans, program, team
+from fastbn.cpu.records import Shape, Strides
 
 
 def test_two_threads_prepare_one(monkeypatch):
@@ -23,8 +24,8 @@ def test_two_threads_prepare_one(monkeypatch):
         return made
 
     monkeypatch.setattr(program, "_built_in", slowly)
-    shape, x = (1, 64, 8, 1), np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
-    prepared = plans.moments.__wrapped__(shape, "f4*", (0, 512, 8, 1), None, None, 2)
+    shape, x = Shape(1, 64, 8, 1), np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    prepared = plans.moments.__wrapped__(shape, "f4*", Strides(512, 8, 1), None, None, 2)
     tables = np.empty((2, 4, 8))
     other = threading.Thread(target=prepared, args=(x, None, tables[1], 0.0))
     other.start()

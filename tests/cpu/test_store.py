@@ -58,8 +58,8 @@ def test_shared_and_never_stale(tmp_path):
     assert sorted((first / "fastbn").rglob("*")) == installed, "it may be read-only"
     assert run(second, **shared) == "[1. 4.]\n"
     assert compiled(cache) == found
-    helper = second / "fastbn" / "cpu" / "kernels" / "slab.py"
-    changed = helper.read_text().replace("return n, pivot + mean, m2", "return n, pivot + mean + 10.0, m2")
+    helper = second / "fastbn" / "cpu" / "kernels" / "common.py"
+    changed = helper.read_text().replace("return n, origin + mean, m2", "return n, origin + mean + 10.0, m2")
     assert changed != helper.read_text()
     helper.write_text(changed)
     assert run(second, **shared) == "[11. 14.]\n"

@@ -9,7 +9,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastbn.cpu.kernels.compiler import inner, plain
+from fastbn.cpu.kernels.compiler import inline, plain
 from fastbn.cpu.kernels.simd import value
 from fastbn.cpu.kernels.team import load, run_tasks, store
 from fastbn.cpu.objects import DATA_AT, FLOAT_AT
@@ -99,19 +99,19 @@ doubles, floats, halves, bfloats = map(_pointer_to, (types.float64, types.float3
 # --- a call -----------------------------------------------------------------------------------------------------------
 
 
-@inner
+@inline
 def data_of(args, slot):
     """The address of the first element of an array that was given."""
     return load(load(args + slot) + DATA_AT)
 
 
-@inner
+@inline
 def number_of(args, slot):
     """The bits of a number that was given."""
     return load(load(args + slot) + FLOAT_AT)
 
 
-@inner
+@inline
 def fill_vector(args, scratch, at):
     """A vector of float64 from one of any dtype, or from its default."""
     slot, kind, default, count, to, start = (
@@ -132,7 +132,7 @@ def fill_vector(args, scratch, at):
             out[i] = as_double(default)
 
 
-@inner
+@inline
 def argument(args, scratch, at):
     """A word of a kernel's arguments."""
     source, slot, extra = load(at), load(at + 8), load(at + 16)
@@ -164,12 +164,12 @@ def call(me, args, count):
         at += VECTOR
     params = reserve(MOST_ARGUMENTS)
     for _ in range(load(words + LAUNCHES)):
-        entry, tasks, shares, end, lately = load(at), load(at + 8), load(at + 16), load(at + 24), at + 32
+        entry, tasks, num_threads, end, lately = load(at), load(at + 8), load(at + 16), load(at + 24), at + 32
         at += LAUNCH
         for i in range(end):
             store(params + 8 * i, argument(args, scratch, at))
             at += ARGUMENT
-        run_tasks(load(words + TEAM), entry, params, tasks, shares, lately)
+        run_tasks(load(words + TEAM), entry, params, tasks, num_threads, lately)
     if thread:
         invoke(load(words + RESTORE_THREAD), thread)
     if taken:

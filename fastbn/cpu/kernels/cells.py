@@ -1,10 +1,14 @@
-"""Rows of cells in memory: how the family `columns` divides them, and numbers of channels in all columns of a cell.
+"""Rows of cells in memory: how they are divided, and numbers of channels in all columns of a cell.
 
-The words are those of `columns`.
+The words are those of `outer_reduction`.
 """
 
-from fastbn.cpu.kernels.compiler import inner
+from typing import Any, NamedTuple
+
+from fastbn.cpu.kernels.common import FULL, affine_of_index, write_affine
+from fastbn.cpu.kernels.compiler import inline
 from fastbn.cpu.kernels.simd import (
+    advance,
     converted,
     lanes,
     load,
@@ -15,135 +19,170 @@ from fastbn.cpu.kernels.simd import (
     store_first,
     total,
 )
-from fastbn.cpu.kernels.slab import (
-    WIDTH,
-    affine_of,
-    affine_vectors,
-)
+from fastbn.cpu.records import Rows
 from fastbn.cpu.sizes import PAD, padded
 
 AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise passes 5 % faster
-places = inner(padded)  # the same for kernels
+places = inline(padded)  # the same for kernels
 
 
-@inner
-def place_of_cell(j, tile):
+# --- divisions --------------------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """Rows of a tile, which is some cells of each row."""
+
+    batch: Any
+    row: Any
+    end: Any
+    cell: Any
+    cells: Any
+
+
+class Results(NamedTuple):
+    """Where the sums of all segments are: their number, places of each, and of all together."""
+
+    segments: Any
+    of_segment: Any
+    together: Any
+
+
+@inline
+def task_at(k, rows, cells, tiles):
+    """Task k: rows of a tile, tiles of a row neighbours."""
+    tiles_of_row = -(-cells // tiles.width)
+    pieces = -(-rows // tiles.height)
+    cell = k % tiles_of_row * tiles.width
+    row = k // tiles_of_row % pieces * tiles.height
+    batch = k // tiles_of_row // pieces
+    return Task(batch, row, min(row + tiles.height, rows), cell, min(tiles.width, cells - cell))
+
+
+@inline
+def results_of(shape, rows, cells, tiles):
+    segments, of_segment = -(-rows // tiles.height), places(cells, tiles.width)
+    return Results(segments, of_segment, shape.batch * segments * of_segment)
+
+
+@inline
+def place_of_cell(j, tiles):
     """Where the result of cell j stands among those of a segment."""
-    return j // tile * -(-tile // PAD) * PAD + j % tile
+    return j // tiles.width * -(-tiles.width // PAD) * PAD + j % tiles.width
 
 
-@inner
-def task_at(k, rows, cells, height, tile):
-    """Batch, row, end row, first cell and cells of task k: ``height`` rows of a tile, tiles of a row neighbours."""
-    tiles = -(-cells // tile)
-    pieces = -(-rows // height)
-    cell = k % tiles * tile
-    row = k // tiles % pieces * height
-    return k // tiles // pieces, row, min(row + height, rows), cell, min(tile, cells - cell)
+@inline
+def pitch_of(tiles, size):
+    return tiles.width * size + PAD
 
 
-@inner
-def pitch_of(tile, size):
-    return tile * size + PAD
+@inline
+def rows_of_tile(array, batch, row, column, coalesced):
+    """The rows of a tile from its first value on, so many taken as one."""
+    step = array.outer * coalesced
+    return Rows(advance(array.values, batch * array.batch + row * step + column), step)
 
 
-@inner
-def fill(a, at, n, number):
+@inline
+def columns_of_last_row(task, shape, coalesced):
+    """How many of the task's columns its last row has: all, but in the last row of coalesced ones."""
+    rows = -(-shape.outer // coalesced)
+    if task.end < rows:
+        return task.cells * shape.inner
+    there = (coalesced - (rows * coalesced - shape.outer)) * shape.channel - task.cell
+    return max(0, min(task.cells, there)) * shape.inner
+
+
+# --- numbers of cells -------------------------------------------------------------------------------------------------
+
+
+@inline
+def fill(a, n, number):
     """Write n values, and padding to whole vectors."""
-    for i in range(0, n, lanes(a, WIDTH)):
-        store(a, at + i, splat(a, number, WIDTH))
+    for i in range(0, n, lanes(a, FULL)):
+        store(a, i, splat(a, number, FULL))
 
 
-@inner
-def spread(work, at, number, size):
+@inline
+def spread(row, at, number, size):
     """A number into the columns of a cell; what spills over, the next cell overwrites."""
-    for i in range(0, size, lanes(work, WIDTH)):
-        store(work, at + i, splat(work, number, WIDTH))
+    for i in range(0, size, lanes(row, FULL)):
+        store(row, at + i, splat(row, number, FULL))
 
 
-@inner
-def repeat(work, at, channels, cells):
+@inline
+def repeat(row, channels, cells):
     """Copy the first ``channels`` values to all that follow."""
-    n = lanes(work, WIDTH)
+    n = lanes(row, FULL)
     if channels >= n:
         for i in range(channels, cells, n):
-            store(work, at + i, load(work, at + i - channels, WIDTH))
+            store(row, i, load(row, i - channels, FULL))
     else:
         for i in range(channels, cells):
-            work[at + i] = work[at + i - channels]
+            row[i] = row[i - channels]
 
 
-@inner
-def spread_rounded(x, parts, at, cells, size, work, into):
+@inline
+def spread_rounded(x, numbers, cells, size, row):
     """Round each cell's number to the compute type, in its place and in all columns of the cell."""
     if size == 1:
-        for j in range(0, cells, lanes(parts, WIDTH)):
-            number = load(parts, at + j, WIDTH)
-            short = converted(number, load(work, into + j, number))
-            store(work, into + j, short)
-            store(parts, at + j, converted(short, number))
+        for j in range(0, cells, lanes(numbers, FULL)):
+            number = load(numbers, j, FULL)
+            short = converted(number, load(row, j, number))
+            store(row, j, short)
+            store(numbers, j, converted(short, number))
     else:
         for j in range(cells):
-            number = rounded(x, parts[at + j])
-            parts[at + j] = number
-            spread(work, into + j * size, number, size)
+            number = rounded(x, numbers[j])
+            numbers[j] = number
+            spread(row, j * size, number, size)
 
 
-@inner
-def spread_affine(x, numbers, first, j, channels, kept, eps, cells, size, work, at, pitch):
-    """Hi, scale and shift (see `affine_of`) of the cells from j on, in all their columns, a pitch apart."""
+@inline
+def spread_affine(x, parameters, first, j, channels, eps, given_rstd, cells, size, affine):
+    """`common.affine_of` of the cells from j on, in all their columns; ``first`` is channel 0's kept index."""
     if size == 1 and (j == 0 or j + cells <= channels):
-        affine_vectors(numbers, first + j % channels, min(cells, channels), kept, eps, work, at, pitch)
-        for k in range(3):
-            repeat(work, at + k * pitch, channels, cells)
+        write_affine(affine, parameters, first + j % channels, min(cells, channels), eps, given_rstd)
+        repeat(affine.hi, channels, cells)
+        repeat(affine.scale, channels, cells)
+        repeat(affine.bias, channels, cells)
     else:
         c = j % channels
         for i in range(cells):
-            hi, scale, shift = affine_of(x, numbers, first + c, kept, eps)
-            spread(work, at + i * size, hi, size)
-            spread(work, at + pitch + i * size, scale, size)
-            spread(work, at + 2 * pitch + i * size, shift, size)
+            one = affine_of_index(x, parameters, first + c, eps, given_rstd)
+            spread(affine.hi, i * size, one.hi, size)
+            spread(affine.scale, i * size, one.scale, size)
+            spread(affine.bias, i * size, one.bias, size)
             c = c + 1 if c + 1 < channels else 0  # a division would take as long as the rest
 
 
-@inner
-def cell_totals(work, at, cells, size, parts):
-    """Sum up each cell's columns in float64, and move the sums side by side."""
-    n = lanes(work, WIDTH)
-    like = splat(parts, 0.0, WIDTH)
+@inline
+def cell_totals(row, cells, size, wide):
+    """Sum up each cell's columns in float64, as ``wide`` has it, and move the sums side by side."""
+    n = lanes(row, FULL)
+    like = splat(wide, 0.0, FULL)
     for j in range(cells if size > 1 else 0):
-        first = at + j * size
-        part = converted(load_first(work, first, min(n, size), WIDTH), like)
+        part = converted(load_first(row, j * size, min(n, size), FULL), like)
         for i in range(n, size, n):
-            part = part + converted(load_first(work, first + i, min(n, size - i), WIDTH), like)
-        work[at + j] = total(part)
+            part = part + converted(load_first(row, j * size + i, min(n, size - i), FULL), like)
+        row[j] = total(part)
 
 
-@inner
-def in_float64(work, at, parts):
-    """As many values as a vector of ``parts`` has."""
-    like = splat(parts, 0.0, WIDTH)
-    return converted(load(work, at, like), like)
+@inline
+def in_float64(row, at, wide):
+    """As many values as a vector of ``wide`` has."""
+    like = splat(wide, 0.0, FULL)
+    return converted(load(row, at, like), like)
 
 
-@inner
+@inline
 def part_of(a, at, part):
     """A vector from ``at`` on, or its first ``part`` lanes."""
-    return load(a, at, WIDTH) if part is None else load_first(a, at, part, WIDTH)
+    return load(a, at, FULL) if part is None else load_first(a, at, part, FULL)
 
 
-@inner
+@inline
 def store_part(a, at, part, v, n):
     if part == n:
         store(a, at, v)
     else:
         store_first(a, at, part, v)
-
-
-@inner
-def width_of_last_row(end, j, width, shape, fold):
-    """How many of ``width`` cells from j on there are in row ``end - 1``: the rest, in the last row of folded ones."""
-    rows = -(-shape[1] // fold)
-    if end < rows:
-        return width
-    return max(0, min(width, (fold - (rows * fold - shape[1])) * shape[2] - j))

@@ -1,11 +1,12 @@
-"""How kernels become machine code: `inner`, `kernel`, `plain`, `object_code`.
+"""How kernels become machine code: `inline`, `kernel`, `plain`, `object_code`.
 
 Numba types and lowers; its private parts are used here alone. What comes out is an object file with one function of
-plain words, ``kernel(params, share, first, last)``: ``params`` points to its arguments, 8 bytes each. It refers to
+plain words, ``kernel(params, thread, first, last)``: ``params`` points to its arguments, 8 bytes each. It refers to
 neither Python nor Numba, so that llvmlite alone can load it (`fastbn.cpu.code`).
 """
 
 import inspect
+import itertools
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -18,7 +19,8 @@ from numba.core.compiler_machinery import PassManager
 from numba.core.registry import cpu_target
 
 from fastbn.cpu.code import machine_for
-from fastbn.cpu.kernels.llvm import INTEGERS
+from fastbn.cpu.kernels.llvm import INTEGER_ARRAYS
+from fastbn.cpu.records import INTEGERS, Array
 
 llvm.initialize_native_asmparser()  # for `flags`; Numba, that has no assembly of its own, leaves it out
 
@@ -37,11 +39,16 @@ KINDS = {
     "f8": types.float64,
     "bool": types.boolean,
     "none": types.none,
-} | {name: types.CPointer(integer) for name, integer in INTEGERS.items()}
+} | {name: types.NamedUniTuple(types.int64, len(record._fields), record) for name, record in INTEGERS.items()}
+KINDS |= {
+    f"{kind.rstrip('*')}[]": types.NamedTuple([KINDS[kind], *[types.int64] * 3], Array)
+    for kind in ("u1*", "u2*", "i2*", "f4*", "f8*", "none")
+}
+KINDS |= {name: types.CPointer(integer) for name, integer in INTEGER_ARRAYS.items()}
 
 
 class _Part(JITCodeLibrary):
-    """The code of an inner function, ready to be linked into a kernel, and no more.
+    """The code of an inlined function, ready to be linked into a kernel, and no more.
 
     Numba would optimize each by itself and make machine code of it too: a fifth to a quarter of a first call.
     """
@@ -123,7 +130,7 @@ class _PartCompiler(CompilerBase):
         return [passes]
 
 
-def inner(function):
+def inline(function):
     """A function that kernels call: compiled into them, never called from Python.
 
     Inlined by force: a call costs some 10 ns, as much as a row of 49 values.
@@ -133,7 +140,7 @@ def inner(function):
 
 
 def kernel(function):
-    """A kernel, ``function(share, first, last, *arguments)``: the tasks from first to last, as one share of all."""
+    """A kernel, ``function(thread, first, last, *arguments)``: the tasks from first to last, on one thread."""
     function.entry = _enter_kernel
     return function
 
@@ -155,7 +162,7 @@ def object_code(function, kinds, symbol, level):
     if own != [name for name, _, _ in given]:
         raise TypeError(f"{function.__qualname__}: expected {own}, got {kinds}")
     signature = (*[types.int64] * (len(names) - len(own)), *(KINDS[kind] for _, _, kind in given))
-    part = inner(function)
+    part = inline(function)
     part.compile(signature)
     code = part.overloads[signature]
     library = _Part(cpu_target.target_context.codegen(), symbol)
@@ -169,14 +176,12 @@ def object_code(function, kinds, symbol, level):
 
 
 def _enter_kernel(module, symbol, description, signature):
-    """``symbol(params, share, first, last)`` takes the arguments from where ``params`` points to."""
+    """``symbol(params, thread, first, last)`` takes the arguments from where ``params`` points to."""
     function = ir.Function(module, ir.FunctionType(_VOID, [_WORDS, _I64, _I64, _I64]), symbol)
     builder = ir.IRBuilder(function.append_basic_block())
     params, *tasks = function.args
-    arguments = []
-    for i, kind in enumerate(signature[3:]):
-        word = builder.load(builder.gep(params, [ir.Constant(_I64, i)]))
-        arguments.append(_from_word(builder, word, kind))
+    words = (builder.load(builder.gep(params, [ir.Constant(_I64, i)])) for i in itertools.count())
+    arguments = [_argument(builder, words, kind) for kind in signature[3:]]
     _call(builder, description, signature, [*tasks, *arguments])
     builder.ret_void()
 
@@ -187,6 +192,18 @@ def _enter_plain(module, symbol, description, signature):
     builder = ir.IRBuilder(function.append_basic_block())
     result = _call(builder, description, signature, function.args)
     builder.ret(result if description.restype == types.int64 else ir.Constant(_I64, 0))
+
+
+def _argument(builder, words, kind):
+    """Of the next word, or two: a record of integers is where its word points to, an array has a word more before."""
+    if not isinstance(kind, types.BaseNamedTuple):
+        return _from_word(builder, next(words), kind)
+    values = [_from_word(builder, next(words), kind[0])] if kind.instance_class is Array else []
+    integers = builder.inttoptr(next(words), _WORDS)
+    places = [builder.gep(integers, [ir.Constant(_I64, i)]) for i in range(len(kind) - len(values))]
+    absent = kind[0] == types.none
+    values += [ir.Constant(_I64, 0) if absent else builder.load(place) for place in places]
+    return cpu_target.target_context.make_tuple(builder, kind, values)
 
 
 def _from_word(builder, word, kind):

@@ -25,10 +25,10 @@ class _IntegerModel(models.PrimitiveModel):
 
 
 # As plans name them: s for signed, n for not, b for bool.
-INTEGERS = {f"{letter}{size}*": Integer(letter, size) for letter in "sn" for size in (1, 2, 4, 8)}
-INTEGERS["b1*"] = Integer("b", 1)
+INTEGER_ARRAYS = {f"{letter}{size}*": Integer(letter, size) for letter in "sn" for size in (1, 2, 4, 8)}
+INTEGER_ARRAYS["b1*"] = Integer("b", 1)
 STORED = {types.uint16: I16, types.int16: I16, types.uint8: ir.IntType(8)} | SCALARS
-STORED |= {integer: ir.IntType(integer.bitwidth) for integer in INTEGERS.values()}
+STORED |= {integer: ir.IntType(integer.bitwidth) for integer in INTEGER_ARRAYS.values()}
 
 
 def size_of(array):

@@ -14,7 +14,7 @@ _I64 = ir.IntType(64)
 
 
 @intrinsic
-def _enter(typing, entry, params, share, first, last):
+def _enter(typing, entry, params, thread, first, last):
     """Call the kernel at an address."""
     word = types.int64
 
@@ -26,10 +26,10 @@ def _enter(typing, entry, params, share, first, last):
     return types.none(word, word, word, word, word), codegen
 
 
-def _run_shares(entry, params, tasks, shares):
-    """Equal shares of tasks, a thread each."""
-    for k in prange(shares):
-        _enter(entry, params, k, k * tasks // shares, (k + 1) * tasks // shares)
+def _run_parts(entry, params, tasks, num_threads):
+    """Equal parts of the tasks, a thread each."""
+    for k in prange(num_threads):
+        _enter(entry, params, k, k * tasks // num_threads, (k + 1) * tasks // num_threads)
 
 
 def team() -> int:
@@ -43,7 +43,7 @@ def team() -> int:
 
 @cache
 def _team():
-    function = numba.cfunc("void(i8, i8, i8, i8)", parallel=True, nogil=True)(_run_shares)
+    function = numba.cfunc("void(i8, i8, i8, i8)", parallel=True, nogil=True)(_run_parts)
     words = np.array([0, function.address], np.int64)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=lambda: words.__setitem__(0, 1))

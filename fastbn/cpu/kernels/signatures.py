@@ -5,7 +5,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastbn.cpu.kernels.calls import invoke, reserve
-from fastbn.cpu.kernels.compiler import inner, plain
+from fastbn.cpu.kernels.compiler import inline, plain
 from fastbn.cpu.kernels.team import load, store
 from fastbn.cpu.objects import (
     DATA_AT,
@@ -38,7 +38,7 @@ def new_bytes(typing, function, start, count):
     return types.int64(types.int64, types.int64, types.int64), codegen
 
 
-@inner
+@inline
 def describe_array(a, at, end):
     """Its dtype, dimensions, alignment, whether it may be written; sizes and strides. Where that ends; 0: no room."""
     dtype, dimensions = load(a + DTYPE_AT), load(a + DIMENSIONS_AT) & 0xFFFFFFFF
@@ -75,7 +75,7 @@ def describe(me, args, count):
     return new_bytes(load(words + NEW_BYTES), start, at - start)
 
 
-@inner
+@inline
 def extent(a):
     """The addresses of an array's first byte in memory, and of one behind its last."""
     low = high = load(a + DATA_AT)

@@ -337,7 +337,7 @@ def store_first(typing, array, at, n, v):
 
 
 @intrinsic
-def stream(typing, array, at, v):
+def store_nontemporal(typing, array, at, v):
     """Write the lanes past the caches; ``at`` must lie on a multiple of the vector's stored bytes, at most 16.
 
     NumPy's large arrays start 16 bytes into a line. Four stores of 16 bytes go out as one line, as fast as one of 64.
@@ -439,6 +439,38 @@ def unit_of(typing, array, number):
         return unit if count > 1 else builder.extract_element(unit, I32(0))
 
     return number(array, number), codegen
+
+
+@intrinsic
+def advance(typing, array, count):
+    """The same array from an element on."""
+    if array == types.none:
+        return _absent(types.none, array, types.intp)
+
+    def codegen(context, builder, sig, args):
+        return builder.gep(args[0], [args[1]])
+
+    return array(array, types.intp), codegen
+
+
+@intrinsic
+def table_rows(typing, record, table, pitch):
+    """A table as a record of `records`: its fields are pointers to rows that are a pitch apart."""
+    rows = types.NamedUniTuple(table, len(record.instance_class._fields), record.instance_class)
+
+    def codegen(context, builder, sig, args):
+        starts = (builder.mul(args[2], ir.Constant(I64, row)) for row in range(len(rows)))
+        return context.make_tuple(builder, rows, [builder.gep(args[1], [start]) for start in starts])
+
+    return rows(record, table, types.intp), codegen
+
+
+@intrinsic
+def present(typing, record):
+    """An array with strides, or rows; None if they are absent."""
+    if record[0] == types.none:
+        return _absent(types.none, record)
+    return record(record), lambda context, builder, sig, args: args[0]
 
 
 @intrinsic

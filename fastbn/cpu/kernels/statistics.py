@@ -20,8 +20,7 @@ geometry is laid out in `fastbn.cpu.statistics`. A part's numbers are (n, shift,
 import numpy as np
 
 from fastbn.cpu.kernels.calls import F4, F8, I2, U2, bfloats, doubles, floats, halves, reserve
-from fastbn.cpu.kernels.compiler import inner as inline
-from fastbn.cpu.kernels.compiler import kernel
+from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.doubles import (
     LANES,
     both,
@@ -206,24 +205,24 @@ def is_far(n, a, b, exact):
 
 
 @inline
-def fetched(raw, fetch, at, step, n, geometry, work, into):
-    """Copy n values a step apart, of any dtype, to a place in ``work`` as float64."""
+def fetched(raw, fetch, at, step, n, geometry, workspace, into):
+    """Copy n values a step apart, of any dtype, to a place in ``workspace`` as float64."""
     params = reserve(3)
     put_word(params, address(raw, at * geometry[ITEMSIZE]))
     put_word(params + 8, step)
-    put_word(params + 16, address(work, into))
+    put_word(params + 16, address(workspace, into))
     enter(fetch, params, 0, 0, n)
 
 
 @inline
-def value_of(x, raw, fetch, at, geometry, work, buffer):
+def value_of(x, raw, fetch, at, geometry, workspace, buffer):
     """One value of either array."""
     number = 0.0
     if x is not None:
         number = value_at(x, at)
     if raw is not None:
-        fetched(raw, fetch, at, 1, 1, geometry, work, buffer)
-        number = value_at(work, buffer)
+        fetched(raw, fetch, at, 1, 1, geometry, workspace, buffer)
+        number = value_at(workspace, buffer)
     return number
 
 
@@ -236,7 +235,7 @@ def short(number, exact):
 
 
 @inline
-def peek(x, raw, fetch, at, where, w_at, exact, geometry, r, rows, columns, work, buffer):
+def peek(x, raw, fetch, at, where, w_at, exact, geometry, r, rows, columns, workspace, buffer):
     """The mean of some values of a part, for a shift; around the first that counts, so that it is that of constants."""
     size = rows * columns
     count = min(PEEKS, max(1, size >> 4))
@@ -251,7 +250,7 @@ def peek(x, raw, fetch, at, where, w_at, exact, geometry, r, rows, columns, work
             here, there = row_at(r + row, geometry), row_at(r, geometry)
             x_at += here[0] - there[0]
             w_k += here[1] - there[1]
-        number = value_of(x, raw, fetch, x_at, geometry, work, buffer)
+        number = value_of(x, raw, fetch, x_at, geometry, workspace, buffer)
         if np.isfinite(number) and (geometry[MASK] == 0 or value_at(where, w_k) != 0.0):
             if n == 0:
                 origin = number
@@ -297,7 +296,7 @@ def add_row(x, at, columns, where, w_at, by, masked, skip_nan, squares, exact, q
 
 @inline
 def sums_of_rows(
-    x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, shift, work, buffer
+    x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, shift, workspace, buffer
 ):
     """n, A and B of rows from r to last. `at` and `w_at` are where row 0 begins."""
     q = everywhere(shift)
@@ -319,9 +318,11 @@ def sums_of_rows(
                 if raw is not None:
                     for c in range(0, columns, BUFFER):
                         part = min(BUFFER, columns - c)
-                        fetched(raw, fetch, x_row + c * geometry[STEP], geometry[STEP], part, geometry, work, buffer)
+                        fetched(
+                            raw, fetch, x_row + c * geometry[STEP], geometry[STEP], part, geometry, workspace, buffer
+                        )
                         n, a0, a1, a2, a3, b0, b1, b2, b3 = add_row(
-                            work, buffer, part, mask, (w_row + c) * by, by, masked, skip_nan, squares, exact,
+                            workspace, buffer, part, mask, (w_row + c) * by, by, masked, skip_nan, squares, exact,
                             q, n, a0, a1, a2, a3, b0, b1, b2, b3,
                         )  # fmt: skip
             x_row += x_step
@@ -348,12 +349,12 @@ def row_counts(where, at, geometry):
 
 @kernel
 def inner(
-    share, first, last, x, raw, fetch, where, ones, masked, squares, exact, geometry, partials, work,
+    thread, first, last, x, raw, fetch, where, ones, masked, squares, exact, geometry, partials, workspace,
     count, mean, spread, ddof, status,
 ):  # fmt: skip
     """A task is a part of a kept index: rows, or a piece of one."""
     parts, pieces, columns = geometry[PARTS], geometry[PIECES], geometry[COLUMNS]
-    own = share * OF_INNER
+    own = thread * OF_INNER
     buffer = own + FIELDS * LANES
     for task in range(first, last):
         t, part = task, 0
@@ -373,14 +374,14 @@ def inner(
         if squares is not None:
             x_row, w_row = row_at(r, geometry)
             shift = peek(
-                x, raw, fetch, at + x_row, where, w_at + w_row, exact, geometry, r, end - r, width, work, buffer
+                x, raw, fetch, at + x_row, where, w_at + w_row, exact, geometry, r, end - r, width, workspace, buffer
             )
             lower_underflow_flag()
         n, a, b = 0.0, 0.0, 0.0
         for look in range(LOOKS):
             n, a, b = sums_of_rows(
                 x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, end, width, shift,
-                work, buffer,
+                workspace, buffer,
             )  # fmt: skip
             if squares is None or n == 0.0 or look + 1 == LOOKS or not is_far(n, a, b, exact):
                 break
@@ -391,38 +392,45 @@ def inner(
             partials[FIELDS * task], partials[FIELDS * task + 1] = n, shift
             partials[FIELDS * task + 2], partials[FIELDS * task + 3] = a, b
         else:
-            work[own], work[own + LANES], work[own + 2 * LANES], work[own + 3 * LANES] = n, shift, a, b
-            merge_parts(work, own, LANES, 0, 1, 1, squares, exact, geometry, count, mean, spread, o_at, ddof, status)
+            workspace[own], workspace[own + LANES], workspace[own + 2 * LANES], workspace[own + 3 * LANES] = (
+                n,
+                shift,
+                a,
+                b,
+            )
+            merge_parts(
+                workspace, own, LANES, 0, 1, 1, squares, exact, geometry, count, mean, spread, o_at, ddof, status
+            )
 
 
 # --- along rows of kept indices ---------------------------------------------------------------------------------------
 
 
 @inline
-def field(work, at, used):
+def field(workspace, at, used):
     """Eight numbers of a field; zeros where it is not used."""
     if used is not None:
-        return load(work, at, 64)
+        return load(workspace, at, 64)
     return everywhere(0.0)
 
 
 @inline
-def add_to_columns(work, at, pitch, v, q, squares, exact):
+def add_to_columns(workspace, at, pitch, v, q, squares, exact):
     """Values to the sums of their columns."""
-    a = load(work, at + 2 * pitch, 64)
+    a = load(workspace, at + 2 * pitch, 64)
     if squares is None and exact is None:
-        store(work, at + 2 * pitch, a + v)
+        store(workspace, at + 2 * pitch, a + v)
     else:
-        a, b = add(a, load(work, at + 3 * pitch, 64), v, q, squares, exact)
-        store(work, at + 2 * pitch, a)
-        store(work, at + 3 * pitch, b)
+        a, b = add(a, load(workspace, at + 3 * pitch, 64), v, q, squares, exact)
+        store(workspace, at + 2 * pitch, a)
+        store(workspace, at + 3 * pitch, b)
 
 
 @inline
-def add_one_row(x, at, where, w_at, by, masked, skip_nan, squares, exact, columns, work, own, pitch):
+def add_one_row(x, at, where, w_at, by, masked, skip_nan, squares, exact, columns, workspace, own, pitch):
     """A row to the sums of its columns, and to their counts if there are masks."""
     for c in range(0, columns, LANES):
-        q = field(work, own + pitch + c, squares)
+        q = field(workspace, own + pitch + c, squares)
         if c + LANES <= columns:
             v = values(x, at + c, None)
             mask = not_nan(bytes_not_zero(where, w_at + c * by), v, skip_nan, masked)
@@ -433,41 +441,41 @@ def add_one_row(x, at, where, w_at, by, masked, skip_nan, squares, exact, column
             v = choose(mask, v, q)
         if masked is not None:
             one = choose(mask, everywhere(1.0), everywhere(0.0))
-            store(work, own + c, load(work, own + c, 64) + one)
-        add_to_columns(work, own + c, pitch, v, q, squares, exact)
+            store(workspace, own + c, load(workspace, own + c, 64) + one)
+        add_to_columns(workspace, own + c, pitch, v, q, squares, exact)
 
 
 @inline
-def add_four(x, at, far, squares, exact, work, own, pitch, part):
+def add_four(x, at, far, squares, exact, workspace, own, pitch, part):
     """Eight columns, or a part of them, of four rows, each ``far`` from the one before."""
-    q = field(work, own + pitch, squares)
-    a = load(work, own + 2 * pitch, 64)
+    q = field(workspace, own + pitch, squares)
+    a = load(workspace, own + 2 * pitch, 64)
     b = a
     if squares is not None or exact is not None:
-        b = load(work, own + 3 * pitch, 64)
+        b = load(workspace, own + 3 * pitch, 64)
     for k in range(4):
         if part is None:
             v = values(x, at + k * far, None)
         else:
             v = choose(first_bytes_not_zero(None, 0, part), first_values(x, at + k * far, None, part), q)
         a, b = add(a, b, v, q, squares, exact)
-    store(work, own + 2 * pitch, a)
+    store(workspace, own + 2 * pitch, a)
     if squares is not None or exact is not None:
-        store(work, own + 3 * pitch, b)
+        store(workspace, own + 3 * pitch, b)
 
 
 @inline
-def add_four_rows(x, at, far, squares, exact, columns, work, own, pitch):
+def add_four_rows(x, at, far, squares, exact, columns, workspace, own, pitch):
     whole = columns & -LANES
     for c in range(0, whole, LANES):
-        add_four(x, at + c, far, squares, exact, work, own + c, pitch, None)
+        add_four(x, at + c, far, squares, exact, workspace, own + c, pitch, None)
     if whole < columns:
-        add_four(x, at + whole, far, squares, exact, work, own + whole, pitch, columns - whole)
+        add_four(x, at + whole, far, squares, exact, workspace, own + whole, pitch, columns - whole)
 
 
 @inline
 def add_rows(
-    x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, work, own, pitch
+    x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, workspace, own, pitch
 ):
     """Rows from r to last to the sums of their columns; how many values a cell has of them, if there are no masks."""
     mask, by, skip_nan = mask_of(where, ones, geometry)
@@ -482,7 +490,7 @@ def add_rows(
         if x is not None and masked is None:
             quarter = whole // 4
             for k in range(quarter):
-                add_four_rows(x, x_row + k * x_step, quarter * x_step, squares, exact, columns, work, own, pitch)
+                add_four_rows(x, x_row + k * x_step, quarter * x_step, squares, exact, columns, workspace, own, pitch)
             done = 4 * quarter
         for k in range(done, rows):
             width, w_k = columns if k < whole else geometry[TAIL], w_row + k * w_step
@@ -490,12 +498,24 @@ def add_rows(
                 if x is not None:
                     add_one_row(
                         x, x_row + k * x_step, mask, w_k * by, by, masked, skip_nan, squares, exact, width,
-                        work, own, pitch,
+                        workspace, own, pitch,
                     )  # fmt: skip
                 if raw is not None:
-                    fetched(raw, fetch, x_row + k * x_step, geometry[STEP], width, geometry, work, buffer)
+                    fetched(raw, fetch, x_row + k * x_step, geometry[STEP], width, geometry, workspace, buffer)
                     add_one_row(
-                        work, buffer, mask, w_k * by, by, masked, skip_nan, squares, exact, width, work, own, pitch
+                        workspace,
+                        buffer,
+                        mask,
+                        w_k * by,
+                        by,
+                        masked,
+                        skip_nan,
+                        squares,
+                        exact,
+                        width,
+                        workspace,
+                        own,
+                        pitch,
                     )
                 n += geometry[FOLD] if k < whole else geometry[TAIL] // (geometry[CHANNELS] * geometry[SIZE])
         n += done * geometry[FOLD]
@@ -503,7 +523,7 @@ def add_rows(
 
 
 @inline
-def peek_at_row(x, at, where, w_at, by, masked, width, first, work, own, pitch):
+def peek_at_row(x, at, where, w_at, by, masked, width, first, workspace, own, pitch):
     """A row to the sums around the first values that count in each column, and to their counts."""
     zero, one = everywhere(0.0), everywhere(1.0)
     for c in range(0, width, LANES):
@@ -511,27 +531,27 @@ def peek_at_row(x, at, where, w_at, by, masked, width, first, work, own, pitch):
         v = choose(first_bytes_not_zero(None, 0, part), first_values(x, at + c, None, part), zero)
         counts = both(finite(v), first_bytes_not_zero(where, w_at + c * by, part))
         if first and masked is None:
-            store(work, own + pitch + c, choose(counts, v, zero))
+            store(workspace, own + pitch + c, choose(counts, v, zero))
         else:
-            n, q = load(work, own + c, 64), load(work, own + pitch + c, 64)
+            n, q = load(workspace, own + c, 64), load(workspace, own + pitch + c, 64)
             if masked is not None:
                 q = choose(both(counts, greater(one, n)), v, q)
-                store(work, own + pitch + c, q)
+                store(workspace, own + pitch + c, q)
             d = choose(counts, v - q, zero)
-            store(work, own + 2 * pitch + c, load(work, own + 2 * pitch + c, 64) + d)
-            store(work, own + c, n + choose(counts, one, zero))
+            store(workspace, own + 2 * pitch + c, load(workspace, own + 2 * pitch + c, 64) + d)
+            store(workspace, own + c, n + choose(counts, one, zero))
 
 
 @inline
 def peek_at_columns(
-    x, raw, fetch, at, where, ones, w_at, masked, exact, geometry, r, last, columns, cells, work, own, pitch
+    x, raw, fetch, at, where, ones, w_at, masked, exact, geometry, r, last, columns, cells, workspace, own, pitch
 ):
     """A shift for each column, the same for all of a cell, from some rows of a part; their sums are used meanwhile."""
     buffer = own + FIELDS * pitch
     mask, by, _ = mask_of(where, ones, geometry)
-    clear(work, own, columns)
-    clear(work, own + pitch, columns)
-    clear(work, own + 2 * pitch, columns)
+    clear(workspace, own, columns)
+    clear(workspace, own + pitch, columns)
+    clear(workspace, own + 2 * pitch, columns)
     count = min(PEEKS, max(1, (last - r) >> (4 if exact is None else 2)))
     for k in range(count):
         row, w_row, _, _, _, left = rows_from(r + k * (last - r) // count, last, geometry)
@@ -539,41 +559,41 @@ def peek_at_columns(
         width = geometry[TAIL] if geometry[TAIL] > 0 and left == 1 else columns
         if row_counts(where, w_row, geometry):
             if x is not None:
-                peek_at_row(x, at + row, mask, w_row * by, by, masked, width, k == 0, work, own, pitch)
+                peek_at_row(x, at + row, mask, w_row * by, by, masked, width, k == 0, workspace, own, pitch)
             if raw is not None:
-                fetched(raw, fetch, at + row, geometry[STEP], width, geometry, work, buffer)
-                peek_at_row(work, buffer, mask, w_row * by, by, masked, width, k == 0, work, own, pitch)
+                fetched(raw, fetch, at + row, geometry[STEP], width, geometry, workspace, buffer)
+                peek_at_row(workspace, buffer, mask, w_row * by, by, masked, width, k == 0, workspace, own, pitch)
     for c in range(0, columns, LANES):
-        n, q = load(work, own + c, 64), load(work, own + pitch + c, 64)
+        n, q = load(workspace, own + c, 64), load(workspace, own + pitch + c, 64)
         if masked is None:
             n = n + everywhere(1.0)
-        mu = q + load(work, own + 2 * pitch + c, 64) / choose(greater(n, everywhere(0.0)), n, everywhere(1.0))
-        store(work, own + pitch + c, shortened(mu, exact))
+        mu = q + load(workspace, own + 2 * pitch + c, 64) / choose(greater(n, everywhere(0.0)), n, everywhere(1.0))
+        store(workspace, own + pitch + c, shortened(mu, exact))
     if cells < columns:
         of_first = geometry[SIZE] if geometry[FOLD] == 1 else 1
         for j in range(cells):
-            origin, s = work[own + pitch + j * geometry[SIZE]], 0.0
+            origin, s = workspace[own + pitch + j * geometry[SIZE]], 0.0
             for i in range(of_first):
-                s += work[own + pitch + j * geometry[SIZE] + i] - origin
-            work[own + 2 * pitch + j] = short(origin + s / of_first, exact)
-        spread_shifts(geometry, columns, cells, work, own, pitch)
+                s += workspace[own + pitch + j * geometry[SIZE] + i] - origin
+            workspace[own + 2 * pitch + j] = short(origin + s / of_first, exact)
+        spread_shifts(geometry, columns, cells, workspace, own, pitch)
 
 
 @inline
-def spread_shifts(geometry, columns, cells, work, own, pitch):
+def spread_shifts(geometry, columns, cells, workspace, own, pitch):
     """The shift of each cell, from where its sum stands, to all of its columns."""
     size = geometry[SIZE]
     j, c = 0, 0
     while c < columns:
-        q = work[own + 2 * pitch + j]
+        q = workspace[own + 2 * pitch + j]
         for i in range(c, c + size):
-            work[own + pitch + i] = q
+            workspace[own + pitch + i] = q
         c += size
         j = j + 1 if j + 1 < cells else 0
 
 
 @inline
-def gather_columns(geometry, columns, cells, squares, exact, masked, work, own, pitch):
+def gather_columns(geometry, columns, cells, squares, exact, masked, workspace, own, pitch):
     """The sums of each cell's columns, moved side by side."""
     size, folds = geometry[SIZE], geometry[FOLD]
     for j in range(0, cells, LANES):
@@ -582,34 +602,34 @@ def gather_columns(geometry, columns, cells, squares, exact, masked, work, own, 
         for k in range(folds):
             for i in range(size):
                 at = own + (k * cells + j) * size + i
-                v = values(work, at + 2 * pitch, size)
+                v = values(workspace, at + 2 * pitch, size)
                 if masked is not None:
-                    n = n + values(work, at, size)
+                    n = n + values(workspace, at, size)
                 if squares is not None:
-                    a, b = a + v, b + values(work, at + 3 * pitch, size)
+                    a, b = a + v, b + values(workspace, at + 3 * pitch, size)
                 elif exact is not None:
                     a, lost = two_sum(a, v)
-                    b = b + (lost + values(work, at + 3 * pitch, size))
+                    b = b + (lost + values(workspace, at + 3 * pitch, size))
                 else:
                     a = a + v
         if masked is not None:
-            store(work, own + j, n)
+            store(workspace, own + j, n)
         if squares is not None:
-            store(work, own + pitch + j, values(work, own + pitch + j * size, size))
-        store(work, own + 2 * pitch + j, a)
+            store(workspace, own + pitch + j, values(workspace, own + pitch + j * size, size))
+        store(workspace, own + 2 * pitch + j, a)
         if squares is not None or exact is not None:
-            store(work, own + 3 * pitch + j, b)
+            store(workspace, own + 3 * pitch + j, b)
 
 
 @inline
-def some_are_far(cells, exact, work, own, pitch):
+def some_are_far(cells, exact, workspace, own, pitch):
     """`is_far` of any cell. The lanes behind the last one hold sums of other columns."""
     limit = everywhere(FAR if exact is not None else FAR_OF_FLOATS)
     found = False
     for j in range(0, cells, LANES):
-        n, a = load(work, own + j, 64), load(work, own + 2 * pitch + j, 64)
+        n, a = load(workspace, own + j, 64), load(workspace, own + 2 * pitch + j, 64)
         between = a * a / choose(greater(n, everywhere(0.0)), n, everywhere(1.0))
-        m2 = load(work, own + 3 * pitch + j, 64) - between
+        m2 = load(workspace, own + 3 * pitch + j, 64) - between
         cell = first_bytes_not_zero(None, 0, min(LANES, cells - j))
         between = choose(finite(between), between, everywhere(-1.0))
         if any_greater(choose(cell, between, everywhere(-1.0)), choose(cell, limit * m2, everywhere(0.0))):
@@ -618,58 +638,107 @@ def some_are_far(cells, exact, work, own, pitch):
 
 
 @inline
-def better_shifts(exact, geometry, columns, cells, work, own, pitch):
+def better_shifts(exact, geometry, columns, cells, workspace, own, pitch):
     """The mean of each cell, for another look."""
     for j in range(cells):
-        q, n, a = work[own + pitch + j], work[own + j], work[own + 2 * pitch + j]
+        q, n, a = workspace[own + pitch + j], workspace[own + j], workspace[own + 2 * pitch + j]
         better = short(q + a / n, exact)
-        work[own + 2 * pitch + j] = better if n > 0.0 and np.isfinite(better) else q
-    spread_shifts(geometry, columns, cells, work, own, pitch)
+        workspace[own + 2 * pitch + j] = better if n > 0.0 and np.isfinite(better) else q
+    spread_shifts(geometry, columns, cells, workspace, own, pitch)
 
 
 @inline
-def clear(work, at, count):
+def clear(workspace, at, count):
     for c in range(0, count, LANES):
-        store(work, at + c, everywhere(0.0))
+        store(workspace, at + c, everywhere(0.0))
 
 
 @inline
 def sums_of_columns(
-    x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, cells, work, own, pitch
+    x,
+    raw,
+    fetch,
+    at,
+    where,
+    ones,
+    w_at,
+    masked,
+    squares,
+    exact,
+    geometry,
+    r,
+    last,
+    columns,
+    cells,
+    workspace,
+    own,
+    pitch,
 ):
-    """n, shift, A and B of each cell, side by side in ``work``, a pitch apart."""
+    """n, shift, A and B of each cell, side by side in ``workspace``, a pitch apart."""
     if squares is not None:
         peek_at_columns(
-            x, raw, fetch, at, where, ones, w_at, masked, exact, geometry, r, last, columns, cells, work, own, pitch
+            x,
+            raw,
+            fetch,
+            at,
+            where,
+            ones,
+            w_at,
+            masked,
+            exact,
+            geometry,
+            r,
+            last,
+            columns,
+            cells,
+            workspace,
+            own,
+            pitch,
         )
     for look in range(LOOKS):
         if masked is not None:
-            clear(work, own, columns)
-        clear(work, own + 2 * pitch, columns)
+            clear(workspace, own, columns)
+        clear(workspace, own + 2 * pitch, columns)
         if squares is not None or exact is not None:
-            clear(work, own + 3 * pitch, columns)
+            clear(workspace, own + 3 * pitch, columns)
         n = add_rows(
-            x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, work, own, pitch
+            x,
+            raw,
+            fetch,
+            at,
+            where,
+            ones,
+            w_at,
+            masked,
+            squares,
+            exact,
+            geometry,
+            r,
+            last,
+            columns,
+            workspace,
+            own,
+            pitch,
         )
         if columns > cells:
-            gather_columns(geometry, columns, cells, squares, exact, masked, work, own, pitch)
+            gather_columns(geometry, columns, cells, squares, exact, masked, workspace, own, pitch)
         if masked is None:
             for j in range(0, cells, LANES):
-                store(work, own + j, everywhere(n))
-        if squares is None or look + 1 == LOOKS or not some_are_far(cells, exact, work, own, pitch):
+                store(workspace, own + j, everywhere(n))
+        if squares is None or look + 1 == LOOKS or not some_are_far(cells, exact, workspace, own, pitch):
             break
-        better_shifts(exact, geometry, columns, cells, work, own, pitch)
+        better_shifts(exact, geometry, columns, cells, workspace, own, pitch)
 
 
 @kernel
 def outer(
-    share, first, last, x, raw, fetch, where, ones, masked, squares, exact, geometry, partials, work,
+    thread, first, last, x, raw, fetch, where, ones, masked, squares, exact, geometry, partials, workspace,
     count, mean, spread, ddof, status,
 ):  # fmt: skip
     """A task is a tile of cells in a part of the rows; tiles of a row are neighbours."""
     parts, channels, tile, pitch = geometry[PARTS], geometry[CHANNELS], geometry[TILE], geometry[WIDTH]
     tiles = -(-channels // tile)
-    own = share * (FIELDS + 1) * pitch
+    own = thread * (FIELDS + 1) * pitch
     for task in range(first, last):
         rest = task // tiles
         cell = (task - rest * tiles) * tile
@@ -685,19 +754,19 @@ def outer(
             lower_underflow_flag()
         sums_of_columns(
             x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry,
-            r, min(r + geometry[ROWS_OF_A_PART], geometry[ROWS]), columns, cells, work, own, pitch,
+            r, min(r + geometry[ROWS_OF_A_PART], geometry[ROWS]), columns, cells, workspace, own, pitch,
         )  # fmt: skip
-        if squares is not None and exact is not None and underflowed(work[own]):
+        if squares is not None and exact is not None and underflowed(workspace[own]):
             status[CAREFUL] = 1.0
         if parts > 1:
             to = FIELDS * channels * (k * parts + part) + cell
             for f in range(FIELDS):
                 for j in range(0, cells, LANES):
-                    numbers = load(work, own + f * pitch + j, 64)
+                    numbers = load(workspace, own + f * pitch + j, 64)
                     put_values(partials, to + f * channels + j, numbers, min(LANES, cells - j))
         else:
             merge_parts(
-                work, own, pitch, 0, 1, cells, squares, exact, geometry, count, mean, spread,
+                workspace, own, pitch, 0, 1, cells, squares, exact, geometry, count, mean, spread,
                 o_at + cell * geometry[KEPT_STEP], ddof, status,
             )  # fmt: skip
 
@@ -806,7 +875,7 @@ def put(out, at, step, v, n):
 
 
 @kernel
-def finish_parts(share, first, last, squares, exact, geometry, partials, count, mean, spread, ddof, status):
+def finish_parts(thread, first, last, squares, exact, geometry, partials, count, mean, spread, ddof, status):
     """A task is a kept index of `inner`, or up to eight neighbours of `outer`."""
     parts, channels = geometry[PARTS], geometry[CHANNELS]
     groups = -(-channels // LANES)
@@ -835,7 +904,7 @@ def finish_parts(share, first, last, squares, exact, geometry, partials, count, 
 
 
 @kernel
-def fetch(share, first, last, x, step, out):
+def fetch(thread, first, last, x, step, out):
     """Copy values from the first to the last, a step apart, as float64."""
     whole = last - (last - first) % LANES
     if step == 1:

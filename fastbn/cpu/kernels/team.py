@@ -23,7 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastbn.cpu.kernels.compiler import inner, plain
+from fastbn.cpu.kernels.compiler import inline, plain
 from fastbn.cpu.team import (
     ASLEEP,
     AT_ONCE,
@@ -156,7 +156,7 @@ def pause(typing):
 
 
 @intrinsic
-def enter(typing, entry, params, share, first, last):
+def enter(typing, entry, params, thread, first, last):
     """Call the kernel at an address."""
 
     def codegen(context, builder, signature, values):
@@ -169,8 +169,8 @@ def enter(typing, entry, params, share, first, last):
 
 
 @intrinsic
-def share_by(typing, function, entry, params, tasks, shares):
-    """Call another way to share out, at an address."""
+def call_runner(typing, function, entry, params, tasks, num_threads):
+    """Call a function that runs all tasks in another way, at an address."""
 
     def codegen(context, builder, signature, values):
         pointer = builder.inttoptr(values[0], ir.FunctionType(VOID, [I64] * 4).as_pointer())
@@ -183,7 +183,7 @@ def share_by(typing, function, entry, params, tasks, shares):
 # --- what the system does ---------------------------------------------------------------------------------------------
 
 
-@inner
+@inline
 def sleep_in_condition(member, address, value):
     pthread_mutex_lock(member + MUTEX)
     while load(address) == value:
@@ -191,14 +191,14 @@ def sleep_in_condition(member, address, value):
     pthread_mutex_unlock(member + MUTEX)
 
 
-@inner
+@inline
 def signal_condition(member):
     pthread_mutex_lock(member + MUTEX)  # the sleeper has looked before, or looks after this
     pthread_cond_signal(member + CONDITION)
     pthread_mutex_unlock(member + MUTEX)
 
 
-@inner
+@inline
 def sleep_while(member, address, value):
     """A member sleeps while the word at an address has this value; it may return early."""
     if FUTEX and load(member + FUTEXES):
@@ -207,7 +207,7 @@ def sleep_while(member, address, value):
         sleep_in_condition(member, address, value)
 
 
-@inner
+@inline
 def wake(member, address):
     """The member, if it sleeps there."""
     if FUTEX and load(member + FUTEXES):
@@ -216,14 +216,14 @@ def wake(member, address):
         signal_condition(member)
 
 
-@inner
+@inline
 def now(member):
     """Nanoseconds; the clock's two words are the member's own."""
     clock_gettime(MONOTONIC, member + CLOCK)
     return load(member + CLOCK) * 1_000_000_000 + load(member + CLOCK + 8)
 
 
-@inner
+@inline
 def send(member, where):
     """Put a worker on the caller's processor or away from it until it has run: the system may choose the wrong one."""
     if not FUTEX:
@@ -240,12 +240,12 @@ def send(member, where):
 # --- the team ---------------------------------------------------------------------------------------------------------
 
 
-@inner
+@inline
 def member_at(team, k):
     return team + MEMBERS + k * MEMBER
 
 
-@inner
+@inline
 def take(ticket, most, own):
     """The first of so many chunks, the first ones for the owner and the last for others, and how many; 0 if none is."""
     while True:
@@ -260,7 +260,7 @@ def take(ticket, most, own):
             return end - count, count
 
 
-@inner
+@inline
 def call_sleepers(team, me, average, left, threads):
     """As many as pay, were the chunks that may be left shared among all that were called.
 
@@ -280,7 +280,7 @@ def call_sleepers(team, me, average, left, threads):
     store(me + CALLED, called)
 
 
-@inner
+@inline
 def doubt_cost(team):
     """What has become so dear that nobody is called is not measured any more: after some jobs it is tried again."""
     cost = load(team + COST)
@@ -288,7 +288,7 @@ def doubt_cost(team):
         store(team + COST, cost - cost // 32)
 
 
-@inner
+@inline
 def take_part(team, k, chunk, count):
     """Run these chunks, if there are any, and all that can be taken; returns how many."""
     me, entry, params, tasks = member_at(team, k), load(team + ENTRY), load(team + PARAMS), load(team + TASKS)
@@ -315,7 +315,7 @@ def take_part(team, k, chunk, count):
     return done
 
 
-@inner
+@inline
 def wait_for_others(team, others, began, mine, threads):
     """Until the chunks that workers have begun are done; the caller's own processor is theirs before long."""
     me = member_at(team, 0)
@@ -334,14 +334,14 @@ def wait_for_others(team, others, began, mine, threads):
             store(team + WAITING, 0)
 
 
-@inner
-def alone(entry, params, tasks, shares):
+@inline
+def alone(entry, params, tasks, num_threads):
     """In no larger parts than a thread would have had: work arrays are made for these."""
-    for k in range(shares):
-        enter(entry, params, 0, k * tasks // shares, (k + 1) * tasks // shares)
+    for k in range(num_threads):
+        enter(entry, params, 0, k * tasks // num_threads, (k + 1) * tasks // num_threads)
 
 
-@inner
+@inline
 def nobody_comes(team, time, burst, threads):
     """Whether all workers sleep, and none would be called to a job that takes one thread so long."""
     for k in range(1, threads):
@@ -350,21 +350,35 @@ def nobody_comes(team, time, burst, threads):
     return time > 0 and time // 2 + burst // LINDY <= PAYS * load(team + COST)
 
 
-@inner
-def share_out(team, entry, params, tasks, shares, lately):
+@inline
+def publish(team, entry, params, tasks, chunks, at_once, threads):
+    """A job, of which each member has tickets for an equal part of the chunks; from then on others take some."""
+    store(team + ENTRY, entry)
+    store(team + PARAMS, params)
+    store(team + TASKS, tasks)
+    store(team + CHUNK_COUNT, chunks)
+    store(team + AT_ONCE, at_once)
+    store(team + THREADS, threads)
+    store(team + DONE, 0)
+    for k in range(threads):
+        store(member_at(team, k) + TICKET, k * chunks // threads << 32 | (k + 1) * chunks // threads)
+
+
+@inline
+def run_together(team, entry, params, tasks, num_threads, lately):
     """Run all tasks, by the team or alone; a second caller meanwhile goes alone, as one does without a team (0).
 
     ``lately`` is where the time of the same job on one thread is kept, by which sleepers are called from the first.
     """
     if team == 0 or not swap_if(team + BUSY, 0, 1):
-        alone(entry, params, tasks, shares)
+        alone(entry, params, tasks, num_threads)
         return
-    me, threads, debt = member_at(team, 0), min(shares, load(team + HIRED) + 1), load(team + DEBT)
+    me, threads, debt = member_at(team, 0), min(num_threads, load(team + HIRED) + 1), load(team + DEBT)
     began = now(me)
     burst = load(team + BURST) if began - load(team + ENDED) < SPIN else 0
     store(team + BURST, burst)
     if threads < 2 or tasks < 2 or debt > 0 or nobody_comes(team, load(lately), burst, threads):
-        alone(entry, params, tasks, shares)
+        alone(entry, params, tasks, num_threads)
         ended = now(me)
         store(lately, ended - began)
         store(team + DEBT, max(0, debt - (ended - began)))
@@ -373,18 +387,10 @@ def share_out(team, entry, params, tasks, shares, lately):
         doubt_cost(team)
         store(team + BUSY, 0)
         return
-    chunks = min(tasks, shares * CHUNKS)
-    store(team + ENTRY, entry)
-    store(team + PARAMS, params)
-    store(team + TASKS, tasks)
-    store(team + CHUNK_COUNT, chunks)
-    store(team + AT_ONCE, max(1, chunks // shares))
-    store(team + THREADS, threads)
-    store(team + DONE, 0)
+    chunks = min(tasks, num_threads * CHUNKS)
     store(me + CALLED, 0)
     store(me + SPENT, 0)
-    for k in range(threads):
-        store(member_at(team, k) + TICKET, k * chunks // threads << 32 | (k + 1) * chunks // threads)
+    publish(team, entry, params, tasks, chunks, max(1, chunks // num_threads), threads)
     call_sleepers(team, me, load(lately) // chunks, chunks, threads)
     mine = take_part(team, 0, 0, 0)
     ready, others = now(me), chunks - mine
@@ -450,22 +456,22 @@ def dismiss(team):
         wake(member_at(team, k), member_at(team, k) + ASLEEP)
 
 
-@inner
-def share_by_numba(team, entry, params, tasks, shares):
+@inline
+def run_by_numba(team, entry, params, tasks, num_threads):
     """Run all tasks by Numba's threads, which one caller at a time may enter; another goes alone meanwhile."""
     if swap_if(team, 0, 1):
-        share_by(load(team + 8), entry, params, tasks, shares)
+        call_runner(load(team + 8), entry, params, tasks, num_threads)
         store(team, 0)
     else:
-        alone(entry, params, tasks, shares)
+        alone(entry, params, tasks, num_threads)
 
 
-@inner
-def run_tasks(team, entry, params, tasks, shares, lately):
+@inline
+def run_tasks(team, entry, params, tasks, num_threads, lately):
     """By whom `team.team_for` says."""
-    if shares < 2:
+    if num_threads < 2:
         enter(entry, params, 0, 0, tasks)
     elif team & 1:
-        share_by_numba(team - 1, entry, params, tasks, shares)
+        run_by_numba(team - 1, entry, params, tasks, num_threads)
     else:
-        share_out(team, entry, params, tasks, shares, lately)
+        run_together(team, entry, params, tasks, num_threads, lately)

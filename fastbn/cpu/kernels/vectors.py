@@ -1,33 +1,40 @@
 """Small work on a number per kept index, in float64: what NumPy takes a microsecond for, and many steps of it.
 
-Each function is one task; rows of numbers are ``kept`` apart.
+    beyond = np.isfinite(rstd * gamma) & (abs(rstd * gamma) > FLOAT32_MAX)
+    mean, var = (1 - rate) * mean + rate * batch_mean, (1 - rate) * var + rate * m2 / (count - correction)
+    n, mean, m2 = n + count, ...                       # `merge`: Chan's update, the mean in two parts, hi + lo
+
+Each function is one task. Tables are those of `records`: a row for each field.
 """
 
 import numpy as np
 
-from fastbn.cpu.kernels.compiler import inner, kernel
+from fastbn.cpu.kernels.compiler import inline, kernel
+from fastbn.cpu.kernels.simd import table_rows
+from fastbn.cpu.records import Part, Running, Scale, Union
 
 MOST = float(np.finfo(np.float32).max)
 
 
 @kernel
-def find_beyond(share, first, last, numbers, kept, out):
-    """Whether some finite ``rstd * gamma`` is beyond float32, of the rows rstd and gamma."""
+def find_beyond(thread, first, last, table, kept, out):
+    """Whether some finite ``rstd * gamma`` is beyond float32, of a table of `Scale`."""
+    given = table_rows(Scale, table, kept)
     out[0] = 0.0
-    for t in range(kept[0]):
-        scale = abs(numbers[t] * numbers[kept[0] + t])
+    for t in range(kept):
+        scale = abs(given.rstd[t] * given.gamma[t])
         if MOST < scale < np.inf:
             out[0] = 1.0
 
 
 @kernel
-def update_running(share, first, last, numbers, kept, rate, correction, skip_nonfinite, new_mean, new_var):
-    """Running mean and variance after one more batch: `fastbn.formulas.running` on the rows of its arguments."""
-    n = kept[0]
-    for t in range(n):
-        mean, var = numbers[t], numbers[n + t]
-        count, batch_mean, divisor = numbers[2 * n + t], numbers[3 * n + t], numbers[2 * n + t] - correction
-        batch_var = numbers[4 * n + t] / divisor if divisor > 0.0 else np.nan
+def update_running(thread, first, last, table, kept, rate, correction, skip_nonfinite, new_mean, new_var):
+    """Running mean and variance after one more batch: `fastbn.formulas.running` on a table of `Running`."""
+    given = table_rows(Running, table, kept)
+    for t in range(kept):
+        mean, var = given.mean[t], given.var[t]
+        count, batch_mean, divisor = given.count[t], given.batch_mean[t], given.count[t] - correction
+        batch_var = given.m2[t] / divisor if divisor > 0.0 else np.nan
         counts = count > correction
         if skip_nonfinite:
             counts = counts and np.isfinite(batch_mean) and np.isfinite(batch_var)
@@ -39,7 +46,7 @@ def update_running(share, first, last, numbers, kept, rate, correction, skip_non
         new_mean[t], new_var[t] = mean, var
 
 
-@inner
+@inline
 def two_sum(a, b):
     """`fastbn.formulas.two_sum`."""
     total = a + b
@@ -48,25 +55,25 @@ def two_sum(a, b):
 
 
 @kernel
-def begin_union(share, first, last, part, kept, state):
-    """The first part's rows count, mean, M2 as the state: rows n, hi, lo, M2, and what rounding left of M2."""
-    n = kept[0]
-    for t in range(n):
-        state[t], state[n + t], state[2 * n + t] = part[t], part[n + t], 0.0
-        state[3 * n + t], state[4 * n + t] = part[2 * n + t], 0.0
+def begin_union(thread, first, last, part, kept, state):
+    """The first `Part` as a `Union`."""
+    given, union = table_rows(Part, part, kept), table_rows(Union, state, kept)
+    for t in range(kept):
+        union.n[t], union.hi[t], union.lo[t] = given.count[t], given.mean[t], 0.0
+        union.m2[t], union.left[t] = given.m2[t], 0.0
 
 
 @kernel
-def add_to_union(share, first, last, part, kept, state):
-    """One more part: a step of `fastbn.formulas.united`."""
-    k = kept[0]
-    for t in range(k):
-        n, hi, lo, m2 = state[t], state[k + t], state[2 * k + t], state[3 * k + t]
-        count, mean, other = part[t], part[k + t], part[2 * k + t]
+def add_to_union(thread, first, last, part, kept, state):
+    """One more `Part`: a step of `fastbn.formulas.united`."""
+    given, union = table_rows(Part, part, kept), table_rows(Union, state, kept)
+    for t in range(kept):
+        n, hi, lo, m2 = union.n[t], union.hi[t], union.lo[t], union.m2[t]
+        count, mean, other = given.count[t], given.mean[t], given.m2[t]
         together = n + count
-        state[t] = together
+        union.n[t] = together
         if n == 0.0:
-            state[k + t], state[2 * k + t], state[3 * k + t] = mean, 0.0, other
+            union.hi[t], union.lo[t], union.m2[t] = mean, 0.0, other
             continue
         if count == 0.0:  # a NaN is none
             continue
@@ -76,16 +83,16 @@ def add_to_union(share, first, last, part, kept, state):
         if not np.isfinite(delta):
             high, low = hi * (n / together) + mean * part_of_all, 0.0
         squares, left = two_sum(m2, other + delta * delta * (n * part_of_all))
-        state[k + t], state[2 * k + t] = high, low
-        state[3 * k + t] = squares if np.isfinite(high) else np.nan
+        union.hi[t], union.lo[t] = high, low
+        union.m2[t] = squares if np.isfinite(high) else np.nan
         if np.isfinite(left):
-            state[4 * k + t] += left
+            union.left[t] += left
 
 
 @kernel
-def end_union(share, first, last, kept, state):
+def end_union(thread, first, last, kept, state):
     """What rounding left goes to M2."""
-    k = kept[0]
-    for t in range(k):
-        if state[4 * k + t] != 0.0:
-            state[3 * k + t] += state[4 * k + t]
+    union = table_rows(Union, state, kept)
+    for t in range(kept):
+        if union.left[t] != 0.0:
+            union.m2[t] += union.left[t]

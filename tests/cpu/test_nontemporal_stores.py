@@ -23,7 +23,7 @@ PROGRAM = """
         return module
 
     compiler._optimized = kept
-    memory.CACHE_SHARE = 0  # all outputs are streamed
+    memory.CACHE_SHARE = 0  # all outputs are written so
     dtype = np.dtype(getattr(ml_dtypes, sys.argv[1]) if sys.argv[1] == "bfloat16" else sys.argv[1])
     for shape, axis in ((32, 64, 14, 14), 1), ((32, 14, 14, 64), -1):
         x = np.random.default_rng(0).standard_normal(shape).astype(dtype)

@@ -1,0 +1,339 @@
+"""Gradients along memory, for what `inner_reduction` takes: sums of dz, and dx.
+
+For each channel, and each batch index if the batch is kept, with x, dy, y and the weights w as (outer, inner):
+
+    dz = np.where(y <= 0, 0, dy)                       # or dy, without relu; this is the residual's gradient
+    xhat = (x - mean) * rstd
+    dbeta, dgamma = dz.sum(), (dz * xhat).sum()
+    dx = gamma * rstd * (dz - w / n * (dbeta + xhat * dgamma))
+    dx += w / n * (dmean + 2 * dvar * (x - mean))      # what comes back through the moments themselves
+    dx = gamma * rstd * dz                             # instead, if the statistics are frozen
+
+Chunks, segments and the order of sums are those of `inner_reduction`, so the fused kernel (`backward`) gives the same
+bits as the separate kernels. Elements are taken relative to hi, the mean rounded to the compute type, and what that
+leaves out is added to the finished sums. In terms of `records.Distances`, of which `common.distances_of` has the
+formulas: ``dx = unit * (scale * dz - w * (offset + slope * (x - mean)))``, the unit a power of two, 1 unless rstd is
+so far from it (30 binary orders) that squares could leave float32's range.
+
+Bytes moved, S = the bytes of x: grad_sums 2S, grad_input 3S; backward 3S where the slabs of dy and x stay in cache
+between the two passes over them.
+"""
+
+from typing import Any, NamedTuple
+
+from fastbn.cpu.kernels.common import (
+    FULL,
+    dgamma_of,
+    distances_of,
+    input_gradient,
+    linear_of,
+    put,
+    rows_from,
+    rows_of,
+    write_distances,
+    write_linear,
+)
+from fastbn.cpu.kernels.compiler import inline, kernel
+from fastbn.cpu.kernels.inner_reduction import (
+    NARROW,
+    SINGLE,
+    Place,
+    chunk_at,
+    chunk_count,
+    kept_range,
+    misaligned,
+    piece_start,
+    place_of,
+    row_after,
+    segment_count,
+    values_from,
+)
+from fastbn.cpu.kernels.simd import (
+    advance,
+    blended,
+    converted,
+    fma,
+    lanes,
+    load,
+    load_first,
+    narrowed,
+    splat,
+    store,
+    table_rows,
+    total,
+    unit_of,
+    zero_where_not_positive,
+    zero_where_uncounted,
+)
+from fastbn.cpu.records import Distances, GradientParameters, Linear, SegmentSums, Sums
+from fastbn.cpu.sizes import LINEAR, PAD, SEGMENT
+
+
+class Slabs(NamedTuple):
+    """The rows of a channel that sums are made of."""
+
+    dy: Any
+    x: Any
+    y: Any
+    weight: Any
+
+
+class Inputs(NamedTuple):
+    """Pointers to values that lie side by side."""
+
+    dy: Any
+    x: Any
+    y: Any
+    weight: Any
+
+
+class Results(NamedTuple):
+    """Pointers to where their gradients go."""
+
+    dx: Any
+    dresidual: Any
+
+
+@inline
+def slabs_of(dy, x, y, weight, t, shape):
+    return Slabs(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), rows_of(weight, t, shape))
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+@inline
+def dz_at(slabs, row, column):
+    """A vector of dz."""
+    dy = load(slabs.dy.values, row * slabs.dy.step + column, FULL)
+    return zero_where_not_positive(load(slabs.y.values, row * slabs.y.step + column, FULL), dy)
+
+
+@inline
+def dz_at_end(slabs, row, column, n):
+    """Its first n lanes."""
+    dy = load_first(slabs.dy.values, row * slabs.dy.step + column, n, FULL)
+    return zero_where_not_positive(load_first(slabs.y.values, row * slabs.y.step + column, n, FULL), dy)
+
+
+@inline
+def distance_at(slabs, row, column, dz, hi, unit):
+    """A vector of (x - hi) * unit; 0 where neither weight nor dz counts the element."""
+    x, weight = slabs.x, slabs.weight
+    distance = (load(x.values, row * x.step + column, FULL) - hi) * unit
+    return zero_where_uncounted(load(weight.values, row * weight.step + column, dz), dz, distance)
+
+
+@inline
+def distance_at_end(slabs, row, column, n, dz, hi, unit):
+    """Its first n lanes."""
+    x, weight = slabs.x, slabs.weight
+    distance = (load_first(x.values, row * x.step + column, n, FULL) - hi) * unit
+    return zero_where_uncounted(load_first(weight.values, row * weight.step + column, n, dz), dz, distance)
+
+
+@inline
+def chunk_grad_sums(slabs, rows, columns, mean, rstd):
+    """sum(dz), sum(dz * (x - hi)) in units of 1/unit.
+
+    Two rows at a time, as in `inner_reduction.unweighted_sums`.
+    """
+    x = slabs.x.values
+    n = lanes(x, FULL)
+    hi, unit = splat(x, mean, FULL), splat(x, unit_of(x, rstd), FULL)
+    s1 = splat(x, 0.0, FULL)
+    s2, t1, t2 = s1, s1, s1
+    pairs, whole = rows - rows % 2, columns - columns % n
+    for r in range(0, pairs, 2):
+        for c in range(0, whole, n):
+            dz = dz_at(slabs, r, c)
+            s1 = s1 + dz
+            s2 = fma(dz, distance_at(slabs, r, c, dz, hi, unit), s2)
+            dz = dz_at(slabs, r + 1, c)
+            t1 = t1 + dz
+            t2 = fma(dz, distance_at(slabs, r + 1, c, dz, hi, unit), t2)
+    for r in range(pairs if whole == columns else 0, rows):
+        for c in range(whole if r < pairs else 0, columns, n):
+            dz = dz_at_end(slabs, r, c, columns - c)
+            s1 = s1 + dz
+            s2 = fma(dz, distance_at_end(slabs, r, c, columns - c, dz, hi, unit), s2)
+    return total(s1 + t1), total(s2 + t2)
+
+
+@inline
+def segment_grad_sums(slabs, shape, largest, segment, mean, rstd):
+    """The same of a segment."""
+    a, b = 0.0, 0.0
+    for k in range(segment * SEGMENT, min((segment + 1) * SEGMENT, chunk_count(shape, largest))):
+        chunk = chunk_at(k, shape, largest)
+        part = Slabs(
+            rows_from(slabs.dy, chunk.row, chunk.column), rows_from(slabs.x, chunk.row, chunk.column),
+            rows_from(slabs.y, chunk.row, chunk.column), rows_from(slabs.weight, chunk.row, chunk.column),
+        )  # fmt: skip
+        s1, s2 = chunk_grad_sums(part, chunk.rows, chunk.columns, mean, rstd)
+        a, b = a + s1, b + s2
+    return a, b
+
+
+@kernel
+def grad_sums_of_segments(thread, first, last, dy, x, y, weight, shape, chunks, parameters, partials):
+    """A table of `SegmentSums`, of every segment of every kept index; of the parameters it reads mean and rstd."""
+    segments, kept = segment_count(shape, chunks), shape.batch * shape.channel
+    given, parts = table_rows(GradientParameters, parameters, kept), table_rows(SegmentSums, partials, kept * segments)
+    for k in range(first, last):
+        t = k // segments
+        parts.dz[k], parts.distance[k] = segment_grad_sums(
+            slabs_of(dy, x, y, weight, t, shape), shape, chunks, k % segments, given.mean[t], given.rstd[t]
+        )
+
+
+@kernel
+def channel_grad_sums(
+    thread, first, last, x, shape, chunks, parameters, partials, sums, distances, frozen, mixed
+):  # fmt: skip
+    """The results from the segments' sums and, if they are asked for, the `records.Distances` of dx."""
+    segments, kept = segment_count(shape, chunks), shape.batch * shape.channel
+    given, results = table_rows(GradientParameters, parameters, kept), table_rows(Sums, sums, kept)
+    parts = table_rows(SegmentSums, partials, kept * segments)
+    for t in range(first, last):
+        a, b = 0.0, 0.0
+        for k in range(t * segments, (t + 1) * segments):
+            a, b = a + parts.dz[k], b + parts.distance[k]
+        results.dgamma[t], results.dbeta[t] = dgamma_of(x, given.mean[t], given.rstd[t], a, b), a
+    if distances is not None:
+        write_distances(x, given, first, last, frozen, mixed, results, table_rows(Distances, distances, kept))
+
+
+# --- dx ---------------------------------------------------------------------------------------------------------------
+
+
+@inline
+def linear_in_all_lanes(dy, table, t):
+    return Linear(
+        splat(dy, table.scale[t], FULL), splat(dy, table.hi[t], FULL), splat(dy, table.slope[t], FULL),
+        splat(dy, table.offset[t], FULL), splat(dy, table.unit[t], FULL),
+    )  # fmt: skip
+
+
+@inline
+def narrowed_linear(dy, linear, width):
+    return Linear(
+        narrowed(dy, linear.scale, width), narrowed(dy, linear.hi, width), narrowed(dy, linear.slope, width),
+        narrowed(dy, linear.offset, width), narrowed(dy, linear.unit, width),
+    )  # fmt: skip
+
+
+@inline
+def blended_linear(n, a, b):
+    return Linear(
+        blended(n, a.scale, b.scale), blended(n, a.hi, b.hi), blended(n, a.slope, b.slope),
+        blended(n, a.offset, b.offset), blended(n, a.unit, b.unit),
+    )  # fmt: skip
+
+
+@inline
+def write_vector(inputs, results, i, width, linear, nontemporal):
+    """A vector of dx, and of dz where there is a residual."""
+    dz = zero_where_not_positive(load(inputs.y, i, width), load(inputs.dy, i, width))
+    weight = converted(load(inputs.weight, i, dz), dz)
+    put(results.dx, i, input_gradient(dz, load(inputs.x, i, width), weight, linear), nontemporal)
+    store(results.dresidual, i, dz)
+
+
+@inline
+def grad_input_end(inputs, results, start, end, linear):
+    """Less than a vector of values, at either end of a row: by short vectors, then one by one."""
+    narrow, single = narrowed_linear(inputs.dy, linear, NARROW), narrowed_linear(inputs.dy, linear, SINGLE)
+    i = start
+    while i + lanes(inputs.dy, NARROW) <= end:
+        write_vector(inputs, results, i, NARROW, narrow, False)
+        i += lanes(inputs.dy, NARROW)
+    while i < end:
+        write_vector(inputs, results, i, SINGLE, single, False)
+        i += 1
+
+
+@inline
+def grad_input_run(inputs, results, table, t, place, count, shape, nontemporal):
+    """As `inner_reduction.normalize_run`, with a table of `Linear`."""
+    n = lanes(inputs.dy, FULL)
+    outer, channel = place.outer, place.channel
+    lead = misaligned(results.dx, count) if nontemporal else 0
+    i, edge = 0, min(shape.inner - place.column, count)
+    while i < count:
+        linear = linear_in_all_lanes(inputs.dy, table, t)
+        t, outer, channel = row_after(t, outer, channel, shape)
+        if i < lead:
+            grad_input_end(inputs, results, i, min(lead, edge), linear)
+            i = min(lead, edge)
+        if i >= lead:
+            while i + n <= edge:
+                write_vector(inputs, results, i, FULL, linear, nontemporal)
+                i += n
+            if i < edge and (shape.inner < n or i + n > count):
+                grad_input_end(inputs, results, i, edge, linear)
+                i = edge
+            elif i < edge:
+                both = blended_linear(edge - i, linear, linear_in_all_lanes(inputs.dy, table, t))
+                write_vector(inputs, results, i, FULL, both, nontemporal)
+                i += n
+        edge = min(edge + shape.inner, count)
+
+
+@kernel
+def grad_input(
+    thread, first, last, dy, x, y, weight, dx, dresidual, shape, run, pitch, distances, workspace, nontemporal
+):  # fmt: skip
+    """``dx`` (and ``dresidual = dz``), in the order of memory, as `inner_reduction.normalize`."""
+    start, end = piece_start(first, shape.inner), piece_start(last, shape.inner)
+    linear = table_rows(Linear, advance(workspace, LINEAR * thread * pitch), pitch)
+    t, t_end = kept_range(start, end, shape)
+    write_linear(linear, table_rows(Distances, distances, shape.batch * shape.channel), t, t_end - t)
+    while start < end:
+        place = place_of(start, shape)
+        count = min(end, (start // run + 1) * run) - start
+        inputs = Inputs(
+            values_from(dy, place), values_from(x, place), values_from(y, place), values_from(weight, place)
+        )
+        results = Results(values_from(dx, place), values_from(dresidual, place))
+        at = place.batch * shape.channel + place.channel - t
+        grad_input_run(inputs, results, linear, at, place, count, shape, nontemporal)
+        start += count
+
+
+@inline
+def row_of(rows, r):
+    """A pointer to its values."""
+    return advance(rows.values, r * rows.step)
+
+
+@kernel
+def backward(
+    thread, first, last, dy, x, y, weight, dx, dresidual, live, shape, chunks, parameters, mixed, sums, workspace,
+    nontemporal,
+):  # fmt: skip
+    """Sums and dx, a channel at a time: the second pass finds the slabs of dy and x in cache.
+
+    ``live`` is x again, or None where statistics are frozen and dx does not depend on it.
+    """
+    kept = shape.batch * shape.channel
+    given, out = table_rows(GradientParameters, parameters, kept), table_rows(Sums, sums, kept)
+    linear = table_rows(Linear, advance(workspace, LINEAR * thread * PAD), PAD)
+    for t in range(first, last):
+        slabs, of_live = slabs_of(dy, x, y, weight, t, shape), rows_of(live, t, shape)
+        of_dx, of_dresidual = rows_of(dx, t, shape), rows_of(dresidual, t, shape)
+        mean, rstd = given.mean[t], given.rstd[t]
+        a, b = 0.0, 0.0
+        for s in range(segment_count(shape, chunks)):
+            s1, s2 = segment_grad_sums(slabs, shape, chunks, s, mean, rstd)
+            a, b = a + s1, b + s2
+        b = dgamma_of(slabs.x.values, mean, rstd, a, b)
+        out.dgamma[t], out.dbeta[t] = b, a
+        d = distances_of(slabs.x.values, given, t, live.values is None, mixed, b, a)
+        one = linear_of(slabs.x.values, d.mean, d.scale, d.offset, d.slope, d.unit)
+        linear.scale[0], linear.hi[0], linear.slope[0] = one.scale, one.hi, one.slope
+        linear.offset[0], linear.unit[0] = one.offset, one.unit
+        for r in range(shape.outer):
+            inputs = Inputs(row_of(slabs.dy, r), row_of(of_live, r), row_of(slabs.y, r), row_of(slabs.weight, r))
+            results = Results(row_of(of_dx, r), row_of(of_dresidual, r))
+            grad_input_run(inputs, results, linear, 0, Place(0, r, t, 0), shape.inner, shape, nontemporal)

@@ -1,0 +1,415 @@
+"""Gradients across memory, for what `outer_reduction` takes: sums of dz, and dx.
+
+For each channel c, and each batch index if the batch is kept, with x, dy and y as (outer, inner) of the channel, and a
+weight w of each row, which all channels share:
+
+    dz = np.where(y <= 0, 0, dy)                       # or dy, without relu; this is the residual's gradient
+    xhat = (x - mean) * rstd
+    dbeta, dgamma = dz.sum(), (dz * xhat).sum()
+    dx = gamma * rstd * (dz - w / n * (dbeta + xhat * dgamma))
+    dx += w / n * (dmean + 2 * dvar * (x - mean))      # what comes back through the moments themselves
+    dx = gamma * rstd * dz                             # instead, if the statistics are frozen
+
+Cells, coalesced rows, chunks and segments are those of `outer_reduction`, units and what is relative to the rounded
+mean that of `inner_gradients`. A chunk has as many rows of both halves of the segment: four streams from memory.
+
+Bytes moved, S = the bytes of x: grad_sums 2S, grad_input 3S; backward 3S where a tile of all rows of dy and x stays in
+cache between the two passes over it.
+"""
+
+from typing import Any, NamedTuple
+
+from fastbn.cpu.kernels.cells import (
+    AHEAD,
+    cell_totals,
+    columns_of_last_row,
+    fill,
+    in_float64,
+    part_of,
+    pitch_of,
+    place_of_cell,
+    places,
+    repeat,
+    results_of,
+    rows_of_tile,
+    spread,
+    store_part,
+    task_at,
+)
+from fastbn.cpu.kernels.common import (
+    FULL,
+    dgamma_of,
+    distances_at,
+    distances_of,
+    input_gradient,
+    linear_of,
+    put,
+    rows_from,
+    rows_of,
+    write_distances,
+    write_linear,
+)
+from fastbn.cpu.kernels.compiler import inline, kernel
+from fastbn.cpu.kernels.simd import (
+    advance,
+    converted,
+    fma,
+    lanes,
+    load,
+    load_first,
+    prefetch,
+    rounded,
+    splat,
+    store,
+    store_first,
+    table_rows,
+    unit_of,
+    value,
+    zero_where_not_positive,
+    zero_where_uncounted,
+)
+from fastbn.cpu.records import ColumnSums, Distances, GradientParameters, Linear, Rows, Sums
+from fastbn.cpu.sizes import COLUMN_SUMS, LINEAR, ROW_CHUNK, SUMS
+
+
+class Inputs(NamedTuple):
+    """Rows of a tile."""
+
+    dy: Any
+    x: Any
+    y: Any
+    weight: Any
+
+
+class Results(NamedTuple):
+    """Rows of a tile's gradients."""
+
+    dx: Any
+    dresidual: Any
+
+
+@inline
+def inputs_from(inputs, row):
+    """What is left of them from a row on."""
+    return Inputs(
+        rows_from(inputs.dy, row, 0), rows_from(inputs.x, row, 0), rows_from(inputs.y, row, 0),
+        rows_from(inputs.weight, row, 0),
+    )  # fmt: skip
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+@inline
+def dz_at(inputs, row, c, part):
+    """A vector of dz, or its first lanes."""
+    y = part_of(inputs.y.values, row * inputs.y.step + c, part)
+    return zero_where_not_positive(y, part_of(inputs.dy.values, row * inputs.dy.step + c, part))
+
+
+@inline
+def distance_at(inputs, row, c, part, weight, dz, hi, unit):
+    """A vector of (x - hi) * unit, or its first lanes; 0 where neither weight nor dz counts the element."""
+    x = part_of(inputs.x.values, row * inputs.x.step + c, part)
+    return zero_where_uncounted(weight, dz, (x - hi) * unit)
+
+
+@inline
+def add_two_rows(inputs, row, far, weight, far_weight, part, sums, c):
+    """Add one vector of columns, or a part, of two rows to the sums."""
+    hi, unit = load(sums.hi, c, FULL), load(sums.unit, c, FULL)
+    dz, far_dz = dz_at(inputs, row, c, part), dz_at(inputs, far, c, part)
+    store(sums.s1, c, load(sums.s1, c, FULL) + (dz + far_dz))
+    distance = distance_at(inputs, row, c, part, weight, dz, hi, unit)
+    far_distance = distance_at(inputs, far, c, part, far_weight, far_dz, hi, unit)
+    store(sums.s2, c, load(sums.s2, c, FULL) + fma(dz, distance, far_dz * far_distance))
+
+
+@inline
+def add_row(inputs, row, columns, sums):
+    """Add one row to the sums, by parts of vectors."""
+    x = inputs.x.values
+    weight = splat(x, value(inputs.weight.values, row * inputs.weight.step), FULL)
+    for c in range(0, columns, lanes(x, FULL)):
+        dz = dz_at(inputs, row, c, columns - c)
+        hi, unit = load(sums.hi, c, FULL), load(sums.unit, c, FULL)
+        distance = distance_at(inputs, row, c, columns - c, weight, dz, hi, unit)
+        store(sums.s1, c, load(sums.s1, c, FULL) + dz)
+        store(sums.s2, c, fma(dz, distance, load(sums.s2, c, FULL)))
+
+
+@inline
+def segment_grad_sums(inputs, rows, cells, size, dbeta, dgamma, sums):
+    """sum(dz) and sum(dz * (x - hi) * unit) of each cell of one segment, with hi and unit of its columns."""
+    x = inputs.x.values
+    n, columns = lanes(x, FULL), cells * size
+    fill(dbeta, cells, 0.0)
+    fill(dgamma, cells, 0.0)
+    half, whole = rows // 2, columns - columns % n
+    for first in range(0, max(1, half), ROW_CHUNK // 2):
+        fill(sums.s1, columns, 0.0)
+        fill(sums.s2, columns, 0.0)
+        end = min(first + ROW_CHUNK // 2, half)
+        for r in range(first, end):
+            near = splat(x, value(inputs.weight.values, r * inputs.weight.step), FULL)
+            far = splat(x, value(inputs.weight.values, (half + r) * inputs.weight.step), FULL)
+            for c in range(0, whole, n):
+                add_two_rows(inputs, r, half + r, near, far, None, sums, c)
+            if whole < columns:
+                add_two_rows(inputs, r, half + r, near, far, columns - whole, sums, whole)
+        if rows % 2 > 0 and end == half:
+            add_row(inputs, rows - 1, columns, sums)
+        cell_totals(sums.s1, cells, size, dbeta)
+        cell_totals(sums.s2, cells, size, dbeta)
+        for j in range(0, cells, lanes(dbeta, FULL)):
+            store(dbeta, j, load(dbeta, j, FULL) + in_float64(sums.s1, j, dbeta))
+            store(dgamma, j, load(dgamma, j, FULL) + in_float64(sums.s2, j, dbeta))
+
+
+@inline
+def spread_hi_and_unit(x, given, first, j, channels, cells, size, sums):
+    """Of the cells from j on, in all their columns; ``first`` is channel 0's kept index."""
+    c = j % channels
+    for i in range(cells):
+        spread(sums.hi, i * size, rounded(x, given.mean[first + c]), size)
+        spread(sums.unit, i * size, unit_of(x, given.rstd[first + c]), size)
+        c = c + 1 if c + 1 < channels else 0
+
+
+@kernel
+def grad_sums_of_segments(
+    thread, first, last, dy, x, y, weight, shape, tiles, parameters, partials, workspace
+):  # fmt: skip
+    """Of each cell of each segment, in ``partials``: all sum(dz), then all sum(dz * (x - hi) * unit)."""
+    channels, size, coalesced = shape.channel, shape.inner, tiles.coalesced
+    rows, cells, pitch = shape.outer // coalesced, channels * coalesced, pitch_of(tiles, size)
+    results = results_of(shape, rows, cells, tiles)
+    given = table_rows(GradientParameters, parameters, shape.batch * channels)
+    sums = table_rows(ColumnSums, advance(workspace, thread * COLUMN_SUMS * pitch), pitch)
+    for k in range(first, last):
+        task = task_at(k, rows, cells, tiles)
+        spread_hi_and_unit(x.values, given, task.batch * channels, task.cell, channels, task.cells, size, sums)
+        at = task.batch * results.segments + task.row // tiles.height
+        dbeta = advance(partials, at * results.of_segment + place_of_cell(task.cell, tiles))
+        inputs = Inputs(
+            rows_of_tile(dy, task.batch, task.row, task.cell * size, coalesced),
+            rows_of_tile(x, task.batch, task.row, task.cell * size, coalesced),
+            rows_of_tile(y, task.batch, task.row, task.cell * size, coalesced),
+            rows_of_tile(weight, task.batch, task.row, 0, 1),
+        )
+        dgamma = advance(dbeta, results.together)
+        segment_grad_sums(inputs, task.end - task.row, task.cells, size, dbeta, dgamma, sums)
+
+
+@inline
+def write_grad_sums(x, t, count, dz, distance, results, given, sums):
+    """The results of channels from t on, whose segments' sums begin at two places: eight at a time."""
+    n = lanes(dz, FULL)
+    for i in range(0, count, n):
+        part = min(n, count - i)
+        a = splat(dz, 0.0, FULL)
+        b = a
+        for s in range(results.segments):
+            a = a + load_first(dz, s * results.of_segment + i, part, FULL)
+            b = b + load_first(distance, s * results.of_segment + i, part, FULL)
+        mean, rstd = load_first(given.mean, t + i, part, FULL), load_first(given.rstd, t + i, part, FULL)
+        hi, unit = converted(converted(mean, splat(x, 0.0, mean)), mean), unit_of(x, rstd)
+        store_part(sums.dgamma, t + i, part, (b - (mean - hi) * unit * a) * (rstd / unit), n)
+        store_part(sums.dbeta, t + i, part, a, n)
+
+
+@inline
+def single_dz(dy, dy_at, y, y_at):
+    """The gradient of one value, 0 where relu has cut it off."""
+    if y is not None and value(y, y_at) <= 0.0:
+        return 0.0
+    return value(dy, dy_at)
+
+
+@inline
+def sums_of_rest(dy, x, y, t, first_row, shape, mean, rstd, a, b):
+    """And of the rows behind the coalesced ones."""
+    of_dy, of_x, of_y = rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape)
+    hi, unit = rounded(x.values, mean), unit_of(x.values, rstd)
+    for r in range(first_row, shape.outer):
+        dz = single_dz(of_dy.values, r * of_dy.step, of_y.values, r * of_y.step)
+        a, b = a + dz, b + dz * ((value(of_x.values, r * of_x.step) - hi) * unit)
+    return a, b
+
+
+@kernel
+def channel_grad_sums(
+    thread, first, last, dy, x, y, shape, tiles, parameters, partials, sums, distances, frozen, mixed
+):  # fmt: skip
+    """The results from the cells' sums and, if they are asked for, the `records.Distances` of dx."""
+    channels, kept = shape.channel, shape.batch * shape.channel
+    rows, cells = shape.outer // tiles.coalesced, channels * tiles.coalesced
+    results, given = results_of(shape, rows, cells, tiles), table_rows(GradientParameters, parameters, kept)
+    out, dz, distance = table_rows(Sums, sums, kept), partials, advance(partials, results.together)
+    whole = first
+    while tiles.coalesced == 1 and whole < last:
+        j = whole % channels
+        count = min(last - whole, channels - j, tiles.width - j % tiles.width)
+        at = whole // channels * results.segments * results.of_segment + place_of_cell(j, tiles)
+        write_grad_sums(x.values, whole, count, advance(dz, at), advance(distance, at), results, given, out)
+        whole += count
+    for t in range(whole, last):
+        a, b = 0.0, 0.0
+        for s in range(results.segments):
+            at = (t // channels * results.segments + s) * results.of_segment
+            for j in range(t % channels, cells, channels):
+                k = at + place_of_cell(j, tiles)
+                a, b = a + dz[k], b + distance[k]
+        mean, rstd = given.mean[t], given.rstd[t]
+        a, b = sums_of_rest(dy, x, y, t, rows * tiles.coalesced, shape, mean, rstd, a, b)
+        out.dgamma[t], out.dbeta[t] = dgamma_of(x.values, mean, rstd, a, b), a
+    if distances is not None:
+        write_distances(x.values, given, first, last, frozen, mixed, out, table_rows(Distances, distances, kept))
+
+
+# --- dx ---------------------------------------------------------------------------------------------------------------
+
+
+@inline
+def linear_at(linear, c):
+    """A vector of columns."""
+    return Linear(
+        load(linear.scale, c, FULL), load(linear.hi, c, FULL), load(linear.slope, c, FULL),
+        load(linear.offset, c, FULL), load(linear.unit, c, FULL),
+    )  # fmt: skip
+
+
+@inline
+def put_if_there(y, at, v, nontemporal):
+    if y is not None:
+        put(y, at, v, nontemporal)
+
+
+@inline
+def grad_input_rows(inputs, results, rows, columns, end_columns, linear, nontemporal, ahead):
+    """As `outer_reduction.normalize_rows`, with a `Linear` of all columns."""
+    dy, x, dx, dresidual = inputs.dy, inputs.x, results.dx, results.dresidual
+    n = lanes(dy.values, FULL)
+    for r in range(rows):
+        width = end_columns if r == rows - 1 else columns
+        whole = width - width % n
+        weight = splat(dy.values, value(inputs.weight.values, r * inputs.weight.step), FULL)
+        for c in range(0, whole, n):
+            prefetch(dy.values, r * dy.step + c + ahead)
+            prefetch(x.values, r * x.step + c + ahead)
+            dz = dz_at(inputs, r, c, None)
+            v = input_gradient(dz, load(x.values, r * x.step + c, FULL), weight, linear_at(linear, c))
+            put(dx.values, r * dx.step + c, v, nontemporal)
+            put_if_there(dresidual.values, r * dresidual.step + c, dz, nontemporal)
+        if whole < width:
+            c, part = whole, width - whole
+            dz = dz_at(inputs, r, c, part)
+            v = input_gradient(dz, load_first(x.values, r * x.step + c, part, FULL), weight, linear_at(linear, c))
+            store_first(dx.values, r * dx.step + c, part, v)
+            store_first(dresidual.values, r * dresidual.step + c, part, dz)
+
+
+@inline
+def spread_linear(x, d, at, size, linear):
+    """What `grad_input_rows` wants of one cell, from its `Distances`."""
+    one = linear_of(x, d.mean, d.scale, d.offset, d.slope, d.unit)
+    spread(linear.scale, at, one.scale, size)
+    spread(linear.hi, at, one.hi, size)
+    spread(linear.slope, at, one.slope, size)
+    spread(linear.offset, at, one.offset, size)
+    spread(linear.unit, at, one.unit, size)
+
+
+@inline
+def spread_all_linear(x, distances, first, j, channels, cells, size, linear):
+    """The same of the cells from j on, from a table; ``first`` is channel 0's kept index."""
+    if size == 1 and (j == 0 or j + cells <= channels):
+        write_linear(linear, distances, first + j % channels, min(cells, channels))
+        repeat(linear.scale, channels, cells)
+        repeat(linear.hi, channels, cells)
+        repeat(linear.slope, channels, cells)
+        repeat(linear.offset, channels, cells)
+        repeat(linear.unit, channels, cells)
+    else:
+        c = first + j % channels
+        for i in range(cells):
+            spread_linear(x, distances_at(distances, c), i * size, size, linear)
+            c = c + 1 if c + 1 < first + channels else first
+
+
+@kernel
+def grad_input(
+    thread, first, last, dy, x, y, weight, dx, dresidual, shape, tiles, distances, workspace, nontemporal
+):  # fmt: skip
+    """``dx`` (and ``dresidual = dz``), as `outer_reduction.normalize`."""
+    channels, size, coalesced = shape.channel, shape.inner, tiles.coalesced
+    rows, cells, pitch = -(-shape.outer // coalesced), channels * coalesced, pitch_of(tiles, size)
+    given = table_rows(Distances, distances, shape.batch * channels)
+    linear = table_rows(Linear, advance(workspace, thread * LINEAR * pitch), pitch)
+    for k in range(first, last):
+        task = task_at(k, rows, cells, tiles)
+        batch, row, column = task.batch, task.row, task.cell * size
+        spread_all_linear(dy.values, given, batch * channels, task.cell, channels, task.cells, size, linear)
+        inputs = Inputs(
+            rows_of_tile(dy, batch, row, column, coalesced), rows_of_tile(x, batch, row, column, coalesced),
+            rows_of_tile(y, batch, row, column, coalesced), rows_of_tile(weight, batch, row, 0, 1),
+        )  # fmt: skip
+        results = Results(
+            rows_of_tile(dx, batch, row, column, coalesced), rows_of_tile(dresidual, batch, row, column, coalesced)
+        )
+        grad_input_rows(
+            inputs, results, task.end - row, task.cells * size, columns_of_last_row(task, shape, coalesced), linear,
+            nontemporal, AHEAD,
+        )  # fmt: skip
+
+
+@inline
+def add_to_sums(t, cells, dbeta, dgamma, sums):
+    """A segment's sums of cells that are whole channels, from kept index t on."""
+    for c in range(cells):
+        sums.dbeta[t + c] += dbeta[c]
+        sums.dgamma[t + c] += dgamma[c]
+
+
+@inline
+def finish_tile(x, t, cells, size, given, frozen, mixed, sums, linear):
+    """The results of a tile's channels, from kept index t on, and what their dx needs."""
+    for c in range(cells):
+        a = sums.dbeta[t + c]
+        b = dgamma_of(x, given.mean[t + c], given.rstd[t + c], a, sums.dgamma[t + c])
+        sums.dgamma[t + c] = b
+        spread_linear(x, distances_of(x, given, t + c, frozen, mixed, b, a), c * size, size, linear)
+
+
+@kernel
+def backward(
+    thread, first, last, dy, x, y, dx, dresidual, live, shape, tiles, parameters, mixed, sums, partials, workspace,
+    nontemporal,
+):  # fmt: skip
+    """Sums and dx, a tile of cells at a time: the second pass finds its rows of dy and x in cache.
+
+    ``live`` is x again, or None where statistics are frozen and dx does not depend on it. Rows are not coalesced.
+    """
+    channels, size, rows, kept = shape.channel, shape.inner, shape.outer, shape.batch * shape.channel
+    pitch, room = pitch_of(tiles, size), places(tiles.width, tiles.width)
+    given, out = table_rows(GradientParameters, parameters, kept), table_rows(Sums, sums, kept)
+    of_thread = advance(workspace, thread * LINEAR * pitch)
+    columns, linear = table_rows(ColumnSums, of_thread, pitch), table_rows(Linear, of_thread, pitch)
+    dbeta = advance(partials, thread * SUMS * room)
+    dgamma = advance(dbeta, room)
+    for k in range(first, last):
+        tile = task_at(k, 1, channels, tiles)
+        t, cells, wide = tile.batch * channels + tile.cell, tile.cells, tile.cells * size
+        no_weight = Rows(None, 0)
+        inputs = Inputs(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), no_weight)
+        spread_hi_and_unit(x.values, given, t, 0, cells, cells, size, columns)
+        for c in range(cells):
+            out.dgamma[t + c] = out.dbeta[t + c] = 0.0
+        for row in range(0, rows, tiles.height):
+            high = min(tiles.height, rows - row)
+            segment_grad_sums(inputs_from(inputs, row), high, cells, size, dbeta, dgamma, columns)
+            add_to_sums(t, cells, dbeta, dgamma, out)
+        finish_tile(x.values, t, cells, size, given, live.values is None, mixed, out, linear)
+        of_live = Inputs(inputs.dy, rows_of(live, t, shape), inputs.y, no_weight)
+        results = Results(rows_of(dx, t, shape), rows_of(dresidual, t, shape))
+        grad_input_rows(of_live, results, rows, wide, wide, linear, nontemporal, wide)

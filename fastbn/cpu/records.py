@@ -1,0 +1,196 @@
+"""Records of which plans and compiled kernels know the fields: integers that say where things lie, and rows of tables.
+
+A table has one row for each field, in this order. In kernels the fields of a table are pointers to its rows, and the
+same record also holds one channel's numbers, or vectors of several channels' (`Affine`, `Linear`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+# --- integers ---------------------------------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """Of an array as kernels see it; batch and channel are kept, outer and inner reduced."""
+
+    batch: int
+    outer: int
+    channel: int
+    inner: int
+
+
+class Strides(NamedTuple):
+    """In elements; values along the inner axis are neighbours."""
+
+    batch: int
+    outer: int
+    channel: int
+
+
+class Chunks(NamedTuple):
+    """The largest chunk of `inner_reduction`."""
+
+    rows: int
+    columns: int
+
+
+class Tiles(NamedTuple):
+    """A division of `outer_reduction`'s rows: how many are taken as one, cells of a tile, rows of a task."""
+
+    coalesced: int
+    width: int
+    height: int
+
+
+INTEGERS = {record.__name__: record for record in (Shape, Strides, Chunks, Tiles)}
+
+
+# --- arrays in kernels ------------------------------------------------------------------------------------------------
+
+
+class Array(NamedTuple):
+    """A pointer to the first value, and `Strides`."""
+
+    values: Any
+    batch: Any
+    outer: Any
+    channel: Any
+
+
+class Rows(NamedTuple):
+    """A pointer to the first value of rows that are a step apart; None instead of an absent array's."""
+
+    values: Any
+    step: Any
+
+
+# --- tables, in float64: a number of each kept index in each row ------------------------------------------------------
+
+
+class Moments(NamedTuple):
+    """Statistics; with gamma and beta, the last four are the `Parameters` of a forward pass."""
+
+    count: Any
+    m2: Any
+    mean: Any
+    rstd: Any
+    gamma: Any
+    beta: Any
+
+
+class Parameters(NamedTuple):
+    """Of ``y``; the spread is the variance, or rstd."""
+
+    mean: Any
+    spread: Any
+    gamma: Any
+    beta: Any
+
+
+class GradientParameters(NamedTuple):
+    """Of ``dx``; without gradients of the moments the last two rows are not there."""
+
+    mean: Any
+    rstd: Any
+    gamma: Any
+    count: Any
+    dmean: Any
+    dvar: Any
+
+
+class Sums(NamedTuple):
+    """Sums of ``dz * xhat``, and of ``dz``."""
+
+    dgamma: Any
+    dbeta: Any
+
+
+class SegmentSums(NamedTuple):
+    """Of a segment: sums of dz, and of ``dz * (x - hi) * unit``, hi the rounded mean."""
+
+    dz: Any
+    distance: Any
+
+
+class Distances(NamedTuple):
+    """Of ``unit * (scale * dz - weight * (offset + slope * (x - mean)))``."""
+
+    mean: Any
+    scale: Any
+    offset: Any
+    slope: Any
+    unit: Any
+
+
+class Scale(NamedTuple):
+    """What y is multiplied with."""
+
+    rstd: Any
+    gamma: Any
+
+
+class Running(NamedTuple):
+    """Running statistics, and those of a batch."""
+
+    mean: Any
+    var: Any
+    count: Any
+    batch_mean: Any
+    m2: Any
+
+
+class Part(NamedTuple):
+    """Statistics to be merged; of a segment, the mean is relative to its channel's origin."""
+
+    count: Any
+    mean: Any
+    m2: Any
+
+
+class Union(NamedTuple):
+    """Of some parts: the mean is hi + lo; what rounding left of M2 so far."""
+
+    n: Any
+    hi: Any
+    lo: Any
+    m2: Any
+    left: Any
+
+
+# --- tables of one thread, in the type that kernels compute in: a number of each channel or column in each row --------
+
+
+class Affine(NamedTuple):
+    """Of ``y = (x - hi) * scale + bias``; hi is the mean, rounded."""
+
+    hi: Any
+    scale: Any
+    bias: Any
+
+
+class Linear(NamedTuple):
+    """Of ``dx = unit * (scale * dz - weight * (offset + slope * (x - hi)))``."""
+
+    scale: Any
+    hi: Any
+    slope: Any
+    offset: Any
+    unit: Any
+
+
+class ColumnMoments(NamedTuple):
+    """Of a chunk's columns: ``sum(x - shift)`` and ``sum((x - shift)^2)``."""
+
+    shift: Any
+    s1: Any
+    s2: Any
+
+
+class ColumnSums(NamedTuple):
+    """Of a chunk's columns: ``sum(dz)`` and ``sum(dz * (x - hi) * unit)``."""
+
+    hi: Any
+    unit: Any
+    s1: Any
+    s2: Any

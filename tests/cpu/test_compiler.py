@@ -1,0 +1,123 @@
+"""What `kernels.compiler` takes of Numba's private parts: a new Numba that changes one says here which.
+
+Numba has no upper bound in pyproject.toml: most releases change none of this, and a bound would keep users of a new
+one from kernels that work.
+"""
+
+import ctypes
+import inspect
+from types import SimpleNamespace
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import pytest
+from numba import types
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder, Flags
+from numba.core.compiler_machinery import PassManager
+from numba.core.registry import cpu_target
+
+from fastbn.cpu import code
+from fastbn.cpu.kernels import compiler
+from fastbn.cpu.kernels.simd import load, store
+from fastbn.cpu.records import INTEGERS, Shape
+
+# Of Numba's passes, those that kernels go without, and why.
+LEFT_OUT = {
+    "WithLifting": "no with statements",
+    "InlineClosureLikes": "no closures",
+    "RewriteDynamicRaises": "nothing is raised",
+    "MakeFunctionToJitFunction": "no functions inside of functions",
+    "InlineInlinables": "LLVM inlines",
+    "FindLiterallyCalls": "no literally()",
+    "LiteralUnroll": "no literal_unroll()",
+    "LiteralPropagationSubPipelinePass": "the same",
+    "InlineOverloads": "LLVM inlines",
+    "NopythonRewrites": "no array expressions",
+    "NoPythonSupportedFeatureValidation": "for messages to people",
+    "AnnotateTypes": "for people",
+    "DumpParforDiagnostics": "no parallel loops",
+}
+
+
+def parameters(function):
+    return tuple(inspect.signature(function).parameters)
+
+
+def test_passes():
+    """Those of its own pipeline are ours, in our order, and those that were looked at and left out."""
+    state = SimpleNamespace(func_ir=None, flags=Flags())
+    theirs = [one.__name__ for one, _ in DefaultPassBuilder.define_nopython_pipeline(state).passes]
+    new = set(theirs) - set(LEFT_OUT) - {one.__name__ for one in compiler._PASSES}
+    assert not new, f"Numba {numba.__version__} has passes that nobody has looked at: are {new} needed by kernels?"
+    ours = iter(theirs)
+    missing = [one.__name__ for one in compiler._PASSES if one.__name__ not in ours]
+    assert not missing, f"Numba {numba.__version__} runs {missing} earlier, or not at all"
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (
+            CompilerBase.__init__,
+            ("self", "typingctx", "targetctx", "library", "args", "return_type", "flags", "locals"),
+        ),
+        (CompilerBase.define_pipelines, ("self",)),
+        (PassManager.__init__, ("self", "pipeline_name")),
+        (PassManager.finalize, ("self",)),
+        (JITCodeLibrary.__init__, ("self", "codegen", "name")),
+        (JITCodeLibrary.add_llvm_module, ("self", "ll_module")),
+        (JITCodeLibrary.add_ir_module, ("self", "ir_module")),
+        (JITCodeLibrary.add_linking_library, ("self", "library")),
+        (JITCodeLibrary.create_ir_module, ("self", "name")),
+        (JITCodeLibrary.finalize, ("self",)),
+        (JITCodeLibrary.get_pointer_to_function, ("self", "name")),
+        (cpu_target.typing_context.resolve_function_type, ("func", "args", "kws")),
+        (cpu_target.target_context.declare_function, ("module", "fndesc")),
+        (cpu_target.target_context.make_tuple, ("builder", "typ", "values")),
+        (cpu_target.target_context.call_conv.call_function, ("builder", "callee", "resty", "argtys", "args")),
+    ],
+    ids=lambda given: getattr(given, "__qualname__", ""),
+)
+def test_methods(function, expected):
+    """Those that are called or replaced have the parameters that they are taken to have, and maybe more behind."""
+    found = parameters(function)
+    assert found[: len(expected)] == expected, f"Numba {numba.__version__}: {function.__qualname__}{found}"
+
+
+def test_library():
+    library = compiler._Part(cpu_target.target_context.codegen(), "empty")
+    for name in ("_codegen", "_final_module", "_linking_libraries", "_get_module_for_linking", "_ensure_finalized"):
+        assert hasattr(library, name), f"Numba {numba.__version__}: a code library has no {name}"
+    assert library._codegen._data_layout
+
+
+@compiler.kernel
+def double(thread, first, last, x, shape, scale, relu, y):
+    """Every kind of argument."""
+    for i in range(first, last):
+        if relu is None:
+            store(y, i, load(x.values, i * x.outer + shape.channel, 4))
+        y[i] = y[i] * scale
+
+
+def test_a_kernel_by_itself():
+    """What comes out runs without Numba, from words alone."""
+    kinds = ["x:f4[]", "shape:Shape", "scale:f8", "relu:none", "y:f4*"]
+    made = compiler.object_code(double, kinds, "double-here", None)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), code.machine_for(None))
+    engine.add_object_file(llvm.ObjectFileRef.from_data(made))
+    engine.finalize_object()
+    run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(engine.get_function_address("double-here"))
+    x, y = np.arange(9, dtype=np.float32), np.zeros(3, np.float32)
+    strides, shape, scale = np.array([0, 2, 1]), np.array([1, 3, 2, 1]), np.array([2.0])
+    words = np.array([x.ctypes.data, strides.ctypes.data, shape.ctypes.data, scale.view(np.int64)[0], 0, y.ctypes.data])
+    run(words.ctypes.data, 0, 0, 3)
+    assert y.tolist() == [4.0, 8.0, 12.0]
+
+
+def test_records_of_integers():
+    kind = compiler.KINDS["Shape"]
+    assert (kind.instance_class, kind.fields, set(kind.types)) == (Shape, Shape._fields, {types.int64})
+    assert set(INTEGERS) <= set(compiler.KINDS)
