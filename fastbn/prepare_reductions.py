@@ -48,10 +48,10 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
         raise TypeError(f"x: expected real numbers, got dtype {x.dtype}; numpy.mean and numpy.var take other dtypes")
     with device_of(x):
         kind = one_kind({"x": x}, out=out)
+        if options.skip_nan:
+            _check_nan_form(x, where, options.dtype, out)
         if weights is None and kind == "numpy" and _is_numpys(x, options.dtype):
             return _numpys(what, options)
-        if options.skip_nan:
-            _check_nan_form(x, where, options.dtype)
         if weights is None and given is None:
             direct = _direct(what, x, where, out, options)
             if direct is not None:
@@ -61,12 +61,14 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
         return _general(what, x, where, weights, given, out, options)
 
 
-def _check_nan_form(x: Any, where: Any, dtype: Any) -> None:
+def _check_nan_form(x: Any, where: Any, dtype: Any, out: Any) -> None:
     """What NumPy says in other words, of arguments that are not named."""
     if where is not None and _operand("where", where, x).dtype != bool:
         raise TypeError(f"where: expected dtype bool, got {_operand('where', where, x).dtype}")
-    if dtype is not None and x.dtype.kind not in "biu" and np.dtype(dtype).kind in "biuO":
-        raise TypeError(f"dtype: expected a float dtype for an array of floats, got {np.dtype(dtype)}")
+    if x.dtype.kind not in "biu":
+        for name, other in (("dtype", dtype), ("out", getattr(out, "dtype", None))):
+            if other is not None and np.dtype(other).kind in "biuO":
+                raise TypeError(f"{name}: expected a float dtype for an array of floats, got {np.dtype(other)}")
 
 
 def _direct(what: str, x: Any, where: Any, out: Any, options: Options) -> Call | None:
@@ -266,6 +268,9 @@ def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
         backend = backend_of(one_kind({"x": x}, where=where, weights=weights))
         validation.combined_weight(backend.xp, where, weights, x.shape)
         table_of, to_kept = _table(x, kept, not validation.is_float(x.dtype), where, weights)
+        direct = None
+        if weights is None and (where is not None or not _is_walked(x, kept)):
+            direct = _direct_moments(x, where, kept)
 
     def call(x: Any, where: Any, weights: Any) -> Moments:
         count, mean, m2, _ = table_of(x, where, weights)
@@ -273,7 +278,54 @@ def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
             return Moments(count, mean, m2)
         return Moments(to_kept(count), to_kept(mean), to_kept(m2))
 
-    return backend.on_its_device(call, x)
+    if direct is None:
+        return backend.on_its_device(call, x)
+    found = direct
+
+    def directly(x: Any, where: Any, weights: Any) -> Moments:
+        moments: Moments | None = found(x, where)
+        return call(x, where, weights) if moments is None else moments
+
+    return backend.on_its_device(directly, x)
+
+
+def _is_walked(x: Any, kept: frozenset[int]) -> bool:
+    """Whether kernels of floats, whose moments are those of `fastbn.batch_norm`, read x as it lies."""
+    if not validation.is_float(x.dtype):
+        return False
+    x = validation.plain(x)
+    backend = backend_of(kind_of("x", x))
+    _, way = Ways(backend, layout_of(x.shape, x.strides, kept), x).data(x)
+    return way is None
+
+
+def _direct_moments(x: Any, where: Any, kept: frozenset[int]) -> Call | None:
+    """``found(x, where)`` by the backend's kernel for statistics, or None where that needs more care."""
+    plain = validation.plainer(x)
+    x = validation.plain(x)
+    shape = tuple(n for axis, n in enumerate(x.shape) if axis in kept)
+    steps = iter(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    strides = tuple(next(steps) if axis in kept else 0 for axis in range(x.ndim))
+    mask, to_mask = (None, None) if where is None else _mask_of(_operand("where", where, x), x)
+    float64 = np.dtype(np.float64)
+    run = None
+    if x.size > 0:
+        wanted = Statistic("m2", False, float64, float64, float64)
+        run = backend_of(kind_of("x", x)).statistic(x, mask, kept, wanted, strides)
+    if run is None:
+        return None
+
+    def found(x: Any, where: Any) -> Moments | None:
+        if plain is not None:
+            x = plain(x)
+        if where is not None:
+            where = _operand("where", where, x)
+            where = where if to_mask is None else to_mask(where)
+        count, mean, m2, status = np.empty(shape), np.empty(shape), np.empty(shape), np.zeros(3)
+        run(x, where, count, mean, m2, status, 0.0)
+        return None if status[0] else Moments(count, mean, m2)
+
+    return found
 
 
 def _table(x: Any, kept: frozenset[int], wide: bool, where: Any, weights: Any) -> tuple[Call, Way]:

@@ -355,6 +355,11 @@ def average(x: Any, axis: Any = None, weights: Any = None, returned: bool = Fals
     ValueError
         Weights that have not the shape of the axes.
 
+    Notes
+    -----
+    What weighs zero is left out, infinite or NaN as it may be, where NumPy's product of them is NaN. Weights that are
+    negative, infinite or NaN are multiplied as in NumPy, in float64.
+
     See Also
     --------
     mean_var : mean and variance with weights that broadcast to x.

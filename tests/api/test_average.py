@@ -204,12 +204,11 @@ def test_negative_weights():
 
 
 def test_weights_and_data_that_are_not_finite():
-    """As products give it: a weight of zero does not hide a NaN."""
+    """What weighs zero is left out, as everywhere here; NumPy multiplies, and has NaN."""
     x = np.array([[1.0, np.nan, np.inf, 3.0], [2.0, 1.0, 1.0, np.inf]])
-    for weights in ([1.0, 1.0], [1.0, 0.0], [0.0, 1.0]):
-        with np.errstate(invalid="ignore"):
-            expected = np.average(x, 0, weights)
-        np.testing.assert_array_equal(fastbn.average(x, 0, weights), expected)
+    np.testing.assert_array_equal(fastbn.average(x, 0, [1.0, 1.0]), np.average(x, 0, [1.0, 1.0]))
+    np.testing.assert_array_equal(fastbn.average(x, 0, [1.0, 0.0]), x[0])
+    np.testing.assert_array_equal(fastbn.average(x, 0, [0.0, 1.0]), x[1])
     assert np.isnan(fastbn.average([1.0, 2.0], weights=[1.0, np.nan]))
 
 
