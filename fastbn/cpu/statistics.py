@@ -254,7 +254,7 @@ def plan(
         "ones": ones, "masked": (masked or skip_nan) or None,
     }  # fmt: skip
     workspace = {"workspace": p.temporary(threads * c.own, "f8*")}
-    p.launch(f"statistics.{c.kernel}", c.tasks, **(data | given | workspace | into))
+    p.launch(f"statistics_{c.kernel}.{c.kernel}", c.tasks, **(data | given | workspace | into))
     if c.parts > 1:
         p.launch("statistics.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **(given | into))
     return p
