@@ -196,18 +196,20 @@ def merge_parts(a, at, pitch, far, parts, cells, squares, exact, geometry, count
     zero, one = everywhere(0.0), everywhere(1.0)
     for j in range(0, cells, LANES):
         n, hi, lo, m2 = zero, zero, zero, zero
-        origin = field(a, at + pitch + j, squares)
+        among = first_bytes_not_zero(None, 0, cells - j)  # in the other lanes are other numbers, or none yet
+        origin = choose(among, field(a, at + pitch + j, squares), zero)
+        lower_underflow_flag()
         for k in range(parts):
             here = at + k * far + j
-            part_n, s = load(a, here, 64), load(a, here + 2 * pitch, 64)
+            part_n, s = choose(among, load(a, here, 64), zero), choose(among, load(a, here + 2 * pitch, 64), zero)
             rest = s
             if squares is not None or exact is not None:
-                rest = load(a, here + 3 * pitch, 64)
+                rest = choose(among, load(a, here + 3 * pitch, 64), zero)
             if squares is not None:
                 some = choose(greater(part_n, zero), part_n, one)
                 part_m2 = rest - s * (s / some)
                 part_m2 = zero_where_not_positive(part_m2, part_m2)
-                apart = load(a, here + pitch, 64) - origin
+                apart = choose(among, load(a, here + pitch, 64), zero) - origin
                 both = choose(greater(n + part_n, zero), n + part_n, one)
                 delta = (apart + s / some) - (hi + lo) / choose(greater(n, zero), n, one)
                 between = choose(greater(n, zero), delta * delta * (n * (part_n / both)), zero)
@@ -219,6 +221,8 @@ def merge_parts(a, at, pitch, far, parts, cells, squares, exact, geometry, count
                 hi, lost = two_sum(hi, s)
                 lo = lo + (lost + rest if exact is not None else lost)
             n = n + part_n
+        if squares is not None and exact is not None and parts > 1 and underflowed(lane(m2, 0)):
+            status[CAREFUL] = 1.0
         finish(
             n, origin, hi, lo, m2, squares, exact, geometry, count, mean, spread,
             o_at + j * geometry[KEPT_STEP], min(LANES, cells - j), ddof, status,
@@ -295,7 +299,6 @@ def finish_parts(thread, first, last, squares, exact, geometry, partials, count,
     """A task is a kept index of `inner`, or up to eight neighbours of `outer`."""
     parts, channels = geometry[PARTS], geometry[CHANNELS]
     groups = -(-channels // LANES)
-    lower_underflow_flag()
     for task in range(first, last):
         if channels == 0:
             _, _, o_at = place(task, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
@@ -312,8 +315,6 @@ def finish_parts(thread, first, last, squares, exact, geometry, partials, count,
                 min(LANES, channels - cell), squares, exact, geometry,
                 count, mean, spread, o_at + cell * geometry[KEPT_STEP], ddof, status,
             )  # fmt: skip
-    if squares is not None and exact is not None and underflowed(ddof):
-        status[CAREFUL] = 1.0
 
 
 # --- any dtype, any step ----------------------------------------------------------------------------------------------

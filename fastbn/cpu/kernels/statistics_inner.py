@@ -237,17 +237,18 @@ def inner(
             shift = peek(
                 x, raw, fetch, at + x_row, where, w_at + w_row, exact, geometry, r, end - r, width, workspace, buffer
             )
-            lower_underflow_flag()
-        n, a, b = 0.0, 0.0, 0.0
+        n, a, b, lost = 0.0, 0.0, 0.0, False
         for look in range(LOOKS):
+            lower_underflow_flag()
             n, a, b = sums_of_rows(
                 x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, end, width, shift,
                 workspace, buffer,
             )  # fmt: skip
+            lost = exact is not None and squares is not None and underflowed(b)
             if squares is None or n == 0.0 or look + 1 == LOOKS or not is_far(n, a, b, exact):
                 break
             shift = short(shift + a / n, exact)
-        if exact is not None and squares is not None and underflowed(b):
+        if lost:
             status[CAREFUL] = 1.0
         if parts > 1:
             partials[FIELDS * task], partials[FIELDS * task + 1] = n, shift

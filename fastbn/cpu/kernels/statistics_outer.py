@@ -151,20 +151,9 @@ def add_rows(
                 if raw is not None:
                     fetched(raw, fetch, x_row + k * x_step, geometry[STEP], width, geometry, workspace, buffer)
                     add_one_row(
-                        workspace,
-                        buffer,
-                        mask,
-                        w_k * by,
-                        by,
-                        masked,
-                        skip_nan,
-                        squares,
-                        exact,
-                        width,
-                        workspace,
-                        own,
+                        workspace, buffer, mask, w_k * by, by, masked, skip_nan, squares, exact, width, workspace, own,
                         pitch,
-                    )
+                    )  # fmt: skip
                 n += geometry[FOLD] if k < whole else geometry[TAIL] // (geometry[CHANNELS] * geometry[SIZE])
         n += done * geometry[FOLD]
     return np.float64(n * geometry[SIZE])
@@ -303,71 +292,28 @@ def clear(workspace, at, count):
 
 @inline
 def sums_of_columns(
-    x,
-    raw,
-    fetch,
-    at,
-    where,
-    ones,
-    w_at,
-    masked,
-    squares,
-    exact,
-    geometry,
-    r,
-    last,
-    columns,
-    cells,
-    workspace,
-    own,
+    x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, cells, workspace, own,
     pitch,
-):
-    """n, shift, A and B of each cell, side by side in ``workspace``, a pitch apart."""
+):  # fmt: skip
+    """n, shift, A and B of each cell, side by side in ``workspace``, a pitch apart; whether squares underflowed."""
+    lost = False
     if squares is not None:
         peek_at_columns(
-            x,
-            raw,
-            fetch,
-            at,
-            where,
-            ones,
-            w_at,
-            masked,
-            exact,
-            geometry,
-            r,
-            last,
-            columns,
-            cells,
-            workspace,
-            own,
+            x, raw, fetch, at, where, ones, w_at, masked, exact, geometry, r, last, columns, cells, workspace, own,
             pitch,
-        )
+        )  # fmt: skip
     for look in range(LOOKS):
         if masked is not None:
             clear(workspace, own, columns)
+        lower_underflow_flag()
         clear(workspace, own + 2 * pitch, columns)
         if squares is not None or exact is not None:
             clear(workspace, own + 3 * pitch, columns)
         n = add_rows(
-            x,
-            raw,
-            fetch,
-            at,
-            where,
-            ones,
-            w_at,
-            masked,
-            squares,
-            exact,
-            geometry,
-            r,
-            last,
-            columns,
-            workspace,
-            own,
+            x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, workspace, own,
             pitch,
-        )
+        )  # fmt: skip
+        lost = exact is not None and squares is not None and underflowed(workspace[own + 3 * pitch])
         if columns > cells:
             gather_columns(geometry, columns, cells, squares, exact, masked, workspace, own, pitch)
         if masked is None:
@@ -376,6 +322,7 @@ def sums_of_columns(
         if squares is None or look + 1 == LOOKS or not some_are_far(cells, exact, workspace, own, pitch):
             break
         better_shifts(exact, geometry, columns, cells, workspace, own, pitch)
+    return lost
 
 
 @kernel
@@ -398,13 +345,11 @@ def outer(
         r = part * geometry[ROWS_OF_A_PART]
         at += cell * geometry[SIZE] * geometry[STEP]
         w_at += cell * geometry[SIZE] if geometry[MASK] == OF_VALUES else 0
-        if squares is not None and exact is not None:
-            lower_underflow_flag()
-        sums_of_columns(
+        lost = sums_of_columns(
             x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry,
             r, min(r + geometry[ROWS_OF_A_PART], geometry[ROWS]), columns, cells, workspace, own, pitch,
         )  # fmt: skip
-        if squares is not None and exact is not None and underflowed(workspace[own]):
+        if lost:
             status[CAREFUL] = 1.0
         if parts > 1:
             to = FIELDS * channels * (k * parts + part) + cell
