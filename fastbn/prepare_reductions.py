@@ -81,64 +81,55 @@ def _direct(what: str, x: Any, where: Any, out: Any, options: Options) -> Call |
     _check_out(shape, dtype, out)
     if out is not None and options.dtype is None:  # its digits are wanted
         dtype = out.dtype.newbyteorder("=") if validation.is_float(out.dtype) else np.dtype(np.float64)
-    single = frozenset(range(x.ndim)) - kept
-    into = out if out is not None and _lies_well(out, dtype) else np.empty(shape, dtype)
-    steps = iter(s // dtype.itemsize for s in into.strides)
-    strides = tuple(next(steps) if options.keepdims or axis in kept else 0 for axis in range(x.ndim))
-    strides = tuple(0 if axis in single else s for axis, s in enumerate(strides))
+    into_out = out is not None and _lies_well(out, dtype)
+    strides = _steps(out if into_out else np.empty(shape, dtype), x.ndim, kept, options.keepdims)
+    plain = validation.plainer(x)
+    if isinstance(x, np.ndarray) and not (x.dtype.isnative and x.flags.aligned):
+        plain = _native
+    seen = x if plain is None else plain(x)
     mask, to_mask = None, None
     if where is not None:
-        seen = _operand("where", where, x)
-        if seen.dtype != bool:
+        given = _operand("where", where, x)
+        if given.dtype != bool:
             return None
-        mask, to_mask = _mask_of(seen, x)
+        mask, to_mask = _mask_of(given, seen)
+    has_mean, has_spread = "mean" in what, what != "mean"
     spread_is = what if what in ("var", "std") else "var"
-    wanted = Statistic(
-        spread_is, options.skip_nan, None, dtype if "mean" in what else None, dtype if what != "mean" else None
-    )
-    plain = validation.plainer(x)
-    run = backend.statistic(validation.plain(x), mask, kept, wanted, strides)
-    if run is None and isinstance(x, np.ndarray) and not (x.dtype.isnative and x.flags.aligned):
-        plain = _native
-        copied = _native(x)
-        if where is not None:
-            mask, to_mask = _mask_of(_operand("where", where, copied), copied)
-        run = backend.statistic(copied, mask, kept, wanted, strides)
+    wanted = Statistic(spread_is, options.skip_nan, None, dtype if has_mean else None, dtype if has_spread else None)
+    run = backend.statistic(seen, mask, kept, wanted, strides)
     if run is None:
         return None
-    ddof, scalar, like = float(options.ddof), shape == (), into if into is out else None
-    has_mean, has_spread, prepared = wanted.mean is not None, wanted.spread is not None, _Once()
-    count = x.size // max(1, math.prod(x.shape[axis] for axis in kept))
+    count, ddof = x.size // max(1, math.prod(x.shape[axis] for axis in kept)), float(options.ddof)
     sure = mask is None and not options.skip_nan and x.dtype.itemsize < 8 and (count > ddof or not has_spread)
-    empty = np.empty
+    careful, empty, scalar = _Once(), np.empty, shape == ()
 
     def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
         seen = x if plain is None else plain(x)
+        mask = where
         if where is not None:
-            where = to_mask(_operand("where", where, x)) if to_mask is not None else _operand("where", where, x)
-        if out is not None and like is not None and backend.apart(out, seen, where):
-            mean = spread = out
+            mask = _operand("where", where, x)
+            mask = mask if to_mask is None else to_mask(mask)
+        mean: Any
+        spread: Any
+        if into_out and backend.apart(out, seen, mask):
+            mean, spread = (out, None) if has_mean else (None, out)
         else:
-            mean = empty(shape, dtype) if has_mean else None
-            spread = empty(shape, dtype) if has_spread else None
+            mean, spread = empty(shape, dtype) if has_mean else None, empty(shape, dtype) if has_spread else None
         if sure:
-            run(seen, where, None, mean, spread, _UNREAD, ddof)
+            run(seen, mask, None, mean, spread, _UNREAD, ddof)
         else:
             status = np.zeros(3)
-            run(seen, where, None, mean if has_mean else None, spread if has_spread else None, status, ddof)
-            careful, no_degrees, is_empty = status.tolist()
-            if careful:
-                return prepared(_careful, what, x, where, out, options)(x, where, None, None, out)
-            if is_empty and has_mean:
-                _warn(_EMPTY[options.skip_nan])
-            if no_degrees and has_spread:
-                _warn(_NO_DEGREES)
+            run(seen, mask, None, mean, spread, status, ddof)
+            if status.any():
+                needs_care, no_degrees, is_empty = status.tolist()
+                if needs_care:
+                    return careful(_careful, what, x, where, out, options)(x, where, None, None, out)
+                if is_empty and has_mean:
+                    _warn(_EMPTY[options.skip_nan])
+                if no_degrees and has_spread:
+                    _warn(_NO_DEGREES)
         if out is not None:
-            result = mean if has_mean else spread
-            if result is not out:
-                with np.errstate(over="ignore"):
-                    out[...] = result
-            return out
+            return _written(mean if has_mean else spread, out)
         if scalar:
             mean, spread = mean[()] if has_mean else None, spread[()] if has_spread else None
         if has_mean:
@@ -146,6 +137,20 @@ def _direct(what: str, x: Any, where: Any, out: Any, options: Options) -> Call |
         return spread
 
     return backend.on_its_device(call, x)
+
+
+def _steps(result: Any, ndim: int, kept: frozenset[int], keepdims: Any) -> Shape:
+    """A result's strides in elements for each axis of what is reduced."""
+    steps = iter(s // result.itemsize for s in result.strides)
+    of_axes = ((axis in kept, next(steps) if keepdims or axis in kept else 0) for axis in range(ndim))
+    return tuple(step if is_kept else 0 for is_kept, step in of_axes)
+
+
+def _written(result: Any, out: Any) -> Any:
+    if result is not out:
+        with np.errstate(over="ignore"):  # float16 results beyond 65504 are infinite
+            out[...] = result
+    return out
 
 
 _UNREAD = np.zeros(3)  # the status of calls that cannot change it
@@ -304,8 +309,7 @@ def _direct_moments(x: Any, where: Any, kept: frozenset[int]) -> Call | None:
     plain = validation.plainer(x)
     x = validation.plain(x)
     shape = tuple(n for axis, n in enumerate(x.shape) if axis in kept)
-    steps = iter(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    strides = tuple(next(steps) if axis in kept else 0 for axis in range(x.ndim))
+    strides = _steps(np.empty(shape), x.ndim, kept, False)
     mask, to_mask = (None, None) if where is None else _mask_of(_operand("where", where, x), x)
     float64 = np.dtype(np.float64)
     run = None
