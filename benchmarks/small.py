@@ -26,8 +26,8 @@ ADD = 0.45  # us of numpy.add, to which goals in microseconds refer
 
 NAMES = (
     "batch_norm", "batch_norm_backward", "batch_norm_inference", "batch_norm, where", "mean", "var", "std", "mean_var",
-    "moments", "merge", "update_running", "update_running, out", "population", "normalize", "grad_sums", "grad_input",
-    "fold", "Saved.frozen",
+    "nanmean", "nanvar", "nanstd", "average", "moments", "merge", "update_running", "update_running, out", "population",
+    "normalize", "grad_sums", "grad_input", "fold", "Saved.frozen",
 )  # fmt: skip
 """Of `rows`, which asv wants to know before anything runs."""
 
@@ -65,6 +65,10 @@ def rows() -> dict[str, Row]:
             lambda: fastbn.mean_var(numbers), lambda: (np.mean(numbers), np.var(numbers)), "numpy.mean and var",
             share=0.4,
         ),
+        "nanmean": Row(lambda: fastbn.nanmean(numbers), lambda: np.nanmean(numbers), "numpy.nanmean", share=0.5),
+        "nanvar": Row(lambda: fastbn.nanvar(numbers), lambda: np.nanvar(numbers), "numpy.nanvar", share=0.25),
+        "nanstd": Row(lambda: fastbn.nanstd(numbers), lambda: np.nanstd(numbers), "numpy.nanstd", share=0.25),
+        "average": Row(lambda: fastbn.average(numbers), lambda: np.average(numbers), "numpy.average", share=1.0),
         "moments": Row(lambda: fastbn.moments(x), us=5),
         "merge": Row(lambda: fastbn.merge(batch, batch), us=10),
         "update_running": Row(lambda: fastbn.update_running(mean, var, batch), us=5),

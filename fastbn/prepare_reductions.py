@@ -92,13 +92,15 @@ def _direct(what: str, x: Any, where: Any, out: Any, options: Options) -> Call |
         given = _operand("where", where, x)
         if given.dtype != bool:
             return None
-        mask, to_mask = _mask_of(given, seen)
+        mask, to_mask = _mask_of(backend.xp, given, seen)
     has_mean, has_spread = "mean" in what, what != "mean"
     spread_is = what if what in ("var", "std") else "var"
     wanted = Statistic(spread_is, options.skip_nan, None, dtype if has_mean else None, dtype if has_spread else None)
     run = backend.statistic(seen, mask, kept, wanted, strides)
     if run is None:
         return None
+    if has_mean and has_spread and x.dtype.itemsize == 8:
+        run = _one_by_one(backend, seen, mask, kept, wanted, strides)
     count, ddof = x.size // max(1, math.prod(x.shape[axis] for axis in kept)), float(options.ddof)
     sure = mask is None and not options.skip_nan and x.dtype.itemsize < 8 and (count > ddof or not has_spread)
     careful, empty, scalar = _Once(), np.empty, shape == ()
@@ -137,6 +139,18 @@ def _direct(what: str, x: Any, where: Any, out: Any, options: Options) -> Call |
         return spread
 
     return backend.on_its_device(call, x)
+
+
+def _one_by_one(backend: Any, x: Any, mask: Any, kept: frozenset[int], wanted: Statistic, strides: Shape) -> Call:
+    """Mean and variance by a pass each: so the mean has the digits that a sum of float64 alone has, and the bits."""
+    first = backend.statistic(x, mask, kept, wanted._replace(spread=None), strides)
+    second = backend.statistic(x, mask, kept, wanted._replace(mean=None), strides)
+
+    def run(x: Any, mask: Any, count: Any, mean: Any, spread: Any, status: Any, ddof: float) -> None:
+        first(x, mask, None, mean, None, status, ddof)
+        second(x, mask, None, None, spread, status, ddof)
+
+    return run
 
 
 def _steps(result: Any, ndim: int, kept: frozenset[int], keepdims: Any) -> Shape:
@@ -193,7 +207,7 @@ def _lies_well(out: Any, dtype: Any) -> bool:
     )
 
 
-def _mask_of(where: Any, x: Any) -> tuple[Mask, Way]:
+def _mask_of(xp: Any, where: Any, x: Any) -> tuple[Mask, Way]:
     """A mask beside x, and what makes it one that kernels read: side by side, or the same, where x's numbers are."""
     strides = tuple(0 if n == 1 else s for n, s in zip(where.shape, where.strides, strict=True))
     lying = [axis for axis in range(x.ndim) if x.shape[axis] > 1 and x.strides[axis] != 0]
@@ -205,7 +219,7 @@ def _mask_of(where: Any, x: Any) -> tuple[Mask, Way]:
     back = tuple(int(axis) for axis in np.argsort(order))
 
     def beside(where: Any) -> Any:
-        return np.ascontiguousarray(where[signs].transpose(order)).transpose(back)[signs]
+        return xp.ascontiguousarray(where[signs].transpose(order)).transpose(back)[signs]
 
     copied = beside(where)
     return Mask(tuple(0 if n == 1 else s for n, s in zip(copied.shape, copied.strides, strict=True))), beside
@@ -274,7 +288,7 @@ def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
         validation.combined_weight(backend.xp, where, weights, x.shape)
         table_of, to_kept = _table(x, kept, not validation.is_float(x.dtype), where, weights)
         direct = None
-        if weights is None and (where is not None or not _is_walked(x, kept)):
+        if weights is None and not _is_batch_norms(x, where, kept):
             direct = _direct_moments(x, where, kept)
 
     def call(x: Any, where: Any, weights: Any) -> Moments:
@@ -294,14 +308,12 @@ def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
     return backend.on_its_device(directly, x)
 
 
-def _is_walked(x: Any, kept: frozenset[int]) -> bool:
-    """Whether kernels of floats, whose moments are those of `fastbn.batch_norm`, read x as it lies."""
-    if not validation.is_float(x.dtype):
-        return False
-    x = validation.plain(x)
-    backend = backend_of(kind_of("x", x))
-    _, way = Ways(backend, layout_of(x.shape, x.strides, kept), x).data(x)
-    return way is None
+def _is_batch_norms(x: Any, where: Any, kept: frozenset[int]) -> bool:
+    """Whether `fastbn.batch_norm` takes such arrays: its moments are the same, bit by bit."""
+    if where is None or not validation.is_float(x.dtype):
+        return validation.is_float(x.dtype)
+    mask = _operand("where", where, x)
+    return all(mask.shape[axis] == 1 for axis in kept)
 
 
 def _direct_moments(x: Any, where: Any, kept: frozenset[int]) -> Call | None:
@@ -310,12 +322,13 @@ def _direct_moments(x: Any, where: Any, kept: frozenset[int]) -> Call | None:
     x = validation.plain(x)
     shape = tuple(n for axis, n in enumerate(x.shape) if axis in kept)
     strides = _steps(np.empty(shape), x.ndim, kept, False)
-    mask, to_mask = (None, None) if where is None else _mask_of(_operand("where", where, x), x)
+    backend = backend_of(kind_of("x", x))
+    mask, to_mask = (None, None) if where is None else _mask_of(backend.xp, _operand("where", where, x), x)
     float64 = np.dtype(np.float64)
     run = None
     if x.size > 0:
         wanted = Statistic("m2", False, float64, float64, float64)
-        run = backend_of(kind_of("x", x)).statistic(x, mask, kept, wanted, strides)
+        run = backend.statistic(x, mask, kept, wanted, strides)
     if run is None:
         return None
 

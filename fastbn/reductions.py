@@ -164,6 +164,7 @@ def mean_var(
     Returns
     -------
     mean, var : array or scalar
+        Those of `mean` and `var`, bit by bit: float64 and integers of 64 bits are read twice for that.
 
     Raises
     ------
@@ -260,8 +261,25 @@ def nanmean(
 ) -> Any:
     """Mean of what is not NaN: `numpy.nanmean`, accurate, parallel and in one pass, without a mask array.
 
-    Parameters, results and errors are those of `mean`. A slice of nothing but NaNs gives NaN and NumPy's
-    RuntimeWarning.
+    Parameters
+    ----------
+    x, axis, dtype, out, keepdims, where
+        As for `mean`.
+
+    Returns
+    -------
+    array or scalar
+
+    Raises
+    ------
+    TypeError
+        As `mean`; an integer `dtype` or `out` for floats.
+    ValueError, numpy.exceptions.AxisError
+        As `mean`.
+
+    Notes
+    -----
+    A slice of nothing but NaNs gives NaN and NumPy's RuntimeWarning.
 
     Examples
     --------
@@ -286,8 +304,27 @@ def nanvar(
 ) -> Any:
     """Variance of what is not NaN: `numpy.nanvar`, accurate, parallel and in one pass, without a mask array.
 
-    Parameters, results and errors are those of `var`, but that a slice of no more numbers than `ddof` gives NaN, as in
-    NumPy.
+    Parameters
+    ----------
+    x, axis, dtype, out, keepdims, where
+        As for `mean`.
+    ddof, mean, correction
+        As for `var`.
+
+    Returns
+    -------
+    array or scalar
+
+    Raises
+    ------
+    TypeError
+        As `mean`; an integer `dtype` or `out` for floats.
+    ValueError, numpy.exceptions.AxisError
+        As `var`.
+
+    Notes
+    -----
+    A slice of no more numbers than `ddof` gives NaN and NumPy's RuntimeWarning.
 
     Examples
     --------
@@ -312,7 +349,27 @@ def nanstd(
 ) -> Any:
     """Standard deviation of what is not NaN, ``sqrt(nanvar(...))``: `numpy.nanstd`, accurate, parallel and in one pass.
 
-    Parameters, results and errors are those of `nanvar`.
+    Parameters
+    ----------
+    x, axis, dtype, out, keepdims, where
+        As for `mean`.
+    ddof, mean, correction
+        As for `var`.
+
+    Returns
+    -------
+    array or scalar
+
+    Raises
+    ------
+    TypeError
+        As `mean`; an integer `dtype` or `out` for floats.
+    ValueError, numpy.exceptions.AxisError
+        As `var`.
+
+    Notes
+    -----
+    That of `nanvar`, rounded once.
 
     Examples
     --------

@@ -23,3 +23,14 @@ def use(monkeypatch, backend):
     monkeypatch.setattr("fastbn.call._prepared", {})
     for module in ("prepare", "prepare_reductions"):
         monkeypatch.setattr(f"fastbn.{module}.backend_of", lambda kind: backend)
+
+
+def written(position, factor):
+    """A change: an argument that is a result, scaled where there is one."""
+
+    def change(args, result):
+        if args[position] is not None:
+            args[position][...] *= factor
+        return result
+
+    return change

@@ -9,7 +9,7 @@ import pytest
 
 from fastbn import bench, check, cpu, environment, warmup
 from fastbn.__main__ import COMMANDS, main
-from tests.wrong_backends import broken, use
+from tests.wrong_backends import broken, use, written
 
 SHAPE = "4,64,14,14"
 
@@ -172,10 +172,10 @@ def nudged(position):
 
 
 FAULTS = [
-    ("nist", "moments", scaled(1, 1 + 1e-12)),
-    ("nist", "moments", scaled(2, 1 + 1e-10)),
-    ("offset", "moments", scaled(1, 1 + 1e-6)),
-    ("offset", "moments", scaled(2, 1 + 5e-6)),
+    ("nist", "statistic", written(3, 1 + 1e-12)),
+    ("nist", "statistic", written(4, 1 + 1e-10)),
+    ("offset", "statistic", written(3, 1 + 1e-6)),
+    ("offset", "statistic", written(4, 1 + 5e-6)),
     ("large mean", "moments", scaled(1, 1 + 1e-6)),
     ("large mean", "moments", scaled(2, 1 + 5e-6)),
     ("constant", "forward", nudged(5)),
@@ -203,7 +203,7 @@ def test_every_group_rejects_a_wrong_backend(monkeypatch, group, function, chang
 def test_failure_gives_status_1(monkeypatch, capsys):
     monkeypatch.setattr(check, "TITLES", {"offset": check.TITLES["offset"]})
     assert run(capsys, "check", "--quick")[0] == 0
-    use(monkeypatch, broken("moments", scaled(1, 1 + 1e-6)))
+    use(monkeypatch, broken("statistic", written(3, 1 + 1e-6)))
     status, out = run(capsys, "check", "--quick")
     assert status == 1
     assert "FAILED" in out

@@ -202,7 +202,9 @@ def test_float64_to_15_digits(values, function):
         for name in {"mean", "var", "std"} & set(results):
             expected = exact.mean if name == "mean" else getattr(exact, name)()
             error = np.max(np.abs(np.ravel(results[name]) / expected.ravel() - 1))
-            if error > (1e-15 if name == "mean" else 1e-13):
+            # moments are those of batch_norm, whose mean is made of distances from another one.
+            of_mean = 4e-15 if function == "moments" else 1e-15
+            if error > (of_mean if name == "mean" else 1e-13):
                 failures.append(f"{name} {x.shape}: relative error {error}")
     report(failures)
 

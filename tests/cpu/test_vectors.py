@@ -37,7 +37,7 @@ def test_merge(parts):
 )  # fmt: skip
 def test_running(mean, var, count, batch_mean, m2, rate, correction, skip):
     new = np.empty((2, 4))
-    run = cpu.update_running(4, (F8,) * 7, skip)
+    run = cpu.update_running(4, (F8,) * 7, skip, True)
     run(mean, var, count, batch_mean, m2, new[0], new[1], rate, correction)
     with np.errstate(all="ignore"):
         expected = formulas.running(np, mean, var, count, batch_mean, m2, rate, correction, skip)
