@@ -96,7 +96,7 @@ def batch_norm(
         )  # fmt: skip
     if type(momentum) is not float or type(eps) is not float:
         momentum, eps = number("momentum", momentum), number("eps", eps)
-    seen = ops.onlookers(input, running_mean, running_var, weight, bias, residual)
+    seen = ops.active_transforms(input, running_mean, running_var, weight, bias, residual)
     relu = activation is not None
     if input.ndim < 2:
         return input.clone()
@@ -187,7 +187,7 @@ def _move(running: Any, batch: Any, momentum: float, rate: float) -> None:
     running[...] = (1 - momentum) * running + rate * batch
 
 
-UPDATES = {ops.NOBODY: update_in_place, ops.TRANSFORMS: update_below, ops.OTHERS: update_running}
+UPDATES = {ops.NONE: update_in_place, ops.TRANSFORMS: update_below, ops.OTHERS: update_running}
 
 
 def number(name: str, value: Any) -> float:

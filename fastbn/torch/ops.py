@@ -23,12 +23,12 @@ from fastbn.torch.formulas import along_channels, values_per_channel
 from fastbn.torch.kernels import optional, out
 from fastbn.torch.tensors import array, on_stream, tensor
 
-# --- who looks on -----------------------------------------------------------------------------------------------------
+# --- active transforms ------------------------------------------------------------------------------------------------
 
-NOBODY, TRANSFORMS, OTHERS = range(3)
+NONE, TRANSFORMS, OTHERS = range(3)
 
 
-def onlookers(*tensors: Tensor | None) -> int:
+def active_transforms(*tensors: Tensor | None) -> int:
     """Who is to see an operator, as far as PyTorch tells: nobody but reverse differentiation; transforms, as those of
     `torch.func` and forward differentiation, which want functions of a form that costs more; others, as compilers,
     exporters, tracers and modes.
@@ -44,16 +44,16 @@ def onlookers(*tensors: Tensor | None) -> int:
             continue
         if (type(t) is not Tensor and type(t) is not Parameter) or t.is_meta:
             return OTHERS
-    return NOBODY
+    return NONE
 
 
-def _onlookers_backwards(*tensors: Tensor | None) -> int:
+def _active_transforms_backwards(*tensors: Tensor | None) -> int:
     """Batches of gradients, of ``is_grads_batched=True``, are no transform to PyTorch but hold no memory either."""
     if not _BLIND:
         for t in tensors:
             if t is not None and _is_batch(t):
                 return OTHERS
-    return onlookers(*tensors)
+    return active_transforms(*tensors)
 
 
 def _names_of_transforms() -> list[str]:
@@ -321,7 +321,7 @@ def _of_residual(ctx: Any, dy: Tensor, dz: Tensor) -> Tensor | None:
 
 def _affine(x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, residual: Any, eps: float) -> Tensor:
     """``(x - mean) / sqrt(var + eps) * weight + bias + residual``, of which tangents are made."""
-    seen = onlookers(x, mean, var, weight, bias, residual)
+    seen = active_transforms(x, mean, var, weight, bias, residual)
     return infer(seen, x, mean, var, weight, bias, residual, False, eps)
 
 
@@ -336,7 +336,7 @@ def train(
     seen: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, relu: bool, eps: float
 ) -> tuple[Tensor, Any, Any]:
     """The output, and in float64 the mean and the sum of squares about it, as arrays where nobody looks on."""
-    if seen == NOBODY:
+    if seen == NONE:
         saved: list[fastbn.Saved] = []
         given = x, weight, bias, residual
         if _has_gradient(*given):
@@ -357,7 +357,7 @@ def infer(
 ) -> Tensor:  # fmt: skip
     """The output, from given statistics."""
     given = x, mean, var, weight, bias, residual
-    if seen == NOBODY:
+    if seen == NONE:
         y: Tensor = (Evaluation.apply if _has_gradient(*given) else kernels.batch_norm_inference)(*given, relu, eps)
     else:
         y = _way(seen, Inference, torch.ops.fastbn.batch_norm_inference)(*given, relu, eps)
@@ -366,10 +366,10 @@ def infer(
 
 def backward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and the residual's, where it is asked for."""
-    seen = _onlookers_backwards(*given[:8])
-    if seen == NOBODY and not torch.is_grad_enabled():
+    seen = _active_transforms_backwards(*given[:8])
+    if seen == NONE and not torch.is_grad_enabled():
         return kernels.batch_norm_backward(*given)
-    way = Backward.apply if seen == NOBODY else _way(seen, Backward, torch.ops.fastbn.batch_norm_backward)
+    way = Backward.apply if seen == NONE else _way(seen, Backward, torch.ops.fastbn.batch_norm_backward)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = way(*given)
     return found
 
@@ -414,8 +414,8 @@ class Training(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         x, y, weight = ctx.saved_tensors
-        seen = _onlookers_backwards(dy, x, y, weight)
-        if torch.is_grad_enabled() or seen != NOBODY:
+        seen = _active_transforms_backwards(dy, x, y, weight)
+        if torch.is_grad_enabled() or seen != NONE:
             # They are to see where the statistics come from.
             statistics = _way(seen, Forward, torch.ops.fastbn.batch_norm)
             _, mean, _, rstd = statistics(x, None, None, None, False, ctx.eps)

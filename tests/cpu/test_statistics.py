@@ -1,0 +1,77 @@
+"""How statistics are divided, and that nothing as large as the array is allocated."""
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastbn
+from fastbn.cpu import statistics as division
+from fastbn.cpu.statistics import PARTS, ROWS, ROWS_OF_A_PART
+
+sizes = st.lists(st.sampled_from([1, 2, 3, 5, 8, 30, 64, 500, 3000, 70_000]), min_size=1, max_size=5)
+
+
+def dimensions(shape, kept):
+    """Of a contiguous array, whose results are contiguous as well."""
+    steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    results = [math.prod(n for a, n in enumerate(shape) if a > axis and a in kept) for axis in range(len(shape))]
+    results = [step if axis in kept else 0 for axis, step in enumerate(results)]
+    return division.dimensions(tuple(shape), tuple(steps), (0,) * len(shape), tuple(results), kept)[0]
+
+
+@given(sizes, st.sets(st.integers(0, 4)), st.sampled_from([1, 2, 4, 8]), st.booleans(), st.booleans())
+def test_divisions(shape, kept, itemsize, exact, squares):
+    """Each row is in one part, and parts have numbers of their own for a fiftieth of the array at most."""
+    d = dimensions(shape, frozenset(kept) & set(range(len(shape))))
+    c = division.divide(d, False, itemsize, exact, squares, 0)
+    rows, parts, each = (c.words[at] for at in (ROWS, PARTS, ROWS_OF_A_PART))
+    assert c.tasks > 0
+    if c.words[division.PIECES] <= 1:
+        assert (parts - 1) * each < rows <= parts * each
+    assert c.partials * 8 <= max(0.02 * itemsize * math.prod(shape), 1 << 16)
+
+
+X = np.random.default_rng(0).random((1000, 40, 100), np.float32)  # 16 MB
+CASES = {
+    "uint8": ((X * 255).astype(np.uint8), {"axis": (0, 2)}),
+    "int64": ((X[:250] * 1e6).astype(np.int64), {"axis": 0}),
+    "float64 of float32": (X, {"axis": 1, "dtype": np.float64}),
+    "float16": (X.astype(np.float16), {"axis": None}),
+    "slice": (X[::2, 1:-1, 3:-5], {"axis": (0, 1)}),
+    "steps": (X[..., ::3], {"axis": 2}),
+    "mask": (X, {"axis": (0, 1), "where": X[:, :1] < 0.5}),
+    "mask of x's shape": (X, {"axis": (0, 2), "where": X < 0.5}),
+}
+
+
+@pytest.mark.parametrize("function", ["mean", "var", "nanmean", "nanstd"])
+@pytest.mark.parametrize("case", CASES)
+def test_memory(case, function):
+    x, options = CASES[case]
+    call = getattr(fastbn, function)
+    result = call(x, **options)
+    tracemalloc.start()
+    try:
+        call(x, **options)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    workspaces = fastbn.threads.get_num_threads() * 100_000  # whatever the size
+    assert peak < np.asarray(result).nbytes + 0.02 * x.nbytes + workspaces
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 2), (64, 33), (5, 100_000)])
+def test_dtypes_are_read_as_numpy_reads_them(shape):
+    """Converted on the way, value by value: sums of small integers are exact."""
+    numbers = np.arange(math.prod(shape)).reshape(shape) % 97
+    for dtype in ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "?"):
+        x = numbers.astype(dtype)
+        for axis in range(x.ndim):
+            np.testing.assert_array_equal(
+                fastbn.mean(x, axis, np.float64),
+                x.sum(axis, np.int64 if x.dtype.kind != "f" else np.float64) / x.shape[axis],
+            )
