@@ -21,7 +21,7 @@ from fastbn.layout import Layout, Shape, layout_of
 from fastbn.merging import Moments, merge
 from fastbn.operands import Affine, Numbers
 from fastbn.saved import Gradients, Saved
-from fastbn.ways import Way, Ways
+from fastbn.ways import Way, Ways, arriving
 
 Call = Callable[..., Any]
 new: Any = tuple.__new__  # of named tuples: their own takes twice as long, 0.4 us of a call
@@ -57,7 +57,7 @@ def batch_norm(
             run = _over_ranks(
                 backend, layout, moments, backend.normalize(x_, y_, residual_, parameters, None, relu), eps
             )
-    shaped = ways.shaped()
+    shaped, arrive = ways.shaped(), arriving(to_x, None, to_gamma, to_beta, to_residual, to_y)
     has_residual, gathered = residual is not None, gather is not None
 
     def call(
@@ -75,18 +75,12 @@ def batch_norm(
                 out[...] = result
                 return out, saved._replace(x=kept_x, y=out if relu else None)
         weight, w = (None, None) if weigh is None else weigh(where, weights)
-        into = y if to_y is None else to_y(y)
-        count, mean, m2, rstd = run(
-            x if to_x is None else to_x(x),
-            w,
-            gamma if to_gamma is None else to_gamma(gamma),
-            beta if to_beta is None else to_beta(beta),
-            residual if to_residual is None else to_residual(residual),
-            into,
-            *((gather,) if gathered else ()),
-        )
-        if into is not y:
-            layout.unfold(into, y)
+        given = x, w, gamma, beta, residual, y
+        if arrive is not None:
+            given = arrive(*given)
+        count, mean, m2, rstd = run(*given, gather) if gathered else run(*given)
+        if given[5] is not y:
+            layout.unfold(given[5], y)
         if shaped is not None:
             count, mean, m2, rstd = shaped(count), shaped(mean), shaped(m2), shaped(rstd)
         made = (
@@ -163,6 +157,9 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
                 backend.grad_input(dy_, x_, y_, weight_, numbers, sums, dx_, residual_),
             )  # fmt: skip
     shaped, gathered = ways.shaped(), gather is not None
+    arrive = arriving(
+        to_dy, to_x, to_y, to_weight, to_mean, to_rstd, to_gamma, to_count, to_dmean, to_dvar, to_dx, to_residual
+    )
 
     def call(dy: Any, saved: Saved, dmean: Any, dvar: Any, out: Any, gather: Any) -> Gradients:
         x, y, gamma, weight, _, mean, rstd, count, *_ = saved
@@ -179,27 +176,15 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         else:
             dx = out
         dresidual = make(x) if has_residual else None
-        into = dx if to_dx is None else to_dx(dx)
-        into_residual = dresidual if to_residual is None else to_residual(dresidual)
-        dgamma, dbeta = run(
-            dy if to_dy is None else to_dy(dy),
-            x if to_x is None else to_x(x),
-            (y if to_y is None else to_y(y)) if relu else None,
-            weight if to_weight is None else to_weight(weight),
-            mean if to_mean is None else to_mean(mean),
-            rstd if to_rstd is None else to_rstd(rstd),
-            gamma if to_gamma is None else to_gamma(gamma),
-            None if frozen else count if to_count is None else to_count(count),
-            dmean if to_dmean is None else to_dmean(dmean),
-            dvar if to_dvar is None else to_dvar(dvar),
-            into,
-            into_residual,
-            *((gather,) if gathered else ()),
-        )
-        if into is not dx:
-            layout.unfold(into, dx)
-        if into_residual is not dresidual:
-            layout.unfold(into_residual, dresidual)
+        y, count = y if relu else None, None if frozen else count
+        given = dy, x, y, weight, mean, rstd, gamma, count, dmean, dvar, dx, dresidual
+        if arrive is not None:
+            given = arrive(*given)
+        dgamma, dbeta = run(*given, gather) if gathered else run(*given)
+        if given[10] is not dx:
+            layout.unfold(given[10], dx)
+        if given[11] is not dresidual:
+            layout.unfold(given[11], dresidual)
         if shaped is not None:
             dgamma, dbeta = shaped(dgamma), shaped(dbeta)
         gradients = new(Gradients, (dx, dgamma, dbeta, dresidual))
@@ -250,6 +235,7 @@ def normalize(
         y_, to_y = ways.result(x, out)
         parameters = Affine(mean_type, spread_type, gamma_type, beta_type)
         run = backend.normalize(x_, y_, residual_, parameters, eps, relu)
+    arrive = arriving(to_x, to_residual, to_y, to_mean, to_spread, to_gamma, to_beta)
 
     def call(x: Any, mean: Any, spread: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> Any:
         if plain is not None:
@@ -262,18 +248,12 @@ def normalize(
             return out
         else:
             y = out
-        into = y if to_y is None else to_y(y)
-        run(
-            x if to_x is None else to_x(x),
-            residual if to_residual is None else to_residual(residual),
-            into,
-            mean if to_mean is None else to_mean(mean),
-            spread if to_spread is None else to_spread(spread),
-            gamma if to_gamma is None else to_gamma(gamma),
-            beta if to_beta is None else to_beta(beta),
-        )
-        if into is not y:
-            layout.unfold(into, y)
+        given = x, residual, y, mean, spread, gamma, beta
+        if arrive is not None:
+            given = arrive(*given)
+        run(*given)
+        if given[2] is not y:
+            layout.unfold(given[2], y)
         return y
 
     return backend.on_its_device(call, x)
@@ -292,17 +272,13 @@ def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any, c
         weight_, weigh = ways.weight(where, weights, shared=True)
         (dy_, to_dy), (x_, to_x) = ways.data(dy), ways.data(x)
         run = backend.grad_sums(dy_, x_, None, weight_, mean_type, rstd_type)
-    shaped = ways.shaped()
+    shaped, arrive = ways.shaped(), arriving(to_dy, to_x, None, None, to_mean, to_rstd)
 
     def call(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any) -> tuple[Any, Any]:
-        dgamma, dbeta = run(
-            dy if to_dy is None else to_dy(dy),
-            x if to_x is None else to_x(x),
-            None,
-            None if weigh is None else weigh(where, weights)[1],
-            mean if to_mean is None else to_mean(mean),
-            rstd if to_rstd is None else to_rstd(rstd),
-        )
+        given = dy, x, None, None if weigh is None else weigh(where, weights)[1], mean, rstd
+        if arrive is not None:
+            given = arrive(*given)
+        dgamma, dbeta = run(*given)
         return (dgamma, dbeta) if shaped is None else (shaped(dgamma), shaped(dbeta))
 
     return backend.on_its_device(call, x)
@@ -339,6 +315,9 @@ def grad_input(
         dx_, to_dx = ways.result(x, out)
         numbers = Numbers(mean_type, rstd_type, gamma_type, count_type)
         run = backend.grad_input(dy_, x_, None, weight_, numbers, (dgamma_type, dbeta_type), dx_, None)
+    arrive = arriving(
+        to_dy, to_x, None, None, to_mean, to_rstd, to_gamma, to_count, None, None, to_dgamma, to_dbeta, to_dx, None
+    )
 
     def call(
         dy: Any, x: Any, mean: Any, rstd: Any, gamma: Any, dgamma: Any, dbeta: Any, count: Any, where: Any,
@@ -349,30 +328,18 @@ def grad_input(
         if out is None:
             dx = make(x)
         elif ways.askew(out, dy, x, mean, rstd, gamma, dgamma, dbeta, where, weights):
-            given = dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, None
-            out[...] = grad_input(*given, axes)(*given)
+            without = dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, None
+            out[...] = grad_input(*without, axes)(*without)
             return out
         else:
             dx = out
-        into = dx if to_dx is None else to_dx(dx)
-        run(
-            dy if to_dy is None else to_dy(dy),
-            x if to_x is None else to_x(x),
-            None,
-            None if weigh is None else weigh(where, weights)[1],
-            mean if to_mean is None else to_mean(mean),
-            rstd if to_rstd is None else to_rstd(rstd),
-            gamma if to_gamma is None else to_gamma(gamma),
-            count if to_count is None else to_count(count),
-            None,
-            None,
-            dgamma if to_dgamma is None else to_dgamma(dgamma),
-            dbeta if to_dbeta is None else to_dbeta(dbeta),
-            into,
-            None,
-        )
-        if into is not dx:
-            layout.unfold(into, dx)
+        weight = None if weigh is None else weigh(where, weights)[1]
+        given = dy, x, None, weight, mean, rstd, gamma, count, None, None, dgamma, dbeta, dx, None
+        if arrive is not None:
+            given = arrive(*given)
+        run(*given)
+        if given[12] is not dx:
+            layout.unfold(given[12], dx)
         return dx
 
     return backend.on_its_device(call, x)

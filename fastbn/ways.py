@@ -14,6 +14,13 @@ Way = Callable[[Any], Any] | None
 """From a caller's array to one that lies as its operand says; None where that is itself."""
 
 
+def arriving(*ways: Way) -> Callable[..., Any] | None:
+    """What takes arrays by their ways, one each; None where all lie as they should."""
+    if not any(ways):
+        return None
+    return lambda *arrays: tuple(a if way is None else way(a) for a, way in zip(arrays, ways, strict=True))
+
+
 class Ways:
     """From the arrays of calls, which share x's layout, to the backend's kernels and back. No array is kept."""
 
