@@ -184,7 +184,7 @@ for schedule in range(3):
     try:
         run(1, schedule)
     except simt.SimtError:
-        print("abandoned")
+        print("abandoned", flush=True)
 run(int(sys.argv[1]))
 """
 
