@@ -143,12 +143,12 @@ def _direct(what: str, x: Any, where: Any, out: Any, options: Options) -> Call |
 
 def _one_by_one(backend: Any, x: Any, mask: Any, kept: frozenset[int], wanted: Statistic, strides: Shape) -> Call:
     """Mean and variance by a pass each: so the mean has the digits that a sum of float64 alone has, and the bits."""
-    first = backend.statistic(x, mask, kept, wanted._replace(spread=None), strides)
+    first = backend.statistic(x, mask, kept, wanted._replace(count=None, spread=None), strides)
     second = backend.statistic(x, mask, kept, wanted._replace(mean=None), strides)
 
     def run(x: Any, mask: Any, count: Any, mean: Any, spread: Any, status: Any, ddof: float) -> None:
         first(x, mask, None, mean, None, status, ddof)
-        second(x, mask, None, None, spread, status, ddof)
+        second(x, mask, count, None, spread, status, ddof)
 
     return run
 
@@ -214,7 +214,7 @@ def _mask_of(xp: Any, where: Any, x: Any) -> tuple[Mask, Way]:
     innermost = min(lying, key=lambda axis: abs(x.strides[axis]), default=None)
     if innermost is None or strides[innermost] * (1 if x.strides[innermost] > 0 else -1) in (0, 1):
         return Mask(strides), None
-    order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
+    order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]) if axis in lying else -math.inf)
     signs = tuple(slice(None, None, -1 if s < 0 else None) for s in x.strides)
     back = tuple(int(axis) for axis in np.argsort(order))
 
@@ -331,6 +331,8 @@ def _direct_moments(x: Any, where: Any, kept: frozenset[int]) -> Call | None:
         run = backend.statistic(x, mask, kept, wanted, strides)
     if run is None:
         return None
+    if x.dtype.itemsize == 8:
+        run = _one_by_one(backend, x, mask, kept, wanted, strides)
 
     def found(x: Any, where: Any) -> Moments | None:
         if plain is not None:

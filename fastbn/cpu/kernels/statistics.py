@@ -69,8 +69,8 @@ from fastbn.cpu.statistics import (
 )
 
 PEEKS = 8  # values of a part, of whose mean the first shift is made
-# How much larger A^2/n may be than m2: four lose two bits of 53, which float64 data keep; float32's 24 need no more.
-FAR, FAR_OF_FLOATS = 4.0, 2.0**20
+# How much larger A^2/n may be than m2: four lose two bits of 53, sixteen four, which narrower data can spare.
+FAR, FAR_OF_FLOATS = 4.0, 16.0
 LOOKS = 3  # at a part, each around the mean that the one before has found
 
 # --- places -----------------------------------------------------------------------------------------------------------
