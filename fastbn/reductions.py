@@ -17,7 +17,8 @@ from fastbn import prepare_reductions, validation
 from fastbn.arrays import is_foreign, kind_of, one_kind
 from fastbn.call import Unlike, axes_of, describe, find, keep, number_of
 from fastbn.merging import Moments, namespace
-from fastbn.prepare_reductions import Options, statistic
+from fastbn.prepare_reductions import statistic
+from fastbn.reduction_arguments import Options
 
 __all__ = ["average", "mean", "mean_var", "moments", "nanmean", "nanstd", "nanvar", "std", "var"]
 

@@ -21,7 +21,7 @@ def broken(name, change):
 def use(monkeypatch, backend):
     """For every call, none of which is prepared."""
     monkeypatch.setattr("fastbn.call._prepared", {})
-    for module in ("prepare", "prepare_reductions"):
+    for module in ("prepare", "prepare_reductions", "direct_reductions", "reductions_by_moments"):
         monkeypatch.setattr(f"fastbn.{module}.backend_of", lambda kind: backend)
 
 

@@ -73,7 +73,7 @@ def on_its_device(call: Callable[..., Any], x: Array) -> Callable[..., Any]:
 def statistic(
     x: Array, mask: Mask | None, kept: frozenset[int], what: Statistic, result_strides: tuple[int, ...]
 ) -> None:
-    """There is none: `fastbn.prepare_reductions` takes `moments`, and copies what that cannot read."""
+    """There is none: `fastbn.reductions_by_moments` takes `moments`, and copies what that cannot read."""
 
 
 def _launcher(choose: Any, problem: plans.Problem, rows: int, names: str) -> Callable[..., list[Array]]:

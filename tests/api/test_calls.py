@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import call, prepare_reductions
+from fastbn import call, reductions_by_moments
 from fastbn.cpu import team
 from tests.cases.calls import *  # noqa: F403
 from tests.conftest import forget
@@ -112,7 +112,7 @@ def test_fast_statistics_are_the_careful_ones(name, dtype, axis):
         both = [lying(x)[lies] for x in arrays]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(call, "_prepared", {})
-            patch.setattr(prepare_reductions, "_FAST", dict.fromkeys(prepare_reductions._FAST, lambda *_: None))
+            patch.setattr(reductions_by_moments, "_FAST", dict.fromkeys(reductions_by_moments._FAST, lambda *_: None))
             careful = [STATISTICS[name](x, axis) for x in both]
         for x, expected in zip(both, careful, strict=True):
             result = STATISTICS[name](x, axis)

@@ -31,7 +31,7 @@ def test_a_circle_is_found(tmp_path, back, expected):
     assert structure.circles(structure.graph_of(package)) == expected
 
 
-PREPARED = ("prepare", "prepare_reductions")
+PREPARED = ("prepare", "prepare_reductions", "direct_reductions", "reductions_by_moments")
 PUBLIC = ("functional", "primitives", "reductions")
 LIMITS = {
     "backends know no public type": (("cpu", "cuda"), ("saved", "merging", "call", "backend", *PREPARED, *PUBLIC)),

@@ -1,0 +1,209 @@
+"""Statistics from the moments that batch norm's kernels give: of weights, of CuPy arrays, and wherever care is needed.
+
+Kernels give count, mean, M2 and rstd of each kept index, from which a statistic follows in one of two ways: fast, for
+plain arguments and ordinary numbers, or with care for everything else: `where`, `out`, NumPy's warnings, squares beyond
+the range of float64, variances beyond that of their dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fastbn import validation
+from fastbn.arrays import device_of, kind_of
+from fastbn.backend import backend_of
+from fastbn.layout import Shape, layout_of
+from fastbn.reduction_arguments import (
+    EMPTY,
+    NO_DEGREES,
+    Call,
+    Once,
+    Options,
+    beside,
+    check_out,
+    is_float64,
+    kept_axes,
+    operand,
+    result_dtype,
+    warn_if,
+)
+from fastbn.ways import Way, Ways
+
+LEAST, MOST = 1e-290, 1e300  # of sums of squares in float64, between which no square has left its range
+
+
+def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: Options) -> Call:
+    """From the moments of a kernel for floats, in layouts that it can walk: others are copied."""
+    with device_of(x):
+        kind = kind_of("x", x)
+        kept, dtype = kept_axes(x, options.axis), options.dtype
+        single = tuple(axis for axis in range(x.ndim) if axis not in kept)
+        shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if options.keepdims or axis in kept)
+        wide = not validation.is_float(x.dtype) or is_float64(getattr(out, "dtype", None) if dtype is None else dtype)
+        if given is not None:
+            values = beside("mean", given, x, single)
+            if dtype is None and not isinstance(given, (int, float)):  # Python's numbers do not widen a result
+                own = np.float64 if x.dtype.kind in "iub" else x.dtype.newbyteorder("=")
+                dtype = np.result_type(own, values.dtype)
+        dtype = np.dtype(result_dtype(x, dtype))
+        check_out(shape, dtype, out)
+        table_of, to_kept = table(x, kept, wide, where, weights)
+        backend = backend_of(kind)
+    plain = where is None and weights is None and given is None and out is None and kind == "numpy"
+    divisor = 0.0
+    if plain and isinstance(options.ddof, (int, float)):
+        divisor = x.size / max(1, math.prod(x.shape[axis] for axis in kept)) - options.ddof
+    f = _Finish(dtype, shape, to_kept, options.ddof, divisor, wide or x.dtype == np.float64, options.skip_nan)
+    careful, fast = _CAREFUL[what], _FAST[what]
+    usual = divisor > 0 and dtype in (x.dtype, np.float64)
+
+    def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
+        vectors = table_of(x, where, weights)
+        if usual:
+            done = fast(f, vectors)
+            if done is not None:
+                return done
+        count, mean, m2, rstd = vectors if to_kept is None else map(to_kept, vectors)
+        if given is not None:
+            values = beside("mean", given, x, single).astype(np.float64).squeeze(single)
+            m2, rstd = np.where(count == 0, 0.0, m2 + count * (values - mean) ** 2), None
+        return careful(f, count, mean, m2, rstd, out)
+
+    return backend.on_its_device(call, x)
+
+
+def without_nans(what: str, x: Any, given: Any, out: Any, options: Options) -> Call:
+    """With a mask, where no kernel looks for NaNs itself."""
+    xp = backend_of(kind_of("x", x)).xp
+    masked = Once(lambda x, numbers, given, out: statistic(what, x, numbers, None, given, out, options))
+
+    def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
+        numbers = ~xp.isnan(x)
+        if where is not None:
+            numbers &= operand("where", where, x)
+        return masked(x, numbers, given, out)(x, numbers, None, given, out)
+
+    return call
+
+
+def table(x: Any, kept: frozenset[int], wide: bool, where: Any, weights: Any) -> tuple[Call, Way]:
+    """``table(x, where, weights)`` gives vectors count, mean, M2, rstd, in float64 sums if wide; and `Ways.shaped`."""
+    backend, plain = backend_of(kind_of("x", x)), validation.plainer(x)
+    x = validation.plain(x)
+    widened = wide and x.dtype != np.float64
+    seen = backend.xp.empty_like(x, dtype=float) if widened else x
+    layout = layout_of(seen.shape, seen.strides, kept)
+    ways = Ways(backend, layout, seen)
+    weight_, weigh = ways.weight(operand("where", where, x), operand("weights", weights, x), shared=False)
+    x_, to_x = ways.data(seen)
+    run = backend.moments(x_, weight_)
+    if weigh is None and to_x is None and not widened:
+        return (lambda x, where, weights: run(x, None)), ways.shaped()
+
+    def read(x: Any, where: Any, weights: Any) -> Any:
+        if plain is not None:
+            x = plain(x)
+        w = None if weigh is None else weigh(operand("where", where, x), operand("weights", weights, x))[1]
+        if widened:
+            x = x.astype(np.float64)
+        return run(x if to_x is None else to_x(x), w)
+
+    return read, ways.shaped()
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+class _Finish:
+    """What is known of a result before the numbers."""
+
+    def __init__(
+        self, dtype: Any, shape: Shape, to_kept: Way, ddof: Any, divisor: float, in_float64: bool, skip_nan: bool
+    ) -> None:
+        self.dtype, self.shape, self.to_kept, self.ddof, self.divisor = dtype, shape, to_kept, ddof, divisor
+        self.skip_nan = skip_nan
+        self.sums_are_float64 = in_float64
+        largest = {2: 65504.0, 4: 3e38}.get(dtype.itemsize, MOST) if dtype.name != "bfloat16" else 3e38
+        self.most = min(MOST, largest * divisor)
+
+    def kept(self, vector: Any) -> Any:
+        """A vector in the result's shape."""
+        return (vector if self.to_kept is None else self.to_kept(vector)).reshape(self.shape)
+
+    def cast(self, value: Any, out: Any) -> Any:
+        """As NumPy does; written to `out` if given; a full reduction is a scalar."""
+        value = (np.asarray(value) if isinstance(value, np.generic) else value).reshape(self.shape)
+        with np.errstate(over="ignore"):  # float16 results beyond 65504 are infinite
+            if out is not None:
+                out[...] = value
+                return out
+            value = value.astype(self.dtype, copy=False)
+        return value[()] if isinstance(value, np.ndarray) else value
+
+
+def _fast_mean(f: _Finish, vectors: Any) -> Any:
+    mean = vectors[1]
+    return f.dtype.type(mean[0]) if f.shape == () else f.kept(mean).astype(f.dtype)
+
+
+def _fast_var(f: _Finish, vectors: Any) -> Any:
+    """None where a square, or the variance, is out of range, or there are NaNs."""
+    m2 = vectors[2]
+    if f.shape == ():
+        number = float(m2[0])
+        return f.dtype.type(number / f.divisor) if LEAST < number < f.most else None
+    if not (m2.min() > LEAST and m2.max() < f.most):
+        return None
+    return f.kept(m2 / f.divisor).astype(f.dtype, copy=False)
+
+
+def _fast_std(f: _Finish, vectors: Any) -> Any:
+    m2 = vectors[2]
+    if f.shape == ():
+        number = float(m2[0])
+        return f.dtype.type(math.sqrt(number / f.divisor)) if LEAST < number < f.most else None
+    if not (m2.min() > LEAST and m2.max() < f.most):
+        return None
+    return f.kept(np.sqrt(m2 / f.divisor)).astype(f.dtype, copy=False)
+
+
+def _fast_mean_var(f: _Finish, vectors: Any) -> Any:
+    variance = _fast_var(f, vectors)
+    return None if variance is None else (_fast_mean(f, vectors), variance)
+
+
+def _mean(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any) -> Any:
+    warn_if(lambda: count == 0, count, EMPTY[f.skip_nan])
+    return f.cast(mean, out)
+
+
+def _var(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any, root: bool = False) -> Any:
+    """By rstd where the squares of float64 left the range."""
+    warn_if(lambda: count - f.ddof <= 0, count, NO_DEGREES)
+    with np.errstate(all="ignore"):
+        value = m2 / np.maximum(count - f.ddof, 0)
+        if root:
+            value = np.sqrt(value)
+        if rstd is not None and f.sums_are_float64:
+            std = np.sqrt(count / np.maximum(count - f.ddof, 0)) / rstd
+            lost = ((m2 < LEAST) | (m2 == np.inf)) & (rstd > 0) & (rstd < np.inf)
+            value = np.where(lost, std if root else std * std, value)
+        if f.skip_nan:
+            value = np.where(count - f.ddof <= 0, np.nan, value)
+    return f.cast(value, out)
+
+
+def _std(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any) -> Any:
+    return _var(f, count, mean, m2, rstd, out, root=True)
+
+
+def _mean_var(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any) -> Any:
+    return _mean(f, count, mean, m2, rstd, out), _var(f, count, mean, m2, rstd, out)
+
+
+_FAST = {"mean": _fast_mean, "var": _fast_var, "std": _fast_std, "mean_var": _fast_mean_var}
+
+_CAREFUL: dict[str, Call] = {"mean": _mean, "var": _var, "std": _std, "mean_var": _mean_var}
