@@ -34,12 +34,14 @@ from fastbn.ways import Way
 _UNREAD = np.zeros(3)  # the status of calls that cannot change it
 
 
-def statistic(what: str, x: Any, where: Any, out: Any, options: Options, with_care: Callable[..., Call]) -> Call | None:
+def statistic(
+    what: str, x: Any, where: Any, weights: Any, out: Any, options: Options, with_care: Callable[..., Call]
+) -> Call | None:  # fmt: skip
     """As `fastbn.prepare_reductions.statistic`; None where no kernel takes these arrays.
 
-    ``with_care(x, where, out)`` prepares the call for numbers that the kernel does not finish.
+    ``with_care(x, where, weights, out)`` prepares the call for numbers that the kernel does not finish.
     """
-    if not isinstance(options.ddof, (int, float)):
+    if not isinstance(options.ddof, (int, float)) or x.size == 0:
         return None
     backend = backend_of(kind_of("x", x))
     kept, dtype = kept_axes(x, options.axis), np.dtype(result_dtype(x, options.dtype))
@@ -53,12 +55,9 @@ def statistic(what: str, x: Any, where: Any, out: Any, options: Options, with_ca
     if isinstance(x, np.ndarray) and not (x.dtype.isnative and x.flags.aligned):
         plain = _native
     seen = x if plain is None else plain(x)
-    mask, to_mask = None, None
-    if where is not None:
-        given = operand("where", where, x)
-        if given.dtype != bool:
-            return None
-        mask, to_mask = _mask_of(backend.xp, given, seen)
+    if where is not None and operand("where", where, x).dtype != bool:
+        return None
+    mask, select = _selection(backend, where, weights, x, seen)
     has_mean, has_spread = "mean" in what, what != "mean"
     spread_is = what if what in ("var", "std") else "var"
     wanted = Statistic(spread_is, options.skip_nan, None, dtype if has_mean else None, dtype if has_spread else None)
@@ -73,10 +72,7 @@ def statistic(what: str, x: Any, where: Any, out: Any, options: Options, with_ca
 
     def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
         seen = x if plain is None else plain(x)
-        mask = where
-        if where is not None:
-            mask = operand("where", where, x)
-            mask = mask if to_mask is None else to_mask(mask)
+        mask = None if select is None else select(x, where, weights)
         mean: Any
         spread: Any
         if into_out and backend.apart(out, seen, mask):
@@ -91,7 +87,7 @@ def statistic(what: str, x: Any, where: Any, out: Any, options: Options, with_ca
             if status.any():
                 needs_care, no_degrees, is_empty = status.tolist()
                 if needs_care:
-                    return careful(x, where, out)(x, where, None, None, out)
+                    return careful(x, where, weights, out)(x, where, weights, None, out)
                 if is_empty and has_mean:
                     warn(EMPTY[options.skip_nan])
                 if no_degrees and has_spread:
@@ -107,35 +103,61 @@ def statistic(what: str, x: Any, where: Any, out: Any, options: Options, with_ca
     return backend.on_its_device(call, x)
 
 
-def moments(x: Any, where: Any, kept: frozenset[int]) -> Call | None:
-    """``found(x, where)`` by the backend's kernel for statistics, or None where that needs more care."""
-    plain = validation.plainer(x)
-    x = validation.plain(x)
-    shape = tuple(n for axis, n in enumerate(x.shape) if axis in kept)
-    strides = _steps(np.empty(shape), x.ndim, kept, False)
-    backend = backend_of(kind_of("x", x))
-    mask, to_mask = (None, None) if where is None else _mask_of(backend.xp, operand("where", where, x), x)
+def moments(x: Any, where: Any, weights: Any, kept: frozenset[int]) -> Call | None:
+    """``found(x, where, weights)`` by the backend's kernel for statistics, or None where that needs more care."""
     float64 = np.dtype(np.float64)
-    run = None
-    if x.size > 0:
-        wanted = Statistic("m2", False, float64, float64, float64)
-        run = backend.statistic(x, mask, kept, wanted, strides)
+    run = _prepared(x, where, weights, kept, False, Statistic("m2", False, float64, float64, float64))
     if run is None:
         return None
-    if x.dtype.itemsize == 8:
-        run = _one_by_one(backend, x, mask, kept, wanted, strides)
 
-    def found(x: Any, where: Any) -> Moments | None:
-        if plain is not None:
-            x = plain(x)
-        if where is not None:
-            where = operand("where", where, x)
-            where = where if to_mask is None else to_mask(where)
-        count, mean, m2, status = np.empty(shape), np.empty(shape), np.empty(shape), np.zeros(3)
-        run(x, where, count, mean, m2, status, 0.0)
-        return None if status[0] else Moments(count, mean, m2)
+    def found(x: Any, where: Any, weights: Any) -> Moments | None:
+        (count, mean, m2), needs_care = run(x, where, weights)
+        return None if needs_care else Moments(count, mean, m2)
 
     return found
+
+
+def average(x: Any, weights: Any, dtype: Any, axis: Any, keepdims: Any) -> Call | None:
+    """``found(x, weights)`` gives averages and sums of weights, or None where that needs more care."""
+    float64 = np.dtype(np.float64)
+    if not validation.is_float(dtype) or not isinstance(x, np.ndarray) or not x.dtype.isnative:
+        return None
+    wanted = Statistic("m2", False, float64, np.dtype(dtype), None)
+    run = _prepared(x, None, weights, kept_axes(x, axis), keepdims, wanted, sensible=False)
+    if run is None:
+        return None
+
+    def found(x: Any, weights: Any) -> tuple[Any, Any] | None:
+        (count, mean, _), needs_care = run(x, None, weights)
+        return None if needs_care else (mean[()], count[()])
+
+    return found
+
+
+def _prepared(
+    x: Any, where: Any, weights: Any, kept: frozenset[int], keepdims: Any, wanted: Statistic, sensible: bool = True
+) -> Call | None:
+    """``run(x, where, weights)`` gives new arrays of count, mean and spread, and whether these need more care."""
+    plain = validation.plainer(x)
+    seen = validation.plain(x)
+    backend = backend_of(kind_of("x", x))
+    shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if keepdims or axis in kept)
+    strides = _steps(np.empty(shape), x.ndim, kept, keepdims)
+    mask, select = _selection(backend, where, weights, x, seen, sensible)
+    launch = backend.statistic(seen, mask, kept, wanted, strides) if x.size > 0 else None
+    if launch is None:
+        return None
+    if wanted.mean is not None and wanted.spread is not None and x.dtype.itemsize == 8:
+        launch = _one_by_one(backend, seen, mask, kept, wanted, strides)
+
+    def run(x: Any, where: Any, weights: Any) -> tuple[tuple[Any, ...], bool]:
+        seen = x if plain is None else plain(x)
+        results = tuple(None if t is None else np.empty(shape, t) for t in (wanted.count, wanted.mean, wanted.spread))
+        status = np.zeros(3)
+        launch(seen, None if select is None else select(x, where, weights), *results, status, 0.0)
+        return results, bool(status[0])
+
+    return run
 
 
 def _one_by_one(backend: Any, x: Any, mask: Any, kept: frozenset[int], wanted: Statistic, strides: Shape) -> Call:
@@ -187,13 +209,46 @@ def _native(x: Any) -> Any:
     return np.array(x, x.dtype.newbyteorder("="), order="K", subok=False)
 
 
+def _selection(
+    backend: Any, where: Any, weights: Any, x: Any, seen: Any, sensible: bool = True
+) -> tuple[Mask | None, Call | None]:
+    """What says which values count and what they weigh: how it lies, and ``select(x, where, weights)`` gives it.
+
+    x is seen in the machine's byte order. Weights are sensible if they are to be finite and >= 0.
+    """
+    if where is None and weights is None:
+        return None, None
+    xp = backend.xp
+
+    def selected(x: Any, where: Any, weights: Any) -> Any:
+        if weights is None:
+            return operand("where", where, x)
+        if where is not None:
+            return validation.combined_weight(xp, operand("where", where, x), operand("weights", weights, x), x.shape)
+        weights = operand("weights", weights, x)
+        if sensible:
+            validation.sensible_weights(xp, weights)
+        known = weights.dtype.kind in "biu" or validation.is_float(weights.dtype)
+        if known and weights.dtype.isnative and getattr(weights.flags, "aligned", True):
+            return weights
+        return weights.astype(xp.float64)
+
+    given = selected(x, where, weights)
+    mask, to_mask = _mask_of(xp, given, seen)
+    if to_mask is None:
+        return mask, selected
+    arrange = to_mask
+    return mask, lambda x, where, weights: arrange(selected(x, where, weights))
+
+
 def _mask_of(xp: Any, where: Any, x: Any) -> tuple[Mask, Way]:
     """A mask beside x, and what makes it one that kernels read: side by side, or the same, where x's numbers are."""
     strides = tuple(0 if n == 1 else s for n, s in zip(where.shape, where.strides, strict=True))
     lying = [axis for axis in range(x.ndim) if x.shape[axis] > 1 and x.strides[axis] != 0]
     innermost = min(lying, key=lambda axis: abs(x.strides[axis]), default=None)
-    if innermost is None or strides[innermost] * (1 if x.strides[innermost] > 0 else -1) in (0, 1):
-        return Mask(strides), None
+    step = 0 if innermost is None else strides[innermost] * (1 if x.strides[innermost] > 0 else -1)
+    if step in (0, where.itemsize):
+        return Mask(strides, where.dtype), None
     order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]) if axis in lying else -math.inf)
     signs = tuple(slice(None, None, -1 if s < 0 else None) for s in x.strides)
     back = tuple(int(axis) for axis in np.argsort(order))
@@ -202,4 +257,6 @@ def _mask_of(xp: Any, where: Any, x: Any) -> tuple[Mask, Way]:
         return xp.ascontiguousarray(where[signs].transpose(order)).transpose(back)[signs]
 
     copied = beside(where)
-    return Mask(tuple(0 if n == 1 else s for n, s in zip(copied.shape, copied.strides, strict=True))), beside
+    return Mask(
+        tuple(0 if n == 1 else s for n, s in zip(copied.shape, copied.strides, strict=True)), copied.dtype
+    ), beside

@@ -54,9 +54,10 @@ class Numbers(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """A bool array beside another one: its strides in bytes for each axis of that, 0 where it does not vary."""
+    """Bools or weights beside an array: strides in bytes for each axis of that, 0 where they do not vary."""
 
     strides: Shape
+    dtype: Any
 
 
 class Statistic(NamedTuple):

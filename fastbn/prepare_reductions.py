@@ -1,7 +1,7 @@
 """Prepared calls of statistics: what `fastbn.call` keeps for them (see `fastbn.prepare`).
 
 There are three ways: NumPy's own functions, for dtypes that only NumPy has; the backend's kernel for statistics
-(`direct_reductions`); and batch norm's moments (`reductions_by_moments`) for weights and for what wants care.
+(`direct_reductions`); and batch norm's moments (`reductions_by_moments`) for CuPy arrays and what wants care.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastbn import direct_reductions, reductions_by_moments, validation
 from fastbn.arrays import device_of, one_kind
 from fastbn.backend import backend_of
 from fastbn.merging import Moments
-from fastbn.reduction_arguments import Call, Options, check_nan_form, operand
+from fastbn.reduction_arguments import Call, Options, check_nan_form, kept_axes, operand
 
 
 def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: Options) -> Call:
@@ -30,12 +30,12 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
             check_nan_form(x, where, options.dtype, out)
         if weights is None and kind == "numpy" and _is_numpys(x, options.dtype):
             return _numpys(what, options)
-        if weights is None and given is None:
+        if given is None:
 
-            def with_care(x: Any, where: Any, out: Any) -> Call:
-                return _by_moments(what, x, where, None, None, out, options)
+            def with_care(x: Any, where: Any, weights: Any, out: Any) -> Call:
+                return _by_moments(what, x, where, weights, None, out, options)
 
-            direct = direct_reductions.statistic(what, x, where, out, options, with_care)
+            direct = direct_reductions.statistic(what, x, where, weights, out, options, with_care)
             if direct is not None:
                 return direct
         return _by_moments(what, x, where, weights, given, out, options)
@@ -45,6 +45,36 @@ def _by_moments(what: str, x: Any, where: Any, weights: Any, given: Any, out: An
     if options.skip_nan and x.dtype.kind not in "biu":
         return reductions_by_moments.without_nans(what, x, given, out, options)
     return reductions_by_moments.statistic(what, x, where, weights, given, out, options)
+
+
+def average(x: Any, weights: Any, dtype: Any, axis: Any, keepdims: Any) -> Call:
+    """``call(x, weights)`` gives averages and the sums of weights, for any real weights of x's dimensions."""
+    found = direct_reductions.average(x, weights, dtype, axis, keepdims)
+    axes = tuple(set(range(x.ndim)) - kept_axes(x, axis))
+    xp, wide = backend_of(one_kind({"x": x}, weights=weights)).xp, np.result_type(dtype, np.float64)
+
+    def some(scale: Any) -> Any:
+        if (scale == 0.0).any():
+            raise ZeroDivisionError("weights: expected weights whose sum is not zero along the axis")
+        return scale
+
+    def by_moments(x: Any, weights: Any) -> tuple[Any, Any]:
+        with np.errstate(over="ignore"):
+            scale = some(xp.broadcast_to(weights, x.shape).sum(axis=axes, dtype=wide, keepdims=keepdims))
+        if dtype.char != "g" and bool((xp.isfinite(weights) & (weights >= 0)).all()):
+            run = statistic("mean", x, None, weights, None, None, Options(axis, dtype, keepdims))
+            return run(x, None, weights, None, None), scale
+        # Sums that may cancel, and what is not finite, as NumPy has them.
+        result = xp.multiply(x, weights, dtype=wide).sum(axis=axes, keepdims=keepdims) / scale
+        return result.astype(dtype), scale
+
+    def call(x: Any, weights: Any) -> tuple[Any, Any]:
+        both = None if found is None else found(x, weights)
+        if both is None:
+            return by_moments(x, weights)
+        return both[0], some(both[1])
+
+    return call
 
 
 def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
@@ -57,8 +87,8 @@ def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
         validation.combined_weight(backend.xp, where, weights, x.shape)
         table_of, to_kept = reductions_by_moments.table(x, kept, not validation.is_float(x.dtype), where, weights)
         direct = None
-        if weights is None and not _is_batch_norms(x, where, kept):
-            direct = direct_reductions.moments(x, where, kept)
+        if not _is_batch_norms(x, (where, weights), kept):
+            direct = direct_reductions.moments(x, where, weights, kept)
 
     def call(x: Any, where: Any, weights: Any) -> Moments:
         count, mean, m2, _ = table_of(x, where, weights)
@@ -71,18 +101,16 @@ def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
     found = direct
 
     def directly(x: Any, where: Any, weights: Any) -> Moments:
-        moments: Moments | None = found(x, where)
+        moments: Moments | None = found(x, where, weights)
         return call(x, where, weights) if moments is None else moments
 
     return backend.on_its_device(directly, x)
 
 
-def _is_batch_norms(x: Any, where: Any, kept: frozenset[int]) -> bool:
+def _is_batch_norms(x: Any, selection: tuple[Any, ...], kept: frozenset[int]) -> bool:
     """Whether `fastbn.batch_norm` takes such arrays: its moments are the same, bit by bit."""
-    if where is None or not validation.is_float(x.dtype):
-        return validation.is_float(x.dtype)
-    mask = operand("where", where, x)
-    return all(mask.shape[axis] == 1 for axis in kept)
+    given = [operand("where", a, x) for a in selection if a is not None]
+    return validation.is_float(x.dtype) and all(a.shape[axis] == 1 for a in given for axis in kept)
 
 
 # --- what is NumPy's --------------------------------------------------------------------------------------------------

@@ -436,20 +436,14 @@ def average(x: Any, axis: Any = None, weights: Any = None, returned: bool = Fals
         scale = np.asarray(result) if isinstance(result, np.generic) else result
         number = x.size // max(1, scale.size)
         return (result, _like(scale, number)) if returned else result
-    xp = namespace(x)
     weights = _weights_beside(weights, x, axis)
     dtype = np.result_type(x.dtype, weights.dtype, *([np.float64] if x.dtype.kind in "iub" else []))
-    axes = tuple(range(x.ndim)) if axis is None else normalize_axis_tuple(axis, x.ndim)
-    wide = np.result_type(dtype, np.float64)
-    with np.errstate(over="ignore"):
-        scale = xp.broadcast_to(weights, x.shape).sum(axis=axes, dtype=wide, keepdims=keepdims)
-    if (scale == 0.0).any():
-        raise ZeroDivisionError("weights: expected weights whose sum is not zero along the axis")
-    if dtype.char != "g" and bool((xp.isfinite(weights) & (weights >= 0)).all()):
-        run = statistic("mean", x, None, weights, None, None, Options(axis, dtype, keepdims))
-        result = run(x, None, weights, None, None)
-    else:  # sums that may cancel, and what is not finite, as NumPy has them
-        result = (xp.multiply(x, weights, dtype=wide).sum(axis=axes, keepdims=keepdims) / scale).astype(dtype)
+    normal, _ = _normal(axis)
+    signature = "average", describe(x, weights), normal, keepdims, type(keepdims)
+    run = find(signature)
+    if run is None:
+        run = keep(signature, prepare_reductions.average(x, weights, dtype, axis, keepdims))
+    result, scale = run(x, weights)
     return (result, scale.astype(dtype)) if returned else result
 
 

@@ -1,4 +1,4 @@
-"""Statistics from the moments that batch norm's kernels give: of weights, of CuPy arrays, and wherever care is needed.
+"""Statistics from the moments that batch norm's kernels give: of CuPy arrays, and wherever care is needed.
 
 Kernels give count, mean, M2 and rstd of each kept index, from which a statistic follows in one of two ways: fast, for
 plain arguments and ordinary numbers, or with care for everything else: `where`, `out`, NumPy's warnings, squares beyond

@@ -118,14 +118,19 @@ def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape, shared: fro
             raise TypeError(f"where: expected dtype bool, got {where.dtype}")
         where = _spread("where", where, shape, shared)
     if weights is not None:
-        if weights.dtype.kind not in "fiub" and not is_float(weights.dtype):
-            raise TypeError(f"weights: expected a real dtype, got {weights.dtype}")
-        weights = _spread("weights", weights, shape, shared).astype(xp.float64)
-        if xp is np and not (np.isfinite(weights) & (weights >= 0)).all():
-            raise ValueError("weights: expected finite values >= 0, got others among them")
+        weights = _spread("weights", sensible_weights(xp, weights), shape, shared).astype(xp.float64)
     if where is None or weights is None:
         return where if weights is None else weights
     return xp.where(where, weights, 0.0)
+
+
+def sensible_weights(xp: Any, weights: Any) -> Any:
+    """Real, finite and >= 0; of a device nothing is asked, which would be to wait for it."""
+    if weights.dtype.kind not in "fiub" and not is_float(weights.dtype):
+        raise TypeError(f"weights: expected a real dtype, got {weights.dtype}")
+    if xp is np and weights.size > 0 and not (weights.min() >= 0 and np.isfinite(weights.max())):  # NaN is neither
+        raise ValueError("weights: expected finite values >= 0, got others among them")
+    return weights
 
 
 def _spread(name: str, array: Any, shape: Shape, shared: frozenset[int]) -> Any:

@@ -22,7 +22,7 @@ from fastbn.operands import Mask, Statistic
 # The geometry's words; then dimensions, kept ones before rows', of four words: size, steps in x, mask and results.
 PARTS, PIECES, PIECE, ROWS, ROWS_OF_A_PART, COLUMNS, STEP, FORM, KEPT_DIMENSIONS, ROW_DIMENSIONS = range(10)
 CHANNELS, SIZE, FOLD, TILE, TAIL, WIDTH, KEPT_STEP, ITEMSIZE, MASK, SKIP_NAN = range(10, 20)
-COUNT_KIND, MEAN_KIND, SPREAD_KIND, ONES, DIMENSIONS = range(20, 25)
+COUNT_KIND, MEAN_KIND, SPREAD_KIND, DIMENSIONS = range(20, 24)
 OF_VALUES, OF_ROWS = 1, 2  # what a mask is of
 DIMENSION = 4
 FIELDS = 4  # of a part
@@ -225,38 +225,42 @@ def divide(d: list[Dimension], masked: bool, itemsize: int, exact: bool, squares
 
 @lru_cache(maxsize=1024)
 def plan(
-    d: tuple[Dimension, ...], starts: tuple[int, int, int], kind: str, masked: bool, skip_nan: bool, form: int,
+    d: tuple[Dimension, ...], starts: tuple[int, int, int], kind: str, mask: str | None, skip_nan: bool, form: int,
     results: tuple[str | None, str | None, str | None], threads: int,
 ) -> Program:  # fmt: skip
-    """``program(x, where, count, mean, spread, status, ddof)``."""
-    exact, squares, itemsize = kind in EXACT, results[2] is not None, int(kind[1])
-    arrays: dict[str, str | None] = {"x": kind, "where": "b1*" if masked else None}
+    """``program(x, where, count, mean, spread, status, ddof)``; a mask that is not of bytes is one of weights."""
+    exact, weighted, itemsize = kind in EXACT, mask not in (None, "b1*"), int(kind[1])
+    squares = results[2] is not None or (
+        exact and weighted
+    )  # around a shift, roundings of the weights' sum matter less
+    arrays: dict[str, str | None] = {"x": kind, "where": mask}
     arrays |= dict(zip(("count", "mean", "spread"), results, strict=True))
     p = Program(threads, math.prod(o.size for o in d), arrays | {"status": "f8*"}, ["ddof"])
-    c = divide(list(d), masked, itemsize, exact, squares, form)
+    c = divide(list(d), mask is not None, itemsize, exact, squares, form)
     words = list(c.words)
-    words[ITEMSIZE], words[SKIP_NAN], words[ONES] = itemsize, skip_nan, 0x0101010101010101
-    words[MASK] = (OF_ROWS if c.by_rows else OF_VALUES) if masked else 0
+    words[ITEMSIZE], words[SKIP_NAN] = itemsize, skip_nan
+    words[MASK] = (OF_ROWS if c.by_rows else OF_VALUES) if mask else 0
     for at, result in zip((COUNT_KIND, MEAN_KIND, SPREAD_KIND), results, strict=True):
         words[at] = 0 if result is None else FLOATS.index(result)
-    geometry, x = p.integers(words), p.array("x").after(starts[0])
     given: dict[str, Any] = {"squares": squares or None, "exact": exact or None}
-    given |= {"geometry": geometry, "partials": p.scratch(c.partials + 64, "f8*")}
+    given |= {"geometry": p.integers(words), "partials": p.scratch(c.partials + 64, "f8*")}
     into = {
         name: _address(p.array(name).after(starts[2]) if arrays[name] else NONE) for name in ("count", "mean", "spread")
     }
     into |= {"ddof": p.number("ddof"), "status": p.array("status")}
-    direct, ones = kind in DIRECT and not c.strided, geometry.after(ONES)._replace(kind="b1*")
+    direct, x = kind in DIRECT and not c.strided, p.array("x").after(starts[0])
     data: dict[str, Any] = {
         "x": x if direct else None, "raw": None if direct else x._replace(kind="b1*"),
         "fetch": _address(NONE) if direct else p.function("statistics.fetch", x=kind, step="i8", out="f8*"),
-        "where": p.array("where").after(starts[1]) if masked else ones if skip_nan else None,
-        "ones": ones, "masked": (masked or skip_nan) or None,
+        "where": p.array("where").after(starts[1]) if mask else None,
+        "masked": words[MASK] == OF_VALUES or None, "weighted": weighted or None, "skip_nan": skip_nan or None,
     }  # fmt: skip
     workspace = {"workspace": p.temporary(threads * c.own, "f8*")}
     p.launch(f"statistics_{c.kernel}.{c.kernel}", c.tasks, **(data | given | workspace | into))
     if c.parts > 1:
-        p.launch("statistics.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **(given | into))
+        p.launch(
+            "statistics.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **given, weighted=weighted or None, **into
+        )  # fmt: skip
     return p
 
 
@@ -272,13 +276,18 @@ def statistic(
     kind, size = kind_of_any(x.dtype), x.itemsize
     if kind is None or not x.flags.aligned or any(s % size for s in x.strides):
         return None
-    masks = (0,) * x.ndim if mask is None else mask.strides
+    mask_kind, masks = None, (0,) * x.ndim
+    if mask is not None:
+        mask_kind, each = kind_of_any(mask.dtype), mask.dtype.itemsize
+        if mask_kind is None or any(s % each for s in mask.strides):
+            return None
+        masks = tuple(s // each for s in mask.strides)
     d, starts = dimensions(x.shape, tuple(s // size for s in x.strides), masks, result_strides, kept)
-    if mask is not None and d and d[-1].mask not in (0, 1):
+    if d and d[-1].mask not in (0, 1):
         return None
     results = [None if dtype is None else kind_of(np.dtype(dtype)) for dtype in (what.count, what.mean, what.spread)]
     skip_nan = what.skip_nan and kind[0] not in "snb"
-    given = tuple(d), (*starts,), kind, mask is not None, skip_nan, FORMS.index(what.spread_is), (*results,)
+    given = tuple(d), (*starts,), kind, mask_kind, skip_nan, FORMS.index(what.spread_is), (*results,)
     elements = x.size
     if elements < team.PARALLEL_FROM:
         return plan(*given, 1).prepared()

@@ -1,12 +1,13 @@
 """Eight values of any real dtype as float64, with strides and masks: what `statistics` adds up.
 
 Every float of 32 bits or fewer, and every integer below 2^53, is exact in float64, and so is the sum of many of them.
-A `Mask` says which of eight values count. An absent array of bytes loads as None, a mask that is None lets all pass.
+A `Mask` says which of eight values count. An absent array loads as None, a mask that is None lets all pass.
 """
+
+from functools import reduce
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from fastbn.cpu.kernels.llvm import (
@@ -62,6 +63,13 @@ def _masked_load(builder, pointer, mask, size):
     return builder.call(function, [pointer, I32(size), mask, ir.Constant(stored, None)])
 
 
+def _stored(builder, array, pointer, mask):
+    """Eight elements, or those that a mask has and zeros."""
+    if mask is None:
+        return builder.load(pointer, align=size_of(array))
+    return _masked_load(builder, pointer, mask, size_of(array))
+
+
 def _gathered(builder, array, values, mask):
     """The elements ``at``, ``at + step``, ... that the mask has."""
     first, at, step = values
@@ -98,18 +106,28 @@ def values(typing, array, at, step):
 
 
 @intrinsic
-def first_values(typing, array, at, step, n):
-    """The first n of them, from 1 to 8; no other memory is touched, and other lanes mean nothing."""
-    strided = step != types.none
+def some_values(typing, array, at, some):
+    """Eight values side by side, or the first ``some`` and zeros, without touching other memory; None of no array."""
+    if array == types.none:
+        return types.none(array, types.intp, some), _dummy
+
+    def codegen(context, builder, sig, args):
+        first = None if some == types.none else lanes_below(builder, args[2], LANES)
+        pointer = pointer_to(builder, array, args[0], args[1], LANES)
+        return _in_float64(builder, _stored(builder, array, pointer, first), array.dtype)
+
+    return DOUBLES(array, types.intp, some if some == types.none else types.intp), codegen
+
+
+@intrinsic
+def first_strided(typing, array, at, step, n):
+    """The first n of eight values, a step apart; other lanes mean nothing."""
 
     def codegen(context, builder, sig, args):
         mask = lanes_below(builder, args[3], LANES)
-        if strided:
-            return _in_float64(builder, _gathered(builder, array, args[:3], mask), array.dtype)
-        pointer = pointer_to(builder, array, args[0], args[1], LANES)
-        return _in_float64(builder, _masked_load(builder, pointer, mask, size_of(array)), array.dtype)
+        return _in_float64(builder, _gathered(builder, array, args[:3], mask), array.dtype)
 
-    return DOUBLES(array, types.intp, types.intp if strided else types.none, types.intp), codegen
+    return DOUBLES(array, types.intp, types.intp, types.intp), codegen
 
 
 @intrinsic
@@ -126,59 +144,75 @@ def value_at(typing, array, at):
     return types.float64(array, types.intp), codegen
 
 
+# --- options ----------------------------------------------------------------------------------------------------------
+# Numba leaves out branches of a parameter that is None, but not those of one that is there: their types must agree.
+
+
+def _dummy(context, builder, sig, args):
+    return context.get_dummy_value()
+
+
+@intrinsic
+def only_if(typing, option, a):
+    """None where the option is."""
+    if option == types.none:
+        return types.none(option, a), _dummy
+    return a(option, a), lambda context, builder, sig, args: args[1]
+
+
+@intrinsic
+def unless(typing, option, a):
+    """None where the option is not."""
+    if option != types.none:
+        return types.none(option, a), _dummy
+    return a(option, a), lambda context, builder, sig, args: args[1]
+
+
+@intrinsic
+def first_there(typing, a, b):
+    """Of two of which one may be None."""
+    if a == types.none:
+        return b(a, b), lambda context, builder, sig, args: args[1]
+    return a(a, b), lambda context, builder, sig, args: args[0]
+
+
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def bytes_not_zero(typing, where, at):
-    """Of eight bytes."""
-    if where == types.none:
-        return types.none(where, types.intp), lambda context, builder, sig, args: context.get_dummy_value()
-
-    def codegen(context, builder, sig, args):
-        pointer = pointer_to(builder, where, args[0], args[1], LANES)
-        stored = builder.load(pointer, align=1)
+def _not_zero(builder, stored, dtype):
+    if isinstance(dtype, Integer):
         return builder.icmp_unsigned("!=", stored, ir.Constant(stored.type, None))
-
-    return MASK(where, types.intp), codegen
+    return builder.fcmp_unordered("!=", _in_float64(builder, stored, dtype), ir.Constant(DOUBLES.llvm, None))
 
 
 @intrinsic
-def first_bytes_not_zero(typing, where, at, n):
-    """Of the first n of eight bytes: those behind them are not touched, and count as zero."""
-    if where == types.none:
-        return MASK(where, types.intp, types.intp), lambda context, builder, sig, args: lanes_below(
-            builder, args[2], LANES
-        )
+def which_count(typing, where, at, v, some, skip_nan):
+    """Of eight values, or of the first ``some``: those whose byte, or weight, is not zero, and that are not NaN if
+    these are skipped; None if all count.
+    """
+    present = [where != types.none, some != types.none, skip_nan != types.none]
+    if not any(present):
+        return types.none(where, types.intp, v, some, skip_nan), _dummy
 
     def codegen(context, builder, sig, args):
-        pointer = pointer_to(builder, where, args[0], args[1], LANES)
-        stored = _masked_load(builder, pointer, lanes_below(builder, args[2], LANES), 1)
-        return builder.icmp_unsigned("!=", stored, ir.Constant(stored.type, None))
+        masks, first = [], None
+        if present[1]:
+            first = lanes_below(builder, args[3], LANES)
+            masks.append(first)
+        if present[0]:
+            pointer = pointer_to(builder, where, args[0], args[1], LANES)
+            masks.append(_not_zero(builder, _stored(builder, where, pointer, first), where.dtype))
+        if present[2]:
+            masks.append(builder.fcmp_ordered("ord", args[2], args[2]))
+        return reduce(builder.and_, masks)
 
-    return MASK(where, types.intp, types.intp), codegen
+    return MASK(where, types.intp, v, types.intp if present[1] else some, skip_nan), codegen
 
 
 @intrinsic
-def either(typing, first, a, b):
-    """One of two arrays of bytes; None where the first one is."""
-    if a == types.none:
-        return types.none(first, a, b), lambda context, builder, sig, args: context.get_dummy_value()
-    return a(first, a, b), lambda context, builder, sig, args: builder.select(*args)
-
-
-@intrinsic
-def not_nan(typing, mask, v, skip_nan, masked):
-    """The mask, without those that are NaN if these are skipped; where nothing is masked, None."""
-    if masked == types.none:
-        return mask(mask, v, skip_nan, masked), lambda context, builder, sig, args: args[0]
-
-    def codegen(context, builder, sig, args):
-        keep = builder.insert_element(ir.Constant(BITS, ir.Undefined), builder.not_(args[2]), I32(0))
-        numbers = builder.fcmp_ordered("ord", args[1], args[1])
-        return builder.and_(args[0], builder.or_(numbers, shuffle(builder, keep, [0] * LANES)))
-
-    return MASK(mask, v, types.boolean, masked), codegen
+def first_lanes(typing, n):
+    """The first n of eight."""
+    return MASK(types.intp), lambda context, builder, sig, args: lanes_below(builder, args[0], LANES)
 
 
 @intrinsic
@@ -224,20 +258,6 @@ def choose(typing, mask, a, b):
     if mask == types.none:
         return a(mask, a, b), lambda context, builder, sig, args: args[1]
     return a(mask, a, b), lambda context, builder, sig, args: builder.select(*args)
-
-
-@intrinsic
-def how_many(typing, mask):
-    if mask == types.none:
-        return types.int64(mask), lambda context, builder, sig, args: I64(LANES)
-
-    def codegen(context, builder, sig, args):
-        bits = builder.bitcast(args[0], ir.IntType(LANES))
-        kind = ir.FunctionType(bits.type, [bits.type])
-        count = builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.ctpop.i{LANES}"), [bits])
-        return builder.zext(count, I64)
-
-    return types.int64(mask), codegen
 
 
 # --- lanes ------------------------------------------------------------------------------------------------------------

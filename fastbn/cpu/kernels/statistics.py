@@ -1,8 +1,8 @@
 """Mean and variance of arrays as they lie: any strides, any real dtype, masks, NaNs left out; results in their dtype.
 
-For each kept index, over the values x that count (all, or those of a mask, or those that are not NaN):
+For each kept index, over the values x that count (all, or those of a mask, or those that are not NaN), weights w or 1:
 
-    n = number of x;  mean = sum(x) / n;  m2 = sum((x - mean)^2);  var = m2 / (n - ddof)
+    n = sum(w);  mean = sum(w * x) / n;  m2 = sum(w * (x - mean)^2);  var = m2 / (n - ddof)
 
 Everything is summed in float64, and an array's kept indices in parts of its reduced ones, by shape alone:
 
@@ -14,10 +14,13 @@ Everything is summed in float64, and an array's kept indices in parts of its red
   are merged by Chan's update (eq. 2.1).
 
 `statistics_inner` goes along rows whose values are reduced, `statistics_outer` along rows of kept indices; here are
-what both share, and how parts become results. What is not float32 or float64 side by side is fetched: converted, some
-hundred values at a time, by a kernel of its own for each dtype, so that the others need not know it. The geometry is
-laid out in `fastbn.cpu.statistics`. A part's numbers are (n, shift, A, B), of sums (n, _, sum, rest).
+what both share, and how parts become results. A mask has a byte, or a weight, of each value or of each row. What is
+not float32 or float64 side by side is fetched: converted, some hundred values at a time, by a kernel of its own for
+each dtype, so that the others need not know it. The geometry is laid out in `fastbn.cpu.statistics`. A part's numbers
+are (n, shift, A, B), of sums (n, _, sum, rest).
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,17 +29,21 @@ from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.doubles import (
     LANES,
     choose,
-    either,
     everywhere,
     finite,
-    first_bytes_not_zero,
-    first_values,
+    first_lanes,
+    first_strided,
+    first_there,
     greater,
     lane,
+    only_if,
     put_value,
     put_values,
+    some_values,
+    unless,
     value_at,
     values,
+    which_count,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import address, any_greater, fma, load, root, zero_where_not_positive
@@ -59,12 +66,12 @@ from fastbn.cpu.statistics import (
     MEAN_KIND,
     NO_DEGREES,
     OF_ROWS,
-    OF_VALUES,
     PARTS,
     ROW_DIMENSIONS,
     SKIP_NAN,
     SPREAD_KIND,
     STD,
+    STEP,
     SUM_OF_SQUARES,
 )
 
@@ -72,6 +79,58 @@ PEEKS = 8  # values of a part, of whose mean the first shift is made
 # How much larger A^2/n may be than m2: four lose two bits of 53, sixteen four, which narrower data can spare.
 FAR, FAR_OF_FLOATS = 4.0, 16.0
 LOOKS = 3  # at a part, each around the mean that the one before has found
+
+
+class Options(NamedTuple):
+    """Each is True or None, for which code is left out."""
+
+    squares: Any
+    """Squares are summed, too."""
+    exact: Any
+    """Float64 sums of this dtype lose digits that are wanted."""
+    masked: Any
+    """The mask has a byte, or a weight, of each value, and not of each row."""
+    weighted: Any
+    """The mask is of weights."""
+    skip_nan: Any
+
+
+class Source(NamedTuple):
+    """Where values are; the others are None."""
+
+    x: Any
+    """Float32 or float64 side by side; or"""
+    raw: Any
+    """bytes of any dtype, which the function at the address"""
+    fetch: Any
+    """converts."""
+    where: Any
+    """The mask."""
+    geometry: Any
+
+
+class Part(NamedTuple):
+    """Rows of a kept index, or a piece of one."""
+
+    at: Any
+    """Where row 0 is in the array,"""
+    w_at: Any
+    """and in the mask."""
+    first: Any
+    last: Any
+    columns: Any
+
+
+class Results(NamedTuple):
+    """Addresses of arrays, 0 for one that is not wanted."""
+
+    count: Any
+    mean: Any
+    spread: Any
+    ddof: Any
+    status: Any
+    """An array itself."""
+
 
 # --- places -----------------------------------------------------------------------------------------------------------
 
@@ -123,15 +182,33 @@ def two_sum(a, b):
 
 
 @inline
-def add(a, b, v, shift, squares, exact):
-    """Values to the sums a, b."""
+def add(a, b, v, w, shift, squares, exact):
+    """Values of weights w, or None, to the sums a, b."""
     if squares is not None:
         d = v - shift
-        return a + d, fma(d, d, b)
+        e = times(w, d)
+        return a + e, fma(e, d, b)
     if exact is not None:
-        s, lost = two_sum(a, v)
-        return s, b + lost
-    return a + v, b
+        return add_exactly(a, b, v, w)
+    return a + times(w, v), b
+
+
+@inline
+def times(w, v):
+    if w is None:
+        return v
+    return w * v
+
+
+@inline
+def add_exactly(a, b, v, w):
+    """To a sum and what it lost."""
+    e = times(w, v)
+    s, lost = two_sum(a, e)
+    b = b + lost
+    if w is not None:
+        b = b + fma(w, v, everywhere(0.0) - e)
+    return s, b
 
 
 @inline
@@ -154,16 +231,53 @@ def short(number, exact):
 
 
 @inline
-def mask_of(where, ones, geometry):
-    """The bytes that say which values of a row count, how far apart they are, and whether NaNs are left out."""
-    of_values = geometry[MASK] == OF_VALUES
-    return either(of_values, where, ones), 1 if of_values else 0, geometry[SKIP_NAN] != 0
+def add_eight(x, source, at, w_at, row_weight, q, some, o, n, a, b):
+    """Eight values, or the first ``some``, to n, which has what those weigh that count one by one, and to a and b.
+
+    What does not count is replaced by the shift q.
+    """
+    where = only_if(o.masked, source.where)
+    v = some_values(x, at, some)
+    mask = which_count(where, w_at, v, some, o.skip_nan)
+    w = first_there(some_values(only_if(o.weighted, where), w_at, some), only_if(o.weighted, row_weight))
+    a, b = add(a, b, choose(mask, v, q), w, q, o.squares, o.exact)
+    return tallied(n, only_if(one_by_one(o), mask), w), a, b
+
+
+@inline
+def one_by_one(o):
+    """True where values count one by one, else None."""
+    return first_there(o.masked, o.skip_nan)
+
+
+@inline
+def weight_by_row(o):
+    """True where there is a weight of each row, else None."""
+    return unless(o.masked, o.weighted)
+
+
+@inline
+def tallied(n, mask, w):
+    """How many more count, or what they weigh; where all do, n."""
+    if w is not None:
+        return n + choose(mask, w, everywhere(0.0))
+    if mask is not None:
+        return n + choose(mask, everywhere(1.0), everywhere(0.0))
+    return n
 
 
 @inline
 def row_counts(where, at, geometry):
     """Whether a mask of rows has this one."""
     return geometry[MASK] != OF_ROWS or value_at(where, at) != 0.0
+
+
+@inline
+def weight_of_row(where, at, weighted):
+    """1 of masks that are no weights of rows."""
+    if weighted is None:
+        return 1.0
+    return value_at(where, at)
 
 
 # --- arrays of a thread -----------------------------------------------------------------------------------------------
@@ -178,62 +292,70 @@ def field(workspace, at, used):
 
 
 @inline
-def fetched(raw, fetch, at, step, n, geometry, workspace, into):
-    """Copy n values a step apart, of any dtype, to a place in ``workspace`` as float64."""
+def fetched(source, at, n, workspace, into):
+    """Copy n values of any dtype to a place in ``workspace`` as float64."""
     params = reserve(3)
-    put_word(params, address(raw, at * geometry[ITEMSIZE]))
-    put_word(params + 8, step)
+    put_word(params, address(source.raw, at * source.geometry[ITEMSIZE]))
+    put_word(params + 8, source.geometry[STEP])
     put_word(params + 16, address(workspace, into))
-    enter(fetch, params, 0, 0, n)
+    enter(source.fetch, params, 0, 0, n)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
 @inline
-def merge_parts(a, at, pitch, far, parts, cells, squares, exact, geometry, count, mean, spread, o_at, ddof, status):
+def merge_parts(a, at, pitch, far, parts, cells, o, geometry, results, o_at):
     """Results of neighbouring kept indices from their parts, ``far`` apart, whose four fields are a pitch apart."""
-    zero, one = everywhere(0.0), everywhere(1.0)
+    zero = everywhere(0.0)
     for j in range(0, cells, LANES):
         n, hi, lo, m2 = zero, zero, zero, zero
-        among = first_bytes_not_zero(None, 0, cells - j)  # in the other lanes are other numbers, or none yet
-        origin = choose(among, field(a, at + pitch + j, squares), zero)
+        among = first_lanes(cells - j)  # in the other lanes are other numbers, or none yet
+        origin = choose(among, field(a, at + pitch + j, o.squares), zero)
         lower_underflow_flag()
         for k in range(parts):
             here = at + k * far + j
             part_n, s = choose(among, load(a, here, 64), zero), choose(among, load(a, here + 2 * pitch, 64), zero)
-            rest = s
-            if squares is not None or exact is not None:
-                rest = choose(among, load(a, here + 3 * pitch, 64), zero)
-            if squares is not None:
-                some = choose(greater(part_n, zero), part_n, one)
-                part_m2 = rest - s * (s / some)
-                part_m2 = zero_where_not_positive(part_m2, part_m2)
-                apart = choose(among, load(a, here + pitch, 64), zero) - origin
-                both = choose(greater(n + part_n, zero), n + part_n, one)
-                delta = (apart + s / some) - (hi + lo) / choose(greater(n, zero), n, one)
-                between = choose(greater(n, zero), delta * delta * (n * (part_n / both)), zero)
-                m2 = choose(greater(part_n, zero), m2 + (part_m2 + between), m2)
-                moved, lost = two_sum(hi, part_n * apart)
-                hi, more = two_sum(moved, s)
-                lo = lo + (lost + more)
-            else:
-                hi, lost = two_sum(hi, s)
-                lo = lo + (lost + rest if exact is not None else lost)
+            rest = choose(among, field(a, here + 3 * pitch, first_there(o.squares, o.exact)), zero)
+            apart = choose(among, field(a, here + pitch, o.squares), zero) - origin
+            hi, lo, m2 = merged(n, hi, lo, m2, part_n, apart, s, rest, o.squares)
             n = n + part_n
-        if squares is not None and exact is not None and parts > 1 and underflowed(lane(m2, 0)):
-            status[CAREFUL] = 1.0
-        finish(
-            n, origin, hi, lo, m2, squares, exact, geometry, count, mean, spread,
-            o_at + j * geometry[KEPT_STEP], min(LANES, cells - j), ddof, status,
-        )  # fmt: skip
+        if checks(o.squares, o.exact, o.weighted) and parts > 1 and underflowed(lane(m2, 0)):
+            results.status[CAREFUL] = 1.0
+        at_j, some = o_at + j * geometry[KEPT_STEP], min(LANES, cells - j)
+        finish(n, origin, hi, lo, m2, o.squares, first_there(o.exact, o.weighted), geometry, results, at_j, some)
 
 
 @inline
-def finish(n, origin, hi, lo, m2, squares, exact, geometry, count, mean, spread, at, cells, ddof, status):
+def merged(n, hi, lo, m2, part_n, apart, s, rest, squares):
+    """Sums, relative to an origin, and M2 of n values and of a part's, whose shift is ``apart`` from the origin."""
+    if squares is None:
+        hi, lost = two_sum(hi, s)
+        return hi, lo + (lost + rest), m2
+    zero, one = everywhere(0.0), everywhere(1.0)
+    some = choose(greater(part_n, zero), part_n, one)
+    part_m2 = rest - s * (s / some)
+    part_m2 = zero_where_not_positive(part_m2, part_m2)
+    both = choose(greater(n + part_n, zero), n + part_n, one)
+    delta = (apart + s / some) - (hi + lo) / choose(greater(n, zero), n, one)
+    between = choose(greater(n, zero), delta * delta * (n * (part_n / both)), zero)
+    m2 = choose(greater(part_n, zero), m2 + (part_m2 + between), m2)
+    moved, lost = two_sum(hi, part_n * apart)
+    hi, more = two_sum(moved, s)
+    return hi, lo + (lost + more), m2
+
+
+@inline
+def checks(squares, exact, weighted):
+    """Whether squares may have underflowed."""
+    return squares is not None and (exact is not None or weighted is not None)
+
+
+@inline
+def finish(n, origin, hi, lo, m2, squares, checked, geometry, results, at, cells):
     """Results of up to eight kept indices."""
     zero, one = everywhere(0.0), everywhere(1.0)
-    among = first_bytes_not_zero(None, 0, cells)
+    among = first_lanes(cells)
     s = hi + lo
     s = choose(finite(lo), s, hi)  # what two-sum loses of infinities is NaN
     mu = s / n
@@ -245,31 +367,36 @@ def finish(n, origin, hi, lo, m2, squares, exact, geometry, count, mean, spread,
     better = mu + rest
     mu = choose(finite(better), better, mu)
     if squares is not None:
-        degrees = n - everywhere(ddof)
-        left = choose(greater(degrees, zero), degrees, zero)
-        result = m2
-        if geometry[FORM] != SUM_OF_SQUARES:
-            result = m2 / left
-            if geometry[SKIP_NAN] != 0:
-                result = choose(greater(left, zero), result, everywhere(np.nan))
-            if geometry[FORM] == STD:
-                result = root(result)
-            if any_greater(choose(among, choose(greater(degrees, zero), zero, one), zero), zero):
-                status[NO_DEGREES] = 1.0
-        else:
-            result = choose(greater(n, zero), result, everywhere(np.nan))
-        put_results(spread, geometry[SPREAD_KIND], at, geometry[KEPT_STEP], result, cells)
-        if exact is not None:
-            small = choose(greater(everywhere(LEAST_SQUARE), m2), m2, zero)
-            unsound = choose(finite(m2), small, one)
-            if any_greater(choose(among, unsound, zero), zero):
-                status[CAREFUL] = 1.0
-    elif exact is not None and any_greater(choose(among, choose(finite(s), zero, one), zero), zero):
-        status[CAREFUL] = 1.0
-    put_results(mean, geometry[MEAN_KIND], at, geometry[KEPT_STEP], mu, cells)
-    put_results(count, geometry[COUNT_KIND], at, geometry[KEPT_STEP], n, cells)
+        put_spread(n, m2, checked, geometry, results, at, cells, among)
+    elif checked is not None and any_greater(choose(among, choose(finite(s), zero, one), zero), zero):
+        results.status[CAREFUL] = 1.0
+    put_results(results.mean, geometry[MEAN_KIND], at, geometry[KEPT_STEP], mu, cells)
+    put_results(results.count, geometry[COUNT_KIND], at, geometry[KEPT_STEP], n, cells)
     if any_greater(choose(among, choose(greater(n, zero), zero, one), zero), zero):
-        status[EMPTY] = 1.0
+        results.status[EMPTY] = 1.0
+
+
+@inline
+def put_spread(n, m2, checked, geometry, results, at, cells, among):
+    """Variances, their roots, or M2."""
+    zero, one = everywhere(0.0), everywhere(1.0)
+    result = choose(greater(n, zero), m2, everywhere(np.nan))
+    if geometry[FORM] != SUM_OF_SQUARES:
+        degrees = n - everywhere(results.ddof)
+        left = choose(greater(degrees, zero), degrees, zero)
+        result = m2 / left
+        if geometry[SKIP_NAN] != 0:
+            result = choose(greater(left, zero), result, everywhere(np.nan))
+        if geometry[FORM] == STD:
+            result = root(result)
+        if any_greater(choose(among, choose(greater(degrees, zero), zero, one), zero), zero):
+            results.status[NO_DEGREES] = 1.0
+    put_results(results.spread, geometry[SPREAD_KIND], at, geometry[KEPT_STEP], result, cells)
+    if checked is not None:
+        small = choose(greater(everywhere(LEAST_SQUARE), m2), m2, zero)
+        unsound = choose(finite(m2), small, one)
+        if any_greater(choose(among, unsound, zero), zero):
+            results.status[CAREFUL] = 1.0
 
 
 @inline
@@ -295,26 +422,24 @@ def put(out, at, step, v, n):
 
 
 @kernel
-def finish_parts(thread, first, last, squares, exact, geometry, partials, count, mean, spread, ddof, status):
+def finish_parts(
+    thread, first, last, squares, exact, geometry, partials, weighted, count, mean, spread, ddof, status
+):  # fmt: skip
     """A task is a kept index of `inner`, or up to eight neighbours of `outer`."""
+    o, results = Options(squares, exact, None, weighted, None), Results(count, mean, spread, ddof, status)
     parts, channels = geometry[PARTS], geometry[CHANNELS]
     groups = -(-channels // LANES)
     for task in range(first, last):
         if channels == 0:
             _, _, o_at = place(task, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
-            merge_parts(
-                partials, FIELDS * parts * task, 1, FIELDS, parts, 1, squares, exact, geometry,
-                count, mean, spread, o_at, ddof, status,
-            )  # fmt: skip
+            merge_parts(partials, FIELDS * parts * task, 1, FIELDS, parts, 1, o, geometry, results, o_at)
         else:
             k = task // groups
             cell = (task - k * groups) * LANES
             _, _, o_at = place(k, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
-            merge_parts(
-                partials, FIELDS * channels * parts * k + cell, channels, FIELDS * channels, parts,
-                min(LANES, channels - cell), squares, exact, geometry,
-                count, mean, spread, o_at + cell * geometry[KEPT_STEP], ddof, status,
-            )  # fmt: skip
+            at, o_at = FIELDS * channels * parts * k + cell, o_at + cell * geometry[KEPT_STEP]
+            some = min(LANES, channels - cell)
+            merge_parts(partials, at, channels, FIELDS * channels, parts, some, o, geometry, results, o_at)
 
 
 # --- any dtype, any step ----------------------------------------------------------------------------------------------
@@ -326,11 +451,11 @@ def fetch(thread, first, last, x, step, out):
     whole = last - (last - first) % LANES
     if step == 1:
         for i in range(first, whole, LANES):
-            put_values(out, i, values(x, i, None), LANES)
+            put_values(out, i, some_values(x, i, None), LANES)
         if whole < last:
-            put_values(out, whole, first_values(x, whole, None, last - whole), last - whole)
+            put_values(out, whole, some_values(x, whole, last - whole), last - whole)
     else:
         for i in range(first, whole, LANES):
             put_values(out, i, values(x, i * step, step), LANES)
         if whole < last:
-            put_values(out, whole, first_values(x, whole * step, step, last - whole), last - whole)
+            put_values(out, whole, first_strided(x, whole * step, step, last - whole), last - whole)

@@ -5,23 +5,26 @@ Each column has its sums in a thread's workspace, which stays in the first-level
 together, ``fold`` of them; then the sums of a cell's columns are added up in the end.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.doubles import (
     LANES,
     both,
-    bytes_not_zero,
     choose,
     everywhere,
     finite,
-    first_bytes_not_zero,
-    first_values,
+    first_lanes,
+    first_there,
     greater,
-    not_nan,
+    only_if,
     put_values,
     shortened,
+    some_values,
     values,
+    which_count,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import any_greater, load, store
@@ -30,16 +33,23 @@ from fastbn.cpu.kernels.statistics import (
     FAR_OF_FLOATS,
     LOOKS,
     PEEKS,
-    add,
+    Options,
+    Part,
+    Results,
+    Source,
+    add_eight,
+    checks,
     fetched,
     field,
-    mask_of,
     merge_parts,
+    one_by_one,
     place,
     row_counts,
     rows_from,
     short,
     two_sum,
+    weight_by_row,
+    weight_of_row,
 )
 from fastbn.cpu.statistics import (
     CAREFUL,
@@ -50,6 +60,7 @@ from fastbn.cpu.statistics import (
     KEPT_DIMENSIONS,
     KEPT_STEP,
     MASK,
+    OF_ROWS,
     OF_VALUES,
     PARTS,
     ROWS,
@@ -62,212 +73,244 @@ from fastbn.cpu.statistics import (
 )
 
 
-@inline
-def add_to_columns(workspace, at, pitch, v, q, squares, exact):
-    """Values to the sums of their columns."""
-    a = load(workspace, at + 2 * pitch, 64)
-    if squares is None and exact is None:
-        store(workspace, at + 2 * pitch, a + v)
-    else:
-        a, b = add(a, load(workspace, at + 3 * pitch, 64), v, q, squares, exact)
-        store(workspace, at + 2 * pitch, a)
-        store(workspace, at + 3 * pitch, b)
+class Table(NamedTuple):
+    """A thread's: rows of counts, shifts, A and B of its columns, a pitch apart, and behind them what is fetched."""
+
+    numbers: Any
+    own: Any
+    pitch: Any
 
 
 @inline
-def add_one_row(x, at, where, w_at, by, masked, skip_nan, squares, exact, columns, workspace, own, pitch):
-    """A row to the sums of its columns, and to their counts if there are masks."""
-    for c in range(0, columns, LANES):
-        q = field(workspace, own + pitch + c, squares)
-        if c + LANES <= columns:
-            v = values(x, at + c, None)
-            mask = not_nan(bytes_not_zero(where, w_at + c * by), v, skip_nan, masked)
-            v = choose(mask, v, q)
-        else:
-            v = first_values(x, at + c, None, columns - c)
-            mask = not_nan(first_bytes_not_zero(where, w_at + c * by, columns - c), v, skip_nan, masked)
-            v = choose(mask, v, q)
-        if masked is not None:
-            one = choose(mask, everywhere(1.0), everywhere(0.0))
-            store(workspace, own + c, load(workspace, own + c, 64) + one)
-        add_to_columns(workspace, own + c, pitch, v, q, squares, exact)
+def counts_at(table, c):
+    return table.own + c
 
 
 @inline
-def add_four(x, at, far, squares, exact, workspace, own, pitch, part):
-    """Eight columns, or a part of them, of four rows, each ``far`` from the one before."""
-    q = field(workspace, own + pitch, squares)
-    a = load(workspace, own + 2 * pitch, 64)
-    b = a
-    if squares is not None or exact is not None:
-        b = load(workspace, own + 3 * pitch, 64)
-    for k in range(4):
-        if part is None:
-            v = values(x, at + k * far, None)
-        else:
-            v = choose(first_bytes_not_zero(None, 0, part), first_values(x, at + k * far, None, part), q)
-        a, b = add(a, b, v, q, squares, exact)
-    store(workspace, own + 2 * pitch, a)
-    if squares is not None or exact is not None:
-        store(workspace, own + 3 * pitch, b)
+def shifts_at(table, c):
+    return table.own + table.pitch + c
 
 
 @inline
-def add_four_rows(x, at, far, squares, exact, columns, workspace, own, pitch):
+def sums_at(table, c):
+    return table.own + 2 * table.pitch + c
+
+
+@inline
+def rest_at(table, c):
+    """B: sums of squares, or what sums lost."""
+    return table.own + 3 * table.pitch + c
+
+
+@inline
+def buffer_of(table):
+    return table.own + FIELDS * table.pitch
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@inline
+def store_if(option, numbers, at, v):
+    if option is not None:
+        store(numbers, at, v)
+
+
+@inline
+def loaded(table, c, q_is_used, rest_is_used, counts):
+    """The numbers of eight columns; zeros of those that are not used."""
+    numbers = table.numbers
+    a, b = load(numbers, sums_at(table, c), 64), field(numbers, rest_at(table, c), rest_is_used)
+    q, n = field(numbers, shifts_at(table, c), q_is_used), field(numbers, counts_at(table, c), counts)
+    return q, n, a, b
+
+
+@inline
+def stored(table, c, n, a, b, rest_is_used, counts):
+    store(table.numbers, sums_at(table, c), a)
+    store_if(rest_is_used, table.numbers, rest_at(table, c), b)
+    store_if(counts, table.numbers, counts_at(table, c), n)
+
+
+@inline
+def add_one(x, source, at, w_at, w, some, o, table, c):
+    """Eight columns, or ``some`` of them, of a row."""
+    rest, counts = first_there(o.squares, o.exact), one_by_one(o)
+    q, n, a, b = loaded(table, c, o.squares, rest, counts)
+    n, a, b = add_eight(x, source, at + c, w_at + c, w, q, some, o, n, a, b)
+    stored(table, c, n, a, b, rest, counts)
+
+
+@inline
+def add_four(x, source, at, far, w_at, w_far, weights, some, o, table, c):
+    """The same of four rows, each ``far`` from the one before."""
+    rest, counts = first_there(o.squares, o.exact), one_by_one(o)
+    q, n, a, b = loaded(table, c, o.squares, rest, counts)
+    at, w_at = at + c, w_at + c
+    n, a, b = add_eight(x, source, at, w_at, weights[0], q, some, o, n, a, b)
+    n, a, b = add_eight(x, source, at + far, w_at + w_far, weights[1], q, some, o, n, a, b)
+    n, a, b = add_eight(x, source, at + 2 * far, w_at + 2 * w_far, weights[2], q, some, o, n, a, b)
+    n, a, b = add_eight(x, source, at + 3 * far, w_at + 3 * w_far, weights[3], q, some, o, n, a, b)
+    stored(table, c, n, a, b, rest, counts)
+
+
+@inline
+def add_one_row(x, source, at, w_at, w, o, table, columns):
     whole = columns & -LANES
     for c in range(0, whole, LANES):
-        add_four(x, at + c, far, squares, exact, workspace, own + c, pitch, None)
+        add_one(x, source, at, w_at, w, None, o, table, c)
     if whole < columns:
-        add_four(x, at + whole, far, squares, exact, workspace, own + whole, pitch, columns - whole)
+        add_one(x, source, at, w_at, w, columns - whole, o, table, whole)
 
 
 @inline
-def add_rows(
-    x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, workspace, own, pitch
-):
-    """Rows from r to last to the sums of their columns; how many values a cell has of them, if there are no masks."""
-    mask, by, skip_nan = mask_of(where, ones, geometry)
-    buffer = own + FIELDS * pitch
-    n = 0
-    while r < last:
-        x_row, w_row, x_step, w_step, rows, left = rows_from(r, last, geometry)
-        x_row, w_row = at + x_row, w_at + w_row
+def add_four_rows(x, source, at, far, w_at, w_far, weights, o, table, columns):
+    whole = columns & -LANES
+    for c in range(0, whole, LANES):
+        add_four(x, source, at, far, w_at, w_far, weights, None, o, table, c)
+    if whole < columns:
+        add_four(x, source, at, far, w_at, w_far, weights, columns - whole, o, table, whole)
+
+
+@inline
+def weight_at_row(source, at, o):
+    return weight_of_row(source.where, at, weight_by_row(o))
+
+
+@inline
+def add_quarters(x, source, at, step, w_at, w_step, rows, o, table, columns):
+    """Rows of four quarters, read side by side; how many, and what they weigh.
+
+    None if rows are masked: they may be left out.
+    """
+    if x is None:
+        return 0, 0.0
+    if source.geometry[MASK] == OF_ROWS and o.weighted is None:
+        return 0, 0.0
+    quarter, n = rows // 4, 0.0
+    far, w_far = quarter * step, quarter * w_step
+    for k in range(quarter):
+        w_k = w_at + k * w_step
+        w0, w1 = weight_at_row(source, w_k, o), weight_at_row(source, w_k + w_far, o)
+        w2, w3 = weight_at_row(source, w_k + 2 * w_far, o), weight_at_row(source, w_k + 3 * w_far, o)
+        weights = everywhere(w0), everywhere(w1), everywhere(w2), everywhere(w3)
+        add_four_rows(x, source, at + k * step, far, w_k, w_far, weights, o, table, columns)
+        n += (w0 + w1) + (w2 + w3)
+    return 4 * quarter, n
+
+
+@inline
+def add_any_row(x, raw, source, at, w_at, w, o, table, columns):
+    """`add_one_row` of either array."""
+    if x is not None:
+        add_one_row(x, source, at, w_at, w, o, table, columns)
+    if raw is not None:
+        fetched(source, at, columns, table.numbers, buffer_of(table))
+        add_one_row(table.numbers, source, buffer_of(table), w_at, w, o, table, columns)
+
+
+@inline
+def add_rows(source, part, o, table):
+    """Rows of a part to the sums of their columns; what a cell weighs of them, if values do not count one by one."""
+    geometry = source.geometry
+    r, n = part.first, 0.0
+    while r < part.last:
+        x_row, w_row, x_step, w_step, rows, left = rows_from(r, part.last, geometry)
+        x_row, w_row = part.at + x_row, part.w_at + w_row
         r += rows
         whole = rows - 1 if geometry[TAIL] > 0 and rows == left else rows  # the last one of folded rows may be short
-        done = 0
-        if x is not None and masked is None:
-            quarter = whole // 4
-            for k in range(quarter):
-                add_four_rows(x, x_row + k * x_step, quarter * x_step, squares, exact, columns, workspace, own, pitch)
-            done = 4 * quarter
+        done, weight = add_quarters(source.x, source, x_row, x_step, w_row, w_step, whole, o, table, part.columns)
+        n += weight * geometry[FOLD]
         for k in range(done, rows):
-            width, w_k = columns if k < whole else geometry[TAIL], w_row + k * w_step
-            if row_counts(where, w_k, geometry):
-                if x is not None:
-                    add_one_row(
-                        x, x_row + k * x_step, mask, w_k * by, by, masked, skip_nan, squares, exact, width,
-                        workspace, own, pitch,
-                    )  # fmt: skip
-                if raw is not None:
-                    fetched(raw, fetch, x_row + k * x_step, geometry[STEP], width, geometry, workspace, buffer)
-                    add_one_row(
-                        workspace, buffer, mask, w_k * by, by, masked, skip_nan, squares, exact, width, workspace, own,
-                        pitch,
-                    )  # fmt: skip
-                n += geometry[FOLD] if k < whole else geometry[TAIL] // (geometry[CHANNELS] * geometry[SIZE])
-        n += done * geometry[FOLD]
-    return np.float64(n * geometry[SIZE])
+            width, w_k = part.columns if k < whole else geometry[TAIL], w_row + k * w_step
+            if row_counts(source.where, w_k, geometry):
+                weight = weight_at_row(source, w_k, o)
+                add_any_row(source.x, source.raw, source, x_row + k * x_step, w_k, everywhere(weight), o, table, width)
+                n += weight * (geometry[FOLD] if k < whole else geometry[TAIL] // (geometry[CHANNELS] * geometry[SIZE]))
+    return n * geometry[SIZE]
+
+
+# --- shifts -----------------------------------------------------------------------------------------------------------
 
 
 @inline
-def peek_at_row(x, at, where, w_at, by, masked, width, first, workspace, own, pitch):
+def peek_at_row(x, source, at, w_at, masked, width, first, table):
     """A row to the sums around the first values that count in each column, and to their counts."""
-    zero, one = everywhere(0.0), everywhere(1.0)
+    numbers, zero, one = table.numbers, everywhere(0.0), everywhere(1.0)
     for c in range(0, width, LANES):
-        part = min(LANES, width - c)
-        v = choose(first_bytes_not_zero(None, 0, part), first_values(x, at + c, None, part), zero)
-        counts = both(finite(v), first_bytes_not_zero(where, w_at + c * by, part))
-        if first and masked is None:
-            store(workspace, own + pitch + c, choose(counts, v, zero))
-        else:
-            n, q = load(workspace, own + c, 64), load(workspace, own + pitch + c, 64)
-            if masked is not None:
-                q = choose(both(counts, greater(one, n)), v, q)
-                store(workspace, own + pitch + c, q)
-            d = choose(counts, v - q, zero)
-            store(workspace, own + 2 * pitch + c, load(workspace, own + 2 * pitch + c, 64) + d)
-            store(workspace, own + c, n + choose(counts, one, zero))
+        some = min(LANES, width - c)
+        v = some_values(x, at + c, some)
+        counts = both(finite(v), which_count(only_if(masked, source.where), w_at + c, v, some, None))
+        n, q = load(numbers, counts_at(table, c), 64), load(numbers, shifts_at(table, c), 64)
+        if first or masked is not None:
+            q = choose(both(counts, greater(one, n)), v, q)
+            store(numbers, shifts_at(table, c), q)
+        store(numbers, sums_at(table, c), load(numbers, sums_at(table, c), 64) + choose(counts, v - q, zero))
+        store(numbers, counts_at(table, c), n + choose(counts, one, zero))
 
 
 @inline
-def peek_at_columns(
-    x, raw, fetch, at, where, ones, w_at, masked, exact, geometry, r, last, columns, cells, workspace, own, pitch
-):
+def peek_at_any_row(x, raw, source, at, w_at, masked, width, first, table):
+    """The same of either array."""
+    if x is not None:
+        peek_at_row(x, source, at, w_at, masked, width, first, table)
+    if raw is not None:
+        fetched(source, at, width, table.numbers, buffer_of(table))
+        peek_at_row(table.numbers, source, buffer_of(table), w_at, masked, width, first, table)
+
+
+@inline
+def peek_at_columns(source, part, cells, masked, exact, table):
     """A shift for each column, the same for all of a cell, from some rows of a part; their sums are used meanwhile."""
-    buffer = own + FIELDS * pitch
-    mask, by, _ = mask_of(where, ones, geometry)
-    clear(workspace, own, columns)
-    clear(workspace, own + pitch, columns)
-    clear(workspace, own + 2 * pitch, columns)
-    count = min(PEEKS, max(1, (last - r) >> (4 if exact is None else 2)))
+    geometry, numbers, columns = source.geometry, table.numbers, part.columns
+    clear(table, counts_at(table, 0), columns)
+    clear(table, shifts_at(table, 0), columns)
+    clear(table, sums_at(table, 0), columns)
+    count = min(PEEKS, max(1, (part.last - part.first) >> (4 if exact is None else 2)))
     for k in range(count):
-        row, w_row, _, _, _, left = rows_from(r + k * (last - r) // count, last, geometry)
-        w_row += w_at
+        r = part.first + k * (part.last - part.first) // count
+        row, w_row, _, _, _, left = rows_from(r, part.last, geometry)
+        w_row += part.w_at
         width = geometry[TAIL] if geometry[TAIL] > 0 and left == 1 else columns
-        if row_counts(where, w_row, geometry):
-            if x is not None:
-                peek_at_row(x, at + row, mask, w_row * by, by, masked, width, k == 0, workspace, own, pitch)
-            if raw is not None:
-                fetched(raw, fetch, at + row, geometry[STEP], width, geometry, workspace, buffer)
-                peek_at_row(workspace, buffer, mask, w_row * by, by, masked, width, k == 0, workspace, own, pitch)
+        if row_counts(source.where, w_row, geometry):
+            peek_at_any_row(source.x, source.raw, source, part.at + row, w_row, masked, width, k == 0, table)
     for c in range(0, columns, LANES):
-        n, q = load(workspace, own + c, 64), load(workspace, own + pitch + c, 64)
-        if masked is None:
-            n = n + everywhere(1.0)
-        mu = q + load(workspace, own + 2 * pitch + c, 64) / choose(greater(n, everywhere(0.0)), n, everywhere(1.0))
-        store(workspace, own + pitch + c, shortened(mu, exact))
+        n, q = load(numbers, counts_at(table, c), 64), load(numbers, shifts_at(table, c), 64)
+        s = load(numbers, sums_at(table, c), 64)
+        mu = q + s / choose(greater(n, everywhere(0.0)), n, everywhere(1.0))
+        store(numbers, shifts_at(table, c), shortened(mu, exact))
     if cells < columns:
         of_first = geometry[SIZE] if geometry[FOLD] == 1 else 1
         for j in range(cells):
-            origin, s = workspace[own + pitch + j * geometry[SIZE]], 0.0
+            origin, s = numbers[shifts_at(table, j * geometry[SIZE])], 0.0
             for i in range(of_first):
-                s += workspace[own + pitch + j * geometry[SIZE] + i] - origin
-            workspace[own + 2 * pitch + j] = short(origin + s / of_first, exact)
-        spread_shifts(geometry, columns, cells, workspace, own, pitch)
+                s += numbers[shifts_at(table, j * geometry[SIZE] + i)] - origin
+            numbers[sums_at(table, j)] = short(origin + s / of_first, exact)
+        spread_shifts(geometry[SIZE], columns, cells, table)
 
 
 @inline
-def spread_shifts(geometry, columns, cells, workspace, own, pitch):
+def spread_shifts(size, columns, cells, table):
     """The shift of each cell, from where its sum stands, to all of its columns."""
-    size = geometry[SIZE]
     j, c = 0, 0
     while c < columns:
-        q = workspace[own + 2 * pitch + j]
+        q = table.numbers[sums_at(table, j)]
         for i in range(c, c + size):
-            workspace[own + pitch + i] = q
+            table.numbers[shifts_at(table, i)] = q
         c += size
         j = j + 1 if j + 1 < cells else 0
 
 
 @inline
-def gather_columns(geometry, columns, cells, squares, exact, masked, workspace, own, pitch):
-    """The sums of each cell's columns, moved side by side."""
-    size, folds = geometry[SIZE], geometry[FOLD]
-    for j in range(0, cells, LANES):
-        n, a = everywhere(0.0), everywhere(0.0)
-        b = n
-        for k in range(folds):
-            for i in range(size):
-                at = own + (k * cells + j) * size + i
-                v = values(workspace, at + 2 * pitch, size)
-                if masked is not None:
-                    n = n + values(workspace, at, size)
-                if squares is not None:
-                    a, b = a + v, b + values(workspace, at + 3 * pitch, size)
-                elif exact is not None:
-                    a, lost = two_sum(a, v)
-                    b = b + (lost + values(workspace, at + 3 * pitch, size))
-                else:
-                    a = a + v
-        if masked is not None:
-            store(workspace, own + j, n)
-        if squares is not None:
-            store(workspace, own + pitch + j, values(workspace, own + pitch + j * size, size))
-        store(workspace, own + 2 * pitch + j, a)
-        if squares is not None or exact is not None:
-            store(workspace, own + 3 * pitch + j, b)
-
-
-@inline
-def some_are_far(cells, exact, workspace, own, pitch):
+def some_are_far(cells, exact, table):
     """`is_far` of any cell. The lanes behind the last one hold sums of other columns."""
-    limit = everywhere(FAR if exact is not None else FAR_OF_FLOATS)
+    numbers, limit = table.numbers, everywhere(FAR if exact is not None else FAR_OF_FLOATS)
     found = False
     for j in range(0, cells, LANES):
-        n, a = load(workspace, own + j, 64), load(workspace, own + 2 * pitch + j, 64)
+        n, a = load(numbers, counts_at(table, j), 64), load(numbers, sums_at(table, j), 64)
         between = a * a / choose(greater(n, everywhere(0.0)), n, everywhere(1.0))
-        m2 = load(workspace, own + 3 * pitch + j, 64) - between
-        cell = first_bytes_not_zero(None, 0, min(LANES, cells - j))
+        m2 = load(numbers, rest_at(table, j), 64) - between
+        cell = first_lanes(min(LANES, cells - j))
         between = choose(finite(between), between, everywhere(-1.0))
         if any_greater(choose(cell, between, everywhere(-1.0)), choose(cell, limit * m2, everywhere(0.0))):
             found = True
@@ -275,90 +318,120 @@ def some_are_far(cells, exact, workspace, own, pitch):
 
 
 @inline
-def better_shifts(exact, geometry, columns, cells, workspace, own, pitch):
+def better_shifts(size, columns, cells, exact, table):
     """The mean of each cell, for another look."""
+    numbers = table.numbers
     for j in range(cells):
-        q, n, a = workspace[own + pitch + j], workspace[own + j], workspace[own + 2 * pitch + j]
+        q, n, a = numbers[shifts_at(table, j)], numbers[counts_at(table, j)], numbers[sums_at(table, j)]
         better = short(q + a / n, exact)
-        workspace[own + 2 * pitch + j] = better if n > 0.0 and np.isfinite(better) else q
-    spread_shifts(geometry, columns, cells, workspace, own, pitch)
+        numbers[sums_at(table, j)] = better if n > 0.0 and np.isfinite(better) else q
+    spread_shifts(size, columns, cells, table)
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
 
 
 @inline
-def clear(workspace, at, count):
+def clear(table, at, count):
     for c in range(0, count, LANES):
-        store(workspace, at + c, everywhere(0.0))
+        store(table.numbers, at + c, everywhere(0.0))
 
 
 @inline
-def sums_of_columns(
-    x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, cells, workspace, own,
-    pitch,
-):  # fmt: skip
-    """n, shift, A and B of each cell, side by side in ``workspace``, a pitch apart; whether squares underflowed."""
-    lost = False
+def gathered(a, b, more_a, more_b, squares, exact):
+    """Sums of columns to those of a cell."""
+    if squares is None and exact is not None:
+        a, lost = two_sum(a, more_a)
+        return a, b + (lost + more_b)
+    return a + more_a, b + more_b
+
+
+@inline
+def values_if(option, a, at, step):
+    if option is None:
+        return everywhere(0.0)
+    return values(a, at, step)
+
+
+@inline
+def gather_columns(geometry, cells, o, table):
+    """The sums of each cell's columns, moved side by side."""
+    size, numbers = geometry[SIZE], table.numbers
+    rest, counts = first_there(o.squares, o.exact), one_by_one(o)
+    for j in range(0, cells, LANES):
+        n, a, b = everywhere(0.0), everywhere(0.0), everywhere(0.0)
+        for k in range(geometry[FOLD]):
+            for i in range(size):
+                c = (k * cells + j) * size + i
+                n = n + values_if(counts, numbers, counts_at(table, c), size)
+                more = values_if(rest, numbers, rest_at(table, c), size)
+                a, b = gathered(a, b, values(numbers, sums_at(table, c), size), more, o.squares, o.exact)
+        store_if(o.squares, numbers, shifts_at(table, j), values(numbers, shifts_at(table, j * size), size))
+        stored(table, j, n, a, b, rest, counts)
+
+
+@inline
+def fill_counts(n, cells, counts, table):
+    """What each cell weighs, if all weigh the same."""
+    if counts is None:
+        for j in range(0, cells, LANES):
+            store(table.numbers, counts_at(table, j), everywhere(n))
+
+
+@inline
+def sums_of_columns(source, part, cells, squares, o, table):
+    """n, shift, A and B of each cell, side by side in the table; whether squares underflowed."""
+    geometry, lost = source.geometry, False
+    size, columns = geometry[SIZE], part.columns
     if squares is not None:
-        peek_at_columns(
-            x, raw, fetch, at, where, ones, w_at, masked, exact, geometry, r, last, columns, cells, workspace, own,
-            pitch,
-        )  # fmt: skip
+        peek_at_columns(source, part, cells, o.masked, o.exact, table)
     for look in range(LOOKS):
-        if masked is not None:
-            clear(workspace, own, columns)
+        clear(table, counts_at(table, 0), columns)
         lower_underflow_flag()
-        clear(workspace, own + 2 * pitch, columns)
-        if squares is not None or exact is not None:
-            clear(workspace, own + 3 * pitch, columns)
-        n = add_rows(
-            x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry, r, last, columns, workspace, own,
-            pitch,
-        )  # fmt: skip
-        lost = exact is not None and squares is not None and underflowed(workspace[own + 3 * pitch])
+        clear(table, sums_at(table, 0), columns)
+        clear(table, rest_at(table, 0), columns)
+        n = add_rows(source, part, o, table)
+        lost = checks(squares, o.exact, o.weighted) and underflowed(table.numbers[rest_at(table, 0)])
         if columns > cells:
-            gather_columns(geometry, columns, cells, squares, exact, masked, workspace, own, pitch)
-        if masked is None:
-            for j in range(0, cells, LANES):
-                store(workspace, own + j, everywhere(n))
-        if squares is None or look + 1 == LOOKS or not some_are_far(cells, exact, workspace, own, pitch):
+            gather_columns(geometry, cells, o, table)
+        fill_counts(n, cells, one_by_one(o), table)
+        if squares is None or look + 1 == LOOKS or not some_are_far(cells, o.exact, table):
             break
-        better_shifts(exact, geometry, columns, cells, workspace, own, pitch)
+        better_shifts(size, columns, cells, o.exact, table)
     return lost
 
 
 @kernel
 def outer(
-    thread, first, last, x, raw, fetch, where, ones, masked, squares, exact, geometry, partials, workspace,
-    count, mean, spread, ddof, status,
+    thread, first, last, x, raw, fetch, where, masked, weighted, skip_nan, squares, exact, geometry, partials,
+    workspace, count, mean, spread, ddof, status,
 ):  # fmt: skip
     """A task is a tile of cells in a part of the rows; tiles of a row are neighbours."""
+    o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, raw, fetch, where, geometry)
+    results = Results(count, mean, spread, ddof, status)
     parts, channels, tile, pitch = geometry[PARTS], geometry[CHANNELS], geometry[TILE], geometry[WIDTH]
     tiles = -(-channels // tile)
-    own = thread * (FIELDS + 1) * pitch
+    table = Table(workspace, thread * (FIELDS + 1) * pitch, pitch)
     for task in range(first, last):
         rest = task // tiles
         cell = (task - rest * tiles) * tile
         k = rest // parts
-        part = rest - k * parts
         cells = min(tile, channels - cell)
-        columns = geometry[FOLD] * cells * geometry[SIZE]
         at, w_at, o_at = place(k, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
-        r = part * geometry[ROWS_OF_A_PART]
-        at += cell * geometry[SIZE] * geometry[STEP]
-        w_at += cell * geometry[SIZE] if geometry[MASK] == OF_VALUES else 0
-        lost = sums_of_columns(
-            x, raw, fetch, at, where, ones, w_at, masked, squares, exact, geometry,
-            r, min(r + geometry[ROWS_OF_A_PART], geometry[ROWS]), columns, cells, workspace, own, pitch,
+        r = (rest - k * parts) * geometry[ROWS_OF_A_PART]
+        part = Part(
+            at + cell * geometry[SIZE] * geometry[STEP],
+            w_at + cell * geometry[SIZE] if geometry[MASK] == OF_VALUES else w_at,
+            r, min(r + geometry[ROWS_OF_A_PART], geometry[ROWS]), geometry[FOLD] * cells * geometry[SIZE],
         )  # fmt: skip
-        if lost:
+        if sums_of_columns(source, part, cells, squares, o, table):
             status[CAREFUL] = 1.0
         if parts > 1:
-            to = FIELDS * channels * (k * parts + part) + cell
+            to = FIELDS * channels * rest + cell
             for f in range(FIELDS):
                 for j in range(0, cells, LANES):
-                    numbers = load(workspace, own + f * pitch + j, 64)
+                    numbers = load(workspace, table.own + f * pitch + j, 64)
                     put_values(partials, to + f * channels + j, numbers, min(LANES, cells - j))
         else:
-            merge_parts(
-                workspace, own, pitch, 0, 1, cells, squares, exact, geometry, count, mean, spread,
-                o_at + cell * geometry[KEPT_STEP], ddof, status,
-            )  # fmt: skip
+            o_at += cell * geometry[KEPT_STEP]
+            merge_parts(workspace, table.own, pitch, 0, 1, cells, o, geometry, results, o_at)
