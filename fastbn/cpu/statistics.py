@@ -230,9 +230,7 @@ def plan(
 ) -> Program:  # fmt: skip
     """``program(x, where, count, mean, spread, status, ddof)``; a mask that is not of bytes is one of weights."""
     exact, weighted, itemsize = kind in EXACT, mask not in (None, "b1*"), int(kind[1])
-    squares = results[2] is not None or (
-        exact and weighted
-    )  # around a shift, roundings of the weights' sum matter less
+    squares = results[2] is not None or (exact and weighted)  # the sum of weights is rounded
     arrays: dict[str, str | None] = {"x": kind, "where": mask}
     arrays |= dict(zip(("count", "mean", "spread"), results, strict=True))
     p = Program(threads, math.prod(o.size for o in d), arrays | {"status": "f8*"}, ["ddof"])

@@ -76,8 +76,9 @@ from fastbn.cpu.statistics import (
 )
 
 PEEKS = 8  # values of a part, of whose mean the first shift is made
-# How much larger A^2/n may be than m2: four lose two bits of 53, sixteen four, which narrower data can spare.
-FAR, FAR_OF_FLOATS = 4.0, 16.0
+# How much larger A^2/n may be than m2: four lose two bits of 53, sixteen four, which narrower data can spare. Sums of
+# weights are rounded, to 1e-14 of equal ones, so that A/n should be small beside the deviation.
+FAR, FAR_OF_FLOATS, FAR_OF_WEIGHTS = 4.0, 16.0, 2.0**-8
 LOOKS = 3  # at a part, each around the mean that the one before has found
 
 
@@ -212,11 +213,18 @@ def add_exactly(a, b, v, w):
 
 
 @inline
-def is_far(n, a, b, exact):
+def far(exact, weighted):
+    if exact is None:
+        return FAR_OF_FLOATS
+    return FAR if weighted is None else FAR_OF_WEIGHTS
+
+
+@inline
+def is_far(n, a, b, o):
     """Whether the shift is too far from the mean."""
     between = a * a / n
     m2 = b - between
-    return between > (FAR if exact is not None else FAR_OF_FLOATS) * m2 and between < np.inf
+    return between > far(o.exact, o.weighted) * m2 and between < np.inf
 
 
 @inline

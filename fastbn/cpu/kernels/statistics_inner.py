@@ -234,7 +234,7 @@ def inner(
             lower_underflow_flag()
             n, a, b = sums_of_rows(source, part, shift, o, workspace, buffer)
             lost = checks(squares, exact, weighted) and underflowed(b)
-            if squares is None or n == 0.0 or look + 1 == LOOKS or not is_far(n, a, b, exact):
+            if squares is None or n == 0.0 or look + 1 == LOOKS or not is_far(n, a, b, o):
                 break
             shift = short(shift + a / n, exact)
         if lost:

@@ -29,8 +29,6 @@ from fastbn.cpu.kernels.doubles import (
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import any_greater, load, store
 from fastbn.cpu.kernels.statistics import (
-    FAR,
-    FAR_OF_FLOATS,
     LOOKS,
     PEEKS,
     Options,
@@ -39,6 +37,7 @@ from fastbn.cpu.kernels.statistics import (
     Source,
     add_eight,
     checks,
+    far,
     fetched,
     field,
     merge_parts,
@@ -179,22 +178,19 @@ def weight_at_row(source, at, o):
 
 @inline
 def add_quarters(x, source, at, step, w_at, w_step, rows, o, table, columns):
-    """Rows of four quarters, read side by side; how many, and what they weigh.
-
-    None if rows are masked: they may be left out.
-    """
+    """Rows of four quarters, read side by side; how many, and what they weigh. None if rows may be left out."""
     if x is None:
         return 0, 0.0
     if source.geometry[MASK] == OF_ROWS and o.weighted is None:
         return 0, 0.0
     quarter, n = rows // 4, 0.0
-    far, w_far = quarter * step, quarter * w_step
+    jump, w_jump = quarter * step, quarter * w_step
     for k in range(quarter):
         w_k = w_at + k * w_step
-        w0, w1 = weight_at_row(source, w_k, o), weight_at_row(source, w_k + w_far, o)
-        w2, w3 = weight_at_row(source, w_k + 2 * w_far, o), weight_at_row(source, w_k + 3 * w_far, o)
+        w0, w1 = weight_at_row(source, w_k, o), weight_at_row(source, w_k + w_jump, o)
+        w2, w3 = weight_at_row(source, w_k + 2 * w_jump, o), weight_at_row(source, w_k + 3 * w_jump, o)
         weights = everywhere(w0), everywhere(w1), everywhere(w2), everywhere(w3)
-        add_four_rows(x, source, at + k * step, far, w_k, w_far, weights, o, table, columns)
+        add_four_rows(x, source, at + k * step, jump, w_k, w_jump, weights, o, table, columns)
         n += (w0 + w1) + (w2 + w3)
     return 4 * quarter, n
 
@@ -302,9 +298,9 @@ def spread_shifts(size, columns, cells, table):
 
 
 @inline
-def some_are_far(cells, exact, table):
+def some_are_far(cells, o, table):
     """`is_far` of any cell. The lanes behind the last one hold sums of other columns."""
-    numbers, limit = table.numbers, everywhere(FAR if exact is not None else FAR_OF_FLOATS)
+    numbers, limit = table.numbers, everywhere(far(o.exact, o.weighted))
     found = False
     for j in range(0, cells, LANES):
         n, a = load(numbers, counts_at(table, j), 64), load(numbers, sums_at(table, j), 64)
@@ -395,7 +391,7 @@ def sums_of_columns(source, part, cells, squares, o, table):
         if columns > cells:
             gather_columns(geometry, cells, o, table)
         fill_counts(n, cells, one_by_one(o), table)
-        if squares is None or look + 1 == LOOKS or not some_are_far(cells, o.exact, table):
+        if squares is None or look + 1 == LOOKS or not some_are_far(cells, o, table):
             break
         better_shifts(size, columns, cells, o.exact, table)
     return lost
