@@ -215,8 +215,9 @@ def divide(d: list[Dimension], masked: bool, itemsize: int, exact: bool, squares
     if above is not None and not above.kept and beside and 2 * last.size <= most:
         return _along_kept(d, last, None, above, most, *given)
     reduced = [o for o in d if not o.kept]
-    if last.size < FEW and reduced and not masked:
-        return _along_reduced(d, max(reduced, key=lambda o: o.size), exact, squares, form)
+    run = max(reduced, key=lambda o: o.size, default=last)
+    if last.size < FEW and not run.kept and (not masked or run.mask in (0, 1)):
+        return _along_reduced(d, run, exact, squares, form)
     return _along_kept(d, last, None, None, most, *given)
 
 

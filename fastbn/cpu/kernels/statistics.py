@@ -6,8 +6,8 @@ For each kept index, over the values x that count (all, or those of a mask, or t
 
 Everything is summed in float64, and an array's kept indices in parts of its reduced ones, by shape alone:
 
-- Sums: float32, halves and integers of up to 32 bits are exact in float64; what float64 and integers of 64 bits lose is
-  summed as well (Knuth's two-sum, 7 operations a value). Sums of parts are added so in any case.
+- Sums: float32, halves and integers of up to 32 bits are exact in float64; of float64 and integers of 64 bits four values
+  are added, and what the sum of these loses is summed as well (Knuth's two-sum). Sums of parts are added so in any case.
 - Squares: of x - shift, with the mean of eight values as shift: A = sum(x - shift), B = sum((x - shift)^2),
   m2 = B - A^2/n (Chan, Golub & LeVeque 1983, eq. 1.7 with a shift). That loses as many bits as the mean's distance from
   the shift is large beside the deviation; where these are too many, the part is summed again around its mean. Parts
@@ -182,16 +182,37 @@ def two_sum(a, b):
     return s, (a - (s - t)) + (b - t)
 
 
+class Eight(NamedTuple):
+    """Values, those that do not count replaced by the shift; which do; and what they weigh. None: all; 1."""
+
+    v: Any
+    mask: Any
+    w: Any
+
+
 @inline
-def add(a, b, v, w, shift, squares, exact):
-    """Values of weights w, or None, to the sums a, b."""
+def add(a, b, e, shift, squares, exact):
+    """Eight values to the sums a, b."""
     if squares is not None:
-        d = v - shift
-        e = times(w, d)
-        return a + e, fma(e, d, b)
+        d = e.v - shift
+        wd = times(e.w, d)
+        return a + wd, fma(wd, d, b)
     if exact is not None:
-        return add_exactly(a, b, v, w)
-    return a + times(w, v), b
+        s, lost = two_sum(a, e.v)
+        return s, b + lost
+    return a + times(e.w, e.v), b
+
+
+@inline
+def add_four(a, b, e, shift, squares, exact):
+    """Four times eight values to the same sums."""
+    if exact is not None and squares is None:  # and so without weights
+        s, lost = two_sum(a, (e[0].v + e[1].v) + (e[2].v + e[3].v))
+        return s, b + lost
+    a, b = add(a, b, e[0], shift, squares, exact)
+    a, b = add(a, b, e[1], shift, squares, exact)
+    a, b = add(a, b, e[2], shift, squares, exact)
+    return add(a, b, e[3], shift, squares, exact)
 
 
 @inline
@@ -199,17 +220,6 @@ def times(w, v):
     if w is None:
         return v
     return w * v
-
-
-@inline
-def add_exactly(a, b, v, w):
-    """To a sum and what it lost."""
-    e = times(w, v)
-    s, lost = two_sum(a, e)
-    b = b + lost
-    if w is not None:
-        b = b + fma(w, v, everywhere(0.0) - e)
-    return s, b
 
 
 @inline
@@ -239,17 +249,13 @@ def short(number, exact):
 
 
 @inline
-def add_eight(x, source, at, w_at, row_weight, q, some, o, n, a, b):
-    """Eight values, or the first ``some``, to n, which has what those weigh that count one by one, and to a and b.
-
-    What does not count is replaced by the shift q.
-    """
+def eight(x, source, at, w_at, row_weight, q, some, o):
+    """Eight values, or the first ``some``."""
     where = only_if(o.masked, source.where)
     v = some_values(x, at, some)
     mask = which_count(where, w_at, v, some, o.skip_nan)
     w = first_there(some_values(only_if(o.weighted, where), w_at, some), only_if(o.weighted, row_weight))
-    a, b = add(a, b, choose(mask, v, q), w, q, o.squares, o.exact)
-    return tallied(n, only_if(one_by_one(o), mask), w), a, b
+    return Eight(choose(mask, v, q), mask, w)
 
 
 @inline
@@ -265,8 +271,13 @@ def weight_by_row(o):
 
 
 @inline
-def tallied(n, mask, w):
-    """How many more count, or what they weigh; where all do, n."""
+def tallied(n, e, o):
+    """N and what these weigh, if values count one by one."""
+    return tally(n, only_if(one_by_one(o), e.mask), e.w)
+
+
+@inline
+def tally(n, mask, w):
     if w is not None:
         return n + choose(mask, w, everywhere(0.0))
     if mask is not None:

@@ -18,8 +18,10 @@ from fastbn.cpu.kernels.statistics import (
     Part,
     Results,
     Source,
-    add_eight,
+    add,
+    add_four,
     checks,
+    eight,
     fetched,
     is_far,
     merge_parts,
@@ -29,6 +31,7 @@ from fastbn.cpu.kernels.statistics import (
     row_counts,
     rows_from,
     short,
+    tallied,
     two_sum,
     weight_by_row,
     weight_of_row,
@@ -126,6 +129,19 @@ def peek(source, part, exact, workspace, buffer):
 
 
 @inline
+def add_each(s, e, q, squares, exact):
+    """Four times eight values to sums of their own, or to the first ones."""
+    if exact is not None and squares is None:
+        a0, b0 = add_four(s.a0, s.b0, e, q, squares, exact)
+        return Sums(s.n, a0, s.a1, s.a2, s.a3, b0, s.b1, s.b2, s.b3)
+    a0, b0 = add(s.a0, s.b0, e[0], q, squares, exact)
+    a1, b1 = add(s.a1, s.b1, e[1], q, squares, exact)
+    a2, b2 = add(s.a2, s.b2, e[2], q, squares, exact)
+    a3, b3 = add(s.a3, s.b3, e[3], q, squares, exact)
+    return Sums(s.n, a0, a1, a2, a3, b0, b1, b2, b3)
+
+
+@inline
 def add_row(x, source, at, w_at, columns, w, q, o, sums):
     """A row of one weight, or of a mask's, to the sums."""
     n, a0, a1, a2, a3, b0, b1, b2, b3 = sums
@@ -136,16 +152,23 @@ def add_row(x, source, at, w_at, columns, w, q, o, sums):
         done = 4 * end
     i = 0
     while i < end:  # a range of unknown step would be counted by a division for each row
-        n, a0, b0 = add_eight(x, source, at + i, w_at + i, w, q, None, o, n, a0, b0)
-        n, a1, b1 = add_eight(x, source, at + i + far, w_at + i + far, w, q, None, o, n, a1, b1)
-        n, a2, b2 = add_eight(x, source, at + i + 2 * far, w_at + i + 2 * far, w, q, None, o, n, a2, b2)
-        n, a3, b3 = add_eight(x, source, at + i + 3 * far, w_at + i + 3 * far, w, q, None, o, n, a3, b3)
+        e0 = eight(x, source, at + i, w_at + i, w, q, None, o)
+        e1 = eight(x, source, at + i + far, w_at + i + far, w, q, None, o)
+        e2 = eight(x, source, at + i + 2 * far, w_at + i + 2 * far, w, q, None, o)
+        e3 = eight(x, source, at + i + 3 * far, w_at + i + 3 * far, w, q, None, o)
+        n = tallied(tallied(tallied(tallied(n, e0, o), e1, o), e2, o), e3, o)
+        sums = add_each(Sums(n, a0, a1, a2, a3, b0, b1, b2, b3), (e0, e1, e2, e3), q, o.squares, o.exact)
+        n, a0, a1, a2, a3, b0, b1, b2, b3 = sums
         i += jump
     for i in range(done, columns & -LANES, LANES):
-        n, a0, b0 = add_eight(x, source, at + i, w_at + i, w, q, None, o, n, a0, b0)
+        e = eight(x, source, at + i, w_at + i, w, q, None, o)
+        n = tallied(n, e, o)
+        a0, b0 = add(a0, b0, e, q, o.squares, o.exact)
     i = columns & -LANES
     if i < columns:
-        n, a1, b1 = add_eight(x, source, at + i, w_at + i, w, q, columns - i, o, n, a1, b1)
+        e = eight(x, source, at + i, w_at + i, w, q, columns - i, o)
+        n = tallied(n, e, o)
+        a1, b1 = add(a1, b1, e, q, o.squares, o.exact)
     return Sums(n, a0, a1, a2, a3, b0, b1, b2, b3)
 
 

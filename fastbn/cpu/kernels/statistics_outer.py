@@ -35,8 +35,10 @@ from fastbn.cpu.kernels.statistics import (
     Part,
     Results,
     Source,
-    add_eight,
+    add,
+    add_four,
     checks,
+    eight,
     far,
     fetched,
     field,
@@ -46,6 +48,7 @@ from fastbn.cpu.kernels.statistics import (
     row_counts,
     rows_from,
     short,
+    tallied,
     two_sum,
     weight_by_row,
     weight_of_row,
@@ -132,24 +135,28 @@ def stored(table, c, n, a, b, rest_is_used, counts):
 
 
 @inline
-def add_one(x, source, at, w_at, w, some, o, table, c):
+def add_vector(x, source, at, w_at, w, some, o, table, c):
     """Eight columns, or ``some`` of them, of a row."""
     rest, counts = first_there(o.squares, o.exact), one_by_one(o)
     q, n, a, b = loaded(table, c, o.squares, rest, counts)
-    n, a, b = add_eight(x, source, at + c, w_at + c, w, q, some, o, n, a, b)
+    e = eight(x, source, at + c, w_at + c, w, q, some, o)
+    a, b = add(a, b, e, q, o.squares, o.exact)
+    n = tallied(n, e, o)
     stored(table, c, n, a, b, rest, counts)
 
 
 @inline
-def add_four(x, source, at, far, w_at, w_far, weights, some, o, table, c):
+def add_vectors(x, source, at, far, w_at, w_far, weights, some, o, table, c):
     """The same of four rows, each ``far`` from the one before."""
     rest, counts = first_there(o.squares, o.exact), one_by_one(o)
     q, n, a, b = loaded(table, c, o.squares, rest, counts)
     at, w_at = at + c, w_at + c
-    n, a, b = add_eight(x, source, at, w_at, weights[0], q, some, o, n, a, b)
-    n, a, b = add_eight(x, source, at + far, w_at + w_far, weights[1], q, some, o, n, a, b)
-    n, a, b = add_eight(x, source, at + 2 * far, w_at + 2 * w_far, weights[2], q, some, o, n, a, b)
-    n, a, b = add_eight(x, source, at + 3 * far, w_at + 3 * w_far, weights[3], q, some, o, n, a, b)
+    e0 = eight(x, source, at, w_at, weights[0], q, some, o)
+    e1 = eight(x, source, at + far, w_at + w_far, weights[1], q, some, o)
+    e2 = eight(x, source, at + 2 * far, w_at + 2 * w_far, weights[2], q, some, o)
+    e3 = eight(x, source, at + 3 * far, w_at + 3 * w_far, weights[3], q, some, o)
+    a, b = add_four(a, b, (e0, e1, e2, e3), q, o.squares, o.exact)
+    n = tallied(tallied(tallied(tallied(n, e0, o), e1, o), e2, o), e3, o)
     stored(table, c, n, a, b, rest, counts)
 
 
@@ -157,18 +164,18 @@ def add_four(x, source, at, far, w_at, w_far, weights, some, o, table, c):
 def add_one_row(x, source, at, w_at, w, o, table, columns):
     whole = columns & -LANES
     for c in range(0, whole, LANES):
-        add_one(x, source, at, w_at, w, None, o, table, c)
+        add_vector(x, source, at, w_at, w, None, o, table, c)
     if whole < columns:
-        add_one(x, source, at, w_at, w, columns - whole, o, table, whole)
+        add_vector(x, source, at, w_at, w, columns - whole, o, table, whole)
 
 
 @inline
 def add_four_rows(x, source, at, far, w_at, w_far, weights, o, table, columns):
     whole = columns & -LANES
     for c in range(0, whole, LANES):
-        add_four(x, source, at, far, w_at, w_far, weights, None, o, table, c)
+        add_vectors(x, source, at, far, w_at, w_far, weights, None, o, table, c)
     if whole < columns:
-        add_four(x, source, at, far, w_at, w_far, weights, columns - whole, o, table, whole)
+        add_vectors(x, source, at, far, w_at, w_far, weights, columns - whole, o, table, whole)
 
 
 @inline
