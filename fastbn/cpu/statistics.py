@@ -38,9 +38,11 @@ LEAST_SQUARE = 2.0**-900  # of a sum of squares other than 0, below which some m
 SHORT = 512  # values of a reduced row, below which rows lie side by side in those of `outer`
 ENOUGH_ROWS = 8  # of those, for their sums to be worth the space
 SHORTEST = 64  # values of a reduced row, below which eight neighbours are read at once, a value of each
+FEW_ROWS = 12  # rows of neighbouring kept indices, up to which all are read for eight columns at once
 FEW = 8  # kept indices in a row, below which each goes its own way along the reduced ones
 WORTH = 16  # kept indices a step apart that are worth a row
 IN_L1 = 16 << 10  # bytes of sums that `outer` goes through for each row: half the smallest first-level cache
+OF_WIDE_ROWS = 64 << 10  # the same of parts of rows: longer ones are read up to 1.6 times as fast, and sums from L2
 PART = 1 << 16  # values that a thread takes at once, about
 PART_OF_SQUARES = 1 << 14  # of float64, of which each of 32 sums has 512: rounding of 1e-15
 PARTS_AT_MOST = 64  # of the rows of `outer`
@@ -154,7 +156,7 @@ def _along_reduced(d: list[Dimension], run: Dimension, exact: bool, squares: boo
 
 def _along_kept(
     d: list[Dimension], row: Dimension, size: Dimension | None, fold: Dimension | None, most: int, itemsize: int,
-    exact: bool, squares: bool, form: int,
+    exact: bool, squares: bool, form: int, direct: bool,
 ) -> _Division:  # fmt: skip
     """Rows of kept indices: ``size`` neighbouring reduced values of each, all of it ``fold`` times; `most` columns."""
     own = [o for o in (row, size) if o is not None]
@@ -183,6 +185,9 @@ def _along_kept(
         PARTS: parts, ROWS: count, ROWS_OF_A_PART: each, STEP: row.step if size is None else size.step, FORM: form,
         CHANNELS: row.size, SIZE: inner, FOLD: folded, TILE: cells, TAIL: tail, WIDTH: width, KEPT_STEP: row.result,
     }  # fmt: skip
+    if count <= (FEW_ROWS if row.step == 1 else SHORTEST) and size is None and folded == 1 and direct:
+        names = _words(named | {PARTS: 1, ROWS_OF_A_PART: count}, kept, rows)
+        return _Division("few", names, others * tiles, 1, 0, 0, 0, row.step != 1, row.mask == 0)
     innermost = row if size is None else size
     partials = FIELDS * row.size * parts * others if parts > 1 else 0
     finishing = others * -(-row.size // 8)
@@ -192,9 +197,11 @@ def _along_kept(
     )  # fmt: skip
 
 
-def divide(d: list[Dimension], masked: bool, itemsize: int, exact: bool, squares: bool, form: int) -> _Division:
-    """By what lies innermost."""
-    given = itemsize, exact, squares, form
+def divide(
+    d: list[Dimension], masked: bool, itemsize: int, exact: bool, squares: bool, form: int, direct: bool = True
+) -> _Division:
+    """By what lies innermost. Kernels read values directly, or what was fetched."""
+    given = itemsize, exact, squares, form, direct
     if not d or all(not o.kept for o in d):
         return _along_reduced(d, d[-1] if d else Dimension(1, 1, 1, 0, False), exact, squares, form)
     last, above = d[-1], d[-2] if len(d) > 1 else None
@@ -218,7 +225,7 @@ def divide(d: list[Dimension], masked: bool, itemsize: int, exact: bool, squares
     run = max(reduced, key=lambda o: o.size, default=last)
     if last.size < FEW and not run.kept and (not masked or run.mask in (0, 1)):
         return _along_reduced(d, run, exact, squares, form)
-    return _along_kept(d, last, None, None, most, *given)
+    return _along_kept(d, last, None, None, most * OF_WIDE_ROWS // IN_L1, *given)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -235,7 +242,7 @@ def plan(
     arrays: dict[str, str | None] = {"x": kind, "where": mask}
     arrays |= dict(zip(("count", "mean", "spread"), results, strict=True))
     p = Program(threads, math.prod(o.size for o in d), arrays | {"status": "f8*"}, ["ddof"])
-    c = divide(list(d), mask is not None, itemsize, exact, squares, form)
+    c = divide(list(d), mask is not None, itemsize, exact, squares, form, kind in DIRECT)
     words = list(c.words)
     words[ITEMSIZE], words[SKIP_NAN] = itemsize, skip_nan
     words[MASK] = (OF_ROWS if c.by_rows else OF_VALUES) if mask else 0
@@ -243,19 +250,26 @@ def plan(
         words[at] = 0 if result is None else FLOATS.index(result)
     given: dict[str, Any] = {"squares": squares or None, "exact": exact or None}
     given |= {"geometry": p.integers(words), "partials": p.scratch(c.partials + 64, "f8*")}
-    into = {
+    into: dict[str, Any] = {
         name: _address(p.array(name).after(starts[2]) if arrays[name] else NONE) for name in ("count", "mean", "spread")
     }
     into |= {"ddof": p.number("ddof"), "status": p.array("status")}
-    direct, x = kind in DIRECT and not c.strided, p.array("x").after(starts[0])
+    x = p.array("x").after(starts[0])
+    selection: dict[str, Any] = {
+        "where": p.array("where").after(starts[1]) if mask else None, "masked": words[MASK] == OF_VALUES or None,
+        "weighted": weighted or None, "skip_nan": skip_nan or None,
+    }  # fmt: skip
+    if c.kernel == "few":
+        options: dict[str, Any] = {"squares": squares or None, "exact": exact or None, "geometry": given["geometry"]}
+        p.launch("statistics_few.few", c.tasks, x=x, strided=c.strided or None, **selection, **options, **into)
+        return p
+    direct = kind in DIRECT and not c.strided
     data: dict[str, Any] = {
         "x": x if direct else None, "raw": None if direct else x._replace(kind="b1*"),
         "fetch": _address(NONE) if direct else p.function("statistics.fetch", x=kind, step="i8", out="f8*"),
-        "where": p.array("where").after(starts[1]) if mask else None,
-        "masked": words[MASK] == OF_VALUES or None, "weighted": weighted or None, "skip_nan": skip_nan or None,
     }  # fmt: skip
     workspace = {"workspace": p.temporary(threads * c.own, "f8*")}
-    p.launch(f"statistics_{c.kernel}.{c.kernel}", c.tasks, **(data | given | workspace | into))
+    p.launch(f"statistics_{c.kernel}.{c.kernel}", c.tasks, **(data | selection | given | workspace | into))
     if c.parts > 1:
         p.launch(
             "statistics.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **given, weighted=weighted or None, **into

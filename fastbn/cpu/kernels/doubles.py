@@ -106,28 +106,22 @@ def values(typing, array, at, step):
 
 
 @intrinsic
-def some_values(typing, array, at, some):
-    """Eight values side by side, or the first ``some`` and zeros, without touching other memory; None of no array."""
+def some_values(typing, array, at, step, some):
+    """Eight values, or the first ``some`` without touching other memory: side by side if the step is None, and then
+    other lanes are zeros; None of no array.
+    """
+    strided, few = step != types.none, some != types.none
     if array == types.none:
-        return types.none(array, types.intp, some), _dummy
+        return types.none(array, types.intp, step, some), _dummy
 
     def codegen(context, builder, sig, args):
-        first = None if some == types.none else lanes_below(builder, args[2], LANES)
+        first = lanes_below(builder, args[3], LANES) if few else None
+        if strided:
+            return _in_float64(builder, _gathered(builder, array, args[:3], first), array.dtype)
         pointer = pointer_to(builder, array, args[0], args[1], LANES)
         return _in_float64(builder, _stored(builder, array, pointer, first), array.dtype)
 
-    return DOUBLES(array, types.intp, some if some == types.none else types.intp), codegen
-
-
-@intrinsic
-def first_strided(typing, array, at, step, n):
-    """The first n of eight values, a step apart; other lanes mean nothing."""
-
-    def codegen(context, builder, sig, args):
-        mask = lanes_below(builder, args[3], LANES)
-        return _in_float64(builder, _gathered(builder, array, args[:3], mask), array.dtype)
-
-    return DOUBLES(array, types.intp, types.intp, types.intp), codegen
+    return DOUBLES(array, types.intp, types.intp if strided else step, types.intp if few else some), codegen
 
 
 @intrinsic

@@ -6,8 +6,8 @@ For each kept index, over the values x that count (all, or those of a mask, or t
 
 Everything is summed in float64, and an array's kept indices in parts of its reduced ones, by shape alone:
 
-- Sums: float32, halves and integers of up to 32 bits are exact in float64; of float64 and integers of 64 bits four values
-  are added, and what the sum of these loses is summed as well (Knuth's two-sum). Sums of parts are added so in any case.
+- Sums: float32, halves and integers of up to 32 bits are exact in float64; of float64 and integers of 64 bits four
+  values are added, and what their sum loses is summed as well (Knuth's two-sum). So are sums of parts in any case.
 - Squares: of x - shift, with the mean of eight values as shift: A = sum(x - shift), B = sum((x - shift)^2),
   m2 = B - A^2/n (Chan, Golub & LeVeque 1983, eq. 1.7 with a shift). That loses as many bits as the mean's distance from
   the shift is large beside the deviation; where these are too many, the part is summed again around its mean. Parts
@@ -32,7 +32,6 @@ from fastbn.cpu.kernels.doubles import (
     everywhere,
     finite,
     first_lanes,
-    first_strided,
     first_there,
     greater,
     lane,
@@ -42,7 +41,6 @@ from fastbn.cpu.kernels.doubles import (
     some_values,
     unless,
     value_at,
-    values,
     which_count,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
@@ -141,8 +139,10 @@ def place(index, geometry, first, count):
     """Where an index into so many dimensions is: in x, in the mask, in the results."""
     x, w, o = 0, 0, 0
     for k in range(first + DIMENSION * (count - 1), first - 1, -DIMENSION):
-        outer = index // geometry[k]
-        i = index - outer * geometry[k]
+        i, outer = index, 0
+        if k > first:  # a division takes as long as fifty values
+            outer = index // geometry[k]
+            i = index - outer * geometry[k]
         x += i * geometry[k + 1]
         w += i * geometry[k + 2]
         o += i * geometry[k + 3]
@@ -167,7 +167,7 @@ def rows_from(r, last, geometry):
         return 0, 0, 0, 0, 1, 1
     x, w = row_at(r, geometry)
     innermost = first + DIMENSION * (count - 1)
-    left = geometry[innermost] - r % geometry[innermost]
+    left = geometry[innermost] - (r % geometry[innermost] if count > 1 else r)
     return x, w, geometry[innermost + 1], geometry[innermost + 2], min(left, last - r), left
 
 
@@ -198,7 +198,7 @@ def add(a, b, e, shift, squares, exact):
         wd = times(e.w, d)
         return a + wd, fma(wd, d, b)
     if exact is not None:
-        s, lost = two_sum(a, e.v)
+        s, lost = two_sum(a, times(e.w, e.v))
         return s, b + lost
     return a + times(e.w, e.v), b
 
@@ -249,12 +249,12 @@ def short(number, exact):
 
 
 @inline
-def eight(x, source, at, w_at, row_weight, q, some, o):
-    """Eight values, or the first ``some``."""
+def eight(x, source, at, step, w_at, row_weight, q, some, o):
+    """Eight values, or the first ``some``, side by side if the step is None."""
     where = only_if(o.masked, source.where)
-    v = some_values(x, at, some)
+    v = some_values(x, at, step, some)
     mask = which_count(where, w_at, v, some, o.skip_nan)
-    w = first_there(some_values(only_if(o.weighted, where), w_at, some), only_if(o.weighted, row_weight))
+    w = first_there(some_values(only_if(o.weighted, where), w_at, None, some), only_if(o.weighted, row_weight))
     return Eight(choose(mask, v, q), mask, w)
 
 
@@ -323,9 +323,17 @@ def fetched(source, at, n, workspace, into):
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
+class Cells(NamedTuple):
+    """Where results of up to eight kept indices go, a step apart."""
+
+    at: Any
+    step: Any
+    count: Any
+
+
 @inline
-def merge_parts(a, at, pitch, far, parts, cells, o, geometry, results, o_at):
-    """Results of neighbouring kept indices from their parts, ``far`` apart, whose four fields are a pitch apart."""
+def merge_parts(a, at, pitch, far, parts, cells, o, geometry, results, o_at, step):
+    """Results of some kept indices from their parts, ``far`` apart, whose four fields are a pitch apart."""
     zero = everywhere(0.0)
     for j in range(0, cells, LANES):
         n, hi, lo, m2 = zero, zero, zero, zero
@@ -341,8 +349,20 @@ def merge_parts(a, at, pitch, far, parts, cells, o, geometry, results, o_at):
             n = n + part_n
         if checks(o.squares, o.exact, o.weighted) and parts > 1 and underflowed(lane(m2, 0)):
             results.status[CAREFUL] = 1.0
-        at_j, some = o_at + j * geometry[KEPT_STEP], min(LANES, cells - j)
-        finish(n, origin, hi, lo, m2, o.squares, first_there(o.exact, o.weighted), geometry, results, at_j, some)
+        to = Cells(o_at + j * step, step, min(LANES, cells - j))
+        finish(
+            n,
+            everywhere(1.0) / n,
+            origin,
+            hi,
+            lo,
+            m2,
+            o.squares,
+            first_there(o.exact, o.weighted),
+            geometry,
+            results,
+            to,
+        )
 
 
 @inline
@@ -371,32 +391,32 @@ def checks(squares, exact, weighted):
 
 
 @inline
-def finish(n, origin, hi, lo, m2, squares, checked, geometry, results, at, cells):
-    """Results of up to eight kept indices."""
+def finish(n, each, origin, hi, lo, m2, squares, checked, geometry, results, to):
+    """Results of up to eight kept indices; each is 1 / n."""
     zero, one = everywhere(0.0), everywhere(1.0)
-    among = first_lanes(cells)
+    among = first_lanes(to.count)
     s = hi + lo
     s = choose(finite(lo), s, hi)  # what two-sum loses of infinities is NaN
-    mu = s / n
+    mu = s * each
     # The quotient once more: the mean of equal numbers is that number.
-    rest = (fma(zero - mu, n, s) + ((hi - s) + lo)) / n
+    rest = (fma(zero - mu, n, s) + ((hi - s) + lo)) * each
     if squares is not None:
         mu, lost = two_sum(origin, mu)
         rest = rest + lost
     better = mu + rest
     mu = choose(finite(better), better, mu)
     if squares is not None:
-        put_spread(n, m2, checked, geometry, results, at, cells, among)
+        put_spread(n, m2, checked, geometry, results, to, among)
     elif checked is not None and any_greater(choose(among, choose(finite(s), zero, one), zero), zero):
         results.status[CAREFUL] = 1.0
-    put_results(results.mean, geometry[MEAN_KIND], at, geometry[KEPT_STEP], mu, cells)
-    put_results(results.count, geometry[COUNT_KIND], at, geometry[KEPT_STEP], n, cells)
+    put_results(results.mean, geometry[MEAN_KIND], to, mu)
+    put_results(results.count, geometry[COUNT_KIND], to, n)
     if any_greater(choose(among, choose(greater(n, zero), zero, one), zero), zero):
         results.status[EMPTY] = 1.0
 
 
 @inline
-def put_spread(n, m2, checked, geometry, results, at, cells, among):
+def put_spread(n, m2, checked, geometry, results, to, among):
     """Variances, their roots, or M2."""
     zero, one = everywhere(0.0), everywhere(1.0)
     result = choose(greater(n, zero), m2, everywhere(np.nan))
@@ -410,7 +430,7 @@ def put_spread(n, m2, checked, geometry, results, at, cells, among):
             result = root(result)
         if any_greater(choose(among, choose(greater(degrees, zero), zero, one), zero), zero):
             results.status[NO_DEGREES] = 1.0
-    put_results(results.spread, geometry[SPREAD_KIND], at, geometry[KEPT_STEP], result, cells)
+    put_results(results.spread, geometry[SPREAD_KIND], to, result)
     if checked is not None:
         small = choose(greater(everywhere(LEAST_SQUARE), m2), m2, zero)
         unsound = choose(finite(m2), small, one)
@@ -419,25 +439,25 @@ def put_spread(n, m2, checked, geometry, results, at, cells, among):
 
 
 @inline
-def put_results(out, kind, at, step, v, n):
-    """Into an array at an address, whose dtype's kind is one of `RESULTS`; 0 for none."""
+def put_results(out, kind, to, v):
+    """Into an array at an address, whose dtype's kind is one of `calls.FLOATS`; 0 for none."""
     if kind == F8:
-        put(doubles(out), at, step, v, n)
+        put(doubles(out), to, v)
     elif kind == F4:
-        put(floats(out), at, step, v, n)
+        put(floats(out), to, v)
     elif kind == U2:
-        put(halves(out), at, step, v, n)
+        put(halves(out), to, v)
     elif kind == I2:
-        put(bfloats(out), at, step, v, n)
+        put(bfloats(out), to, v)
 
 
 @inline
-def put(out, at, step, v, n):
-    if step == 1:
-        put_values(out, at, v, n)
+def put(out, to, v):
+    if to.step == 1:
+        put_values(out, to.at, v, to.count)
     else:
-        for k in range(n):
-            put_value(out, at + k * step, lane(v, k))
+        for k in range(to.count):
+            put_value(out, to.at + k * to.step, lane(v, k))
 
 
 @kernel
@@ -451,14 +471,16 @@ def finish_parts(
     for task in range(first, last):
         if channels == 0:
             _, _, o_at = place(task, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
-            merge_parts(partials, FIELDS * parts * task, 1, FIELDS, parts, 1, o, geometry, results, o_at)
+            merge_parts(partials, FIELDS * parts * task, 1, FIELDS, parts, 1, o, geometry, results, o_at, 1)
         else:
             k = task // groups
             cell = (task - k * groups) * LANES
             _, _, o_at = place(k, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
             at, o_at = FIELDS * channels * parts * k + cell, o_at + cell * geometry[KEPT_STEP]
             some = min(LANES, channels - cell)
-            merge_parts(partials, at, channels, FIELDS * channels, parts, some, o, geometry, results, o_at)
+            merge_parts(
+                partials, at, channels, FIELDS * channels, parts, some, o, geometry, results, o_at, geometry[KEPT_STEP]
+            )
 
 
 # --- any dtype, any step ----------------------------------------------------------------------------------------------
@@ -470,11 +492,11 @@ def fetch(thread, first, last, x, step, out):
     whole = last - (last - first) % LANES
     if step == 1:
         for i in range(first, whole, LANES):
-            put_values(out, i, some_values(x, i, None), LANES)
+            put_values(out, i, some_values(x, i, None, None), LANES)
         if whole < last:
-            put_values(out, whole, some_values(x, whole, last - whole), last - whole)
+            put_values(out, whole, some_values(x, whole, None, last - whole), last - whole)
     else:
         for i in range(first, whole, LANES):
-            put_values(out, i, values(x, i * step, step), LANES)
+            put_values(out, i, some_values(x, i * step, step, None), LANES)
         if whole < last:
-            put_values(out, whole, first_strided(x, whole * step, step, last - whole), last - whole)
+            put_values(out, whole, some_values(x, whole * step, step, last - whole), last - whole)

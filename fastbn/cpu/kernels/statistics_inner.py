@@ -109,16 +109,14 @@ def value_of(x, raw, source, at, workspace, buffer):
 @inline
 def peek(source, part, exact, workspace, buffer):
     """The mean of some values of a part, for a shift; around the first that counts, so that it is that of constants."""
-    geometry, columns = source.geometry, part.columns
-    size = (part.last - part.first) * columns
-    count = min(PEEKS, max(1, size >> 4))
+    geometry, columns, rows = source.geometry, part.columns, part.last - part.first
+    bits = 3 if rows * columns >= 16 * PEEKS else 0
     origin, s, n = 0.0, 0.0, 0
-    for k in range(count):
-        i = k * size // count if k > 0 else 0
-        row = i // columns if part.last - part.first > 1 else 0
-        x_row, w_at = row_at(part.first + row, geometry)
-        x_row += part.at + (i - row * columns) * geometry[STEP]
-        w_at += part.w_at + (i - row * columns if geometry[MASK] == OF_VALUES else 0)
+    for k in range(1 << bits):
+        column = k * columns >> bits  # from rows and columns all over: without divisions, which take as long as a row
+        x_row, w_at = row_at(part.first + (k * rows >> bits), geometry)
+        x_row += part.at + column * geometry[STEP]
+        w_at += part.w_at + (column if geometry[MASK] == OF_VALUES else 0)
         number = value_of(source.x, source.raw, source, x_row, workspace, buffer)
         if np.isfinite(number) and (geometry[MASK] == 0 or value_at(source.where, w_at) != 0.0):
             if n == 0:
@@ -152,21 +150,21 @@ def add_row(x, source, at, w_at, columns, w, q, o, sums):
         done = 4 * end
     i = 0
     while i < end:  # a range of unknown step would be counted by a division for each row
-        e0 = eight(x, source, at + i, w_at + i, w, q, None, o)
-        e1 = eight(x, source, at + i + far, w_at + i + far, w, q, None, o)
-        e2 = eight(x, source, at + i + 2 * far, w_at + i + 2 * far, w, q, None, o)
-        e3 = eight(x, source, at + i + 3 * far, w_at + i + 3 * far, w, q, None, o)
+        e0 = eight(x, source, at + i, None, w_at + i, w, q, None, o)
+        e1 = eight(x, source, at + i + far, None, w_at + i + far, w, q, None, o)
+        e2 = eight(x, source, at + i + 2 * far, None, w_at + i + 2 * far, w, q, None, o)
+        e3 = eight(x, source, at + i + 3 * far, None, w_at + i + 3 * far, w, q, None, o)
         n = tallied(tallied(tallied(tallied(n, e0, o), e1, o), e2, o), e3, o)
         sums = add_each(Sums(n, a0, a1, a2, a3, b0, b1, b2, b3), (e0, e1, e2, e3), q, o.squares, o.exact)
         n, a0, a1, a2, a3, b0, b1, b2, b3 = sums
         i += jump
     for i in range(done, columns & -LANES, LANES):
-        e = eight(x, source, at + i, w_at + i, w, q, None, o)
+        e = eight(x, source, at + i, None, w_at + i, w, q, None, o)
         n = tallied(n, e, o)
         a0, b0 = add(a0, b0, e, q, o.squares, o.exact)
     i = columns & -LANES
     if i < columns:
-        e = eight(x, source, at + i, w_at + i, w, q, columns - i, o)
+        e = eight(x, source, at + i, None, w_at + i, w, q, columns - i, o)
         n = tallied(n, e, o)
         a1, b1 = add(a1, b1, e, q, o.squares, o.exact)
     return Sums(n, a0, a1, a2, a3, b0, b1, b2, b3)
@@ -228,12 +226,13 @@ def inner(
     thread, first, last, x, raw, fetch, where, masked, weighted, skip_nan, squares, exact, geometry, partials,
     workspace, count, mean, spread, ddof, status,
 ):  # fmt: skip
-    """A task is a part of a kept index: rows, or a piece of one."""
+    """A task is a part of a kept index: rows, or a piece of one. Results of up to eight are made at once."""
     o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, raw, fetch, where, geometry)
     results = Results(count, mean, spread, ddof, status)
     parts, pieces, columns = geometry[PARTS], geometry[PIECES], geometry[COLUMNS]
     own = thread * OF_INNER
     buffer = own + FIELDS * LANES
+    waiting, first_at, last_at, step = 0, 0, 0, 1
     for task in range(first, last):
         t, k = task, 0
         if parts > 1:
@@ -263,11 +262,19 @@ def inner(
         if lost:
             status[CAREFUL] = 1.0
         if parts > 1:
-            to, pitch = partials, 1
-            at = FIELDS * task
-        else:
-            to, pitch = workspace, LANES
-            at = own
-        to[at], to[at + pitch], to[at + 2 * pitch], to[at + 3 * pitch] = n, shift, a, b
-        if parts == 1:
-            merge_parts(workspace, own, LANES, 0, 1, 1, o, geometry, results, o_at)
+            put_part(partials, FIELDS * task, 1, n, shift, a, b)
+            continue
+        if (waiting > 0 and o_at - last_at != step and waiting > 1) or waiting == LANES:
+            merge_parts(workspace, own, LANES, 0, 1, waiting, o, geometry, results, first_at, step)
+            waiting = 0
+        put_part(workspace, own + waiting, LANES, n, shift, a, b)
+        if waiting == 0:
+            first_at = o_at
+        step, last_at, waiting = o_at - last_at, o_at, waiting + 1
+    if waiting > 0:
+        merge_parts(workspace, own, LANES, 0, 1, waiting, o, geometry, results, first_at, step)
+
+
+@inline
+def put_part(to, at, pitch, n, shift, a, b):
+    to[at], to[at + pitch], to[at + 2 * pitch], to[at + 3 * pitch] = n, shift, a, b

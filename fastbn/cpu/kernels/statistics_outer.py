@@ -139,7 +139,7 @@ def add_vector(x, source, at, w_at, w, some, o, table, c):
     """Eight columns, or ``some`` of them, of a row."""
     rest, counts = first_there(o.squares, o.exact), one_by_one(o)
     q, n, a, b = loaded(table, c, o.squares, rest, counts)
-    e = eight(x, source, at + c, w_at + c, w, q, some, o)
+    e = eight(x, source, at + c, None, w_at + c, w, q, some, o)
     a, b = add(a, b, e, q, o.squares, o.exact)
     n = tallied(n, e, o)
     stored(table, c, n, a, b, rest, counts)
@@ -151,10 +151,10 @@ def add_vectors(x, source, at, far, w_at, w_far, weights, some, o, table, c):
     rest, counts = first_there(o.squares, o.exact), one_by_one(o)
     q, n, a, b = loaded(table, c, o.squares, rest, counts)
     at, w_at = at + c, w_at + c
-    e0 = eight(x, source, at, w_at, weights[0], q, some, o)
-    e1 = eight(x, source, at + far, w_at + w_far, weights[1], q, some, o)
-    e2 = eight(x, source, at + 2 * far, w_at + 2 * w_far, weights[2], q, some, o)
-    e3 = eight(x, source, at + 3 * far, w_at + 3 * w_far, weights[3], q, some, o)
+    e0 = eight(x, source, at, None, w_at, weights[0], q, some, o)
+    e1 = eight(x, source, at + far, None, w_at + w_far, weights[1], q, some, o)
+    e2 = eight(x, source, at + 2 * far, None, w_at + 2 * w_far, weights[2], q, some, o)
+    e3 = eight(x, source, at + 3 * far, None, w_at + 3 * w_far, weights[3], q, some, o)
     a, b = add_four(a, b, (e0, e1, e2, e3), q, o.squares, o.exact)
     n = tallied(tallied(tallied(tallied(n, e0, o), e1, o), e2, o), e3, o)
     stored(table, c, n, a, b, rest, counts)
@@ -242,7 +242,7 @@ def peek_at_row(x, source, at, w_at, masked, width, first, table):
     numbers, zero, one = table.numbers, everywhere(0.0), everywhere(1.0)
     for c in range(0, width, LANES):
         some = min(LANES, width - c)
-        v = some_values(x, at + c, some)
+        v = some_values(x, at + c, None, some)
         counts = both(finite(v), which_count(only_if(masked, source.where), w_at + c, v, some, None))
         n, q = load(numbers, counts_at(table, c), 64), load(numbers, shifts_at(table, c), 64)
         if first or masked is not None:
@@ -437,4 +437,4 @@ def outer(
                     put_values(partials, to + f * channels + j, numbers, min(LANES, cells - j))
         else:
             o_at += cell * geometry[KEPT_STEP]
-            merge_parts(workspace, table.own, pitch, 0, 1, cells, o, geometry, results, o_at)
+            merge_parts(workspace, table.own, pitch, 0, 1, cells, o, geometry, results, o_at, geometry[KEPT_STEP])

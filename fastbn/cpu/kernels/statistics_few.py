@@ -1,0 +1,130 @@
+"""Statistics of few rows of kept indices, such as the five rows of an array of (5, 1 000 000): see `statistics`.
+
+Eight columns at a time go through all rows twice, and the second time their values are in the first-level cache: for
+the mean, which is the shift of the sums of squares, and for these. Nothing is kept in memory between.
+"""
+
+from fastbn.cpu.kernels.compiler import inline, kernel
+from fastbn.cpu.kernels.doubles import LANES, choose, everywhere, finite, first_there, greater, lane, only_if, shortened
+from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
+from fastbn.cpu.kernels.simd import zero_where_not_positive
+from fastbn.cpu.kernels.statistics import (
+    Cells,
+    Options,
+    Results,
+    Source,
+    add,
+    checks,
+    eight,
+    finish,
+    one_by_one,
+    place,
+    row_counts,
+    rows_from,
+    tallied,
+    weight_by_row,
+    weight_of_row,
+)
+from fastbn.cpu.statistics import (
+    CAREFUL,
+    CHANNELS,
+    DIMENSIONS,
+    KEPT_DIMENSIONS,
+    KEPT_STEP,
+    MASK,
+    OF_VALUES,
+    ROWS,
+    STEP,
+    TILE,
+)
+
+
+@inline
+def sums(x, source, at, step, w_at, some, o):
+    """Of eight columns from a place on: their counts, the sums, and what these lost."""
+    zero, geometry = everywhere(0.0), source.geometry
+    n, hi, lo, of_rows, r = zero, zero, zero, 0.0, 0
+    while r < geometry[ROWS]:
+        x_row, w_row, x_step, w_step, rows, _ = rows_from(r, geometry[ROWS], geometry)
+        r += rows
+        x_row, w_row = at + x_row, w_at + w_row
+        for _ in range(rows):
+            if row_counts(source.where, w_row, geometry):
+                weight = weight_of_row(source.where, w_row, weight_by_row(o))
+                e = eight(x, source, x_row, step, w_row, everywhere(weight), zero, some, o)
+                hi, lo = add(hi, lo, e, zero, None, first_there(o.exact, o.weighted))
+                n, of_rows = tallied(n, e, o), of_rows + weight
+            x_row += x_step
+            w_row += w_step
+    return count_of(n, of_rows, one_by_one(o)), hi, lo
+
+
+@inline
+def count_of(of_values, of_rows, counts):
+    """Each column's own, or the same of all."""
+    if counts is None:
+        return everywhere(of_rows)
+    return of_values
+
+
+@inline
+def squares_around(x, source, at, step, w_at, some, q, o):
+    """Sums of the columns' distances from q, and of their squares."""
+    a, b, r, geometry = everywhere(0.0), everywhere(0.0), 0, source.geometry
+    while r < geometry[ROWS]:
+        x_row, w_row, x_step, w_step, rows, _ = rows_from(r, geometry[ROWS], geometry)
+        r += rows
+        x_row, w_row = at + x_row, w_at + w_row
+        for _ in range(rows):
+            if row_counts(source.where, w_row, geometry):
+                weight = weight_of_row(source.where, w_row, weight_by_row(o))
+                a, b = add(
+                    a, b, eight(x, source, x_row, step, w_row, everywhere(weight), q, some, o), q, o.squares, o.exact
+                )
+            x_row += x_step
+            w_row += w_step
+    return a, b
+
+
+@inline
+def finish_columns(x, source, at, step, w_at, some, squares, o, results, to):
+    """Results of eight columns, or the first ``some``."""
+    n, hi, lo = sums(x, source, at, step, w_at, some, o)
+    zero, checked, each = everywhere(0.0), first_there(o.exact, o.weighted), everywhere(1.0) / n
+    if squares is not None:
+        mu = (hi + lo) * each
+        q = choose(finite(mu), shortened(mu, o.exact), zero)
+        lower_underflow_flag()
+        a, b = squares_around(x, source, at, step, w_at, some, q, o)
+        m2 = b - a * (a * choose(greater(n, zero), each, zero))
+        if checks(squares, o.exact, o.weighted) and underflowed(lane(b, 0)):
+            results.status[CAREFUL] = 1.0
+        m2 = zero_where_not_positive(m2, m2)
+        finish(n, each, q, a, zero, m2, squares, checked, source.geometry, results, to)
+    if squares is None:
+        finish(n, each, zero, hi, lo, zero, squares, checked, source.geometry, results, to)
+
+
+@kernel
+def few(
+    thread, first, last, x, strided, where, masked, weighted, skip_nan, squares, exact, geometry, count, mean, spread,
+    ddof, status,
+):  # fmt: skip
+    """A task is a tile of columns."""
+    o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, None, 0, where, geometry)
+    results = Results(count, mean, spread, ddof, status)
+    channels, tile, step = geometry[CHANNELS], geometry[TILE], only_if(strided, geometry[STEP])
+    tiles = -(-channels // tile)
+    for task in range(first, last):
+        k = task // tiles
+        cell = (task - k * tiles) * tile
+        end = min(cell + tile, channels)
+        at, w_at, o_at = place(k, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
+        by = 1 if geometry[MASK] == OF_VALUES else 0
+        for c in range(cell, end, LANES):
+            x_at, w_c = at + c * geometry[STEP], w_at + c * by
+            to = Cells(o_at + c * geometry[KEPT_STEP], geometry[KEPT_STEP], min(LANES, end - c))
+            if to.count == LANES:
+                finish_columns(x, source, x_at, step, w_c, None, squares, o, results, to)
+            else:
+                finish_columns(x, source, x_at, step, w_c, to.count, squares, o, results, to)
