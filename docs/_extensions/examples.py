@@ -1,0 +1,53 @@
+"""Directives for the pages of the gallery. Nothing is imported or run: all programs together take minutes.
+
+``{docstring} digits``: what ``examples/digits.py`` says of itself. ``{gallery}``, a name a line: the pictures that the
+programs saved, each a link to its page.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+class Docstring(SphinxDirective):
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        program = EXAMPLES / f"{self.arguments[0]}.py"
+        text = ast.get_docstring(ast.parse(program.read_text(encoding="utf-8")))
+        if text is None:
+            raise self.error(f"{program.name} has no docstring")
+        self.env.note_dependency(str(program))
+        found = nodes.container()
+        self.state.nested_parse(StringList(as_markdown(text).splitlines(), str(program)), 0, found)
+        return found.children
+
+
+class Gallery(SphinxDirective):
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        cards = [f"[![{name}](../../examples/{name}.png)]({name}.md)" for name in self.content]
+        grid = nodes.container(classes=["gallery"])
+        self.state.nested_parse(StringList("\n\n".join(cards).splitlines(), "gallery"), 0, grid)
+        return [grid]
+
+
+def as_markdown(text: str) -> str:
+    """These docstrings are plain enough: formulas are indented, and names stand between backticks, in Markdown too."""
+    return re.sub(r"::$", ":", text, flags=re.MULTILINE)
+
+
+def setup(app: Any) -> dict[str, bool]:
+    app.add_directive("docstring", Docstring)
+    app.add_directive("gallery", Gallery)
+    return {"parallel_read_safe": True}
