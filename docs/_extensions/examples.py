@@ -36,9 +36,12 @@ class Gallery(SphinxDirective):
     has_content = True
 
     def run(self) -> list[nodes.Node]:
-        cards = [f"[![{name}](../../examples/{name}.png)]({name}.md)" for name in self.content]
         grid = nodes.container(classes=["gallery"])
-        self.state.nested_parse(StringList("\n\n".join(cards).splitlines(), "gallery"), 0, grid)
+        for name in self.content:
+            picture = f"[![What {name}.py draws](../../examples/{name}.png)]({name}.md)"
+            card = nodes.container(classes=["card"])
+            self.state.nested_parse(StringList([picture, "", f"[]({name}.md)"], "gallery"), 0, card)
+            grid += card
         return [grid]
 
 
