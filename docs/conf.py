@@ -39,7 +39,8 @@ copybutton_prompt_is_regexp = True
 
 autodoc_typehints = "none"  # nearly all of them are Any: docstrings say more
 autodoc_member_order = "bysource"
-autodoc_mock_imports = [name for name in ("torch", "jax", "dask") if importlib.util.find_spec(name) is None]
+absent = [name for name in ("torch", "jax", "dask") if importlib.util.find_spec(name) is None]
+autosummary_generate = [f"api/{page.name}" for page in (HERE / "api").glob("*.rst") if page.stem not in absent]
 napoleon_google_docstring = False
 napoleon_use_param = False  # types are phrases, "array, optional", and no names of classes to link
 napoleon_use_rtype = False
@@ -56,3 +57,15 @@ html_static_path = ["_static"]
 html_css_files = ["fastbn.css"]
 html_copy_source = False  # nothing shows it
 html_theme_options = {"top_of_page_buttons": []}
+
+
+def setup(app):
+    """Where a framework is missing the page of its adapter says so."""
+
+    def said(_app, page, source):
+        folder, _, name = page.rpartition("/")
+        if folder == "api" and name in absent:
+            title = f"fastbn.{name}"
+            source[0] = f"{title}\n{'=' * len(title)}\n\nThese pages were made where {name} is not installed.\n"
+
+    app.connect("source-read", said)

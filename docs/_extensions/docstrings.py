@@ -38,7 +38,7 @@ def _parameters(documented: Any) -> set[str]:
 def _target(text: str, module: Any) -> str | None:
     """The full name of a documented object, of the package whose text this is or of fastbn itself."""
     name = text.removesuffix("()")
-    if name in MODULES:
+    if name in MODULES and name in sys.modules:
         return name
     for start in (_package_of(module), "fastbn", *MODULES):
         owner, rest = sys.modules.get(start), name.removeprefix(f"{start}.")

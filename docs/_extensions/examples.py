@@ -1,7 +1,7 @@
 """Directives for the pages of the gallery. Nothing is imported or run: all programs together take minutes.
 
-``{docstring} digits``: what ``examples/digits.py`` says of itself. ``{gallery}``, a name a line: the pictures that the
-programs saved, each a link to its page.
+``{program} digits``: what ``examples/digits.py`` says of itself, then its code. ``{gallery}``, a name a line: the
+pictures that the programs saved, each a link to its page.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from sphinx.util.docutils import SphinxDirective
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-class Docstring(SphinxDirective):
+class Program(SphinxDirective):
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        program = EXAMPLES / f"{self.arguments[0]}.py"
-        text = ast.get_docstring(ast.parse(program.read_text(encoding="utf-8")))
-        if text is None:
-            raise self.error(f"{program.name} has no docstring")
-        self.env.note_dependency(str(program))
+        path = EXAMPLES / f"{self.arguments[0]}.py"
+        text = path.read_text(encoding="utf-8")
+        module = ast.parse(text)
+        says = ast.get_docstring(module)
+        if says is None:
+            raise self.error(f"{path.name} has no docstring")
+        self.env.note_dependency(str(path))
         found = nodes.container()
-        self.state.nested_parse(StringList(as_markdown(text).splitlines(), str(program)), 0, found)
-        return found.children
+        self.state.nested_parse(StringList(as_markdown(says).splitlines(), str(path)), 0, found)
+        code = "\n".join(text.splitlines()[module.body[0].end_lineno :]).strip("\n")
+        return [*found.children, nodes.literal_block(code, code, language="python")]
 
 
 class Gallery(SphinxDirective):
@@ -51,6 +54,6 @@ def as_markdown(text: str) -> str:
 
 
 def setup(app: Any) -> dict[str, bool]:
-    app.add_directive("docstring", Docstring)
+    app.add_directive("program", Program)
     app.add_directive("gallery", Gallery)
     return {"parallel_read_safe": True}

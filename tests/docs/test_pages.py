@@ -124,6 +124,40 @@ def test_the_tables_of_kernels_are_those_of_the_recorded_run():
     assert "| missed |" in figures
 
 
+QUOTED = {
+    "forward NCHW from 1 MB, times PyTorch": "channels-first forward {} times",
+    "backward NCHW from 1 MB, times PyTorch": "backward {} times as fast",
+    "forward NHWC above 32 MB, times PyTorch": "channels-last above 32 MB {} and",
+    "backward NHWC above 32 MB, times PyTorch": "and {} times, inference",
+    "inference above 32 MB, times PyTorch": "inference {} times |",
+    "inference below 32 MB, times PyTorch": "inference below 32 MB {} times",
+    "any case not within its limit, times PyTorch, worst": "single cases down to {} times",
+    "float16 with out=, times PyTorch": "{} times PyTorch with `out=`",
+    "(1, 8, 16) forward, times PyTorch": "forward {} times, inference",
+    "(1, 8, 16) inference, times PyTorch": "inference {} times PyTorch",
+}
+
+
+@pytest.mark.parametrize("figure", QUOTED)
+def test_what_is_said_in_short_is_what_the_table_has(figure):
+    page = read(DOCS / "performance.md")
+    (measured,) = re.findall(rf"^\| {re.escape(figure)} \| ([\d.]+) \|", page, re.MULTILINE)
+    assert QUOTED[figure].format(f"{float(measured):.2g}") in page.partition("## Kernels")[0]
+
+
+def test_what_the_readme_says_of_frameworks_is_what_the_tables_have():
+    text, steps, calls = read(README), read(DOCS / "pytorch_steps.md"), read(DOCS / "performance.md")
+    layers = dict(
+        re.findall(r"^\| \((\d+, 64, 56, 56)\) contiguous \| training \|.*\| ([\d.]+)x \|$", steps, re.MULTILINE)
+    )
+    small, large = (f"{float(layers[f'{n}, 64, 56, 56']):.1f} times" for n in (16, 64))
+    assert f"16x64x56x56 is {small} as fast, of 64x64x56x56 {large}" in text
+    times = dict(re.findall(r"^\| (fastbn.jax|XLA's own)[^|]*, NHWC \| (\d+ \| \d+) \|$", calls, re.MULTILINE))
+    (ours_small, ours), (xla_small, xla) = (map(int, times[who].split(" | ")) for who in ("fastbn.jax", "XLA's own"))
+    assert f"takes {ours / 1000:.1f} ms instead of XLA's {xla / 1000:.1f}" in text
+    assert f"of 2x8x4x4 {ours_small} us instead of {xla_small}" in text
+
+
 # --- the API and the gallery ------------------------------------------------------------------------------------------
 
 
