@@ -1,6 +1,6 @@
 """Directives for the pages of the gallery. Nothing is imported or run: all programs together take minutes.
 
-``{program} digits``: what ``examples/digits.py`` says of itself, then its code. ``{gallery}``, a name a line: the
+``{example} digits``: what ``examples/digits.py`` says of itself, then its code. ``{gallery}``, a name a line: the
 pictures that the programs saved, each a link to its page.
 """
 
@@ -18,7 +18,7 @@ from sphinx.util.docutils import SphinxDirective
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-class Program(SphinxDirective):
+class Example(SphinxDirective):
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
@@ -54,6 +54,6 @@ def as_markdown(text: str) -> str:
 
 
 def setup(app: Any) -> dict[str, bool]:
-    app.add_directive("program", Program)
+    app.add_directive("example", Example)
     app.add_directive("gallery", Gallery)
     return {"parallel_read_safe": True}

@@ -23,6 +23,7 @@ QUIET = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )  # fmt: skip
 DESK, PHONE = 1280, 390
+A_SCREEN = 1000
 
 # A page that opens others in a frame, one after the other, and says what is seen there. A frame may be as narrow as a
 # phone; the browser's window may not.
@@ -45,6 +46,7 @@ const look = async (page) => {
   const found = {
     title: inside.title,
     width: inside.documentElement.scrollWidth,
+    height: inside.querySelector("article").getBoundingClientRect().height,
     code: inside.querySelectorAll("article pre").length,
     copy: inside.querySelectorAll("button.copybtn").length,
     tables: inside.querySelectorAll("article table").length,
@@ -146,22 +148,29 @@ def test_all_pages_on_a_phone(browser, site, tmp_path):
     assert len(seen) == len(pages) > 40
     assert {page: found["width"] for page, found in seen.items() if found["width"] > PHONE} == {}
     assert {page for page, found in seen.items() if found["widest"] > PHONE} == set()
+    assert {page for page, found in seen.items() if not all(found["images"])} == set()
+    programs = [page for page in pages if page.startswith("gallery/") and page != "gallery/index.html"]
+    assert {page for page in programs if not (seen[page]["code"] and seen[page]["images"])} == set()
     assert {page for page, found in seen.items() if not (found["menu"] and found["search"])} == set()
 
 
 def test_pages_on_a_desk(browser, site, tmp_path):
     pages = [
-        "index.html", "start/numpy.html", "start/cupy.html", "performance.html", "gallery/index.html",
-        "gallery/digits.html", "api/generated/fastbn.batch_norm.html", "conventions.html",
+        "index.html", "performance.html", "gallery/index.html", "gallery/digits.html",
+        "api/generated/fastbn.batch_norm.html", "conventions.html",
     ]  # fmt: skip
+    start = [page for page in pages_of(site[1]) if page.startswith("start/")]
+    pages += start
     seen = looked_at(browser, site, tmp_path, pages, DESK)
     for page, found in seen.items():
         assert found["search"], page
         assert found["width"] <= DESK, page
         assert all(found["images"]), page
-    for page in ("index.html", "start/numpy.html", "start/cupy.html", "gallery/digits.html", pages[-2]):
+    for page in ("index.html", "gallery/digits.html", "api/generated/fastbn.batch_norm.html", *start):
         assert seen[page]["code"] >= 1, page
         assert seen[page]["copy"] == seen[page]["code"], page
+    assert len(start) == 6
+    assert {page for page in start if seen[page]["height"] > A_SCREEN} == set()
     assert seen["performance.html"]["tables"] >= 6
     assert len(seen["performance.html"]["images"]) == 2
     assert len(seen["gallery/index.html"]["images"]) == len(list((ROOT / "examples").glob("*.png")))
