@@ -30,8 +30,11 @@ def sections():
         version = VERSION.search(start)
         given = blocks(start)
         common = [code for code in given if not is_pytorchs(code)]
-        if given and not any(map(blocks, rest)):
+        later = [code for section in rest for code in blocks(section)]
+        if given and not later:
             found.append(pytest.param(given, None, id=name))
+        elif common and all(map(is_pytorchs, later)):
+            found.append(pytest.param(common, None, id=name))
         for section in rest:
             heading = section.partition("\n")[0]
             numpys = [code for code in blocks(section) if not is_pytorchs(code)]
