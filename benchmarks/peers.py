@@ -256,7 +256,7 @@ def print_targets(found: Sequence[Target]) -> None:
 
 
 def markdown(recorded: dict[str, Any]) -> str:
-    """The README's tables of a recorded run: float32 speeds, and every figure beside its bound."""
+    """The tables of docs/performance.md of a recorded run: float32 speeds, and every figure beside its bound."""
     shown = [(what, layout) for layout in LAYOUTS for what in ("forward", "backward", "inference")]
     cells: dict[tuple[int, ...], dict[tuple[str, str], str]] = {}
     for case in recorded["cases"]:
@@ -327,10 +327,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--picture", type=Path, help="draw time per byte against size into this file")
     parser.add_argument("--progress", action="store_true", default=sys.stderr.isatty(), help="a bar on stderr")
-    parser.add_argument("--readme", type=Path, help="print the README's tables of a recorded run, and measure nothing")
+    parser.add_argument("--markdown", type=Path, help="print the tables of docs/performance.md of a recorded run")
     options = parser.parse_args(argv)
-    if options.readme:
-        print(markdown(json.loads(options.readme.read_text(encoding="utf-8"))))
+    if options.markdown:
+        print(markdown(json.loads(options.markdown.read_text(encoding="utf-8"))))
         return 0
     options.dtype = options.dtype or [d for d in DTYPES if d in environment.float_dtypes()]
     options.layout = options.layout or list(LAYOUTS)

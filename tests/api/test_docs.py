@@ -1,11 +1,14 @@
-"""The blocks of code in ``docs/*.md`` print what they say, where what they import is installed."""
+"""The blocks of code in the documentation print what they say, where what they import is installed.
+
+Those on CuPy arrays run on the CPU, by `tests.simt`.
+"""
 
 import doctest
 import re
 
 import pytest
 
-from tests.pages import DOCS, blocks
+from tests.pages import DOCS, all_blocks, blocks, written
 
 IMPORTED = re.compile(r"^(?:>>> )?(?:import|from) ([\w.]+)", re.MULTILINE)
 VERSION = re.compile(r"PyTorch is (\d+\.\d+)\.")  # how a page says of which version its lines are
@@ -21,21 +24,26 @@ def sections():
     Of a page whose sections have none, those before them.
     """
     found = []
-    for page in sorted(DOCS.glob("*.md")):
+    for page in written():
+        name = page.relative_to(DOCS).with_suffix("").as_posix()
         start, *rest = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
         version = VERSION.search(start)
-        common = [code for code in blocks(start) if not is_pytorchs(code)]
-        if common and not any(map(blocks, rest)):
-            found.append(pytest.param(common, None, id=page.stem))
+        given = blocks(start)
+        common = [code for code in given if not is_pytorchs(code)]
+        later = [code for section in rest for code in blocks(section)]
+        if given and not later:
+            found.append(pytest.param(given, None, id=name))
+        elif common and all(map(is_pytorchs, later)):
+            found.append(pytest.param(common, None, id=name))
         for section in rest:
             heading = section.partition("\n")[0]
             numpys = [code for code in blocks(section) if not is_pytorchs(code)]
             pytorchs = [code for code in blocks(section) if is_pytorchs(code)]
             if numpys:
-                found.append(pytest.param([*common, *numpys], None, id=f"{page.stem}: {heading}"))
+                found.append(pytest.param([*common, *numpys], None, id=f"{name}: {heading}"))
             if pytorchs:
-                given = blocks(start), version and version[1]
-                found.append(pytest.param([*given[0], *pytorchs], given[1], id=f"{page.stem}: {heading}, PyTorch"))
+                wanted = version and version[1]
+                found.append(pytest.param([*given, *pytorchs], wanted, id=f"{name}: {heading}, PyTorch"))
     return found
 
 
@@ -53,8 +61,11 @@ def run(code, names):
 
 
 @pytest.mark.parametrize(("codes", "version"), sections())
-def test_blocks(codes, version):
-    for module in IMPORTED.findall("".join(codes)):
+def test_blocks(codes, version, request):
+    imported = IMPORTED.findall("".join(codes))
+    if "cupy" in imported:
+        request.getfixturevalue("cuda_device")
+    for module in imported:
         pytest.importorskip(module)
     if any(map(is_pytorchs, codes)):
         torch = pytest.importorskip("torch")
@@ -63,6 +74,19 @@ def test_blocks(codes, version):
     names = {}
     for code in codes:
         run(code, names)
+
+
+def test_what_is_not_run_is_python_and_says_why():
+    skipped = [block for page in written() for block in all_blocks(page.read_text(encoding="utf-8")) if block.not_run]
+    assert len(skipped) <= 2
+    for block in skipped:
+        assert len(block.not_run.split()) > 5
+        compile(block.code, "block", "exec")
+
+
+def test_every_kind_of_array_has_a_page_whose_code_is_run():
+    names = {parameters.id for parameters in sections()}
+    assert {f"start/{kind}" for kind in ("numpy", "cupy", "pytorch", "jax", "dask", "mpi")} <= names
 
 
 def test_wrong_output_is_seen():

@@ -7,7 +7,7 @@ import pytest
 peers = pytest.importorskip("benchmarks.peers", reason="installed without the benchmarks")
 
 
-def test_a_run_writes_what_the_readme_shows(tmp_path, capsys):
+def test_a_run_writes_what_the_documentation_shows(tmp_path, capsys):
     recorded, picture = tmp_path / "run.json", tmp_path / "run.png"
     operations = [word for what in ("forward", "backward", "inference") for word in ("--operation", what)]
     arguments = [*operations, "--shape", "32,64,14,14", "--dtype", "float32", "--rounds", "1"]
@@ -19,5 +19,5 @@ def test_a_run_writes_what_the_readme_shows(tmp_path, capsys):
         assert case["of_limit"] == pytest.approx(case["seconds"]["fastbn_out"] / case["limit"])
     assert picture.read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
-    assert peers.main(["--readme", str(recorded)]) == 0
+    assert peers.main(["--markdown", str(recorded)]) == 0
     assert "| 32x64x14x14 |" in capsys.readouterr().out
