@@ -1,5 +1,5 @@
-"""The calls that people make first: their kernels are compiled ahead, by `python -m fastbn warmup` into the cache on
-disk, by `fastbn.precompile` into wheels.
+"""The calls that people make first: their kernels are compiled ahead, by `fastbn warmup` into the cache on disk, by
+`fastbn.precompile` into wheels.
 """
 
 from __future__ import annotations

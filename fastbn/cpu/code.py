@@ -265,7 +265,7 @@ class Notice:
         dtype = next((names[kind] for kind in (k.partition(":")[2] for k in self._kinds) if kind in names), "numbers")
         kept = "once on this machine" if store_of(version()) else "in each process, as no folder can keep them"
         print(
-            f"fastbn: compiling kernels ({self._name} for {dtype}, and others), some seconds, {kept}; `python -m fastbn"
-            f" warmup` does it ahead, {QUIET}=0 silences this",
+            f"fastbn: compiling kernels ({self._name} for {dtype}, and others), some seconds, {kept}; `fastbn warmup`"
+            f" does it ahead, {QUIET}=0 silences this",
             file=sys.stderr,
         )

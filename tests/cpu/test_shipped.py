@@ -21,8 +21,8 @@ X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="levels are name
 def run(program, *arguments, path=PACKAGE.parent, **environment):
     """What a program prints that has the package from this folder."""
     finished = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)], text=True, capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(path)} | environment, timeout=600,
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)], cwd=path, text=True,
+        capture_output=True, env=os.environ | {"PYTHONPATH": str(path)} | environment, timeout=600,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
@@ -119,7 +119,8 @@ for threads in 1, 3, 8, 64:
     for name in dtypes:
         for shape, axis in SHAPES:
             x = np.ones(shape, float_dtypes()[name])
-            for options in {}, {"activation": "relu"}, {"residual": x}, {"where": np.ones(shape, bool)}:
+            mask = np.ones([1 if i == axis % len(shape) else n for i, n in enumerate(shape)], bool)
+            for options in {}, {"activation": "relu"}, {"residual": x}, {"where": mask}:
                 y, saved = fastbn.batch_norm(x, channel_axis=axis, **options)
                 fastbn.batch_norm_backward(x, saved)
                 if "where" not in options:
