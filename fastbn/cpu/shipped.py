@@ -2,8 +2,8 @@
 `fastbn.precompile`.
 
 An archive is a header with the fingerprint of the sources that it was made from, an index in JSON, and the objects one
-after the other. To find one in it takes 0.05 ms, as one in a file of its own does; but compressed in a wheel an archive
-is a third smaller than its objects in files, and a folder with hundreds of them takes longer to install and remove.
+after the other. To open it takes 0.4 ms, to read an object 0.03 ms, as from a file of its own; compressed in a wheel it
+is a third smaller than the objects in files of their own are.
 """
 
 from __future__ import annotations

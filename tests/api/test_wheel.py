@@ -77,7 +77,8 @@ def test_what_is_in_it(wheel):
 
 def test_what_is_in_the_source_distribution(distributions):
     (found,) = distributions.glob("*.tar.gz")
-    names = [name.partition("/")[2] for name in tarfile.open(found).getnames()]
+    with tarfile.open(found) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
     assert {"hatch_build.py", "PKG-INFO", "fastbn/precompile.py", "tests/api/test_wheel.py"} <= set(names)
     assert not [name for name in names if "archives/" in name]
 
