@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -136,6 +137,32 @@ def test_first_call(installed, what, dtype, tmp_path):
             break
     assert fastest <= FIRST_CALL
     assert not list(tmp_path.rglob("*.o"))
+
+
+EMULATED = """
+import hashlib
+import numpy as np
+from fastbn.cpu import code
+print(code.level_here(), end=" ")
+if code.level_here():
+    import fastbn
+    x = np.random.default_rng(0).standard_normal((6, 5, 40)).astype(np.float32)
+    y, saved = fastbn.batch_norm(x, activation="relu")
+    dx = fastbn.batch_norm_backward(x, saved).x
+    print(hashlib.sha256(y.tobytes() + dx.tobytes()).hexdigest(), code.loaded > 2, code.compiled)
+"""
+
+
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="no qemu-x86_64: apt-get install qemu-user")
+@pytest.mark.parametrize(("processor", "level"), [("Nehalem", None), ("Haswell", "x86-64-v3"), ("EPYC", "x86-64-v3")])
+def test_other_processors(installed, processor, level):
+    """Each finds its level; kernels of a level below this processor's give the same bits."""
+    found = run("qemu-x86_64", "-cpu", processor, installed, "-c", EMULATED).split()
+    assert found[0] == str(level)
+    if level is not None:
+        ours = run(installed, "-c", EMULATED).split()
+        assert found[2:] == ["True", "0"]
+        assert code.level_here() is None or found[1] == ours[1]
 
 
 def test_command(installed, tmp_path):
