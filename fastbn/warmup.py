@@ -84,6 +84,8 @@ def _call_all(dtype: str, layout: str, shape: tuple[int, ...], options: tuple[st
     y, saved = fastbn.batch_norm(x, **weighting, **epilogue)
     fastbn.batch_norm_backward(x, saved)
     fastbn.moments(x, **weighting)
+    if "where" in options:
+        fastbn.moments(x, channel_axis=axis, where=np.ones(x.shape, bool))  # another one in each channel
     if len(weighting) > 1:
         return
     fastbn.batch_norm_inference(x, saved.mean, saved.rstd, channel_axis=axis, **epilogue)
@@ -99,7 +101,7 @@ def _parts(dtype: str, layout: str) -> None:
     axis = 1 if layout == "NCHW" else -1
     x = np.ones((3, 4, 5), float_dtypes()[dtype])
     ones = np.ones(x.shape[axis])
-    fastbn.normalize(x, ones, ones, channel_axis=axis)
+    fastbn.normalize(x, ones, ones, channel_axis=axis, out=np.empty_like(x))
     fastbn.grad_sums(x, x, ones, ones, channel_axis=axis)
     fastbn.grad_input(x, x, ones, ones, ones, ones, ones, ones, channel_axis=axis)
     moments = fastbn.moments(x, channel_axis=axis)

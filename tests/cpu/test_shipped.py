@@ -125,8 +125,15 @@ for threads in 1, 3, 8, 64:
                 fastbn.batch_norm_backward(x, saved)
                 if "where" not in options:
                     fastbn.batch_norm_inference(x, saved.mean, saved.rstd, channel_axis=axis, **options)
+            out = np.ones_like(x)
+            y, saved = fastbn.batch_norm(x, channel_axis=axis, eps=0, out=out)
+            fastbn.batch_norm_backward(y, saved, out=out)
+            fastbn.batch_norm_inference(x, saved.mean, saved.rstd, channel_axis=axis, out=x)
+            fastbn.mean(x, 0, out=np.ones_like(x[0]))
+            fastbn.average(x, axis)
+            fastbn.moments(x, channel_axis=axis, where=np.ones(shape, bool))
             moments = fastbn.moments(x, channel_axis=axis)
-            fastbn.merge(moments, moments)
+            fastbn.merge(*[moments] * 10)
             for dtype in np.float32, np.float64:
                 running = np.ones(shape[axis], dtype)
                 fastbn.update_running(running, running, moments)
@@ -134,7 +141,7 @@ for threads in 1, 3, 8, 64:
                 for statistic in fastbn.mean, fastbn.std, fastbn.nanmean, fastbn.nanstd, fastbn.mean_var:
                     statistic(x, one), statistic(x[..., ::2], one), statistic(x.T, one)
     for name in warmup.INTEGERS:
-        fastbn.mean(np.ones((40, 30), name), 0), fastbn.var(np.ones(3, name))
+        fastbn.mean(np.ones((40, 30), name), 0), fastbn.var(np.ones(3, name)), fastbn.moments(np.ones((40, 3), name))
 new = set(asked) - known
 print(len(known), len(asked), sorted(new))
 """
