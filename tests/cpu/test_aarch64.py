@@ -1,7 +1,7 @@
 """64-bit ARM, by QEMU's emulation of a process: kernels that are made ahead there give the same bits as here.
 
 Wants Debian's `qemu-user` and `mmdebstrap`, which fetch a Python for it; ``FASTBN_AARCH64`` names a folder that has one
-already. MINUTES on two cores, most of which LLVM compiles in, emulated.
+already. Four minutes of a processor, in most of which LLVM compiles, emulated.
 """
 
 import os
