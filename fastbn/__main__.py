@@ -1,16 +1,18 @@
-"""Check this installation and measure its speed: ``python -m fastbn``."""
+"""Check this installation and measure its speed: ``fastbn``, or ``python -m fastbn``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-from fastbn import bench, check, environment, warmup
+import fastbn
+from fastbn import bench, check, environment, extras, warmup
 
 DESCRIPTION = """\
 Without a command: say what is installed, check every backend, dtype and layout against float64 formulas, and measure
@@ -26,8 +28,20 @@ COMMANDS = {
 DETAILS = {
     "check": "Exit status 1 if a figure misses its bound. NumPy's and PyTorch's figures on the same data stand beside.",
     "bench": "The contenders run in turn, on as many threads, on data that no cache holds; figures are medians.",
-    "warmup": "Minutes when nothing is compiled yet. Kernels that are on disk already are loaded, not compiled.",
+    "warmup": "Minutes when nothing is compiled yet; kernels that are on disk already, or came with the installation, "
+    "are loaded.",
 }
+
+
+def run() -> int:
+    """The command: `main`, but quiet where whoever reads its output has gone, as ``| head`` does."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
+        return 128 + 13  # as of a program that SIGPIPE ends
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +81,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _warmup(options: argparse.Namespace) -> int:
     start = time.perf_counter()
-    work = warmup.jobs(options.dtype or list(environment.float_dtypes()))
+    work = warmup.jobs(options.dtype or [*environment.float_dtypes(), *warmup.INTEGERS])
     for _ in _in_turn(work, options.progress):
         pass
     counts, seconds, folder = warmup.counts(), time.perf_counter() - start, environment.kernel_cache()
@@ -170,7 +184,8 @@ def _print_environment(found: dict[str, Any]) -> None:
     print("backends  " + "; ".join(f"{kind}: {state}" for kind, state in found["backends"].items()))
     print(f"cpu       {found['cpu']}, last cache {found['cache_bytes'] / 2**20:.0f} MiB")
     print(f"threads   {found['threads']}, layer {found['threading_layer']}")
-    print(f"kernels   {found['kernel_cache'] or 'not kept on disk: no folder can be written'}")
+    print(f"kernels   {found['shipped_kernels']}")
+    print(f"cache     {found['kernel_cache'] or 'none on disk: no folder can be written'}")
 
 
 def _print_left_out() -> None:
@@ -272,7 +287,10 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     common.add_argument("--progress", action="store_true", help="a progress bar on stderr even if that is no terminal")
-    parser = argparse.ArgumentParser("python -m fastbn", description=DESCRIPTION, parents=[common])
+    as_module = os.path.basename(sys.argv[0]) == "__main__.py"
+    name = "python -m fastbn" if as_module else "fastbn"
+    parser = argparse.ArgumentParser(name, description=DESCRIPTION, parents=[common])
+    parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     made = {
         name: commands.add_parser(
@@ -280,21 +298,29 @@ def _parser() -> argparse.ArgumentParser:
         )
         for name, summary in COMMANDS.items()
     }
-    dtypes = list(environment.float_dtypes())
     made["check"].add_argument("--quick", action="store_true", help="smaller arrays, and serial kernels alone")
     made["bench"].add_argument("--quick", action="store_true", help="three of the shapes, and fewer repetitions")
     made["bench"].add_argument(
         "--shape", type=_shape, action="append", metavar="N,C,H,W",
         help="measure this shape instead of ResNet-50's at batch 32; may be repeated",
     )  # fmt: skip
-    made["bench"].add_argument("--dtype", choices=dtypes, default="float32", help="of the data (float32)")
+    made["bench"].add_argument("--dtype", type=_dtype, default="float32", help="of the data (float32)")
     made["bench"].add_argument(
         "--layout", choices=check.LAYOUTS, type=str.upper, action="append", help="one of the two layouts only"
     )
     made["warmup"].add_argument(
-        "--dtype", choices=dtypes, action="append", help="compile for this dtype only; may be repeated"
+        "--dtype", type=_dtype, action="append", help="compile for this dtype only; may be repeated"
     )
     return parser
+
+
+def _dtype(text: str) -> str:
+    found = environment.float_dtypes()
+    if text == "bfloat16" and text not in found:
+        raise argparse.ArgumentTypeError(f"bfloat16 needs ml_dtypes: {extras.install('bfloat16')}")
+    if text not in found:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(found)}, got {text!r}")
+    return text
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -308,4 +334,4 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

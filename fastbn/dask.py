@@ -31,7 +31,9 @@ try:
     import dask.array as da
     from dask.core import flatten
 except ImportError as error:
-    raise ImportError("fastbn.dask needs dask, which is not installed: pip install 'fastbn[dask]'") from error
+    from fastbn.extras import install
+
+    raise ImportError(f"fastbn.dask needs dask, which is not installed: {install('dask')}") from error
 
 __all__ = ["mean", "mean_var", "moments", "nanmean", "nanstd", "nanvar", "std", "var"]
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fastbn import extras
+
 Gather = Callable[[Any], Any]
 
 
@@ -82,7 +84,7 @@ def torch_gather(group: Any = None) -> Gather:
         import torch
         import torch.distributed as dist
     except ImportError as error:
-        raise ImportError("torch_gather needs PyTorch: pip install 'fastbn[torch]'") from error
+        raise ImportError(f"torch_gather needs PyTorch: {extras.install('torch')}") from error
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("torch_gather: expected a process group, call torch.distributed.init_process_group first")
 

@@ -40,6 +40,7 @@ def describe() -> dict[str, Any]:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": get_num_threads(),
         "threading_layer": threading_layer(),
+        "shipped_kernels": shipped_kernels(),
         "kernel_cache": kernel_cache(),
     }
 
@@ -119,6 +120,16 @@ def threading_layer() -> str:
         return "fastbn's own"
     fastbn.mean(np.zeros(1 << 18, np.float32))
     return f"Numba's: {importlib.import_module('numba').threading_layer()}"
+
+
+def shipped_kernels() -> str:
+    """How many kernels came with this installation, for which level of processors."""
+    from fastbn.cpu import code
+
+    archive, level = code.archive(), code.level_here()
+    if archive is None or not archive.path.exists():
+        return "none came with this installation" if level else "none for processors without AVX2"
+    return f"{len(archive)} came with this installation, for {level}" if len(archive) else "of other sources: not used"
 
 
 def kernel_cache() -> str | None:

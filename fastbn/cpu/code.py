@@ -12,10 +12,11 @@ import importlib
 import importlib.util
 import logging  # noqa: F401  # by Numba: its lock around forks is to be known before the one below is waited for
 import os
+import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
@@ -24,8 +25,8 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-from fastbn.cpu import ahead, halves, objects
-from fastbn.cpu.store import Store, store_of
+from fastbn.cpu import ahead, halves, objects, shipped
+from fastbn.cpu.store import store_of
 
 _HERE = Path(__file__).parent
 Kernel = ahead.Kernel
@@ -44,6 +45,8 @@ def address(name: str, *kinds: str) -> int:
 def addresses(kernels: list[Kernel], later: Callable[[], list[Kernel]] = list) -> list[int]:
     """The same of several; where one must be compiled, those that will be wanted later are begun with, too."""
     with _lock:
+        if _recorded is not None:
+            return [_noted(kernel, _recorded) for kernel in kernels]
         missing = [kernel for kernel in kernels if _is_missing(*kernel)]
         if missing and store_of(version()) is not None:
             ahead.compile_all(missing, [k for k in later() if _is_missing(*k)], lambda k: _address(*k))
@@ -116,33 +119,61 @@ def processor() -> tuple[str, str]:
     return name, os.environ.get("NUMBA_CPU_FEATURES") or ("" if "NUMBA_CPU_NAME" in os.environ else features)
 
 
-# --- levels of processors, for which wheels have kernels --------------------------------------------------------------
-
-SHIPPED = _HERE / "objects"  # a folder for each level
-LEVELS = {"x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl", "x86-64-v3": "avx2 bmi2 f16c fma lzcnt movbe"}
+# --- what came with this installation ---------------------------------------------------------------------------------
 
 
-def level_here() -> str:
-    """The highest level of this processor, by the name that LLVM has for it."""
-    if not llvm.get_process_triple().startswith("x86_64"):
-        return "generic"
-    have = {feature[1:] for feature in processor()[1].split(",") if feature.startswith("+")}
-    return next((level for level, needs in LEVELS.items() if have.issuperset(needs.split())), "x86-64")
+def level_here() -> str | None:
+    """The highest level of this processor that wheels may have kernels for."""
+    return shipped.level_of(*processor())
 
 
 @cache
+def archive() -> shipped.Archive | None:
+    """The kernels that came with this installation for this processor; empty if they are of other sources."""
+    level = level_here()
+    return None if level is None else shipped.Archive(shipped.FOLDER / level, sources())
+
+
 def _shipped(symbol: str) -> bytes | None:
-    """The code that came with this installation, if it was made from these very sources."""
-    folder = SHIPPED / level_here() / sources()
-    return Store(folder).read(f"{symbol}.o") if folder.is_dir() else None
+    found = archive()
+    return None if found is None else found.read(symbol)
 
 
-def build(level: str, name: str, kinds: tuple[str, ...], folder: Path = SHIPPED) -> None:
-    """Compile a kernel for a level of processors, into a folder that `SHIPPED` may become."""
+def build(name: str, kinds: tuple[str, ...], levels: Sequence[str]) -> tuple[str, list[bytes]]:
+    """The symbol of a kernel, and its code for each of these levels."""
     symbol = _symbol(name, kinds)
-    place = folder / level / sources()
-    place.mkdir(parents=True, exist_ok=True)
-    Store(place).write(f"{symbol}.o", _object_code(name, kinds, symbol, level))
+    return symbol, _object_code(name, kinds, symbol, levels)
+
+
+# --- which kernels calls ask for --------------------------------------------------------------------------------------
+
+_LEADS_TO_KERNELS = ("calls", "signatures", "team")  # what calls go through
+_recorded: dict[Kernel, None] | None = None
+
+
+def record() -> dict[Kernel, None]:
+    """From now on nothing else is compiled, kernels do nothing, and those that calls ask for are in this dictionary.
+
+    Results are what memory happens to hold: a process that records is good for nothing else.
+    """
+    global _recorded
+    _recorded = {}
+    return _recorded
+
+
+def _noted(kernel: Kernel, notes: dict[Kernel, None]) -> int:
+    notes[kernel] = None
+    return _address(*kernel) if kernel[0].partition(".")[0] in _LEADS_TO_KERNELS else _nothing()
+
+
+@cache
+def _nothing() -> int:
+    """The address of a kernel that does nothing."""
+    engine = _engine()
+    engine.add_module(llvm.parse_assembly("define void @nothing(i64, i64, i64, i64) {\n  ret void\n}\n"))
+    engine.finalize_object()
+    found: int = engine.get_function_address("nothing")
+    return found
 
 
 # --- what users have compiled -----------------------------------------------------------------------------------------
@@ -150,8 +181,9 @@ def build(level: str, name: str, kinds: tuple[str, ...], folder: Path = SHIPPED)
 
 @lru_cache
 def sources() -> str:
-    """A hash of this folder's sources, and of what they take of Python's objects as given."""
-    digest = hashlib.sha256(str([value for name, value in vars(objects).items() if name.endswith("_AT")]).encode())
+    """A hash of this folder's sources, the system, and what they take of Python's objects as given."""
+    places = [value for name, value in vars(objects).items() if name.endswith("_AT")]
+    digest = hashlib.sha256(f"{sys.platform} {platform.machine()} {places}".encode())
     for source in sorted(_HERE.rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
@@ -180,7 +212,7 @@ def compile_to_store(name: str, kinds: tuple[str, ...]) -> None:
 
 def _compiled(name: str, kinds: tuple[str, ...], symbol: str) -> bytes:
     notice = Notice(name, kinds)
-    code = _object_code(name, kinds, symbol, None)
+    (code,) = _object_code(name, kinds, symbol, [None])
     notice.end()
     store = store_of(version())
     if store is not None:
@@ -188,12 +220,12 @@ def _compiled(name: str, kinds: tuple[str, ...], symbol: str) -> bytes:
     return code
 
 
-def _object_code(name: str, kinds: tuple[str, ...], symbol: str, level: str | None) -> bytes:
+def _object_code(name: str, kinds: tuple[str, ...], symbol: str, levels: Sequence[str | None]) -> list[bytes]:
     module, _, function = name.partition(".")
     kernels = importlib.import_module(f"fastbn.cpu.kernels.{module}")
     compiler = importlib.import_module("fastbn.cpu.kernels.compiler")
-    code: bytes = compiler.object_code(getattr(kernels, function), kinds, symbol, level)
-    return code
+    codes: list[bytes] = compiler.object_code(getattr(kernels, function), kinds, symbol, levels)
+    return codes
 
 
 # --- a word to those who wait -----------------------------------------------------------------------------------------
@@ -233,7 +265,7 @@ class Notice:
         dtype = next((names[kind] for kind in (k.partition(":")[2] for k in self._kinds) if kind in names), "numbers")
         kept = "once on this machine" if store_of(version()) else "in each process, as no folder can keep them"
         print(
-            f"fastbn: compiling kernels ({self._name} for {dtype}, and others), some seconds, {kept}; `python -m fastbn"
-            f" warmup` does it ahead, {QUIET}=0 silences this",
+            f"fastbn: compiling kernels ({self._name} for {dtype}, and others), some seconds, {kept}; `fastbn warmup`"
+            f" does it ahead, {QUIET}=0 silences this",
             file=sys.stderr,
         )

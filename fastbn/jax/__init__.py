@@ -10,7 +10,9 @@ from __future__ import annotations
 try:
     import jax as _jax
 except ImportError as error:
-    raise ImportError("fastbn.jax needs JAX, which is not installed: pip install 'fastbn[jax]'") from error
+    from fastbn.extras import install as _install
+
+    raise ImportError(f"fastbn.jax needs JAX, which is not installed: {_install('jax')}") from error
 
 from fastbn.jax.functional import batch_norm
 

@@ -19,7 +19,9 @@ Tensors are not copied. Statistics are kept in float64 from the forward to the b
 try:
     import torch as _torch
 except ImportError as error:
-    raise ImportError("fastbn.torch needs PyTorch, which is not installed: pip install 'fastbn[torch]'") from error
+    from fastbn.extras import install as _install
+
+    raise ImportError(f"fastbn.torch needs PyTorch, which is not installed: {_install('torch')}") from error
 
 from fastbn.torch.convert import convert, revert
 from fastbn.torch.functional import batch_norm

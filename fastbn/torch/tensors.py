@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastbn.extras import install
+
 _KNOWN = {np.dtype(name).num for name in ("float16", "float32", "float64")}
 """To PyTorch as well; bfloat16 is ml_dtypes' own."""
 _NOTHING = nullcontext()
@@ -46,7 +48,7 @@ def _bfloat16() -> Any:
     try:
         import ml_dtypes
     except ImportError as error:
-        raise ImportError("bfloat16 tensors need ml_dtypes: pip install ml_dtypes") from error
+        raise ImportError(f"bfloat16 tensors need ml_dtypes: {install('bfloat16')}") from error
     return ml_dtypes.bfloat16
 
 
@@ -54,5 +56,5 @@ def _cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        raise ImportError("CUDA tensors need CuPy: pip install 'fastbn[cuda12]' or 'fastbn[cuda13]'") from error
+        raise ImportError(f"CUDA tensors need CuPy: {install('cuda12')}, or {install('cuda13')}") from error
     return cupy

@@ -397,7 +397,7 @@ def test_extended_precision():
 def test_without_dask():
     program = "import sys; sys.modules['dask'] = None\nimport fastbn\nimport fastbn.dask"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "fastbn.dask needs dask, which is not installed: pip install 'fastbn[dask]'" in run.stderr
+    assert 'fastbn.dask needs dask, which is not installed: pip install "dask[array]>=2024.12"' in run.stderr
 
 
 CLUSTER = """

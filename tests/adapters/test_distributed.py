@@ -124,5 +124,5 @@ def test_no_process_group():
 
 def test_no_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match=r"torch_gather needs PyTorch: pip install 'fastbn\[torch\]'"):
+    with pytest.raises(ImportError, match=r"torch_gather needs PyTorch: pip install \"torch>=2.6\""):
         torch_gather()

@@ -386,4 +386,4 @@ def test_errors(error, match, given):
 def test_without_jax():
     program = "import sys; sys.modules['jax'] = None\nimport fastbn\nimport fastbn.jax"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "fastbn.jax needs JAX, which is not installed: pip install 'fastbn[jax]'" in run.stderr
+    assert 'fastbn.jax needs JAX, which is not installed: pip install "jax>=0.5"' in run.stderr

@@ -310,7 +310,7 @@ def test_an_empty_batch():
 def test_without_pytorch():
     program = "import sys; sys.modules['torch'] = None\nimport fastbn\nimport fastbn.torch"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "fastbn.torch needs PyTorch, which is not installed: pip install 'fastbn[torch]'" in run.stderr
+    assert 'fastbn.torch needs PyTorch, which is not installed: pip install "torch>=2.6"' in run.stderr
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """python -m fastbn: every command runs, its JSON is JSON, and a wrong kernel makes it fail."""
 
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+import fastbn
 from fastbn import bench, check, cpu, environment, warmup
 from fastbn.__main__ import COMMANDS, main
 from tests.wrong_backends import broken, use, written
@@ -294,3 +296,39 @@ def test_warmup(monkeypatch, capsys):
     again = run_json(capsys, "warmup", "--dtype", "float32")[1]
     assert (again["compiled"], again["loaded"]) == (found["compiled"], found["loaded"])
     assert "kernels compiled" in run(capsys, "warmup", "--dtype", "float32")[1]
+
+
+# --- the command itself -----------------------------------------------------------------------------------------------
+
+
+def test_version():
+    for command in ["-m", "fastbn"], ["-c", "from fastbn.__main__ import run; run()"]:
+        printed = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, check=True)
+        assert printed.stdout == f"fastbn {fastbn.__version__}\n"
+
+
+@pytest.mark.parametrize(("argument", "name"), [("bin/fastbn", "fastbn"), ("fastbn/__main__.py", "python -m fastbn")])
+def test_it_has_the_name_that_it_was_called_by(argument, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [argument])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert capsys.readouterr().out.startswith(f"usage: {name} [")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGPIPE")
+def test_quiet_where_nobody_reads_on():
+    """As under ``| head``: no traceback, and the status that a program has which the signal ends."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    ended = subprocess.run([sys.executable, "-m", "fastbn", "info"], stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_bfloat16_without_ml_dtypes(monkeypatch, capsys):
+    """It says what to install."""
+    monkeypatch.setattr(environment, "float_dtypes", lambda: {"float32": np.dtype("float32")})
+    for command in "warmup", "bench":
+        with pytest.raises(SystemExit):
+            main([command, "--dtype", "bfloat16"])
+        assert 'bfloat16 needs ml_dtypes: pip install "ml_dtypes>=0.5"' in capsys.readouterr().err

@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastbn
-from fastbn import reference
+from fastbn import extras, reference
 
 PACKAGE = Path(fastbn.__file__).parent
 
@@ -38,6 +39,17 @@ def test_oracle_stands_alone():
     """The oracle imports NumPy and nothing of what it judges."""
     imports = re.findall(r"^(?:from|import) (\S+)", (PACKAGE / "reference.py").read_text(), re.MULTILINE)
     assert set(imports) == {"__future__", "typing", "numpy"}
+
+
+def test_extras_are_those_of_the_project():
+    """What errors tell to install."""
+    project = PACKAGE.parent / "pyproject.toml"
+    if not project.exists():
+        pytest.skip("installed without it")
+    declared = tomllib.loads(project.read_text())["project"]["optional-dependencies"]
+    for extra, requirement in extras.REQUIREMENTS.items():
+        assert declared[extra] == [requirement]
+        assert extras.install(extra) == f'pip install "{requirement}"'
 
 
 def test_public_names():

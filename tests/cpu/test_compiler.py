@@ -105,7 +105,7 @@ def double(thread, first, last, x, shape, scale, relu, y):
 def test_a_kernel_by_itself():
     """What comes out runs without Numba, from words alone."""
     kinds = ["x:f4[]", "shape:Shape", "scale:f8", "relu:none", "y:f4*"]
-    made = compiler.object_code(double, kinds, "double-here", None)
+    (made,) = compiler.object_code(double, kinds, "double-here", [None])
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), code.machine_for(None))
     engine.add_object_file(llvm.ObjectFileRef.from_data(made))
     engine.finalize_object()

@@ -1,6 +1,5 @@
 """Compiled code on disk: shared, whole, safe, and never stale."""
 
-import json
 import os
 import platform
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastbn
-from fastbn.cpu import code, store, team
+from fastbn.cpu import store, team
 
 PACKAGE = Path(fastbn.__file__).parent
 PROGRAM = textwrap.dedent("""
@@ -262,51 +261,6 @@ def test_float16_on_processors_without_instructions_for_it(tmp_path):
     environment = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "x86-64-v2", "NUMBA_CPU_FEATURES": ""}
     for _ in range(2):
         assert run(PACKAGE.parent, HALVES, **environment) == "float16 [0. 1. 2. 3.]\n"
-
-
-# --- kernels that come with an installation ---------------------------------------------------------------------------
-
-NAMES = """
-import json
-from fastbn.cpu import code
-print(json.dumps(sorted(code._known)))
-"""
-SHIPPED = """
-from fastbn.cpu import code
-code.SHIPPED = pathlib.Path(sys.argv[2])
-"""
-
-
-@pytest.mark.parametrize("level", code.LEVELS)
-def test_shipped_for_a_level(tmp_path, level):
-    """Found where the processor has that level and the sources are the same; then nothing is compiled nor written."""
-    if platform.machine() != "x86_64":
-        pytest.skip("levels are named as on x86-64")
-    kernels = json.loads(run(PACKAGE.parent, PROGRAM + NAMES, NUMBA_CACHE_DIR=str(tmp_path / "own")).splitlines()[-1])
-    assert kernels
-    folder = tmp_path / "objects"
-    for name, kinds in kernels:
-        code.build(level, name, tuple(kinds), folder)
-    files = list((folder / level / code.sources()).glob("*.o"))
-    assert len(files) == len(kernels)
-    symbol = files[0].stem
-    assert store.Store(files[0].parent).read(f"{symbol}.o").startswith(b"\x7fELF")
-    begin = PROGRAM.replace("import numpy", f"import pathlib{SHIPPED}import numpy")
-    begin = begin.replace("sys.argv[2]", repr(str(folder)))
-    told = "\nprint(code.loaded, code.compiled, 'numba' in sys.modules, code._shipped(sys.argv[2]) is None)"
-    told = told.replace("sys.argv[2]", repr(symbol))
-    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    answer, counts = run(PACKAGE.parent, begin + told, **cache).splitlines()
-    assert answer == "[1. 4.]"
-    if level == code.level_here():
-        assert counts == f"{len(kernels)} 0 False False"
-        assert not compiled(tmp_path / "cache")
-    else:
-        assert counts.endswith("True")
-    other = install(tmp_path / "other")
-    with (other / "fastbn" / "cpu" / "sizes.py").open("a") as file:
-        file.write("# changed\n")
-    assert run(other, begin.rpartition("print")[0] + told, **cache).split()[-1] == "True"
 
 
 # --- a word to those who wait -----------------------------------------------------------------------------------------
