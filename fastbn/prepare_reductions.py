@@ -87,23 +87,18 @@ def _direct(what: str, x: Any, where: Any, out: Any, options: Options) -> Call |
     if isinstance(x, np.ndarray) and not (x.dtype.isnative and x.flags.aligned):
         plain = _native
     seen = x if plain is None else plain(x)
-    mask, to_mask = None, None
-    if where is not None:
-        given = _operand("where", where, x)
-        if given.dtype != bool:
-            return None
-        mask, to_mask = _mask_of(backend.xp, given, seen)
+    given = _operand("where", where, x)
+    if given is not None and given.dtype != bool:
+        return None
     has_mean, has_spread = "mean" in what, what != "mean"
     spread_is = what if what in ("var", "std") else "var"
     wanted = Statistic(spread_is, options.skip_nan, None, dtype if has_mean else None, dtype if has_spread else None)
-    run = backend.statistic(seen, mask, kept, wanted, strides)
+    run, to_mask = _kernel(backend, seen, given, kept, wanted, strides)
     if run is None:
         return None
-    if has_mean and has_spread and x.dtype.itemsize == 8:
-        run = _one_by_one(backend, seen, mask, kept, wanted, strides)
     count, ddof = x.size // max(1, math.prod(x.shape[axis] for axis in kept)), float(options.ddof)
-    sure = mask is None and not options.skip_nan and x.dtype.itemsize < 8 and (count > ddof or not has_spread)
-    careful, empty, scalar = _Once(), np.empty, shape == ()
+    sure = where is None and not options.skip_nan and x.dtype.itemsize < 8 and (count > ddof or not has_spread)
+    careful, empty, scalar = _Once(), backend.xp.empty, shape == () and isinstance(x, np.ndarray)
 
     def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
         seen = x if plain is None else plain(x)
@@ -139,18 +134,6 @@ def _direct(what: str, x: Any, where: Any, out: Any, options: Options) -> Call |
         return spread
 
     return backend.on_its_device(call, x)
-
-
-def _one_by_one(backend: Any, x: Any, mask: Any, kept: frozenset[int], wanted: Statistic, strides: Shape) -> Call:
-    """Mean and variance by a pass each: so the mean has the digits that a sum of float64 alone has, and the bits."""
-    first = backend.statistic(x, mask, kept, wanted._replace(count=None, spread=None), strides)
-    second = backend.statistic(x, mask, kept, wanted._replace(mean=None), strides)
-
-    def run(x: Any, mask: Any, count: Any, mean: Any, spread: Any, status: Any, ddof: float) -> None:
-        first(x, mask, None, mean, None, status, ddof)
-        second(x, mask, count, None, spread, status, ddof)
-
-    return run
 
 
 def _steps(result: Any, ndim: int, kept: frozenset[int], keepdims: Any) -> Shape:
@@ -198,13 +181,26 @@ def _careful(what: str, x: Any, where: Any, out: Any, options: Options) -> Call:
 def _lies_well(out: Any, dtype: Any) -> bool:
     """Whether kernels can write it."""
     return (
-        isinstance(out, np.ndarray)
-        and out.dtype == dtype
+        out.dtype == dtype
         and out.dtype.isnative
-        and out.flags.aligned
+        and (is_foreign(out) or out.flags.aligned)
         and all(s % dtype.itemsize == 0 for s in out.strides)
         and not any(s == 0 and n > 1 for s, n in zip(out.strides, out.shape, strict=True))
     )
+
+
+def _kernel(
+    backend: Any, x: Any, where: Any, kept: frozenset[int], wanted: Statistic, strides: Shape
+) -> tuple[Call | None, Way]:
+    """The backend's kernel, and what makes a mask one that it reads: itself if it can."""
+    if where is None:
+        return backend.statistic(x, None, kept, wanted, strides), None
+    as_it_lies = Mask(tuple(0 if n == 1 else s for n, s in zip(where.shape, where.strides, strict=True)))
+    run = backend.statistic(x, as_it_lies, kept, wanted, strides)
+    if run is not None:
+        return run, None
+    mask, to_mask = _mask_of(backend.xp, where, x)
+    return backend.statistic(x, mask, kept, wanted, strides), to_mask
 
 
 def _mask_of(xp: Any, where: Any, x: Any) -> tuple[Mask, Way]:
@@ -323,16 +319,14 @@ def _direct_moments(x: Any, where: Any, kept: frozenset[int]) -> Call | None:
     shape = tuple(n for axis, n in enumerate(x.shape) if axis in kept)
     strides = _steps(np.empty(shape), x.ndim, kept, False)
     backend = backend_of(kind_of("x", x))
-    mask, to_mask = (None, None) if where is None else _mask_of(backend.xp, _operand("where", where, x), x)
-    float64 = np.dtype(np.float64)
-    run = None
+    float64, run = np.dtype(np.float64), None
     if x.size > 0:
         wanted = Statistic("m2", False, float64, float64, float64)
-        run = backend.statistic(x, mask, kept, wanted, strides)
+        run, to_mask = _kernel(backend, x, _operand("where", where, x), kept, wanted, strides)
     if run is None:
         return None
-    if x.dtype.itemsize == 8:
-        run = _one_by_one(backend, x, mask, kept, wanted, strides)
+
+    empty = backend.xp.empty
 
     def found(x: Any, where: Any) -> Moments | None:
         if plain is not None:
@@ -340,7 +334,7 @@ def _direct_moments(x: Any, where: Any, kept: frozenset[int]) -> Call | None:
         if where is not None:
             where = _operand("where", where, x)
             where = where if to_mask is None else to_mask(where)
-        count, mean, m2, status = np.empty(shape), np.empty(shape), np.empty(shape), np.zeros(3)
+        count, mean, m2, status = empty(shape), empty(shape), empty(shape), np.zeros(3)
         run(x, where, count, mean, m2, status, 0.0)
         return None if status[0] else Moments(count, mean, m2)
 

@@ -30,7 +30,8 @@ from fastbn.cuda.memory import (
     same_or_apart,
     type_of,
 )
-from fastbn.operands import Affine, Mask, Numbers, Operand, Statistic
+from fastbn.cuda.statistics import statistic
+from fastbn.operands import Affine, Numbers, Operand
 
 __all__ = [
     "alike",
@@ -68,12 +69,6 @@ def on_its_device(call: Callable[..., Any], x: Array) -> Callable[..., Any]:
             return call(*arguments)
 
     return run
-
-
-def statistic(
-    x: Array, mask: Mask | None, kept: frozenset[int], what: Statistic, result_strides: tuple[int, ...]
-) -> None:
-    """There is none: `fastbn.prepare_reductions` takes `moments`, and copies what that cannot read."""
 
 
 def _launcher(choose: Any, problem: plans.Problem, rows: int, names: str) -> Callable[..., list[Array]]:
