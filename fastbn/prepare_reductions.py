@@ -282,10 +282,25 @@ def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
         kept = validation.channel_axes(x.ndim, channel_axis)
         backend = backend_of(one_kind({"x": x}, where=where, weights=weights))
         validation.combined_weight(backend.xp, where, weights, x.shape)
-        table_of, to_kept = _table(x, kept, not validation.is_float(x.dtype), where, weights)
         direct = None
         if weights is None and not _is_batch_norms(x, where, kept):
             direct = _direct_moments(x, where, kept)
+        if direct is None:
+            return backend.on_its_device(_moments_by_table(x, where, weights, kept), x)
+    found, careful = direct, _Once()
+
+    def call(x: Any, where: Any, weights: Any) -> Moments:
+        moments: Moments | None = found(x, where)
+        if moments is None:
+            moments = careful(_moments_by_table, x, where, weights, kept)(x, where, weights)
+        return moments
+
+    return backend.on_its_device(call, x)
+
+
+def _moments_by_table(x: Any, where: Any, weights: Any, kept: frozenset[int]) -> Call:
+    """``call(x, where, weights)`` by the kernels of batch norm."""
+    table_of, to_kept = _table(x, kept, not validation.is_float(x.dtype), where, weights)
 
     def call(x: Any, where: Any, weights: Any) -> Moments:
         count, mean, m2, _ = table_of(x, where, weights)
@@ -293,15 +308,7 @@ def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
             return Moments(count, mean, m2)
         return Moments(to_kept(count), to_kept(mean), to_kept(m2))
 
-    if direct is None:
-        return backend.on_its_device(call, x)
-    found = direct
-
-    def directly(x: Any, where: Any, weights: Any) -> Moments:
-        moments: Moments | None = found(x, where)
-        return call(x, where, weights) if moments is None else moments
-
-    return backend.on_its_device(directly, x)
+    return call
 
 
 def _is_batch_norms(x: Any, where: Any, kept: frozenset[int]) -> bool:
@@ -325,7 +332,6 @@ def _direct_moments(x: Any, where: Any, kept: frozenset[int]) -> Call | None:
         run, to_mask = _kernel(backend, x, _operand("where", where, x), kept, wanted, strides)
     if run is None:
         return None
-
     empty = backend.xp.empty
 
     def found(x: Any, where: Any) -> Moments | None:

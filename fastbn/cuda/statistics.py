@@ -31,6 +31,7 @@ FORMS = ("var", "std", "m2")
 FEW = 32  # kept indices of a row below which it is read with the rows behind it
 LONG = 32  # vectors of a row that need not begin or end with one
 BYTES_OF_PART = 50  # of what is reduced, for each byte of a part: hence 2 %
+BATCHES_OF_SPLIT = 2  # of each thread, below which another block is not worth its merge
 LINE = 128  # bytes of a cache line, which neighbouring threads read together
 
 
@@ -119,10 +120,8 @@ def _rows(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning: T
     inner, *outer = reduced
     most, vector, run = max(1, 16 // data.itemsize), 1, inner.size
     if inner.step == 1:
-        if not outer and inner.size >= LONG * most:
-            vector = most
-        else:
-            vector = _vector(inner.size, most, [*kept, *outer], data)
+        ragged = not outer and inner.size >= LONG * most
+        vector = most if ragged else _vector(inner.size, most, [*kept, *outer], data)
     rows = [Dimension(inner.size // vector, inner.step * vector, inner.mask * vector, 0, False), *outer]
     count, channels = math.prod(d.size for d in rows), math.prod(d.size for d in kept)
     threads = _threads(count * channels, tuning)
@@ -190,7 +189,10 @@ def divide(data: Data, device: Device) -> Division | None:
     tiles = math.prod(o.size for o in kept) // b.row * tiles_of_row
     wanted = -(-tuning.passes * processors // tiles)
     column = math.prod(o.size for o in reduced) * data.itemsize  # bytes of a kept index
-    most = min(column // (BYTES_OF_PART * 8 * _numbers_of_part(data)), vectors // (2 * b.along * items))
+    most = min(
+        column // max(1, BYTES_OF_PART * 8 * _numbers_of_part(data)),
+        vectors // max(1, BATCHES_OF_SPLIT * b.along * items),
+    )
     share = -(-vectors // max(1, min(wanted, most)))
     share = -(-share // b.unit) * b.unit
     threads = max(32, -(-b.along * b.beside // 32) * 32)
@@ -279,9 +281,9 @@ def plan(device: Device, data: Data, form: int, types: tuple[int | None, ...]) -
 
 def finishing_macros(data: Data, threads: int) -> launch.Macros:
     """Of finish_strided.cu, which sees numbers of parts alone."""
-    known = {"DTYPE": data.dtype if data.dtype == FLOAT64 else FLOAT32, "SQUARES": int(data.squares), "THREADS": threads}
-    others = {name: 1 for name in ("VECTOR", "ITEMS_PER_THREAD", "REDUCED", "IN_FLOAT64")}
-    return (*known.items(), *others.items(), *((name, 0) for name in ("ALONG_KEPT", "MASK", "SKIP_NAN")))
+    known = {"DTYPE": FLOAT64 if data.dtype == FLOAT64 else FLOAT32, "SQUARES": int(data.squares), "THREADS": threads}
+    known |= dict.fromkeys(("VECTOR", "ITEMS_PER_THREAD", "REDUCED", "IN_FLOAT64"), 1)
+    return tuple((known | dict.fromkeys(("ALONG_KEPT", "MASK", "SKIP_NAN"), 0)).items())
 
 
 def statistic(

@@ -101,6 +101,7 @@ struct Work {
     int along, beside;  // where the thread stands in its block
     i64 split, first;
     unsigned count;     // vectors
+    bool active;        // false behind the last kept index, or of more threads than there are places
 
     __device__ __forceinline__ Work(const Params& p) {
         const unsigned splits = static_cast<unsigned>(p.splits), tiles = static_cast<unsigned>(p.tiles);
@@ -115,7 +116,8 @@ struct Work {
         end = row * p.row + p.row;
         kept = tile + beside * CHANNELS;
         first = split * p.share + along;
-        take(p, along < length && beside < width && kept < end ? p.vectors : 0);
+        active = along < length && beside < width && kept < end;
+        take(p, active ? p.vectors : 0);
     }
 
     // Its share of so many vectors of the reduced dimensions.

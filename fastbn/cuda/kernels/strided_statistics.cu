@@ -25,7 +25,7 @@ __device__ __forceinline__ int cut_head(const Params& p, Work& work, Place& star
     const i64 whole = (p.run - head) / VECTOR;
     start.x += head;
     start.where += head * p.vector_where;
-    if (work.count > 0) work.take(p, whole);
+    if (work.active) work.take(p, whole);
     return head;
 #else
     return 0;
@@ -50,10 +50,10 @@ __device__ __forceinline__ void each(const Params& p, const Work& work, const Pl
 // The same for the ends of a row: elements before its first and behind its last whole vector, of the first split.
 template <class Take>
 __device__ __forceinline__ void each_of_ends(
-    const Params& p, const Work& work, const Place& start, int head, bool active, Take take
+    const Params& p, const Work& work, const Place& start, int head, Take take
 ) {
 #if RAGGED
-    if (work.split != 0 || !active) return;
+    if (work.split != 0 || !work.active) return;
     const int tail = static_cast<int>((p.run - head) & (VECTOR - 1));
 #pragma unroll 1
     for (int e = work.along; e < head + tail; e += static_cast<int>(p.along)) {
@@ -78,8 +78,7 @@ __device__ __forceinline__ void read(Batch& batch, const Params& p, Walk& walk, 
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) strided_statistics(const Params p) {
     Work work(p);
-    const bool active = work.count > 0;
-    Place start(p, active ? work.kept : 0);
+    Place start(p, work.active ? work.kept : 0);
     const int head = cut_head(p, work, start);
     Accumulator accumulators[CHANNELS];
 #pragma unroll
@@ -98,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) strided_statistics(cons
             for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].flush();
         }
     }
-    each_of_ends(p, work, start, head, active, [&](Value value) {
+    each_of_ends(p, work, start, head, [&](Value value) {
         if (is_number(value)) accumulators[0].add_edge(value);
     });
     Part* mine = slots() + (work.along * static_cast<int>(p.beside) + work.beside) * CHANNELS;
@@ -124,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) strided_statistics(cons
                 if (is_number(value)) careful.add(static_cast<double>(value), unit);
             };
             each(p, work, start, ch, take);
-            each_of_ends(p, work, start, head, active, take);
+            each_of_ends(p, work, start, head, take);
             if (DTYPE != FLOAT64 || !SQUARES || careful.done() || unit <= LARGE_UNIT) break;
             unit *= LARGE_UNIT;
         }
