@@ -263,10 +263,12 @@ def of_statistics(architecture: int) -> tuple[Variant, ...]:
         for n in shape[:0:-1]:
             steps.insert(0, steps[0] * (n + (4 if sliced else 0)))
         d, _ = dimensions(shape, tuple(steps), tuple(steps), (0,) * len(shape), frozenset(kept))
-        for dtype, wide, squares, masked, nan in itertools.product(range(13), *[(False, True)] * 4):
-            if dtype > statistics.FLOAT64 and (wide or nan) or (dtype == statistics.FLOAT64 and not wide):
+        wanted = ((True, False), (False, True), (True, True))
+        for dtype, (sums, squares), *flags in itertools.product(range(13), wanted, *[(False, True)] * 3):
+            wide, masked, nan = flags
+            if (dtype > statistics.FLOAT64 and (wide or nan)) or (dtype == statistics.FLOAT64 and not wide):
                 continue
-            data = statistics.Data(tuple(d), dtype, ITEMSIZES[dtype], 0, masked, nan, wide, squares)
+            data = statistics.Data(tuple(d), dtype, ITEMSIZES[dtype], 0, masked, nan, wide, sums, squares)
             division = statistics.divide(data, device)
             assert division is not None
             found.add(Variant("strided_statistics", statistics.macros_of(data, division)))
@@ -466,6 +468,7 @@ def sizeof_params_is(kernel: str, nbytes: int) -> bool:
     sizes |= {"REDUCED": 1, "IN_FLOAT64": 1}
     others = ("DTYPE", "ALONG_CHANNELS", "WIDE", "WEIGHT", "RELU", "RESIDUAL")
     others += ("ALONG_KEPT", "MASK", "SKIP_NAN", "SQUARES")
+    sizes["SUMS"] = 1
     options = (f"-D{name}={sizes.get(name, 0)}" for name in (*sizes, *others))
     try:
         _compile(text, (*launch.OPTIONS, *options, *_for_ptx(options_of_cupy(80))), "ptx")
@@ -491,7 +494,7 @@ def line(variant: Variant, code: Compiled, architecture: int) -> str:
     layout = ("reduced inner", "kept inner")[variant["ALONG_KEPT"]] if variant.strided else layout
     dtype, layout = ("any", "numbers") if variant.of_numbers else (DTYPES[variant["DTYPE"]], layout)
     weight = ("", "bool weight", "weight")[variant["WEIGHT"]]
-    options = ("RELU", "RESIDUAL", "WIDE", "SQUARES", "MASK", "SKIP_NAN", "IN_FLOAT64")
+    options = ("RELU", "RESIDUAL", "WIDE", "SUMS", "SQUARES", "MASK", "SKIP_NAN", "IN_FLOAT64")
     names = (weight, *(name.lower()[:3] for name in options if variant[name]))
     loads, stores = (" ".join(f"{b}x{n}" for b, n in sorted(w.items())[::-1]) for w in (code.loads, code.stores))
     return (

@@ -47,6 +47,8 @@ class Data(NamedTuple):
     masked: bool
     skip_nan: bool
     in_float64: bool
+    """Whether floats are added up in float64 throughout."""
+    sums: bool
     squares: bool
 
 
@@ -138,7 +140,7 @@ def _columns(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning
     count = math.prod(d.size for d in reduced)
     vector = 1
     if inner.step == 1:
-        vector = _vector(inner.size, min(4, 16 // data.itemsize), [*outer, *reduced], data)
+        vector = _vector(inner.size, _beside(data), [*outer, *reduced], data)
     vectors = inner.size // vector
     threads = _threads(vectors * count * math.prod(d.size for d in outer), tuning)
     lanes = max(LINE // (vector * data.itemsize), threads // count, 1)
@@ -152,11 +154,19 @@ def _folded(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning:
     """A few kept indices and the reduced dimension above them as one row."""
     (few, *outer), (above, *others) = kept, reduced
     size = few.size * above.size
-    vector = _vector(size, min(4, 16 // data.itemsize), [*outer, *others], data)
+    vector = _vector(size, _beside(data), [*outer, *others], data)
     rows = [Dimension(size // vector, vector, few.mask * vector, 0, False), *others]
     unit = few.size // math.gcd(few.size, vector)
     along = max(1, _threads(math.prod(d.size for d in rows), tuning) // unit) * unit
     return _Beside(True, vector, rows, along, 1, few.size, few.size, 0, few.mask, unit)
+
+
+def _beside(data: Data) -> int:
+    """Kept indices of a thread at most: squares of four floats, with their sums, take more than 128 registers.
+
+    Without sums, too: `var` is to have the bits of `mean_var`.
+    """
+    return min(2 if data.squares and data.dtype <= FLOAT64 else 4, 16 // data.itemsize)
 
 
 def _threads(vectors: int, tuning: Tuning) -> int:
@@ -207,7 +217,8 @@ def divide(data: Data, device: Device) -> Division | None:
 
 def _numbers_of_part(data: Data) -> int:
     """Of a `Part` of parts.cuh: float64 data have units."""
-    return 5 if data.dtype == FLOAT64 else 4
+    unit = int(data.dtype == FLOAT64)
+    return (3 + unit) * data.sums + (4 + unit) * data.squares
 
 
 def macros_of(data: Data, c: Division) -> launch.Macros:
@@ -220,6 +231,7 @@ def macros_of(data: Data, c: Division) -> launch.Macros:
         ("THREADS", c.threads),
         ("REDUCED", len(c.reduced)),
         ("IN_FLOAT64", int(data.in_float64)),
+        ("SUMS", int(data.sums)),
         ("SQUARES", int(data.squares)),
         ("MASK", int(data.masked)),
         ("SKIP_NAN", int(data.skip_nan)),
@@ -281,7 +293,8 @@ def plan(device: Device, data: Data, form: int, types: tuple[int | None, ...]) -
 
 def finishing_macros(data: Data, threads: int) -> launch.Macros:
     """Of finish_strided.cu, which sees numbers of parts alone."""
-    known = {"DTYPE": FLOAT64 if data.dtype == FLOAT64 else FLOAT32, "SQUARES": int(data.squares), "THREADS": threads}
+    known = {"DTYPE": FLOAT64 if data.dtype == FLOAT64 else FLOAT32, "THREADS": threads}
+    known |= {"SUMS": int(data.sums), "SQUARES": int(data.squares)}
     known |= dict.fromkeys(("VECTOR", "ITEMS_PER_THREAD", "REDUCED", "IN_FLOAT64"), 1)
     return tuple((known | dict.fromkeys(("ALONG_KEPT", "MASK", "SKIP_NAN"), 0)).items())
 
@@ -300,7 +313,8 @@ def statistic(
     wide = what.spread_is != "m2" and FLOAT64 in types[1:]  # those of moments are as good as batch norm's
     data = Data(
         tuple(d), dtype, size, (x.data.ptr + starts[0] * size) % 16, mask is not None,
-        what.skip_nan and dtype <= FLOAT64, dtype <= FLOAT64 and (wide or dtype == FLOAT64), what.spread is not None,
+        what.skip_nan and dtype <= FLOAT64, dtype <= FLOAT64 and (wide or dtype == FLOAT64), what.mean is not None,
+        what.spread is not None,
     )  # fmt: skip
     found = plan(launch.device(x.data.device_id), data, FORMS.index(what.spread_is), types)
     if found is None:

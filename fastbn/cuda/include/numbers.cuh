@@ -126,7 +126,7 @@ __device__ __forceinline__ unsigned mask_bits(const unsigned char* where, i64 st
     unsigned bits = 0;
     if (VECTOR > 1 && step == 1 && reinterpret_cast<u64>(where) % VECTOR == 0) {
         Flags flags;
-        flags.packed = *reinterpret_cast<const Bytes*>(where);
+        flags.packed = __ldg(reinterpret_cast<const Bytes*>(where));
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) bits |= (flags.each[j] != 0 ? 1u : 0u) << j;
     } else {

@@ -1,5 +1,5 @@
-// Results of the parts that `strided_statistics` has left of each kept index, `splits` of them: 32 bytes each, 40 of
-// float64. Threads stand along the parts, and beside each other on kept indices.
+// Results of the parts that `strided_statistics` has left of each kept index, `splits` of them: 24 to 72 bytes each.
+// Threads stand along the parts, and beside each other on kept indices.
 
 #include "parts.cuh"
 
@@ -9,17 +9,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish_strided(const Param
     const i64 first = static_cast<i64>(blockIdx.x) * width, kept = first + beside;
     if (beside < width) {
         Part whole;
-        whole.set(0, 0, 0, 0);
+        whole.clear();
         if (kept < p.kept)
             for (i64 split = along; split < p.splits; split += length) {
                 const double* from = part_at(p, kept, split);
                 Part part;
-#if DTYPE == FLOAT64
-                part.set(from[0], from[1], from[2], from[3], from[4]);
-#else
-                part.set(from[0], from[1], from[2], from[3]);
-#endif
-                whole = merged(whole, part);
+#pragma unroll
+                for (int k = 0; k < NUMBERS_OF_PART; ++k) reinterpret_cast<double*>(&part)[k] = from[k];
+                add(whole, part);
             }
         slots()[along * width + beside] = whole;
     }

@@ -68,13 +68,35 @@ __device__ __forceinline__ void read(Batch& batch, const Params& p, Walk& walk, 
 #pragma unroll
     for (int k = 0; k < ITEMS_PER_THREAD; ++k)
         if (k < batch.count) {
-            batch.items[k] = *reinterpret_cast<const Packed*>(data_of(p) + walk.x);
+            batch.items[k] = __ldg(reinterpret_cast<const Packed*>(data_of(p) + walk.x));
 #if MASK
             batch.taken[k] = mask_bits(p.where + walk.where, p.vector_where);
 #endif
             walk.advance(p);
         }
 }
+
+#if OF_FLOATS
+// Takes the elements of one channel of a thread again, in units from the smallest distances' to the largest's.
+template <class Careful, class Result>
+__device__ __forceinline__ void take_again(
+    const Params& p, const Work& work, const Place& start, int head, int ch, double unit, Result& part
+) {
+    Careful careful;
+#pragma unroll 1
+    while (true) {
+        careful.clear();
+        const auto take = [&](Value value) {
+            if (is_number(value)) careful.add(static_cast<double>(value), unit);
+        };
+        each(p, work, start, ch, take);
+        each_of_ends(p, work, start, head, take);
+        if (careful.done() || unit <= LARGE_UNIT) break;
+        unit *= LARGE_UNIT;
+    }
+    careful.put(part, unit);
+}
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) strided_statistics(const Params p) {
     Work work(p);
@@ -84,50 +106,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) strided_statistics(cons
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].clear();
     Walk walk(p, start, work.first);
-    int batches = 0;
+    int batches = 0, group = 0;
+    i64 elements = 0;
     for (unsigned left = work.count; left > 0;) {
         Batch batch;
         read(batch, p, walk, left);
         left -= batch.count;
 #pragma unroll
         for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].add(batch, ch);
+        group += batch.count * DEPTH;
         if (++batches == BATCHES || left == 0) {
-            batches = 0;
 #pragma unroll
-            for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].flush();
+            for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].flush(group);
+            elements += group;
+            batches = group = 0;
         }
     }
     each_of_ends(p, work, start, head, [&](Value value) {
-        if (is_number(value)) accumulators[0].add_edge(value);
+        if (is_number(value)) {
+            accumulators[0].add_end(value);
+            ++elements;
+        }
     });
     Part* mine = slots() + (work.along * static_cast<int>(p.beside) + work.beside) * CHANNELS;
     const bool has_slots = work.along < p.along && work.beside < p.beside;
-    unsigned odd = 0;
+    unsigned odd_sums = 0, odd_squares = 0;  // channels
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) {
-        if (has_slots) accumulators[ch].put(mine[ch]);
-#if OF_FLOATS
-        if (accumulators[ch].is_odd()) odd |= 1u << ch;
+        if (has_slots) accumulators[ch].put(mine[ch], elements);
+#if SUMS
+        if (accumulators[ch].sums.is_odd()) odd_sums |= 1u << ch;
+#endif
+#if SQUARES
+        if (accumulators[ch].squares.is_odd()) odd_squares |= 1u << ch;
 #endif
     }
 #if OF_FLOATS
 #pragma unroll 1
-    for (int ch = 0; odd >> ch != 0; ++ch) {
-        if (!(odd >> ch & 1)) continue;
-        Careful careful;
-        double unit = DTYPE != FLOAT64 ? 1 : SQUARES ? SMALL_UNIT : SUM_UNIT;
-#pragma unroll 1
-        while (true) {
-            careful.clear();
-            const auto take = [&](Value value) {
-                if (is_number(value)) careful.add(static_cast<double>(value), unit);
-            };
-            each(p, work, start, ch, take);
-            each_of_ends(p, work, start, head, take);
-            if (DTYPE != FLOAT64 || !SQUARES || careful.done() || unit <= LARGE_UNIT) break;
-            unit *= LARGE_UNIT;
-        }
-        careful.put(mine[ch], unit);
+    for (int ch = 0; (odd_sums | odd_squares) >> ch != 0; ++ch) {
+#if SUMS
+        if (odd_sums >> ch & 1)
+            take_again<CarefulSum>(p, work, start, head, ch, DTYPE == FLOAT64 ? SUM_UNIT : 1, mine[ch].sum);
+#endif
+#if SQUARES
+        if (odd_squares >> ch & 1)
+            take_again<CarefulSpread>(p, work, start, head, ch, DTYPE == FLOAT64 ? SMALL_UNIT : 1, mine[ch].spread);
+#endif
     }
 #endif
     merge_slots(static_cast<int>(p.along * p.beside) * CHANNELS, static_cast<int>(p.width));
