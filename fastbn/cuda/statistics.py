@@ -199,8 +199,9 @@ def divide(data: Data, device: Device) -> Division | None:
     tiles = math.prod(o.size for o in kept) // b.row * tiles_of_row
     wanted = -(-tuning.passes * processors // tiles)
     column = math.prod(o.size for o in reduced) * data.itemsize  # bytes of a kept index
+    numbers = _numbers_of_part(data._replace(sums=True))  # as with a mean, of which the bits do not depend
     most = min(
-        column // max(1, BYTES_OF_PART * 8 * _numbers_of_part(data)),
+        column // max(1, BYTES_OF_PART * 8 * numbers),
         vectors // max(1, BATCHES_OF_SPLIT * b.along * items),
     )
     share = -(-vectors // max(1, min(wanted, most)))

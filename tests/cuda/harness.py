@@ -73,7 +73,7 @@ def leaves(value):
 
 
 def scalars(arrays):
-    """Of `arrays`, the package for NumPy arrays on a device: those without dimensions are scalars, as NumPy gives them."""
+    """The package for NumPy arrays on a device, of which those without dimensions are the scalars that NumPy gives."""
 
     class Scalars(type(arrays)):
         def __call__(self, *args, **keywords):

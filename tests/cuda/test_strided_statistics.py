@@ -304,7 +304,7 @@ def test_scales(splits, dtype, exponent, function):
         pytest.skip("of floats they are batch norm's, which tests/cuda/test_scales.py has")
     failures = []
     for n in (5, 130, 1000):
-        row = (np.random.default_rng(n).standard_normal(n) * 2.0**exponent).astype(maker(dtype)(()).dtype)
+        row = ((np.random.default_rng(n).standard_normal(n) + 1) * 2.0**exponent).astype(maker(dtype)(()).dtype)
         if exponent > -500:
             row[np.abs(row) < 2.0**-125] = 0  # as float32 and bfloat16 numbers below 2^-126 are
         for x, axis in ((row, None), (np.stack([row, -row], 1), 0), (np.stack([row, row]), 1)):
