@@ -1,9 +1,9 @@
 """The contract of a backend (`fastbn.backend`), on CuPy arrays with CUDA kernels.
 
 Every function describes its calls as a `plans.Problem`, for which a plan is chosen, and returns what launches that on
-the current stream. Per-channel numbers stay in their dtypes, and absent ones None: the kernels convert. Results of a
-call and the scratch behind them are one allocation, so that a captured graph may be replayed as long as the results
-live, unless callers copied something first.
+the current stream; `statistic` has plans of its own. Per-channel numbers stay in their dtypes, and absent ones None:
+the kernels convert. Results of a call and the scratch behind them are one allocation, so that a captured graph may be
+replayed as long as the results live, unless callers copied something first.
 """
 
 from __future__ import annotations

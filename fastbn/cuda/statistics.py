@@ -28,6 +28,7 @@ DTYPES = (
 FLOAT32, FLOAT64 = 2, 3
 FORMS = ("var", "std", "m2")
 
+MOST_REDUCED = 6  # dimensions, whose coordinates are in registers
 FEW = 32  # kept indices of a row below which it is read with the rows behind it
 LONG = 32  # vectors of a row that need not begin or end with one
 BYTES_OF_PART = 50  # of what is reduced, for each byte of a part: hence 2 %
@@ -192,7 +193,7 @@ def divide(data: Data, device: Device) -> Division | None:
         if one_row and above is not None and data.masked:
             one_row = above.mask == last.mask * last.size
         b = (_folded if one_row else _columns)(kept, reduced, data, tuning)
-    if max(len(kept), len(b.reduced)) > MOST_DIMENSIONS or any(o.size >= 1 << 31 for o in b.reduced[:-1]):
+    if len(kept) > MOST_DIMENSIONS or len(b.reduced) > MOST_REDUCED or any(o.size >= 1 << 31 for o in b.reduced[:-1]):
         return None
     vectors, items = math.prod(o.size for o in b.reduced), _items(b.vector, data, tuning)
     tiles_of_row = -(-b.row // b.width)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from tests import cuda_compile
+from tests.cuda.variants import of_statistics
 from tests.cuda_compile import CHIPS, Variant
 
 pytestmark = pytest.mark.skipif(cuda_compile.available() is not None, reason=str(cuda_compile.available()))
@@ -54,18 +55,18 @@ def test_every_pair_of_choices(architecture, kernel):
 
 @each(BY_DEFAULT, OF_STATISTICS)
 def test_some_statistics_of_arrays_as_they_lie(architecture, kernel):
-    every = cuda_compile.of_statistics(architecture)
+    every = of_statistics(architecture)
     check(architecture, kernel, every[BY_DEFAULT.index(architecture) :: 6])
 
 
 @each(CHIPS, OF_STATISTICS, pytest.mark.slow)
 def test_statistics_of_arrays_as_they_lie(architecture, kernel):
-    check(architecture, kernel, cuda_compile.of_statistics(architecture))
+    check(architecture, kernel, of_statistics(architecture))
 
 
 @pytest.mark.parametrize("architecture", BY_DEFAULT, ids="sm_{}".format)
 def test_all_that_statistics_are_divided_into_is_chosen_from(architecture):
-    variants = [v for v in cuda_compile.of_statistics(architecture) if v.kernel == "strided_statistics"]
+    variants = [v for v in of_statistics(architecture) if v.kernel == "strided_statistics"]
     for name, values in {
         "DTYPE": {*range(13)},
         "VECTOR": {1, 2, 4, 8, 16},

@@ -11,11 +11,101 @@
 // - the innermost is kept and small: it and the reduced dimension above are one row of vectors. As `along` is a multiple
 //   of its size, each element of a thread's vectors always has the same kept index.
 //
-// Blocks merge their threads' sums; of several splits `finish_strided` does. Every run gives the same bits.
+// Threads whose sums or squares are odd take their elements again. Blocks merge their threads' parts; of several splits
+// `finish_strided` does. Every run gives the same bits.
 
-#include "sums.cuh"
+#include "careful.cuh"
+#include "squares.cuh"
 
 #define RAGGED (REDUCED == 1 && VECTOR > 1 && !ALONG_KEPT)
+
+struct Accumulator {  // of a kept index
+#if SUMS
+    Sums sums;
+#endif
+#if SQUARES
+    Squares squares;
+#endif
+#if COUNTED
+    i64 n;
+    int taken;  // since the last flush
+#endif
+
+    __device__ __forceinline__ void clear() {
+#if SUMS
+        sums.clear();
+#endif
+#if SQUARES
+        squares.clear();
+#endif
+#if COUNTED
+        n = 0, taken = 0;
+#endif
+    }
+
+    __device__ __forceinline__ void add_one(Value value) {
+#if SUMS
+        sums.add(value);
+#endif
+#if SQUARES
+        squares.add(value);
+#endif
+#if COUNTED
+        ++taken;
+#endif
+    }
+
+    __device__ __forceinline__ void add(const Batch& batch, int from) {
+#if SQUARES
+        squares.begin(batch, from);
+#endif
+#pragma unroll
+        for (int k = 0; k < ITEMS_PER_THREAD; ++k)
+            if (k < batch.count)
+#pragma unroll
+                for (int j = 0; j < DEPTH; ++j) {
+                    const Value value = batch.at(k, from + j);
+                    if (batch.takes(k, from + j) && is_number(value)) add_one(value);
+                }
+    }
+
+    // After so many elements, of which a mask or NaN may have left out some.
+    __device__ __forceinline__ void flush(int elements) {
+#if COUNTED
+        elements = taken;
+        n += taken;
+        taken = 0;
+#endif
+#if SUMS
+        sums.flush();
+#endif
+#if SQUARES
+        squares.flush(elements);
+#endif
+    }
+
+    __device__ __forceinline__ void add_end(Value value) {
+#if SQUARES
+        squares.begin_at(value);
+#endif
+        add_one(value);
+        flush(1);
+    }
+
+    __device__ __forceinline__ void put(Part& part, i64 elements) const {
+#if COUNTED
+        elements = n;
+#endif
+        part.clear();
+        if (elements == 0) return;
+#if SUMS
+        sums.put(part.sum, static_cast<double>(elements));
+#endif
+#if SQUARES
+        squares.put(part.spread, static_cast<double>(elements));
+#endif
+    }
+};
 
 // Elements before a single row's first whole vector; `work` and `start` are then of its whole vectors.
 __device__ __forceinline__ int cut_head(const Params& p, Work& work, Place& start) {
