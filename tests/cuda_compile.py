@@ -232,7 +232,7 @@ def _problems(architecture: int) -> Iterator[Any]:
 
     chip = CHIPS[architecture]
     device = launch.Device(0, architecture, chip.processors, chip.shared)
-    for dtype, itemsize in enumerate(ITEMSIZES):
+    for dtype, itemsize in enumerate(ITEMSIZES[:4]):
         offs = [off for off in (0, 2, 4, 8) if off % itemsize == 0]
         reduced = (8, 1 << 8, 1 << 12, 1 << 17, 1 << 23, 1 << 36)
         lasts = itertools.product((1, 2, 4, 8, 16, 32, 64), reduced)

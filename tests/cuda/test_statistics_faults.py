@@ -37,7 +37,7 @@ FAULTS = {  # what is wrong: a text of a kernel, what stands in its place, the d
     "distance of groups": ("+ count * here * here", "", "float32 in steps", "long", None),
     "n of groups": ("fma(count, far,", "fma(1.0, far,", "float32 in steps", "long", None),
     "delta of parts": ("delta * delta * (a.n * share)", "0", "float32 in steps", "long", None),
-    "share of a part": ("a.low + delta * share", "a.low", "int32", "2-d", 0),
+    "share of a part": ("a.low + delta * share", "a.low", "int32", "long", None),
     "odd rows of slots": ("half = (rows + 1) / 2", "half = rows / 2", "uint8", "3-d channels reversed", (0, 1)),
     "slots of another channel": ("i + half * channels", "i + half", "uint8", "2-d tall", 0),
     "overflow of a sum": ("return !is_finite(high + low);", "return false;", "huge float32", "long", None),
@@ -46,7 +46,7 @@ FAULTS = {  # what is wrong: a text of a kernel, what stands in its place, the d
     "units of a part": (
         "const double factor = other * per_unit();", "const double factor = 1;", "float64 of two scales", "2-d", 0,
     ),
-    "unit of a sum": ("a.unit == 1 ? SUM_UNIT : 1", "1", "huge float64", "2-d", 0),
+    "unit of a sum": ("a.unit == 1 ? SUM_UNIT : 1", "1", "float64 that ends at its limit", "long", None),
     "NaN counted": ("!SKIP_NAN || value == value", "true", "float32 with NaN", "2-d", 0),
     "bits of a mask": (
         "(flags.each[j] != 0 ? 1u : 0u) << j", "(flags.each[j] != 0 ? 1u : 0u)", "masked uint8", "long", None,
@@ -66,6 +66,7 @@ def numbers_of(kind, x, rng):
         "tiny": lambda: np.where(np.abs(x) < 2.0**-9, 0, x) * 2.0**-115,
         "least": lambda: np.where(np.abs(x - 2.5) < 2.0**-4, 0, x - 2.5) * 2.0**-121,
         "huge": lambda: np.where(rng.random(x.shape) < 0.5, -1, 1) * (1.7e308 if x.dtype.itemsize == 8 else 3.3e38),
+        "ends": lambda: np.where(first < x.size // 2, x * 1e290, np.where(rng.random(x.shape) < 0.5, -1, 1) * 1.7e308),
         "scales": lambda: x * np.where(np.arange(len(x)) == 5, 1, 1e-160)[:, None],
     }
     return next((change() for name, change in changes.items() if name in kind.split()), x)

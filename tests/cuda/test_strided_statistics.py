@@ -73,7 +73,7 @@ def check_views(dtype, views):
 
 @by_dtype
 def test_views(splits, dtype):
-    check_views(dtype, share(dtype, 9))
+    check_views(dtype, share(dtype, 12))
 
 
 @pytest.mark.slow
@@ -107,6 +107,8 @@ def test_masks(splits, dtype):
     """Read in place; what is left out is NaN."""
     failures = []
     for (i, view), (k, name) in itertools.product(enumerate(MASKED), enumerate(MASKS)):
+        if (i + k) % 2:
+            continue
         x = VIEWS[view](maker(dtype))
         where = MASKS[name](x.shape, np.random.default_rng(k))
         axis = (None, 0, tuple(range(1, x.ndim)) or 0, -1, tuple(range(0, x.ndim, 2)))[(i + k) % 5]
@@ -114,7 +116,7 @@ def test_masks(splits, dtype):
         if x.dtype.kind not in "iub":
             x = np.where(where, x, [np.nan, np.inf][k % 2]).astype(x.dtype)
         if (exact.count > 0).all():
-            for function in FUNCTIONS[i % 2 :: 2]:
+            for function in FUNCTIONS[i // 2 % 2 :: 2]:
                 label = f"{view} {x.strides}, {name}"
                 check(failures, label, function, x, exact, axis=axis, where=where)
     report(failures)
