@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import validation
-from fastbn.arrays import kind_of
+from fastbn.arrays import is_foreign, kind_of
 from fastbn.backend import backend_of
 from fastbn.layout import Shape
 from fastbn.merging import Moments
@@ -29,7 +29,6 @@ from fastbn.reduction_arguments import (
     result_dtype,
     warn,
 )
-from fastbn.ways import Way
 
 _CLEAR = np.zeros(3).tobytes()  # the status of usual results
 _UNREAD = np.zeros(3)  # the status of calls that cannot change it
@@ -58,18 +57,15 @@ def statistic(
     seen = x if plain is None else plain(x)
     if where is not None and operand("where", where, x).dtype != bool:
         return None
-    mask, select = _selection(backend, where, weights, x, seen)
     has_mean, has_spread = "mean" in what, what != "mean"
     spread_is = what if what in ("var", "std") else "var"
     wanted = Statistic(spread_is, options.skip_nan, None, dtype if has_mean else None, dtype if has_spread else None)
-    run = backend.statistic(seen, mask, kept, wanted, strides)
+    run, select = _kernel(backend, where, weights, x, seen, kept, wanted, strides)
     if run is None:
         return None
-    if has_mean and has_spread and x.dtype.itemsize == 8:
-        run = _one_by_one(backend, seen, mask, kept, wanted, strides)
     count, ddof = x.size // max(1, math.prod(x.shape[axis] for axis in kept)), float(options.ddof)
-    sure = mask is None and not options.skip_nan and x.dtype.itemsize < 8 and (count > ddof or not has_spread)
-    careful, empty, scalar = Once(with_care), np.empty, shape == ()
+    sure = select is None and not options.skip_nan and x.dtype.itemsize < 8 and (count > ddof or not has_spread)
+    careful, empty, scalar = Once(with_care), backend.xp.empty, shape == () and isinstance(x, np.ndarray)
 
     def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
         seen = x if plain is None else plain(x)
@@ -144,31 +140,19 @@ def _prepared(
     backend = backend_of(kind_of("x", x))
     shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if keepdims or axis in kept)
     strides = _steps(np.empty(shape), x.ndim, kept, keepdims)
-    mask, select = _selection(backend, where, weights, x, seen, sensible)
-    launch = backend.statistic(seen, mask, kept, wanted, strides) if x.size > 0 else None
+    if x.size == 0:
+        return None
+    launch, select = _kernel(backend, where, weights, x, seen, kept, wanted, strides, sensible)
     if launch is None:
         return None
-    if wanted.mean is not None and wanted.spread is not None and x.dtype.itemsize == 8:
-        launch = _one_by_one(backend, seen, mask, kept, wanted, strides)
+    empty = backend.xp.empty
 
     def run(x: Any, where: Any, weights: Any) -> tuple[tuple[Any, ...], bool]:
         seen = x if plain is None else plain(x)
-        results = tuple(None if t is None else np.empty(shape, t) for t in (wanted.count, wanted.mean, wanted.spread))
+        results = tuple(None if t is None else empty(shape, t) for t in (wanted.count, wanted.mean, wanted.spread))
         status = np.zeros(3)
         launch(seen, None if select is None else select(x, where, weights), *results, status, 0.0)
         return results, bool(status[0])
-
-    return run
-
-
-def _one_by_one(backend: Any, x: Any, mask: Any, kept: frozenset[int], wanted: Statistic, strides: Shape) -> Call:
-    """Mean and variance by a pass each: so the mean has the digits that a sum of float64 alone has, and the bits."""
-    first = backend.statistic(x, mask, kept, wanted._replace(count=None, spread=None), strides)
-    second = backend.statistic(x, mask, kept, wanted._replace(mean=None), strides)
-
-    def run(x: Any, mask: Any, count: Any, mean: Any, spread: Any, status: Any, ddof: float) -> None:
-        first(x, mask, None, mean, None, status, ddof)
-        second(x, mask, count, None, spread, status, ddof)
 
     return run
 
@@ -186,10 +170,9 @@ def _steps(result: Any, ndim: int, kept: frozenset[int], keepdims: Any) -> Shape
 def _lies_well(out: Any, dtype: Any) -> bool:
     """Whether kernels can write it."""
     return (
-        isinstance(out, np.ndarray)
-        and out.dtype == dtype
+        out.dtype == dtype
         and out.dtype.isnative
-        and out.flags.aligned
+        and (is_foreign(out) or out.flags.aligned)
         and all(s % dtype.itemsize == 0 for s in out.strides)
         and not any(s == 0 and n > 1 for s, n in zip(out.strides, out.shape, strict=True))
     )
@@ -210,15 +193,16 @@ def _native(x: Any) -> Any:
     return np.array(x, x.dtype.newbyteorder("="), order="K", subok=False)
 
 
-def _selection(
-    backend: Any, where: Any, weights: Any, x: Any, seen: Any, sensible: bool = True
-) -> tuple[Mask | None, Call | None]:
-    """What says which values count and what they weigh: how it lies, and ``select(x, where, weights)`` gives it.
+def _kernel(
+    backend: Any, where: Any, weights: Any, x: Any, seen: Any, kept: frozenset[int], wanted: Statistic, strides: Shape,
+    sensible: bool = True,
+) -> tuple[Call | None, Call | None]:  # fmt: skip
+    """The backend's kernel, and ``select(x, where, weights)``, which says what counts and what it weighs.
 
     x is seen in the machine's byte order. Weights are sensible if they are to be finite and >= 0.
     """
     if where is None and weights is None:
-        return None, None
+        return backend.statistic(seen, None, kept, wanted, strides), None
     xp = backend.xp
 
     def selected(x: Any, where: Any, weights: Any) -> Any:
@@ -235,21 +219,17 @@ def _selection(
         return weights.astype(xp.float64)
 
     given = selected(x, where, weights)
-    mask, to_mask = _mask_of(xp, given, seen)
-    if to_mask is None:
-        return mask, selected
-    arrange = to_mask
-    return mask, lambda x, where, weights: arrange(selected(x, where, weights))
+    mask = Mask(tuple(0 if n == 1 else s for n, s in zip(given.shape, given.strides, strict=True)), given.dtype)
+    run = backend.statistic(seen, mask, kept, wanted, strides)
+    if run is not None:
+        return run, selected
+    mask, beside = _beside(xp, given, seen)
+    return backend.statistic(seen, mask, kept, wanted, strides), lambda *arrays: beside(selected(*arrays))
 
 
-def _mask_of(xp: Any, where: Any, x: Any) -> tuple[Mask, Way]:
-    """A mask beside x, and what makes it one that kernels read: side by side, or the same, where x's numbers are."""
-    strides = tuple(0 if n == 1 else s for n, s in zip(where.shape, where.strides, strict=True))
+def _beside(xp: Any, where: Any, x: Any) -> tuple[Mask, Call]:
+    """How a mask lies that goes in memory as x does, and what makes one of such a mask."""
     lying = [axis for axis in range(x.ndim) if x.shape[axis] > 1 and x.strides[axis] != 0]
-    innermost = min(lying, key=lambda axis: abs(x.strides[axis]), default=None)
-    step = 0 if innermost is None else strides[innermost] * (1 if x.strides[innermost] > 0 else -1)
-    if step in (0, where.itemsize):
-        return Mask(strides, where.dtype), None
     order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]) if axis in lying else -math.inf)
     signs = tuple(slice(None, None, -1 if s < 0 else None) for s in x.strides)
     back = tuple(int(axis) for axis in np.argsort(order))
@@ -258,6 +238,5 @@ def _mask_of(xp: Any, where: Any, x: Any) -> tuple[Mask, Way]:
         return xp.ascontiguousarray(where[signs].transpose(order)).transpose(back)[signs]
 
     copied = beside(where)
-    return Mask(
-        tuple(0 if n == 1 else s for n, s in zip(copied.shape, copied.strides, strict=True)), copied.dtype
-    ), beside
+    strides = tuple(0 if n == 1 else s for n, s in zip(copied.shape, copied.strides, strict=True))
+    return Mask(strides, copied.dtype), beside

@@ -14,7 +14,7 @@ from fastbn import direct_reductions, reductions_by_moments, validation
 from fastbn.arrays import device_of, one_kind
 from fastbn.backend import backend_of
 from fastbn.merging import Moments
-from fastbn.reduction_arguments import Call, Options, check_nan_form, kept_axes, operand
+from fastbn.reduction_arguments import Call, Once, Options, check_nan_form, kept_axes, operand
 
 
 def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: Options) -> Call:
@@ -85,26 +85,20 @@ def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
         kept = validation.channel_axes(x.ndim, channel_axis)
         backend = backend_of(one_kind({"x": x}, where=where, weights=weights))
         validation.combined_weight(backend.xp, where, weights, x.shape)
-        table_of, to_kept = reductions_by_moments.table(x, kept, not validation.is_float(x.dtype), where, weights)
-        direct = None
+        found = None
         if not _is_batch_norms(x, (where, weights), kept):
-            direct = direct_reductions.moments(x, where, weights, kept)
+            found = direct_reductions.moments(x, where, weights, kept)
+        if found is None:
+            return backend.on_its_device(reductions_by_moments.moments(x, where, weights, kept), x)
+    direct, careful = found, Once(reductions_by_moments.moments)
 
     def call(x: Any, where: Any, weights: Any) -> Moments:
-        count, mean, m2, _ = table_of(x, where, weights)
-        if to_kept is None:
-            return Moments(count, mean, m2)
-        return Moments(to_kept(count), to_kept(mean), to_kept(m2))
+        moments: Moments | None = direct(x, where, weights)
+        if moments is None:
+            moments = careful(x, where, weights, kept)(x, where, weights)
+        return moments
 
-    if direct is None:
-        return backend.on_its_device(call, x)
-    found = direct
-
-    def directly(x: Any, where: Any, weights: Any) -> Moments:
-        moments: Moments | None = found(x, where, weights)
-        return call(x, where, weights) if moments is None else moments
-
-    return backend.on_its_device(directly, x)
+    return backend.on_its_device(call, x)
 
 
 def _is_batch_norms(x: Any, selection: tuple[Any, ...], kept: frozenset[int]) -> bool:

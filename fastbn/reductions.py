@@ -165,7 +165,7 @@ def mean_var(
     Returns
     -------
     mean, var : array or scalar
-        Those of `mean` and `var`, bit by bit: float64 and integers of 64 bits are read twice for that.
+        Those of `mean` and `var`, bit by bit: of NumPy arrays float64 and integers of 64 bits are read twice for that.
 
     Raises
     ------

@@ -16,6 +16,7 @@ from fastbn import validation
 from fastbn.arrays import device_of, kind_of
 from fastbn.backend import backend_of
 from fastbn.layout import Shape, layout_of
+from fastbn.merging import Moments
 from fastbn.reduction_arguments import (
     EMPTY,
     NO_DEGREES,
@@ -85,6 +86,19 @@ def without_nans(what: str, x: Any, given: Any, out: Any, options: Options) -> C
         if where is not None:
             numbers &= operand("where", where, x)
         return masked(x, numbers, given, out)(x, numbers, None, given, out)
+
+    return call
+
+
+def moments(x: Any, where: Any, weights: Any, kept: frozenset[int]) -> Call:
+    """``call(x, where, weights)``."""
+    table_of, to_kept = table(x, kept, not validation.is_float(x.dtype), where, weights)
+
+    def call(x: Any, where: Any, weights: Any) -> Moments:
+        count, mean, m2, _ = table_of(x, where, weights)
+        if to_kept is None:
+            return Moments(count, mean, m2)
+        return Moments(to_kept(count), to_kept(mean), to_kept(m2))
 
     return call
 

@@ -50,8 +50,11 @@ CHIPS = {
     100: Chip(148, 227 << 10, 2048),
     120: Chip(170, 99 << 10, 1536),
 }
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-ITEMSIZES = (2, 2, 4, 8)
+DTYPES = (
+    "float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32",
+    "uint64", "bool",
+)  # fmt: skip
+ITEMSIZES = (2, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1)
 REGISTERS = 65536  # of a multiprocessor
 
 
@@ -152,6 +155,11 @@ class Variant(NamedTuple):
         return "DTYPE" not in dict(self.macros)
 
     @property
+    def strided(self) -> bool:
+        """Whether it is of statistics of arrays as they lie, whose results have any dtype."""
+        return "strided" in self.kernel
+
+    @property
     def divisions(self) -> int:
         """Of floats, by a subroutine: in the one place where bits are to be NumPy's, for a number of each channel."""
         return int(self.kernel == "update_running")
@@ -165,6 +173,8 @@ class Variant(NamedTuple):
         """Loads and stores of vectors that a chunk takes."""
         if self.kernel.startswith("finish") or self.of_numbers:
             return 0, 0
+        if self.strided:
+            return self["ITEMS_PER_THREAD"], 0
         relu, residual = self["RELU"], self["RESIDUAL"]
         if self.kernel in ("statistics", "forward", "normalize"):
             loads, stores = 1 + residual, self.kernel != "statistics"
@@ -173,8 +183,8 @@ class Variant(NamedTuple):
         return loads * self["ITEMS_PER_THREAD"], stores * self["ITEMS_PER_THREAD"]
 
     def __str__(self) -> str:
-        if self.of_numbers:
-            return f"{self.kernel}, THREADS {self['THREADS']}"
+        if self.of_numbers or self.strided:
+            return f"{self.kernel}, {', '.join(f'{name} {value}' for name, value in self.macros)}"
         layout = "channels-last" if self["ALONG_CHANNELS"] else "channels-first"
         options = ", ".join(f"{name} {self[name]}" for name in ("WEIGHT", "RELU", "RESIDUAL", "WIDE") if self[name])
         cluster = f", CLUSTER {self['CLUSTER']}" if self["CLUSTER"] > 1 else ""
@@ -222,7 +232,7 @@ def _problems(architecture: int) -> Iterator[Any]:
 
     chip = CHIPS[architecture]
     device = launch.Device(0, architecture, chip.processors, chip.shared)
-    for dtype, itemsize in enumerate(ITEMSIZES):
+    for dtype, itemsize in enumerate(ITEMSIZES[:4]):
         offs = [off for off in (0, 2, 4, 8) if off % itemsize == 0]
         reduced = (8, 1 << 8, 1 << 12, 1 << 17, 1 << 23, 1 << 36)
         lasts = itertools.product((1, 2, 4, 8, 16, 32, 64), reduced)
@@ -279,7 +289,10 @@ def hot(architecture: int) -> tuple[Variant, ...]:
 
 def chosen(architecture: int, *, full: bool) -> tuple[Variant, ...]:
     """What is compiled for an architecture."""
-    return tuple(dict.fromkeys(pairwise(architecture) + (hot(architecture) if full else ())))
+    from tests.cuda.variants import of_statistics
+
+    more = hot(architecture) if full else ()
+    return tuple(dict.fromkeys(pairwise(architecture) + more + of_statistics(architecture)))
 
 
 # --- what became of it ------------------------------------------------------------------------------------------------
@@ -407,7 +420,8 @@ def complaints(variant: Variant, code: Compiled) -> list[str]:
             found.append(f"{widths.get(bits, 0)} {what}s of {bits} bits, not {wanted}: {dict(sorted(widths.items()))}")
         if wider := sum(n for width, n in widths.items() if width > max(bits, 64)):
             found.append(f"{wider} {what}s wider than arrays are aligned")
-    if narrow := sum(n for width, n in code.stores.items() if width < min(bits, 64)):
+    narrow = sum(n for width, n in code.stores.items() if width < min(bits, 64))
+    if narrow and not variant.strided:
         found.append(f"{narrow} stores narrower than {min(bits, 64)} bits")
     return found
 
@@ -420,7 +434,10 @@ def sizeof_params_is(kernel: str, nbytes: int) -> bool:
 
     text = f'{launch.source(kernel)}\nstatic_assert(sizeof(Params) == {nbytes}, "another size");'
     sizes = {"VECTOR": 1, "LANES": 1, "THREADS": 32, "ITEMS_PER_THREAD": 1, "CLUSTER": 1, "MIN_BLOCKS": 1}
+    sizes |= {"REDUCED": 1, "IN_FLOAT64": 1}
     others = ("DTYPE", "ALONG_CHANNELS", "WIDE", "WEIGHT", "RELU", "RESIDUAL")
+    others += ("ALONG_KEPT", "MASK", "SKIP_NAN", "SQUARES")
+    sizes["SUMS"] = 1
     options = (f"-D{name}={sizes.get(name, 0)}" for name in (*sizes, *others))
     try:
         _compile(text, (*launch.OPTIONS, *options, *_for_ptx(options_of_cupy(80))), "ptx")
@@ -443,9 +460,11 @@ HEADER = (
 def line(variant: Variant, code: Compiled, architecture: int) -> str:
     """A row of the table; loads and stores are bits x times, blocks those that registers allow."""
     layout = "channels-last" if variant["ALONG_CHANNELS"] else "channels-first"
+    layout = ("reduced inner", "kept inner")[variant["ALONG_KEPT"]] if variant.strided else layout
     dtype, layout = ("any", "numbers") if variant.of_numbers else (DTYPES[variant["DTYPE"]], layout)
     weight = ("", "bool weight", "weight")[variant["WEIGHT"]]
-    names = (weight, *(name.lower()[:3] for name in ("RELU", "RESIDUAL", "WIDE") if variant[name]))
+    options = ("RELU", "RESIDUAL", "WIDE", "SUMS", "SQUARES", "MASK", "SKIP_NAN", "IN_FLOAT64")
+    names = (weight, *(name.lower()[:3] for name in options if variant[name]))
     loads, stores = (" ".join(f"{b}x{n}" for b, n in sorted(w.items())[::-1]) for w in (code.loads, code.stores))
     return (
         f"{architecture:>3} {variant.kernel:14} {dtype:8} {layout:14} {variant['VECTOR']:>6} "

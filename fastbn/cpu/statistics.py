@@ -16,7 +16,7 @@ import numpy as np
 from fastbn.cpu import team
 from fastbn.cpu.memory import Array
 from fastbn.cpu.program import FLOATS, NONE, Argument, Program, kind_of
-from fastbn.layout import Shape
+from fastbn.dimensions import Dimension, dimensions
 from fastbn.operands import Mask, Statistic
 
 # The geometry's words; then dimensions, kept ones before rows', of four words: size, steps in x, mask and results.
@@ -52,16 +52,6 @@ SHARE_OF_PARTS = 4096  # bytes of a column for each part's 32 bytes: less than a
 _INTEGERS = {"i": "s", "u": "n", "b": "b"}
 
 
-class Dimension(NamedTuple):
-    """An axis, or several that lie as one; steps in elements."""
-
-    size: int
-    step: int
-    mask: int
-    result: int
-    kept: bool
-
-
 def kind_of_any(dtype: np.dtype[Any]) -> str | None:
     """How kernels name a real dtype; None for others, among them those of the other byte order."""
     if not dtype.isnative:
@@ -70,32 +60,6 @@ def kind_of_any(dtype: np.dtype[Any]) -> str | None:
         return f"{_INTEGERS[dtype.kind]}{dtype.itemsize}*"
     kind = kind_of(dtype)
     return kind if kind in ("f4*", "f8*", "u2*", "i2*") else None
-
-
-def dimensions(
-    shape: Shape, steps: Shape, masks: Shape, results: Shape, kept: frozenset[int]
-) -> tuple[list[Dimension], list[int]]:
-    """From the outermost in memory to the innermost, with positive steps; and where the first element is then."""
-    found, starts = [], [0, 0, 0]
-    for axis, size in enumerate(shape):
-        three = steps[axis], masks[axis], results[axis]
-        if size == 1:
-            continue
-        if three[0] < 0:
-            for i in range(3):
-                starts[i] += (size - 1) * three[i]
-            three = -three[0], -three[1], -three[2]
-        found.append(Dimension(size, *three, axis in kept))
-    found.sort(key=lambda d: -d.step if d.step else -math.inf)
-    merged: list[Dimension] = []
-    for d in found:
-        if merged and merged[-1].kept == d.kept:
-            above = merged[-1]
-            if all(getattr(above, s) == getattr(d, s) * d.size for s in ("step", "mask", "result")):
-                merged[-1] = d._replace(size=above.size * d.size)
-                continue
-        merged.append(d)
-    return merged, starts
 
 
 class _Division(NamedTuple):
@@ -289,6 +253,8 @@ def statistic(
     kind, size = kind_of_any(x.dtype), x.itemsize
     if kind is None or not x.flags.aligned or any(s % size for s in x.strides):
         return None
+    if size == 8 and what.mean is not None and what.spread is not None:
+        return _one_by_one(x, mask, kept, what, result_strides)
     mask_kind, masks = None, (0,) * x.ndim
     if mask is not None:
         mask_kind, each = kind_of_any(mask.dtype), mask.dtype.itemsize
@@ -309,3 +275,19 @@ def statistic(
         plan(*given, team.threads_for(elements))(*arrays)
 
     return launch
+
+
+def _one_by_one(
+    x: Array, mask: Mask | None, kept: frozenset[int], what: Statistic, result_strides: tuple[int, ...]
+) -> Callable[..., object] | None:
+    """Mean and spread by a pass each: so the mean has the digits that a sum of float64 alone has, and the bits."""
+    first = statistic(x, mask, kept, what._replace(count=None, spread=None), result_strides)
+    second = statistic(x, mask, kept, what._replace(mean=None), result_strides)
+    if first is None or second is None:
+        return None
+
+    def run(x: Array, where: Any, count: Any, mean: Any, spread: Any, status: Array, ddof: float) -> None:
+        first(x, where, None, mean, None, status, ddof)
+        second(x, where, count, None, spread, status, ddof)
+
+    return run

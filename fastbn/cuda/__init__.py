@@ -1,9 +1,9 @@
 """The contract of a backend (`fastbn.backend`), on CuPy arrays with CUDA kernels.
 
 Every function describes its calls as a `plans.Problem`, for which a plan is chosen, and returns what launches that on
-the current stream. Per-channel numbers stay in their dtypes, and absent ones None: the kernels convert. Results of a
-call and the scratch behind them are one allocation, so that a captured graph may be replayed as long as the results
-live, unless callers copied something first.
+the current stream; `statistic` has plans of its own. Per-channel numbers stay in their dtypes, and absent ones None:
+the kernels convert. Results of a call and the scratch behind them are one allocation, so that a captured graph may be
+replayed as long as the results live, unless callers copied something first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from fastbn.cuda.memory import (
     same_or_apart,
     type_of,
 )
-from fastbn.operands import Affine, Mask, Numbers, Operand, Statistic
+from fastbn.cuda.statistics import statistic
+from fastbn.operands import Affine, Numbers, Operand
 
 __all__ = [
     "alike",
@@ -68,12 +69,6 @@ def on_its_device(call: Callable[..., Any], x: Array) -> Callable[..., Any]:
             return call(*arguments)
 
     return run
-
-
-def statistic(
-    x: Array, mask: Mask | None, kept: frozenset[int], what: Statistic, result_strides: tuple[int, ...]
-) -> None:
-    """There is none: `fastbn.reductions_by_moments` takes `moments`, and copies what that cannot read."""
 
 
 def _launcher(choose: Any, problem: plans.Problem, rows: int, names: str) -> Callable[..., list[Array]]:

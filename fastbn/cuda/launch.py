@@ -26,6 +26,8 @@ OPTIONAL = {
     "backward": ("WEIGHT", "RELU", "RESIDUAL"),
     "grad_input": ("WEIGHT", "RELU", "RESIDUAL"),
     "update_running": (),
+    "strided_statistics": (),
+    "finish_strided": (),
 }
 """The options that each kernel is compiled for."""
 
@@ -171,6 +173,25 @@ RUNNING = Params(
     constants=(),
 )
 """Of update_running.cu."""
+
+MOST_DIMENSIONS = 8
+DIMENSIONS = (
+    *("kept_sizes", "kept_x", "kept_where", "kept_results"),
+    *("sizes", "steps_x", "steps_where", "strides", "carries_x", "carries_where"),
+)
+
+STATISTICS = Params(
+    pointers=("x", "where", "count", "mean", "spread", "parts"),
+    scalars=("ddof",),
+    integers=(
+        *(f"{name}_{d}" for name in DIMENSIONS for d in range(MOST_DIMENSIONS)),
+        "stride_x", "stride_where", "kept_dimensions", "kept", "row", "tiles", "tiles_of_row", "width",
+        "splits", "share", "vectors", "along", "beside", "run", "vector_where", "form", "skip_nan",
+        "count_type", "mean_type", "spread_type",
+    ),
+    constants=(),
+)  # fmt: skip
+"""Of strided_statistics.cu and finish_strided.cu: walk.cuh."""
 
 
 class Launch:

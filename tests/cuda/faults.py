@@ -85,7 +85,7 @@ FAULTS = [
     ),
     Fault(
         "weights along a vector of channels", "statistics",
-        "j * p.weight_strides[2]", "0", "statistics, columns, a mask of each channel",
+        "j * p.weight_strides[2]", "0", "moments, columns, weights of each channel",
     ),
     Fault(
         "vectors stored beyond the count", "forward",

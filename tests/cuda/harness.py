@@ -72,6 +72,25 @@ def leaves(value):
         yield value
 
 
+def scalars(arrays):
+    """The package for NumPy arrays on a device, of which those without dimensions are the scalars that NumPy gives."""
+
+    class Scalars(type(arrays)):
+        def __call__(self, *args, **keywords):
+            result = super().__call__(*args, **keywords)
+            if keywords.get("out") is not None:
+                return result
+            if type(result) is tuple:
+                return tuple(map(self._scalar, result))
+            return self._scalar(result)
+
+        @staticmethod
+        def _scalar(value):
+            return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
+
+    return Scalars()
+
+
 class Counted:
     """What a call launched, did besides, and allocated."""
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from tests import cuda_compile
+from tests.cuda.variants import of_statistics
 from tests.cuda_compile import CHIPS, Variant
 
 pytestmark = pytest.mark.skipif(cuda_compile.available() is not None, reason=str(cuda_compile.available()))
@@ -13,6 +14,7 @@ KERNELS = (
     "statistics", "finish_moments", "forward", "normalize", "grad_sums", "finish_sums", "backward", "grad_input",
     "update_running",
 )  # fmt: skip
+OF_STATISTICS = ("strided_statistics", "finish_strided")
 OF_ARRAYS = [kernel for kernel in KERNELS if not kernel.startswith("finish") and kernel != "update_running"]
 BY_DEFAULT = (80, 90)
 WIDEST = (80, 90, 100)  # one of each generation of ptxas's choices
@@ -51,6 +53,31 @@ def test_every_pair_of_choices(architecture, kernel):
     check(architecture, kernel, cuda_compile.pairwise(architecture))
 
 
+@each(BY_DEFAULT, OF_STATISTICS)
+def test_some_statistics_of_arrays_as_they_lie(architecture, kernel):
+    every = of_statistics(architecture)
+    check(architecture, kernel, every[BY_DEFAULT.index(architecture) :: 6])
+
+
+@each(CHIPS, OF_STATISTICS, pytest.mark.slow)
+def test_statistics_of_arrays_as_they_lie(architecture, kernel):
+    check(architecture, kernel, of_statistics(architecture))
+
+
+@pytest.mark.parametrize("architecture", BY_DEFAULT, ids="sm_{}".format)
+def test_all_that_statistics_are_divided_into_is_chosen_from(architecture):
+    variants = [v for v in of_statistics(architecture) if v.kernel == "strided_statistics"]
+    for name, values in {
+        "DTYPE": {*range(13)},
+        "VECTOR": {1, 2, 4, 8, 16},
+        "ITEMS_PER_THREAD": {4, 8},
+        "REDUCED": {1, 2, 3, 4},
+    }.items():
+        assert {v[name] for v in variants} == values
+    for name in ("ALONG_KEPT", "IN_FLOAT64", "SUMS", "SQUARES", "MASK", "SKIP_NAN"):
+        assert {v[name] for v in variants} == {0, 1}
+
+
 @each(WIDEST, OF_ARRAYS, pytest.mark.slow)
 def test_widest_kernels_with_each_option(architecture, kernel):
     check(architecture, kernel, cuda_compile.hot(architecture))
@@ -61,7 +88,8 @@ def test_all_that_is_planned_is_chosen_from(architecture):
     from fastbn.cuda import launch, plans
 
     texts = {file.name.removesuffix(".cu") for file in launch.KERNELS.iterdir()}
-    assert set(KERNELS) == texts == {v.kernel for v in cuda_compile.pairwise(architecture)}
+    assert {*KERNELS, *OF_STATISTICS} == texts
+    assert set(KERNELS) == {v.kernel for v in cuda_compile.pairwise(architecture)}
     assert {v.kernel for v in cuda_compile.hot(architecture)} == set(OF_ARRAYS)
     every = cuda_compile.planned(architecture)
     every, pairs = ([v for v in some if not v.of_numbers] for some in (every, cuda_compile.pairwise(architecture)))
@@ -87,7 +115,8 @@ def test_options_are_cupys():
 def test_the_argument_has_one_size():
     from fastbn.cuda import launch
 
-    for kernel, params in (("finish_sums", launch.TILES), ("update_running", launch.RUNNING)):
+    known = {"finish_sums": launch.TILES, "update_running": launch.RUNNING, "finish_strided": launch.STATISTICS}
+    for kernel, params in known.items():
         assert cuda_compile.sizeof_params_is(kernel, params.nbytes)
         assert not cuda_compile.sizeof_params_is(kernel, params.nbytes - 8)
 

@@ -16,6 +16,7 @@ from tests.cases import like_numpy, statistics, statistics_options
 from tests.cases.like_numpy import FUNCTIONS, by_function, by_spread, numbers
 from tests.cases.statistics import SPECIAL, STRIDES
 from tests.cases.statistics_options import MASKS, OUTPUTS, WRONG_OUT
+from tests.cuda import harness
 from tests.cuda.harness import by_call, calls, on_device, slow
 from tests.simt import cuda, host_cupy
 from tests.support import DTYPES
@@ -28,13 +29,7 @@ POSSIBLE = [name for name in STRIDES if name not in ("unaligned", "other byte or
 def scalars(cuda_arrays, monkeypatch):
     """In the tests of NumPy arrays: CuPy's, of which those without dimensions are the scalars that NumPy gives."""
 
-    class Scalars(type(cuda_arrays)):
-        def __call__(self, *args, **keywords):
-            result = super().__call__(*args, **keywords)
-            scalar = isinstance(result, np.ndarray) and result.ndim == 0 and keywords.get("out") is None
-            return result[()] if scalar else result
-
-    stand_in = Scalars()
+    stand_in = harness.scalars(cuda_arrays)
     for module in (like_numpy, statistics, statistics_options):
         monkeypatch.setattr(module, "fastbn", stand_in)
     monkeypatch.setattr(like_numpy, "about_slices", lambda caught: [])

@@ -104,8 +104,9 @@ PLANNED = ("moments", "grad_sums", "normalize", "grad_input", "forward", "backwa
 
 def forget() -> None:
     """Drop all plans."""
-    from fastbn.cuda import plans
+    from fastbn.cuda import plans, statistics
 
     call.forget()
     for function in PLANNED:
         getattr(plans, function).cache_clear()
+    statistics.plan.cache_clear()

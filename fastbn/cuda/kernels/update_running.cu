@@ -7,8 +7,7 @@
 // most): new arrays may be old ones. Channels that stay as they are keep their bits: those with count <= correction,
 // with `skip_nonfinite` those whose batch is not finite, and all where the rate is 0.
 
-#include "device.cuh"
-#include "parameters.cuh"
+#include "rounding.cuh"
 
 struct Params {  // launch.py writes it: `RUNNING`
     const char *mean, *var, *count, *batch_mean, *m2;
@@ -18,36 +17,11 @@ struct Params {  // launch.py writes it: `RUNNING`
     i64 channels, skip_nonfinite;
 };
 
-// Rounded towards an odd last bit, so that rounding the result to fewer bits rounds the value but once.
-__device__ __forceinline__ float rounded_to_odd(double value) {
-    const float nearest = static_cast<float>(value);
-    const double back = nearest;
-    if (back == value || value != value) return nearest;
-    const unsigned bits = __float_as_uint(nearest) - (fabs(back) > fabs(value) ? 1 : 0);
-    return __uint_as_float(bits | 1);
-}
-
 // The bits of a number, as many as its type has.
 __device__ __forceinline__ u64 bits_at(const char* data, i64 type, i64 index) {
     if (type == FLOAT64) return reinterpret_cast<const u64*>(data)[index];
     if (type == FLOAT32) return reinterpret_cast<const unsigned*>(data)[index];
     return reinterpret_cast<const unsigned short*>(data)[index];
-}
-
-__device__ __forceinline__ u64 bits_of(double value, i64 type) {
-    if (type == FLOAT64) return static_cast<u64>(__double_as_longlong(value));
-    if (type == FLOAT32) return __float_as_uint(static_cast<float>(value));
-    const float odd = rounded_to_odd(value);
-    return type == FLOAT16 ? float_to_half(odd) : float_to_bfloat16(odd);
-}
-
-__device__ __forceinline__ void write_bits(char* data, i64 type, i64 index, u64 bits) {
-    if (type == FLOAT64)
-        reinterpret_cast<u64*>(data)[index] = bits;
-    else if (type == FLOAT32)
-        reinterpret_cast<unsigned*>(data)[index] = static_cast<unsigned>(bits);
-    else
-        reinterpret_cast<unsigned short*>(data)[index] = static_cast<unsigned short>(bits);
 }
 
 // The old number moved towards the batch's. At rate 1 nothing is left of it, which may be infinite.
