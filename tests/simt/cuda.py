@@ -52,13 +52,17 @@ class Emulated:
     change: Callable[[str, str], str] = lambda kernel, text: text
     """Of a kernel's text, for tests that break it."""
     launches: list[Launched] = field(default_factory=list)
+    records: int = 0
+    """Accesses to memory, at most, that are recorded of a launch."""
+    accesses: list[Any] = field(default_factory=list)
+    """Of each launch, as `simt.Kernel.recorded` gives them."""
 
     def function(self, _number: int, kernel: str, macros: Any) -> Any:
         """What `launch.function` gives: a function to launch a kernel with."""
         from fastbn.cuda import launch
 
         text = self.change(kernel, launch.source(kernel, hardware=False))
-        compiled = simt.compile_kernel(text, kernel, dict(macros))
+        compiled = simt.compile_kernel(text, kernel, dict(macros), simt.RECORDING if self.records else ())
         cluster = dict(macros).get("CLUSTER", 1)
 
         def run(grid, block, args, shared_mem=0, stream=None, enable_cooperative_groups=False):
@@ -67,9 +71,14 @@ class Emulated:
             self.launches.append(
                 Launched(kernel, dict(macros), grid[0], block[0], shared_mem, enable_cooperative_groups)
             )
-            compiled.launch(
-                grid[0], block[0], argument.tobytes(), shared_mem, enable_cooperative_groups, cluster, self.schedule
-            )
+            launch = functools.partial(
+                compiled.launch,
+                grid[0], block[0], argument.tobytes(), shared_mem, enable_cooperative_groups, cluster, self.schedule,
+            )  # fmt: skip
+            if self.records:
+                self.accesses.append(compiled.recorded(self.records, launch))
+            else:
+                launch()
 
         return run
 
