@@ -218,7 +218,7 @@ def planned(architecture: int) -> tuple[Variant, ...]:
 
 def _problems(architecture: int) -> Iterator[Any]:
     """Problems for which the planner comes to all it can: sizes from a block's to 2^31 vectors, all alignments."""
-    from fastbn.cuda import launch, plans
+    from fastbn.cuda import launch, problems
 
     chip = CHIPS[architecture]
     device = launch.Device(0, architecture, chip.processors, chip.shared)
@@ -229,8 +229,8 @@ def _problems(architecture: int) -> Iterator[Any]:
         shapes = [(True, channels, n) for channels, n in lasts] + [(False, 64, n) for n in reduced]
         for (along, channels, n), off, weight in itertools.product(shapes, offs, (0, 2)):
             strides = (0, 0, 1, channels) if along else (0, 0, n, 1)
-            operands = (("x", plans.Operand(strides, off)),)
-            yield plans.Problem(
+            operands = (("x", problems.Operand(strides, off)),)
+            yield problems.Problem(
                 device, (1, 1, channels, n), dtype, itemsize, operands, weight, strides, (), relu=False, residual=False
             )
 

@@ -2,108 +2,26 @@
 
 A plan is made once for all calls of the same shapes, strides, alignment, dtype and options. One launch does everything
 where a tile of channels can stay on the chip between the reduction and what follows from it: in one block, in a
-cluster of blocks, or in several of a cooperative launch. Elsewhere a first pass leaves partials, which a second merges.
+cluster of blocks, or in several of a cooperative launch. Elsewhere a first pass leaves partials, which a small launch
+merges for the second.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from fastbn.cuda import launch
 from fastbn.cuda.launch import Device, Launch
-
-Shape = tuple[int, ...]
-Strides = tuple[int, ...]  # in elements
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Numbers that decide speed, never results beyond their rounding."""
-
-    threads: int = 256
-    """Of a block, where there is work for so many."""
-    items_per_thread: int = 8
-    """Vectors of one array that a thread holds in registers; half as many where it holds two arrays."""
-    along_channels: int = 128
-    """Bytes of neighbouring channels that a tile is wide: whole cache lines, and no more scratch than needed."""
-    cluster: int = 1
-    """Blocks of the largest cluster."""
-    shared_share: float = 0.45
-    """Of the shared memory a block may have, for what it keeps: two blocks run beside each other."""
-    waves: int = 2
-    """Blocks for each multiprocessor before splitting a tile stops paying."""
-    passes: int = 8
-    """Blocks for each multiprocessor in passes that keep nothing."""
-    backward_blocks: int = 2
-    """Blocks for each multiprocessor, at least, in the backward pass of one launch, channels-last."""
-
-
-# By compute capability; a device takes the last that is not above its own. H100 and later have clusters; the sizes of
-# registers are the same on all, hence the one choice of threads and vectors; only for 10.0, where two blocks' 128 are a
-# few too little for backward passes, does the compiler spill.
-TUNING = {
-    70: Tuning(),
-    80: Tuning(),
-    90: Tuning(cluster=8),
-    100: Tuning(cluster=8, backward_blocks=1),
-    120: Tuning(cluster=8, shared_share=0.9),
-}
+from fastbn.cuda.problems import FLOAT32, Operand, Problem, Tuning, tuning_of
 
 NOTHING: Mapping[str, int] = {}
 WIDE_FROM = 1 << 31
 """Vectors of a channel from which kernels count them in 64 bits."""
 
 STRATEGIES = ("block", "cluster", "cooperative", "two passes")
-
-
-def tuning_of(architecture: int) -> Tuning:
-    """The tuning of a compute capability."""
-    return TUNING[max(known for known in TUNING if known <= max(architecture, min(TUNING)))]
-
-
-class Operand(NamedTuple):
-    """What matters of an array: strides in elements, and bytes by which its address is off a multiple of 16."""
-
-    strides: Strides
-    off: int
-
-
-Operands = tuple[tuple[str, Operand], ...]
-
-
-class Problem(NamedTuple):
-    """One call, but for addresses and values."""
-
-    device: Device
-    shape: Shape
-    dtype: int
-    itemsize: int
-    operands: Operands
-    """Arrays that are read or written by vectors, by their names in `launch.ARRAYS`, x or dy first."""
-    weight: int
-    """0 none, 1 bool, 2 float64."""
-    weight_strides: Strides
-    types: tuple[tuple[str, int], ...]
-    """The dtypes of per-channel numbers, by their names in `launch.PARAMETERS`."""
-    relu: bool
-    residual: bool
-    options: tuple[tuple[str, int], ...] = ()
-    """Fields of the kernels' argument."""
-    eps: float = 0.0
-
-    @property
-    def pointers(self) -> set[str]:
-        """Names of the arrays and numbers that calls have."""
-        return {name for name, _ in self.operands + self.types} | ({"weight"} if self.weight else set())
-
-    @property
-    def kept(self) -> int:
-        """Kept indices, each with statistics of its own."""
-        return self.shape[0] * self.shape[2]
 
 
 class Plan(NamedTuple):
@@ -172,6 +90,11 @@ class Geometry(NamedTuple):
     tiles_per_batch: int
     tiles: int
 
+    @property
+    def width(self) -> int:
+        """Channels of a tile."""
+        return self.lanes * (self.vector if self.along_channels else 1)
+
 
 class Work(NamedTuple):
     """A call on a device: what the choices of threads, blocks and macros depend on."""
@@ -181,27 +104,65 @@ class Work(NamedTuple):
     geometry: Geometry
 
 
-def _work(problem: Problem, resident: bool = False) -> Work:
+class Kept(NamedTuple):
+    """What blocks keep on the chip."""
+
+    kernel: str
+    arrays: int
+
+
+def _work(problem: Problem, kept: Kept | None = None) -> Work:
     tuning = tuning_of(problem.device.architecture)
-    return Work(problem, tuning, _geometry(problem, tuning, resident))
+    return Work(problem, tuning, _geometry(problem, tuning, kept))
 
 
-def _geometry(problem: Problem, tuning: Tuning, resident: bool) -> Geometry:
+def _geometry(problem: Problem, tuning: Tuning, kept: Kept | None) -> Geometry:
     batch, outer, channel, inner = problem.shape
     strides = problem.operands[0][1].strides
     along = channel > 1 and (inner == 1 or abs(strides[2]) < abs(strides[3]))
     most = 16 // problem.itemsize
-    if problem.weight or (resident and along):
+    if problem.weight or (kept and along):
         most = min(most, 4)  # what a thread needs for eight channels leaves registers for one block a multiprocessor
     vector = _vector(problem, 2 if along else 3, most)
-    lanes = 1
-    if along:
-        lanes = min(_power(channel / vector), max(1, tuning.along_channels // (vector * problem.itemsize)), 32)
+    lanes = _lanes(problem, tuning, vector, kept) if along else 1
     depth = 1 if along else vector
     width = lanes * (vector if along else 1)
     row_vectors = max(1, inner // depth)
     tiles_per_batch = -(-channel // width)
     return Geometry(along, vector, lanes, outer * inner // depth, row_vectors, tiles_per_batch, batch * tiles_per_batch)
+
+
+SECTOR, LINE = 32, 128  # bytes of a request to memory, and of a line of the cache
+
+
+def _lanes(problem: Problem, tuning: Tuning, vector: int, kept: Kept | None) -> int:
+    """Threads side by side along the channels: tiles are narrower where a device lacks blocks, or a block room."""
+    batch, outer, channel, inner = problem.shape
+    of_channel = outer * inner * problem.itemsize
+    splits = max(1, of_channel // tuning.split_bytes)
+    nbytes = tuning.along_channels
+    while True:
+        lanes = min(_power(channel / vector), max(1, nbytes // (vector * problem.itemsize)), 32)
+        blocks = batch * -(-channel // (lanes * vector)) * splits
+        room = _room(problem, tuning, vector, lanes, kept) if kept else of_channel
+        if nbytes <= SECTOR or (blocks >= problem.device.processors and room >= min(of_channel, tuning.split_bytes)):
+            return lanes
+        nbytes //= 2
+
+
+def _room(problem: Problem, tuning: Tuning, vector: int, lanes: int, kept: Kept) -> int:
+    """Bytes of each channel that a block can keep."""
+    registers = tuning.threads // lanes * _items_per_thread(problem, tuning, True, vector, kept.arrays)
+    shared = int(problem.device.shared * tuning.shared_share)
+    shared -= scratch_bytes(problem, kept.kernel, lanes * vector, tuning.threads)
+    return registers * problem.itemsize + max(0, shared) // (lanes * vector * kept.arrays)
+
+
+def _most_splits(work: Work) -> int:
+    """Blocks of a tile, at most, whose partials are little beside what they read."""
+    problem, tuning, geometry = work
+    depth = 1 if geometry.along_channels else geometry.vector
+    return max(1, geometry.vectors * depth * problem.itemsize // tuning.split_bytes)
 
 
 def _division(vectors: int, by: int) -> tuple[int, int]:
@@ -213,6 +174,12 @@ def _division(vectors: int, by: int) -> tuple[int, int]:
         return 0, 0
     bits = (by - 1).bit_length()
     return (1 << (31 + bits)) // by + 1, bits - 1
+
+
+def _share(geometry: Geometry, splits: int) -> int:
+    """Vectors of a channel in each split: where they lie side by side, whole lines of the cache but for the last."""
+    share, line = max(1, -(-geometry.vectors // splits)), 1 if geometry.along_channels else LINE // 16
+    return -(-share // line) * line
 
 
 def _launch(
@@ -234,14 +201,14 @@ def _launch(
         "tiles_per_batch": geometry.tiles_per_batch,
         "tiles": geometry.tiles,
         "splits": splits,
-        "share": -(-geometry.vectors // splits),
+        "share": _share(geometry, splits),
         "eps": problem.eps,
     }
     weight = (("weight", Operand(problem.weight_strides, 0)),) if problem.weight else ()
     for name, operand in problem.operands + weight:
         everything |= {f"{name}_strides_{axis}": s for axis, s in zip(launch.AXES, operand.strides, strict=True)}
     everything |= {f"{name}_type": dtype for name, dtype in problem.types}
-    shared += scratch_bytes(work, kernel, threads)
+    shared += scratch_bytes(problem, kernel, geometry.width, threads)
     compiled = launch.function(problem.device.number, kernel, macros)
     return Launch(compiled, grid, threads, shared, cooperative, launch.TILES, everything)
 
@@ -264,7 +231,25 @@ def _macros(work: Work, kernel: str, threads: int, items: int, cluster: int = 1)
     )
 
 
-MERGING_MOMENTS = ("statistics", "finish_moments", "forward", "normalize")
+class Scratch(NamedTuple):
+    """Numbers of a channel that a block has in shared memory."""
+
+    coefficients: int
+    """Of the elements' arithmetic: Affine; Xhat and Linear."""
+    merged: int
+    """Float64, of each warp and once more: Partial, Sums."""
+
+
+SCRATCH = {
+    "statistics": Scratch(0, 4),
+    "finish_moments": Scratch(0, 4),
+    "forward": Scratch(5, 4),
+    "normalize": Scratch(5, 0),
+    "grad_sums": Scratch(8, 2),
+    "finish_sums": Scratch(8, 2),
+    "backward": Scratch(8, 2),
+    "grad_input": Scratch(8, 0),
+}
 
 
 def doubles_of_partial(problem: Problem) -> int:
@@ -272,13 +257,12 @@ def doubles_of_partial(problem: Problem) -> int:
     return 5 if problem.itemsize == 8 else 4
 
 
-def scratch_bytes(work: Work, kernel: str, threads: int) -> int:
-    """Shared memory in which a block merges: MERGE_BYTES and SUM_BYTES of the kernels."""
-    problem, _, geometry = work
-    width, warps = geometry.lanes * (geometry.vector if geometry.along_channels else 1), threads // 32
-    if kernel in MERGING_MOMENTS:
-        return -(-8 * doubles_of_partial(problem) * width * (warps + 1) // 16) * 16
-    return 16 * width * warps
+def scratch_bytes(problem: Problem, kernel: str, width: int, threads: int) -> int:
+    """Shared memory of a block beside what it keeps: MERGE_BYTES, AFFINE_BYTES and SUM_BYTES of the kernels."""
+    coefficients, merged = SCRATCH[kernel]
+    merged = doubles_of_partial(problem) if merged == 4 else merged
+    nbytes = width * (coefficients * max(4, problem.itemsize) + 8 * merged * (threads // 32 + 1))
+    return -(-nbytes // 16) * 16
 
 
 def _threads(geometry: Geometry, vectors: int, most: int) -> int:
@@ -286,13 +270,17 @@ def _threads(geometry: Geometry, vectors: int, most: int) -> int:
     return min(most, max(32, _power(vectors * geometry.lanes)))
 
 
-def _items_per_thread(work: Work, arrays: int) -> int:
+def _items_per_thread(problem: Problem, tuning: Tuning, along: bool, vector: int, arrays: int) -> int:
     """Vectors of each array that a thread holds in registers."""
-    problem, tuning, geometry = work
     items = max(1, tuning.items_per_thread // arrays)
-    if geometry.along_channels and geometry.vector * problem.itemsize >= 16:
+    if along and vector * problem.itemsize >= 16:
         items = max(1, items // 2)  # each channel of a thread takes registers of its own
     return min(items, 2) if problem.weight else items
+
+
+def _items_of(work: Work, arrays: int) -> int:
+    problem, tuning, geometry = work
+    return _items_per_thread(problem, tuning, geometry.along_channels, geometry.vector, arrays)
 
 
 # --- one launch -------------------------------------------------------------------------------------------------------
@@ -302,7 +290,7 @@ def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | 
     """The plan that keeps `arrays` arrays of a tile on the chip; None where they do not fit."""
     problem, tuning, geometry = work
     device, vectors, lanes = problem.device, max(1, geometry.vectors), geometry.lanes
-    items = _items_per_thread(work, arrays)
+    items = _items_of(work, arrays)
     vector_bytes = geometry.vector * problem.itemsize
     budget = int(device.shared * tuning.shared_share)
 
@@ -311,20 +299,20 @@ def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | 
         threads = _threads(geometry, share, tuning.threads)
         chunks = -(-share // (threads // lanes * items)) - 1  # the last stays in registers
         kept = chunks * items * threads * vector_bytes * arrays
-        fits = kept + scratch_bytes(work, kernel, threads) <= budget or kept == 0
+        fits = kept + scratch_bytes(problem, kernel, geometry.width, threads) <= budget or kept == 0
         return (threads, kept) if fits else None
 
     def single(splits: int, strategy: str) -> Plan | None:
-        if (fit := fitted(-(-vectors // splits))) is None:
+        if (fit := fitted(_share(geometry, splits))) is None:
             return None
         threads, kept = fit
         grid = geometry.tiles * splits
         step = _launch(work, kernel, grid, threads, items, splits=splits, shared=kept, cluster=splits)
-        slots = problem.kept * splits * partial if splits > 1 else 0
-        return Plan((step,), slots, 0, strategy)
+        return Plan((step,), _slots(problem, splits, partial), 0, strategy)
 
+    most = _most_splits(work)
     if forced in (None, "block"):
-        enough = geometry.tiles >= tuning.waves * device.processors or vectors <= tuning.threads // lanes
+        enough = geometry.tiles >= tuning.waves * device.processors or vectors <= tuning.threads // lanes or most == 1
         if forced or enough or tuning.cluster == 1:
             plan = single(1, "block")
             few = geometry.tiles * 2 < device.processors and vectors > 4 * tuning.threads // lanes
@@ -333,7 +321,7 @@ def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | 
     if forced in (None, "cluster"):
         splits = 2
         while splits <= tuning.cluster:
-            last = splits * 2 > tuning.cluster
+            last = splits * 2 > min(tuning.cluster, most)
             plan = single(splits, "cluster")
             enough = geometry.tiles * splits >= tuning.waves * device.processors
             small = -(-vectors // splits) <= tuning.threads // lanes
@@ -352,23 +340,23 @@ def _cooperative(
     problem, _, geometry = work
     device, vectors = problem.device, max(1, geometry.vectors)
     splits = 1
-    while fitted(-(-vectors // splits)) is None:
+    while fitted(_share(geometry, splits)) is None:
         splits *= 2
         if splits > 32 * device.processors:
             return None
-    fit = fitted(-(-vectors // splits))
+    fit = fitted(_share(geometry, splits))
     assert fit is not None  # for the type checker: the loop ended
     threads, kept = fit
     macros = _macros(work, kernel, threads, items)
-    shared = kept + scratch_bytes(work, kernel, threads)
+    shared = kept + scratch_bytes(problem, kernel, geometry.width, threads)
     blocks = device.processors * launch.blocks_per_processor(device.number, kernel, macros, threads, shared)
     if splits > blocks:
         return None
     groups = min(geometry.tiles, blocks // splits)
-    splits = min(blocks // groups, max(splits, -(-vectors // (threads // geometry.lanes * items))))
+    useful = min(-(-vectors // (threads // geometry.lanes * items)), _most_splits(work))
+    splits = min(blocks // groups, max(splits, useful))
     step = _launch(work, kernel, groups * splits, threads, items, splits=splits, shared=kept, cooperative=True)
-    slots = problem.kept * splits * partial
-    return Plan((step,), slots, 4 * groups, "cooperative")
+    return Plan((step,), _slots(problem, splits, partial), 4 * groups, "cooperative")
 
 
 # --- passes that keep nothing -----------------------------------------------------------------------------------------
@@ -377,29 +365,51 @@ def _cooperative(
 def _pass(work: Work, kernel: str, arrays: int, fields: Mapping[str, int] = NOTHING) -> tuple[Launch, int]:
     """A launch, and its blocks for each tile: the device is full, and a block has enough to do."""
     problem, tuning, geometry = work
-    threads, items = _threads(geometry, geometry.vectors, tuning.threads), _items_per_thread(work, arrays)
+    threads, items = _threads(geometry, geometry.vectors, tuning.threads), _items_of(work, arrays)
     wanted = -(-tuning.passes * problem.device.processors // max(1, geometry.tiles))
-    splits = max(1, min(wanted, geometry.vectors // (2 * threads // geometry.lanes * items)))
+    enough = geometry.vectors // (2 * threads // geometry.lanes * items)
+    splits = max(1, min(wanted, enough, _most_splits(work)))
     step = _launch(work, kernel, geometry.tiles * splits, threads, items, splits=splits, fields=fields)
     return step, splits
 
 
-def _reduction(work: Work, kernel: str, arrays: int, finish: str, partial: int) -> Plan:
-    """A pass that reduces, and the merge of its partials."""
-    problem, tuning, geometry = work
+MERGED_CHANNELS = 4
+"""Of a block that merges partials: their float64 numbers fill a sector."""
+
+
+def _slots(problem: Problem, splits: int, partial: int) -> int:
+    """Float64 numbers of partials of each split and channel, and of moments a row for what their means leave."""
+    return problem.kept * (splits * partial + (partial > 2)) if splits > 1 else 0
+
+
+def _reduction(work: Work, kernel: str, arrays: int, finish: str) -> tuple[tuple[Launch, ...], int]:
+    """A pass that reduces, and the merge of its partials where there are several; splits."""
+    problem, tuning, _ = work
     first, splits = _pass(work, kernel, arrays)
     if splits == 1:
-        return Plan((first,), 0, 0, "one pass")
+        return (first,), splits
+    lanes = min(MERGED_CHANNELS, _power(problem.shape[2]))
+    tiles_per_batch = -(-problem.shape[2] // lanes)
+    geometry = Geometry(True, 1, lanes, splits, 1, tiles_per_batch, problem.shape[0] * tiles_per_batch)
+    plain = problem._replace(dtype=max(problem.dtype, FLOAT32), weight=0)  # one kernel for all but float64
     threads = _threads(geometry, splits, tuning.threads)
-    second = _launch(work, finish, geometry.tiles, threads, 1, splits=splits, fields={"summed": splits})
-    return Plan((first, second), problem.kept * splits * partial, 0, "one pass")
+    merge = Work(plain, tuning, geometry)
+    second = _launch(merge, finish, geometry.tiles, threads, 1, splits=1, fields={"summed": splits})
+    return (first, second), splits
 
 
-def _two_passes(work: Work, kernels: tuple[str, str], arrays: int, partial: int) -> Plan:
-    """A pass that reduces; the next merges its partials and goes backwards, through what the cache still holds."""
-    first, splits = _pass(work, kernels[0], arrays)
-    second, _ = _pass(work, kernels[1], arrays, {"summed": splits, "backwards": 1})
-    return Plan((first, second), work.problem.kept * splits * partial, 0, "two passes")
+def _one_pass(work: Work, kernel: str, arrays: int, finish: str, partial: int) -> Plan:
+    launches, splits = _reduction(work, kernel, arrays, finish)
+    return Plan(launches, _slots(work.problem, splits, partial), 0, "one pass")
+
+
+def _two_passes(work: Work, kernels: tuple[str, str, str], arrays: int, partial: int) -> Plan:
+    """A pass that reduces; the next goes backwards, through what the cache still holds."""
+    reduce, finish, write = kernels
+    launches, splits = _reduction(work, reduce, arrays, finish)
+    last, _ = _pass(work, write, arrays, {"summed": splits, "backwards": 1})
+    slots = max(_slots(work.problem, splits, partial), work.problem.kept * (partial > 2))
+    return Plan((*launches, last), slots, 0, "two passes")
 
 
 # --- the functions ----------------------------------------------------------------------------------------------------
@@ -410,13 +420,13 @@ FORCED: dict[str, str | None] = {"strategy": None}  # for tests and tuning: one 
 @lru_cache(maxsize=4096)
 def moments(problem: Problem) -> Plan:
     """Count, mean, M2 and rstd: one pass, and the merge of its partials where it was split."""
-    return _reduction(_work(problem), "statistics", 1, "finish_moments", doubles_of_partial(problem))
+    return _one_pass(_work(problem), "statistics", 1, "finish_moments", doubles_of_partial(problem))
 
 
 @lru_cache(maxsize=4096)
 def grad_sums(problem: Problem) -> Plan:
     """Likewise dgamma and dbeta."""
-    return _reduction(_work(problem), "grad_sums", 2, "finish_sums", 2)
+    return _one_pass(_work(problem), "grad_sums", 2, "finish_sums", 2)
 
 
 @lru_cache(maxsize=4096)
@@ -434,13 +444,13 @@ def grad_input(problem: Problem) -> Plan:
 @lru_cache(maxsize=4096)
 def forward(problem: Problem) -> Plan:
     """Moments and the output, in one launch or two."""
-    return _either(problem, "forward", 1, ("statistics", "normalize"), doubles_of_partial(problem))
+    return _either(problem, "forward", 1, ("statistics", "finish_moments", "normalize"), doubles_of_partial(problem))
 
 
 @lru_cache(maxsize=4096)
 def backward(problem: Problem) -> Plan:
     """Sums and the gradient of x, in one launch or two."""
-    return _either(problem, "backward", 2, ("grad_sums", "grad_input"), 2)
+    return _either(problem, "backward", 2, ("grad_sums", "finish_sums", "grad_input"), 2)
 
 
 RUNNING_THREADS = 128
@@ -456,10 +466,10 @@ def update_running(device: Device, kept: int, types: tuple[int, ...], skip_nonfi
     return Launch(compiled, grid, RUNNING_THREADS, 0, False, launch.RUNNING, fields)
 
 
-def _either(problem: Problem, kernel: str, arrays: int, passes: tuple[str, str], partial: int) -> Plan:
+def _either(problem: Problem, kernel: str, arrays: int, passes: tuple[str, str, str], partial: int) -> Plan:
     forced = FORCED["strategy"]
     if forced != "two passes":
-        plan = _resident(_work(problem, resident=True), kernel, arrays, partial, forced)
+        plan = _resident(_work(problem, Kept(kernel, arrays)), kernel, arrays, partial, forced)
         if plan is not None:
             return plan
     return _two_passes(_work(problem), passes, arrays, partial)

@@ -58,7 +58,7 @@ def test_widest_kernels_with_each_option(architecture, kernel):
 
 @pytest.mark.parametrize("architecture", BY_DEFAULT, ids="sm_{}".format)
 def test_all_that_is_planned_is_chosen_from(architecture):
-    from fastbn.cuda import launch, plans
+    from fastbn.cuda import launch, problems
 
     texts = {file.name.removesuffix(".cu") for file in launch.KERNELS.iterdir()}
     assert set(KERNELS) == texts == {v.kernel for v in cuda_compile.pairwise(architecture)}
@@ -75,7 +75,7 @@ def test_all_that_is_planned_is_chosen_from(architecture):
         "WEIGHT": {0, 1, 2},
         "RELU": {0, 1},
         "RESIDUAL": {0, 1},
-        "CLUSTER": {1, 2, 4, 8} if plans.tuning_of(architecture).cluster > 1 else {1},
+        "CLUSTER": {1, 2, 4, 8} if problems.tuning_of(architecture).cluster > 1 else {1},
     }.items():
         assert {v[name] for v in every} == {v[name] for v in pairs} == values
 

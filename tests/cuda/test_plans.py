@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cuda import launch, plans
+from fastbn.cuda import launch, plans, problems
 from tests.cases import checks
 from tests.on_cupy import OnCupy
 from tests.simt import cuda
@@ -19,7 +19,7 @@ WITHOUT_WORK = Layout((1, 3, 1))  # one vector, less than there are blocks for i
 
 LITTLE = {
     "threads": 32, "items_per_thread": 2, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1,
-    "passes": 2,
+    "passes": 2, "split_bytes": 1,
 }  # fmt: skip
 SHAPES = {"rows": ROWS, "columns": COLUMNS}
 SCHEDULES = (0, 1, 2, 7)
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("on_cupy")
 def on_cupy(cuda_device, monkeypatch):
     monkeypatch.setattr(checks, "fastbn", OnCupy())
     monkeypatch.setattr(checks, "SAME_BITS", False)
-    monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**LITTLE))
+    monkeypatch.setitem(problems.TUNING, cuda.ARCHITECTURE, problems.Tuning(**LITTLE))
     cuda.forget()
     yield
     monkeypatch.undo()  # before plans are made for others
@@ -115,7 +115,7 @@ def test_strategies_of_other_options(monkeypatch, strategy, layout, options):
 
 
 def test_sizes_choose_strategies(cuda_device, monkeypatch):
-    monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**LITTLE | {"cluster": 2}))
+    monkeypatch.setitem(problems.TUNING, cuda.ARCHITECTURE, problems.Tuning(**LITTLE | {"cluster": 2}))
     chosen = []
     for shape in ((2, 1, 4, 8), (5, 1, 20, 20), (24, 1, 20, 20), (80, 1, 20, 20)):
         cuda_device.launches.clear()
@@ -148,7 +148,7 @@ OFTEN = (("narrow", "rows"), ("middling", "columns"), ("wide", "rows"))
 def test_tunings(cuda_device, monkeypatch, tuning, shape):
     chosen = TUNINGS[tuning]
     base = LITTLE if chosen else {"cluster": 8}
-    monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**base | chosen))
+    monkeypatch.setitem(problems.TUNING, cuda.ARCHITECTURE, problems.Tuning(**base | chosen))
     cuda_device.launches.clear()
     checks.check_backward(make_case(SHAPES[shape], "float32", OPTIONS["affine residual relu"]))
     items = chosen.get("items_per_thread", 8)
@@ -170,8 +170,8 @@ def test_architectures_without_clusters(cuda_device, monkeypatch):
     """Before compute capability 9 groups of blocks are those of a cooperative launch."""
     device = launch.Device(0, 80, 3, 16 << 10)
     monkeypatch.setattr(launch, "device", lambda _number: device)
-    small = plans.Tuning(**LITTLE | {"cluster": 1})
-    monkeypatch.setitem(plans.TUNING, 80, small)
+    small = problems.Tuning(**LITTLE | {"cluster": 1})
+    monkeypatch.setitem(problems.TUNING, 80, small)
     cuda_device.launches.clear()
     checks.check_backward(make_case(Layout((20, 1, 20, 20)), "float32"))
     assert strategies(cuda_device.launches) == {"cooperative"}
@@ -220,9 +220,9 @@ WIDTHS = {
 def test_width_of_loads(change, width, which):
     """What any of the arrays does not allow, none is read by."""
     usual = {"strides": (0, 1 << 20, 1 << 10, 1), "off": 0}
-    operands = [plans.Operand(**usual)] * 2
-    operands[which] = plans.Operand(**usual | {name: v for name, v in change.items() if name != "shape"})
-    problem = plans.Problem(
+    operands = [problems.Operand(**usual)] * 2
+    operands[which] = problems.Operand(**usual | {name: v for name, v in change.items() if name != "shape"})
+    problem = problems.Problem(
         launch.Device(0, 90, 132, 227 << 10), change.get("shape", (1, 4, 8, 64)), 2, 4,
         tuple(zip(("x", "y"), operands, strict=True)), 0, (), (), False, False,
     )  # fmt: skip
@@ -232,10 +232,10 @@ def test_width_of_loads(change, width, which):
 def test_when_indices_have_64_bits():
     for vectors, wide in (((1 << 31) - 1, 0), (1 << 31, 1)):
         geometry = plans.Geometry(False, 1, 1, vectors, 1, 1, 1)
-        problem = plans.Problem(
+        problem = problems.Problem(
             launch.Device(0, 90, 132, 227 << 10), (1, 1, 1, vectors), 2, 4, (), 0, (), (), False, False
         )
-        macros = dict(plans._macros(plans.Work(problem, plans.Tuning(), geometry), "forward", 256, 8))
+        macros = dict(plans._macros(plans.Work(problem, problems.Tuning(), geometry), "forward", 256, 8))
         assert macros["WIDE"] == wide
 
 

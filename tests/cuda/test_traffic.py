@@ -52,6 +52,24 @@ def test_model(emulated, monkeypatch, shape, layout, dtype, operation, strategy)
     assert strategy in (None, plan.strategy)
 
 
+MOST = 1.10
+
+
+@pytest.mark.parametrize("name", traffic.DEVICES)
+def test_no_call_asks_for_much_more_than_its_arrays(name):
+    """Of ResNet-50's layers, multilayer perceptrons and large images; rows of odd lengths, 7 x 7 and 14 x 14, aside."""
+    above = []
+    for case in traffic.cases():
+        (*_, last), layout, *_ = case[0], case[1]
+        if layout == "NCHW" and last in (7, 14):
+            continue
+        found = traffic.traffic(traffic.DEVICES[name], *case)
+        assert found.ratio >= 1
+        if found.ratio > MOST:
+            above.append(traffic.line(name, case, found))
+    assert not above, "\n".join(above)
+
+
 # --- the counting itself ----------------------------------------------------------------------------------------------
 
 

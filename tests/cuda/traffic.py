@@ -54,13 +54,13 @@ LAYOUTS = ("NCHW", "NHWC")
 
 def problem_of(device: Any, shape: tuple[int, ...], layout: str, dtype: str, operation: str) -> Any:
     """A call on arrays without gaps; parameters are float32, of float64 data float64, and statistics float64."""
-    from fastbn.cuda import plans
+    from fastbn.cuda import problems
 
     (number, itemsize), (samples, channels, *spatial) = DTYPES[dtype], shape
     size = math.prod(spatial)
     folded = (1, samples, channels, size) if layout == "NCHW" else (1, samples * size, channels, 1)
     strides = (0, channels * size, size, 1) if layout == "NCHW" else (0, channels, 1, 0)
-    operand = plans.Operand(tuple(s if n > 1 else 0 for s, n in zip(strides, folded, strict=True)), 0)
+    operand = problems.Operand(tuple(s if n > 1 else 0 for s, n in zip(strides, folded, strict=True)), 0)
     parameter = max(number, 2)
     names, types, options = {
         "forward": (("x", "y"), {"gamma": parameter, "beta": parameter}, {}),
@@ -71,7 +71,7 @@ def problem_of(device: Any, shape: tuple[int, ...], layout: str, dtype: str, ope
             {"spread_is_variance": 1},
         ),
     }[operation]
-    return plans.Problem(
+    return problems.Problem(
         device, folded, number, itemsize, tuple((name, operand) for name in names), 0, (), tuple(types.items()),
         relu=False, residual=False, options=tuple(options.items()), eps=1e-5,
     )  # fmt: skip
@@ -101,9 +101,18 @@ def planned(problem: Any, operation: str, chip: Chip | None = None) -> Any:
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-def touched(lanes: int, stride: int, size: int) -> int:
-    """Sectors of one request, by lanes that stand `stride` bytes apart."""
-    return lanes if stride >= SECTOR else -(-((lanes - 1) * stride + size) // SECTOR)
+@lru_cache(maxsize=1 << 16)
+def of_numbers(kept: int, width: int, size: int, row: int = 0) -> int:
+    """Sectors of numbers of `size` bytes that lie side by side, where runs of `width` are asked for by warps.
+
+    They are the row of that number of a table, whose rows are `kept` numbers.
+    """
+    total = 0
+    for first in range(0, kept, width):
+        for start in range(first, min(first + width, kept), WARP):
+            begin, end = row * kept + start, row * kept + min(start + WARP, first + width, kept)
+            total += (end * size - 1) // SECTOR - begin * size // SECTOR + 1
+    return total
 
 
 def of_elements(problem: Any, macros: Mapping[str, int], fields: Mapping[str, int], strides: tuple[int, ...]) -> int:
@@ -145,7 +154,6 @@ def _of_elements(
     return total * (tiles // counted)
 
 
-WRITTEN = ("y", "dx")
 ELEMENTS = {
     "statistics": ("x",),
     "normalize": ("x", "y"),
@@ -158,41 +166,55 @@ NUMBERS = {
     "normalize": ("gamma", "beta", "mean", "spread"),
     "forward": ("gamma", "beta"),
     "grad_sums": ("mean", "spread"),
-    "grad_input": ("mean", "spread", "gamma", "count"),
-    "backward": ("mean", "spread", "gamma", "count"),
+    "grad_input": ("mean", "spread", "mean", "spread", "gamma", "count"),
+    "backward": ("mean", "spread", "mean", "spread", "gamma", "count"),
 }
+"""In the order of a block's loads, some twice."""
+MOMENTS, GRADIENTS = range(4), range(2)  # rows of results
+STATISTICS = (2, 3)  # those that a normalising pass reads: mean and rstd
+PIECE = 4  # channels that a block merges
+DOUBLES = 8
 
 
 def requests(problem: Any, plan: Any, step: Any, kernel: str, macros: Mapping[str, int]) -> Counter[str]:
     """Sectors that a launch asks for, by what they are of."""
-    found: Counter[str] = Counter()
     names = step.params.integers + step.params.constants
     fields = dict(zip(names, step.params.fixed.unpack(step.fixed), strict=True))
-    operands, types = dict(problem.operands), dict(problem.types)
+    operands, types, kept = dict(problem.operands), dict(problem.types), problem.kept
+    width = macros["LANES"] * (macros["VECTOR"] if macros["ALONG_CHANNELS"] else 1)
+    splits, piece = fields["splits"], min(PIECE, width)
+    of_moments = kernel in ("statistics", "finish_moments", "forward", "normalize")
+    size = (5 if problem.itemsize == 8 else 4) if of_moments else 2
+    first = int(of_moments)  # row of the partials
+    found: Counter[str] = Counter()
+
+    def table(name: str, rows: Any, width: int, times: int = 1) -> None:
+        found[name] += times * sum(of_numbers(kept, width, DOUBLES, row) for row in rows)
+
+    def results(width: int) -> None:
+        table("results", MOMENTS if of_moments else GRADIENTS, width)
+        if of_moments and plan.partials:
+            table("partials", [0], width)
+
     for name in ELEMENTS.get(kernel, ()):
         found[name] += of_elements(problem, macros, fields, operands[name].strides)
-    lanes, width, warps = macros["LANES"], macros["VECTOR"] if macros["ALONG_CHANNELS"] else 1, step.block[0] // 32
-    channels, blocks, tiles = lanes * width, step.grid[0], fields["tiles"]
-    tiled = min(channels, problem.kept)
-
-    def of_numbers(size):
-        return width * touched(-(-tiled // width), width * size, size)
-
-    sums = kernel in ("grad_sums", "finish_sums", "grad_input", "backward")
-    size = 2 if sums else 5 if problem.itemsize == 8 else 4
-    merged = bool(plan.partials)
     for name in NUMBERS.get(kernel, ()):
-        if name in types and not (kernel == "normalize" and merged and name in ("mean", "spread")):
-            twice = 2 if kernel in ("backward", "grad_input") and name in ("mean", "spread") else 1
-            found["numbers"] += twice * blocks * warps * of_numbers((2, 2, 4, 8)[types[name]])
-    splits = fields["splits"] if kernel in ("forward", "backward") else fields["summed"]
-    if fields["splits"] > 1 and kernel in ("statistics", "grad_sums", "forward", "backward"):
-        found["partials"] += blocks * tiled * size
-    if splits > 1 and merged and kernel not in ("statistics", "grad_sums"):
-        each = size * splits if not sums else 2 * -(-splits * 16 // 32)
-        found["partials"] += blocks * tiled * each
-    if kernel in ("forward", "backward") or (merged and kernel in ("normalize", "grad_input")):
-        found["results"] += tiles * (2 if sums else 4) * of_numbers(8)
+        if name in types:
+            found["numbers"] += splits * of_numbers(kept, width, (2, 2, 4, 8)[types[name]])
+    if splits > 1 and kernel in ("statistics", "grad_sums", "forward", "backward"):
+        table("partials", range(first, first + splits * size), width)
+    alone = splits == 1 and kernel in ("statistics", "grad_sums", "forward", "backward")
+    merged = fields["summed"] if kernel.startswith("finish") else splits if kernel in ("forward", "backward") else 1
+    if merged > 1:
+        table("partials", range(first, first + merged * size), piece)
+    if merged > 1 or alone:
+        results(piece if merged > 1 else width)
+    if (kernel in ("forward", "backward") and splits > 1) or (
+        kernel in ("normalize", "grad_input") and fields["summed"]
+    ):
+        table("results", STATISTICS if of_moments else GRADIENTS, width, splits)
+        if of_moments:
+            table("partials", [0], width, splits)
     return found
 
 

@@ -22,7 +22,7 @@ __all__ = ["ARCHITECTURE", "SMALL", "Emulated", "Launched", "OnCupy", "available
 ARCHITECTURE = 90
 SMALL = {
     "threads": 64, "items_per_thread": 4, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1,
-    "passes": 2,
+    "passes": 2, "split_bytes": 1,
 }  # fmt: skip
 
 
@@ -91,16 +91,16 @@ def installed(
 
     Blocks and registers are small, so that small arrays go every way through the planner and few kernels are compiled.
     """
-    from fastbn.cuda import launch, plans
+    from fastbn.cuda import launch, problems
 
     emulated = Emulated(shared=shared, **settings)
     device = launch.Device(0, ARCHITECTURE, processors, shared)
-    chosen = plans.Tuning(**(SMALL | (tuning or {})))
+    chosen = problems.Tuning(**(SMALL | (tuning or {})))
     with pytest.MonkeyPatch.context() as patch, host_cupy.installed():
         patch.setattr(launch, "function", functools.lru_cache(maxsize=None)(emulated.function))
         patch.setattr(launch, "blocks_per_processor", lambda *_: emulated.blocks)
         patch.setattr(launch, "device", lambda _number: device)
-        patch.setitem(plans.TUNING, ARCHITECTURE, chosen)
+        patch.setitem(problems.TUNING, ARCHITECTURE, chosen)
         forget()
         try:
             yield emulated

@@ -37,7 +37,7 @@ simt::Thread* simt_self;
 
 namespace {
 
-enum Error : int { deadlock = 1, wrong_barrier, wrong_collective, outside_shared, misaligned, no_launch };
+enum Error : int { deadlock = 1, wrong_barrier, wrong_collective, outside_shared, misaligned, no_launch, trapped };
 
 constexpr unsigned warp_size = 32;
 constexpr unsigned every_lane = 0xffffffffu;
@@ -623,6 +623,11 @@ void simt_spin() {
 void simt_atomic(bool changes) {
     if (changes) idle_rounds = 0;
     if (!at_random(2)) simt_spin();
+}
+
+void simt_trap() {
+    const Fiber& me = self();
+    fail(trapped, "block %u, thread %u trapped", me.block.x, me.thread.x);
 }
 
 void simt_misaligned(const void* address, unsigned alignment) {

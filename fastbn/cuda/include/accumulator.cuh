@@ -243,3 +243,11 @@ struct Accumulator {
         return partial_in_units(taken, origin, shift, squares - away * shift, unit);
     }
 };
+
+// Merges what all threads of a block have of their channels; `taken` elements of each, where weights do not tell.
+__device__ __forceinline__ void merge_block(const Accumulator (&accumulators)[CHANNELS], double taken) {
+    Partial partials[CHANNELS];
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) partials[ch] = accumulators[ch].partial(taken);
+    merge_block<LANES, CHANNELS>(partials);
+}

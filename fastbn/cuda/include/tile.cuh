@@ -70,7 +70,7 @@ struct Params {
     i64 row_magic, row_shift;   // v / row_vectors = umulhi(v, magic) >> shift; magic 0: row_vectors is 1
     i64 tiles_per_batch, tiles, splits, share;  // vectors of a channel in one split
     i64 backwards;              // second passes go backwards: what the first read last is still in the cache
-    i64 summed;                 // splits of the pass that left the partials
+    i64 summed;                 // splits of the pass before, whose partials or results are read; 0 without
     i64 spread_is_variance, frozen;
     double eps;
 };
@@ -120,15 +120,17 @@ __device__ __forceinline__ real element(const Packed& packed, int j) {
 // --- where a thread stands -------------------------------------------------------------------------------------------
 
 struct Tile {
-    i64 batch, channel;  // the first channel of this thread
-    bool active;         // false beyond the last channel
-    Index first, last;   // vectors of this block
+    i64 batch, origin;  // the first channel of the tile
+    i64 channel;        // and of this thread
+    bool active;        // false beyond the last channel
+    Index first, last;  // vectors of this block
 
     __device__ __forceinline__ Tile(const Params& p, unsigned tile, unsigned split) {
         const int lane = threadIdx.x % LANES;
         const unsigned per_batch = static_cast<unsigned>(p.tiles_per_batch), row = tile / per_batch;
         batch = row;
-        channel = static_cast<i64>(tile - row * per_batch) * WIDTH + lane * CHANNELS;
+        origin = static_cast<i64>(tile - row * per_batch) * WIDTH;
+        channel = origin + lane * CHANNELS;
         active = channel < p.channels;
         const i64 start = split * p.share, end = start + p.share;
         first = static_cast<Index>(start < p.vectors ? start : p.vectors);
@@ -144,16 +146,25 @@ struct Tile {
 
     __device__ __forceinline__ Index start() const { return first + threadIdx.x / LANES; }
 
-    __device__ __forceinline__ i64 kept(const Params& p, int j) const { return batch * p.channels + channel + j; }
+    // Of the channel `q` of the tile: whether there is one, and its place among all that have statistics.
+    __device__ __forceinline__ bool has(const Params& p, int q) const { return origin + q < p.channels; }
+
+    __device__ __forceinline__ i64 kept(const Params& p, int q) const { return batch * p.channels + origin + q; }
 
     __device__ __forceinline__ i64 base(const Strides& strides) const {
         return batch * strides[0] + channel * strides[2];
     }
 };
 
+// Of a grid of another size than was planned results would be wrong, and groups of blocks wait for ever.
+__device__ __forceinline__ void trap_unless(bool right) {
+    if (!right) trap();
+}
+
 // Which tile and which split of it a block of an elementwise or summing pass works on: neighbours in memory run
 // together.
 __device__ __forceinline__ void find_work(const Params& p, unsigned& tile, unsigned& split) {
+    trap_unless(gridDim.x == p.tiles * p.splits);
     const unsigned block = p.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
 #if ALONG_CHANNELS
     const unsigned tiles = static_cast<unsigned>(p.tiles);
@@ -234,6 +245,8 @@ __device__ __forceinline__ double weight_of(const Params& p, const Tile& tile, I
 }
 
 // --- blocks that work together ---------------------------------------------------------------------------------------
+
+#define PIECE (WIDTH < 4 ? WIDTH : 4)  // channels that a block merges for its group: float64 numbers of a sector
 
 // All blocks of a group of `splits` wait for one another; what they wrote to global memory before is seen after. The
 // launch is cooperative: all groups are on the device. `round` counts the barriers of this launch from 1.
