@@ -306,6 +306,8 @@ def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | 
         if (fit := fitted(_share(geometry, splits))) is None:
             return None
         threads, kept = fit
+        if splits > 1 and splits > _at_once(work, kernel, threads, items, kept, cluster=splits):
+            return None
         grid = geometry.tiles * splits
         step = _launch(work, kernel, grid, threads, items, splits=splits, shared=kept, cluster=splits)
         return Plan((step,), _slots(problem, splits, partial), 0, strategy)
@@ -319,18 +321,28 @@ def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | 
             if plan and (forced or enough or not few):
                 return plan
     if forced in (None, "cluster"):
-        splits = 2
+        splits, largest = 2, None
         while splits <= tuning.cluster:
             last = splits * 2 > min(tuning.cluster, most)
-            plan = single(splits, "cluster")
             enough = geometry.tiles * splits >= tuning.waves * device.processors
             small = -(-vectors // splits) <= tuning.threads // lanes
-            if plan and (enough or small or last or forced):
-                return plan
+            largest = single(splits, "cluster") or largest
+            if largest and (enough or small or last or forced):
+                break
             splits *= 2
+        if largest:
+            return largest
     if forced in (None, "cooperative"):
         return _cooperative(work, kernel, items, partial, fitted)
     return None
+
+
+def _at_once(work: Work, kernel: str, threads: int, items: int, kept: int, cluster: int = 1) -> int:
+    """Blocks of the compiled kernel that run on the device at once: those of a group wait for one another."""
+    problem, _, geometry = work
+    device, macros = problem.device, _macros(work, kernel, threads, items, cluster)
+    shared = kept + scratch_bytes(problem, kernel, geometry.width, threads)
+    return device.processors * launch.blocks_per_processor(device.number, kernel, macros, threads, shared)
 
 
 def _cooperative(
@@ -347,9 +359,7 @@ def _cooperative(
     fit = fitted(_share(geometry, splits))
     assert fit is not None  # for the type checker: the loop ended
     threads, kept = fit
-    macros = _macros(work, kernel, threads, items)
-    shared = kept + scratch_bytes(problem, kernel, geometry.width, threads)
-    blocks = device.processors * launch.blocks_per_processor(device.number, kernel, macros, threads, shared)
+    blocks = _at_once(work, kernel, threads, items, kept)
     if splits > blocks:
         return None
     groups = min(geometry.tiles, blocks // splits)

@@ -9,7 +9,7 @@ import fastbn
 from fastbn.cuda import launch, plans, problems
 from tests.cases import checks
 from tests.on_cupy import OnCupy
-from tests.simt import cuda
+from tests.simt import cuda, host_cupy, simt
 from tests.support import LAYOUTS, OPTIONS, Layout, make_case
 
 ROWS = Layout((3, 3, 9, 60))  # a channel has 405 vectors
@@ -122,6 +122,61 @@ def test_sizes_choose_strategies(cuda_device, monkeypatch):
         OnCupy(fastbn.batch_norm)(make_case(Layout(shape), "float32").x)
         chosen.append(strategies(cuda_device.launches))
     assert chosen == [{strategy} for strategy in plans.STRATEGIES]
+
+
+@pytest.mark.parametrize(("blocks", "strategy"), [(0, "two passes"), (1, "cooperative"), (2, "cooperative")])
+def test_groups_are_on_the_device_at_once(cuda_device, monkeypatch, blocks, strategy):
+    """As many blocks as the compiled kernel has room for; where one group has none, in two passes."""
+    monkeypatch.setattr(launch, "blocks_per_processor", lambda *_: blocks)
+    monkeypatch.setitem(problems.TUNING, cuda.ARCHITECTURE, problems.Tuning(**LITTLE | {"waves": 9}))
+    monkeypatch.setitem(plans.FORCED, "strategy", "cooperative")
+    cuda_device.launches.clear()
+    checks.check_backward(make_case(ROWS, "float32"))
+    assert strategies(cuda_device.launches) == {strategy}
+    assert all(step.grid <= 3 * blocks for step in cuda_device.launches if step.cooperative)
+
+
+@pytest.mark.parametrize(("blocks", "most"), [(0, 1), (1, 2), (2, 4)])
+def test_clusters_are_on_the_device_at_once(cuda_device, monkeypatch, blocks, most):
+    monkeypatch.setattr(launch, "blocks_per_processor", lambda *_: blocks)
+    cuda_device.launches.clear()
+    OnCupy(fastbn.batch_norm)(make_case(Layout((5, 1, 20, 20)), "float32").x)
+    assert max(step.macros["CLUSTER"] for step in cuda_device.launches) == most
+
+
+def test_devices_have_plans_of_their_own(cuda_device, monkeypatch):
+    """One call on arrays of two devices, of other sizes."""
+    monkeypatch.setattr(launch, "device", lambda number: launch.Device(number, cuda.ARCHITECTURE, 2 + number, 16 << 10))
+    monkeypatch.setitem(plans.FORCED, "strategy", "cooperative")
+    case = make_case(ROWS, "float32")
+    grids = []
+    for device in (0, 1, 0, 1):
+        cuda_device.launches.clear()
+        fastbn.batch_norm(host_cupy.to_cupy(case.x, device))
+        grids += [step.grid for step in cuda_device.launches]
+    assert grids == [3, 6, 3, 6]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward", "statistics", "normalize"])
+def test_grids_of_another_size_trap(cuda_device, monkeypatch, kernel):
+    """As where a library leaves out blocks that a device has no room for."""
+    function = launch.function
+
+    def smaller(number, name, macros):
+        compiled = function(number, name, macros)
+
+        def run(grid, *arguments, **options):
+            compiled((grid[0] - (name == kernel), 1, 1), *arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(launch, "function", smaller)
+    monkeypatch.setitem(
+        plans.FORCED, "strategy", "two passes" if kernel in ("statistics", "normalize") else "cooperative"
+    )
+    case = make_case(COLUMNS, "float32")
+    with pytest.raises(simt.SimtError, match=f"{kernel}: block \\d+, thread \\d+ trapped"):
+        checks.check_backward(case)
 
 
 # --- numbers that tune ------------------------------------------------------------------------------------------------
