@@ -52,6 +52,7 @@ CHIPS = {
 }
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 ITEMSIZES = (2, 2, 4, 8)
+ROWS = (25, 49, 169, 196)  # elements of a channel's row that vectors of 16 bytes run across, of some dtype
 REGISTERS = 65536  # of a multiprocessor
 
 
@@ -175,7 +176,9 @@ class Variant(NamedTuple):
     def __str__(self) -> str:
         if self.of_numbers:
             return f"{self.kernel}, THREADS {self['THREADS']}"
-        layout = "channels-last" if self["ALONG_CHANNELS"] else "channels-first"
+        layout = (
+            "channels-last" if self["ALONG_CHANNELS"] else f"rows of {self['RUN']}" if self["RUN"] else "channels-first"
+        )
         options = ", ".join(f"{name} {self[name]}" for name in ("WEIGHT", "RELU", "RESIDUAL", "WIDE") if self[name])
         cluster = f", CLUSTER {self['CLUSTER']}" if self["CLUSTER"] > 1 else ""
         sizes = ", ".join(f"{name} {self[name]}" for name in ("VECTOR", "LANES", "THREADS", "ITEMS_PER_THREAD"))
@@ -208,7 +211,8 @@ def planned(architecture: int) -> tuple[Variant, ...]:
     for kernel, macros in found:
         known = dict(macros)
         options = {"WEIGHT": (1, 2) if known.get("WEIGHT") else (0,), "RELU": (0, 1), "RESIDUAL": (0, 1)}
-        here = [name for name in options if name in launch.OPTIONAL[kernel]]
+        fixed = ("RESIDUAL",) if known.get("RUN") else ()  # on which the number of vectors depends
+        here = [name for name in options if name in launch.OPTIONAL[kernel] and name not in fixed]
         for values in itertools.product(*(options[name] for name in here)):
             changed = dict(zip(here, values, strict=True))
             variants.add(Variant(kernel, tuple((name, changed.get(name, value)) for name, value in macros)))
@@ -232,6 +236,11 @@ def _problems(architecture: int) -> Iterator[Any]:
             operands = (("x", problems.Operand(strides, off)),)
             yield problems.Problem(
                 device, (1, 1, channels, n), dtype, itemsize, operands, weight, strides, (), relu=False, residual=False
+            )
+        for samples, n, residual in itertools.product((1, 32, 1 << 14), ROWS, (False, True)):
+            operands = (("x", problems.Operand((0, 64 * n, n, 1), 0)),)
+            yield problems.Problem(
+                device, (1, samples, 64, n), dtype, itemsize, operands, 0, (), (), relu=False, residual=residual
             )
 
 
@@ -420,7 +429,7 @@ def sizeof_params_is(kernel: str, nbytes: int) -> bool:
 
     text = f'{launch.source(kernel)}\nstatic_assert(sizeof(Params) == {nbytes}, "another size");'
     sizes = {"VECTOR": 1, "LANES": 1, "THREADS": 32, "ITEMS_PER_THREAD": 1, "CLUSTER": 1, "MIN_BLOCKS": 1}
-    others = ("DTYPE", "ALONG_CHANNELS", "WIDE", "WEIGHT", "RELU", "RESIDUAL")
+    others = ("DTYPE", "ALONG_CHANNELS", "RUN", "WIDE", "WEIGHT", "RELU", "RESIDUAL")
     options = (f"-D{name}={sizes.get(name, 0)}" for name in (*sizes, *others))
     try:
         _compile(text, (*launch.OPTIONS, *options, *_for_ptx(options_of_cupy(80))), "ptx")
@@ -443,6 +452,7 @@ HEADER = (
 def line(variant: Variant, code: Compiled, architecture: int) -> str:
     """A row of the table; loads and stores are bits x times, blocks those that registers allow."""
     layout = "channels-last" if variant["ALONG_CHANNELS"] else "channels-first"
+    layout = f"rows of {variant['RUN']}" if variant["RUN"] else layout
     dtype, layout = ("any", "numbers") if variant.of_numbers else (DTYPES[variant["DTYPE"]], layout)
     weight = ("", "bool weight", "weight")[variant["WEIGHT"]]
     names = (weight, *(name.lower()[:3] for name in ("RELU", "RESIDUAL", "WIDE") if variant[name]))

@@ -40,7 +40,7 @@ FAULTS = [
     ),
     Fault(
         "channels behind the last", "normalize",
-        "active = channel < p.channels;", "active = true;", "forward, two passes",
+        "active = has(p, slot);", "active = true;", "forward, two passes",
     ),
     Fault(
         "parts of channels behind the last", "grad_sums",
@@ -74,7 +74,7 @@ FAULTS = [
     ),
     Fault(
         "stride of batches", "statistics",
-        "batch * strides[0] + channel * strides[2]", "channel * strides[2]", "moments, batches",
+        "return batch * strides[0] + (origin", "return (origin", "moments, batches",
     ),
     Fault(
         "numbers of batches", "statistics",
@@ -143,7 +143,7 @@ FAULTS = [
     # accumulator.cuh
     Fault(
         "distances from 0", "statistics",
-        "first = chunk.at(0, 0);", "first = 0;", "moments, rows, float64, far from 0",
+        "first = chunk.first();", "first = 0;", "moments, rows, float64, far from 0",
     ),
     Fault(
         "E[x^2] - E[x]^2", "statistics",
@@ -181,7 +181,8 @@ FAULTS = [
     ),
     Fault(
         "weights behind the last", "statistics",
-        "k < count ? weight_of(p, tile, v + k * ROWS, from + j) : 0.0", "weight_of(p, tile, v + k * ROWS, from + j)",
+        "k < count ? weight_of(p, tile, v + k * ROWS, from() + j) : 0.0",
+        "weight_of(p, tile, v + k * ROWS, from() + j)",
         "moments, columns, weights",
     ),
     Fault(
@@ -265,7 +266,8 @@ FAULTS = [
     ),
     Fault(
         "block: results read before they are written", "statistics",
-        "results[q] = whole;\n    }\n    __syncthreads();", "results[q] = whole;\n    }", "moments, columns",
+        "q < width) results[q] = whole;\n    }\n    __syncthreads();", "q < width) results[q] = whole;\n    }",
+        "moments, columns",
     ),
     Fault(
         "block: no more channels than merges at once", "statistics",
@@ -369,7 +371,7 @@ FAULTS = [
     ),
     Fault(
         "numbers of the vector's first channel", "normalize",
-        "affine[ALONG_CHANNELS ? j : 0]", "affine[0]", "forward, two passes",
+        "return channels[ALONG_CHANNELS ? j : 0];", "return channels[0];", "forward, two passes",
     ),
     Fault(
         "coefficients read before they are written", "normalize",
@@ -457,7 +459,7 @@ FAULTS = [
     ),
     Fault(
         "block: sums read before they are written", "grad_sums",
-        "= sums[ch];\n    __syncthreads();\n", "= sums[ch];\n", "parts, rows",
+        "* WARPS] = sums[ch];\n    __syncthreads();\n", "* WARPS] = sums[ch];\n", "parts, rows",
     ),
     Fault(
         "one slot for the sums of all splits", "grad_sums",
@@ -536,7 +538,7 @@ FAULTS = [
     ),
     Fault(
         "dx: left in its unit", "backward",
-        "                g *= linear[ch].unit;\n", "", "training, block, rows, large",
+        "                g *= of.unit;\n", "", "training, block, rows, large",
     ),
     Fault(
         "dx: scale becomes subnormal beside large sums", "backward",
@@ -564,6 +566,69 @@ FAULTS = [
         "dz kept: x read", "backward",
         "fetch(dz, kept, 2 * chunk + 1);", "fetch(dz, kept, 2 * chunk);",
         "backward, block, rows",
+    ),
+    # rows of odd lengths
+    Fault(
+        "runs: tiny elements of the first channel alone", "forward",
+        "return (j < cut) == (ch == 0);", "return ch == 0;", "training, block, runs, small",
+    ),
+    Fault(
+        "runs: one element too many", "statistics",
+        "(slot + 1) * RUN - lane * VECTOR, VECTOR)", "(slot + 1) * RUN - lane * VECTOR + 1, VECTOR)", "moments, runs",
+    ),
+    Fault(
+        "runs: elements of the first channel alone", "statistics",
+        "if (j < cut)\n            sums[0] += value;", "if (j < VECTOR)\n            sums[0] += value;",
+        "moments, runs",
+    ),
+    Fault(
+        "runs: errors from the first channel's middle", "statistics",
+        " - tile.of_element(middle, j);", " - middle[0];", "moments, runs",
+    ),
+    Fault(
+        "runs: elements of whole vectors counted", "statistics",
+        "return ch == 0 ? cut : VECTOR - cut;", "return VECTOR;", "moments, runs",
+    ),
+    Fault(
+        "runs: parts of second channels", "statistics",
+        "(at * VECTOR < q * RUN ? THREADS : 0)", "0", "moments, runs",
+    ),
+    Fault(
+        "runs: last part left out", "statistics",
+        "if (at <= last) take(", "if (at < last) take(", "moments, runs",
+    ),
+    Fault(
+        "runs: parts of one row of threads", "statistics",
+        "i < most * ROWS;", "i < most;", "moments, runs",
+    ),
+    Fault(
+        "runs: parts read before they are written", "statistics",
+        "scratch[ch * THREADS + threadIdx.x] = partials[ch];\n    __syncthreads();",
+        "scratch[ch * THREADS + threadIdx.x] = partials[ch];",
+        "moments, runs",
+    ),
+    Fault(
+        "runs: place in the row", "normalize",
+        "RUN ? threadIdx.x % LANES * VECTOR : 0;", "RUN ? threadIdx.x % LANES : 0;", "frozen, runs",
+    ),
+    Fault(
+        "runs: one channel's coefficients", "forward",
+        "return j < cut ? channels[0] : channels[1];", "return channels[0];", "forward, block, runs",
+    ),
+    Fault(
+        "runs: the next channel's coefficients", "forward",
+        "RUN ? min(slot + ch, WIDTH - 1)", "RUN ? min(slot + 1, WIDTH - 1)", "forward, block, runs",
+    ),
+    Fault(
+        "runs: sums of the first channel alone", "backward",
+        "if (j < cut)\n            sums[0] += value;", "if (j < VECTOR)\n            sums[0] += value;",
+        "backward, cooperative, runs",
+    ),
+    Fault(
+        "runs: sums read before they are written", "backward",
+        "scratch[ch * THREADS + threadIdx.x] = sums[ch];\n    __syncthreads();",
+        "scratch[ch * THREADS + threadIdx.x] = sums[ch];",
+        "backward, cooperative, runs",
     ),
     # update_running.cu
     Fault(

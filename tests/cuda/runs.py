@@ -200,6 +200,7 @@ FEW_NARROW_COLUMNS = Layout((24, 15))
 WIDE_COLUMNS = Layout((40, 72))
 FEW_WIDE_COLUMNS = Layout((3, 72))  # blocks have fewer threads than tiles channels
 TALL_COLUMNS = Layout((301, 32))  # one tile, of which four blocks merge eight pieces
+RUNS_OF_ROWS = Layout((11, 32, 5, 5))  # vectors of 16 bytes run from one row into the next
 BATCHES = Layout((3, 50, 4), (0, 2))
 
 HALF = {"shared": 4 << 10}  # shared memory for half of a channel
@@ -229,6 +230,7 @@ RUNS = {
     "moments, narrow columns": Run(moments, NARROW_COLUMNS),
     "moments, many splits": Run(moments, NARROW_COLUMNS, settings=MANY_SPLITS),
     "moments, wide columns": Run(moments, WIDE_COLUMNS, dtype="float16", settings={"tuning": {"along_channels": 128}}),
+    "moments, runs": Run(moments, RUNS_OF_ROWS, dtype="float16", settings={"tuning": {"threads": 128}}),
     "moments, batches": Run(moments, BATCHES),
     "forward, block, rows": Run(forward, ROWS, strategy="block", settings=TWICE),
     "forward, block, rows, all": Run(forward, ROWS, "affine residual relu", strategy="block", settings=TWICE),
@@ -239,6 +241,7 @@ RUNS = {
     "forward, block, columns, NaN": Run(
         forward, COLUMNS, "affine residual relu", strategy="block", settings=TWICE, alter=nan_in_the_first_channel
     ),
+    "forward, block, runs": Run(forward, RUNS_OF_ROWS, "affine residual relu", strategy="block", settings=TWICE),
     "forward, cluster": Run(forward, ROWS, strategy="cluster"),
     "forward, cluster, columns": Run(forward, TALL_COLUMNS, strategy="cluster", settings=ONE_WARP),
     "forward, cooperative": Run(forward, COLUMNS, strategy="cooperative"),
@@ -264,8 +267,10 @@ RUNS = {
     "backward, cooperative, narrow columns": Run(backward, NARROW_COLUMNS, strategy="cooperative"),
     "backward, cooperative, few narrow columns": Run(backward, FEW_NARROW_COLUMNS, strategy="cooperative"),
     "backward, cooperative, blocks take several tiles": Run(backward, MANY_ROWS, strategy="cooperative"),
+    "backward, cooperative, runs": Run(backward, RUNS_OF_ROWS, "affine residual relu", strategy="cooperative"),
     "backward, two passes": Run(backward, COLUMNS, strategy="two passes"),
     "training, block, rows, small": Run(check_scaled(-110), ROWS, strategy="block", settings=TWICE),
+    "training, block, runs, small": Run(check_scaled(-110), RUNS_OF_ROWS, strategy="block", settings=TWICE),
     "training, block, rows, large": Run(check_scaled(123), ROWS, strategy="block", settings=TWICE),
     "training, block, columns, large, affine": Run(
         check_scaled(123), COLUMNS, "affine residual relu", strategy="block", settings=TWICE, alter=symmetric
@@ -293,6 +298,7 @@ RUNS = {
         frozen, FEW_WIDE_COLUMNS, dtype="float16", settings={"tuning": {"along_channels": 128}}
     ),
     "frozen": Run(frozen, NARROW_COLUMNS),
+    "frozen, runs": Run(frozen, RUNS_OF_ROWS),
     "frozen, NaN": Run(frozen, NARROW_COLUMNS, alter=nan_in_the_first_channel),
     "frozen, float16 parameters": Run(frozen, NARROW_COLUMNS, "where"),
     "running statistics": Run(check_running_statistics, COLUMNS),

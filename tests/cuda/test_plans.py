@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cuda import launch, plans, problems
+from fastbn.cuda import geometry, launch, plans, problems
 from tests.cases import checks
 from tests.on_cupy import OnCupy
 from tests.simt import cuda, host_cupy, simt
@@ -21,7 +21,8 @@ LITTLE = {
     "threads": 32, "items_per_thread": 2, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1,
     "passes": 2, "split_bytes": 1,
 }  # fmt: skip
-SHAPES = {"rows": ROWS, "columns": COLUMNS}
+RUNS = Layout((13, 8, 5, 5))  # vectors run from one row into the next
+SHAPES = {"rows": ROWS, "columns": COLUMNS, "runs": RUNS}
 SCHEDULES = (0, 1, 2, 7)
 
 pytestmark = pytest.mark.usefixtures("on_cupy")
@@ -190,7 +191,7 @@ TUNINGS = {
     "short": {"threads": 256, "items_per_thread": 1, "along_channels": 16},
     "as for users": {},
 }
-OFTEN = (("narrow", "rows"), ("middling", "columns"), ("wide", "rows"))
+OFTEN = (("narrow", "rows"), ("middling", "columns"), ("wide", "rows"), ("middling", "runs"))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,11 @@ def test_tunings(cuda_device, monkeypatch, tuning, shape):
     cuda_device.launches.clear()
     checks.check_backward(make_case(SHAPES[shape], "float32", OPTIONS["affine residual relu"]))
     items = chosen.get("items_per_thread", 8)
-    whole = any(4 * step.macros["VECTOR"] >= 16 and step.macros["ALONG_CHANNELS"] for step in cuda_device.launches)
+    whole = any(
+        4 * step.macros["VECTOR"] >= 16 and (step.macros["ALONG_CHANNELS"] or step.macros["RUN"])
+        for step in cuda_device.launches
+        if "finish" not in step.kernel
+    )
     assert max(step.macros["ITEMS_PER_THREAD"] for step in cuda_device.launches) == (
         max(1, items // 2) if whole else items
     )
@@ -281,16 +286,52 @@ def test_width_of_loads(change, width, which):
         launch.Device(0, 90, 132, 227 << 10), change.get("shape", (1, 4, 8, 64)), 2, 4,
         tuple(zip(("x", "y"), operands, strict=True)), 0, (), (), False, False,
     )  # fmt: skip
-    assert plans._vector(problem, 3, 4) == width
+    assert geometry.vector_of(problem, 3, 4) == width
+
+
+ROWS_OF = {
+    "halves of 7 x 7": ((1, 32, 512, 49), 2, 49),
+    "float32 of 7 x 7": ((1, 32, 512, 49), 4, 49),
+    "float64 of 7 x 7": ((1, 32, 512, 49), 8, 49),
+    "halves of 14 x 14": ((1, 32, 512, 196), 2, 49),
+    "short rows, of more channels": ((1, 32, 512, 9), 2, 36),
+    "samples of one batch each": ((32, 1, 512, 49), 2, 49),
+    "whole vectors": ((1, 32, 512, 64), 2, 0),
+    "channels that end within a vector": ((1, 32, 4, 49), 2, 0),
+    "rows shorter than a vector": ((1, 32, 512, 4), 2, 0),
+    "rows longer than a block": ((1, 32, 512, 841), 2, 0),
+}
+
+
+@pytest.mark.parametrize(("shape", "itemsize", "lanes"), ROWS_OF.values(), ids=ROWS_OF)
+def test_vectors_across_rows(shape, itemsize, lanes):
+    """Where rows have odd lengths and no gaps between them."""
+    batch, outer, channel, inner = shape
+    usual = (channel * inner if batch > 1 else 0, channel * inner if outer > 1 else 0, inner, 1)
+
+    def lanes_of(strides=usual, off=0, weight=0):
+        operands = tuple((name, problems.Operand(s, o)) for name, s, o in (("x", usual, 0), ("y", strides, off)))
+        problem = problems.Problem(
+            launch.Device(0, 90, 132, 227 << 10), shape, 2, itemsize, operands, weight, (), (), False, False
+        )
+        found = geometry.geometry_of(problem, problems.Tuning(), None)
+        assert (found.run, found.width) in ((0, 1), (inner, found.lanes * found.vector // inner))
+        return found.lanes if found.run else 0
+
+    assert lanes_of() == lanes
+    assert lanes_of(off=itemsize) == 0
+    assert lanes_of(weight=1) == 0
+    assert lanes_of(tuple(s + (i == 2) for i, s in enumerate(usual))) == 0
+    assert lanes_of(tuple(s + (i < 2 and s > 0) for i, s in enumerate(usual))) == 0
 
 
 def test_when_indices_have_64_bits():
     for vectors, wide in (((1 << 31) - 1, 0), (1 << 31, 1)):
-        geometry = plans.Geometry(False, 1, 1, vectors, 1, 1, 1)
+        lies = geometry.Geometry(False, 1, 1, vectors, 1, 1, 1)
         problem = problems.Problem(
             launch.Device(0, 90, 132, 227 << 10), (1, 1, 1, vectors), 2, 4, (), 0, (), (), False, False
         )
-        macros = dict(plans._macros(plans.Work(problem, problems.Tuning(), geometry), "forward", 256, 8))
+        macros = dict(plans._macros(geometry.Work(problem, problems.Tuning(), lies), "forward", 256, 8))
         assert macros["WIDE"] == wide
 
 

@@ -121,18 +121,22 @@ def of_elements(problem: Any, macros: Mapping[str, int], fields: Mapping[str, in
     assert batch == 1
     return _of_elements(
         (outer, channels, inner), problem.itemsize, strides, macros["VECTOR"], macros["LANES"],
-        bool(macros["ALONG_CHANNELS"]), fields["splits"], fields["share"],
+        bool(macros["ALONG_CHANNELS"]), fields["splits"], fields["share"], macros["THREADS"] if macros["RUN"] else 0,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def _of_elements(
     shape: tuple[int, int, int], itemsize: int, strides: tuple[int, ...], vector: int, lanes: int, along: bool,
-    splits: int, share: int,
+    splits: int, share: int, threads_of_run: int,
 ) -> int:  # fmt: skip
     outer, channels, inner = shape
+    if threads_of_run:
+        return _of_runs(
+            outer, channels * inner * itemsize // 16, steps_of(strides, itemsize), lanes, share, threads_of_run
+        )
     depth, width = (1, lanes * vector) if along else (vector, lanes)
-    steps = [s * itemsize for s in strides]
+    steps = steps_of(strides, itemsize)
     ends = (channels, width) if along else (inner, share * depth)
     if all(n * itemsize % SECTOR == 0 for n in ends) and all(s % SECTOR == 0 for s in (steps[1], steps[2] * width)):
         return outer * channels * inner * itemsize // SECTOR  # whole sectors, none of which two requests share
@@ -152,6 +156,25 @@ def _of_elements(
             sectors = np.sort((at // SECTOR).reshape(len(v), -1), axis=1)
             total += len(v) + int((np.diff(sectors, axis=1) > 0).sum())
     return total * (tiles // counted)
+
+
+def steps_of(strides: tuple[int, ...], itemsize: int) -> list[int]:
+    """Strides in bytes."""
+    return [s * itemsize for s in strides]
+
+
+def _of_runs(outer: int, vectors: int, steps: list[int], lanes: int, share: int, threads: int) -> int:
+    """Of rows of all channels, tiles of which are `lanes` vectors of 16 bytes wide, and blocks some rows high."""
+    rows, total = threads // lanes, 0
+    thread = np.arange(rows * lanes)
+    for tile in range(vectors // lanes):
+        for first in range(0, outer, share):
+            last = min(first + share, outer)
+            at = np.arange(first, last, rows)[:, None] + thread // lanes
+            address = at * steps[1] + (tile * lanes + thread % lanes) * 16
+            request = np.arange(len(at))[:, None] * threads + thread // WARP
+            total += len(np.unique((request * (1 << 40) + address // SECTOR)[at < last]))
+    return total
 
 
 ELEMENTS = {
@@ -181,7 +204,8 @@ def requests(problem: Any, plan: Any, step: Any, kernel: str, macros: Mapping[st
     names = step.params.integers + step.params.constants
     fields = dict(zip(names, step.params.fixed.unpack(step.fixed), strict=True))
     operands, types, kept = dict(problem.operands), dict(problem.types), problem.kept
-    width = macros["LANES"] * (macros["VECTOR"] if macros["ALONG_CHANNELS"] else 1)
+    width = macros["LANES"] * (macros["VECTOR"] if macros["ALONG_CHANNELS"] or macros["RUN"] else 1)
+    width //= macros["RUN"] or 1
     splits, piece = fields["splits"], min(PIECE, width)
     of_moments = kernel in ("statistics", "finish_moments", "forward", "normalize")
     size = (5 if problem.itemsize == 8 else 4) if of_moments else 2

@@ -30,7 +30,7 @@ __device__ __forceinline__ void set_affine(
     }
     __syncthreads();
 #pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) affine[ch] = shared[threadIdx.x % LANES * CHANNELS + ch];
+    for (int ch = 0; ch < CHANNELS; ++ch) affine[ch] = shared[tile.own(ch)];
 }
 
 #define AFFINE_BYTES (sizeof(Affine) * WIDTH)  // WIDTH of them, behind what merges
@@ -49,7 +49,7 @@ __device__ __forceinline__ void write_normalized(
             Elements results;
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const Affine& a = affine[ALONG_CHANNELS ? j : 0];
+                const Affine a = tile.of_element(affine, j);
                 real z = a.centre.distance(element(items[k], j)) * a.scale + a.shift;
 #if RESIDUAL
                 z += element(added[k], j);

@@ -83,6 +83,31 @@ __device__ __forceinline__ bool skipped(const Params& p, const Tile& tile, Index
     return WEIGHT && dz == 0 && !(static_cast<real>(weight_of(p, tile, v, j)) > 0);
 }
 
+// The sums of a chunk of vectors, to each of the thread's channels.
+#if RUN
+__device__ __forceinline__ void add_sums(
+    Sums (&sums)[CHANNELS], const Items& x, const Items& dz, int count, const Xhat (&xhat)[CHANNELS],
+    const Params& p, const Tile& tile, Index v
+) {
+    real plain[CHANNELS] = {0, 0}, product[CHANNELS] = {0, 0};
+#pragma unroll
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k)
+        if (k < count) {
+            real part[CHANNELS] = {0, 0}, part_product[CHANNELS] = {0, 0};
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const Xhat of = tile.of_element(xhat, j);
+                const real g = element(dz[k], j);
+                tile.add(part, j, g);
+                tile.add(part_product, j, g * (of.centre.distance(element(x[k], j)) * of.rstd));
+            }
+#pragma unroll
+            for (int ch = 0; ch < CHANNELS; ++ch) plain[ch] += part[ch], product[ch] += part_product[ch];
+        }
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) sums[ch].dbeta += plain[ch], sums[ch].dgamma += product[ch];
+}
+#else
 __device__ __forceinline__ void add_sums(
     Sums& sums, const Items& x, const Items& dz, int count, int channel, const Xhat& xhat,
     const Params& p, const Tile& tile, Index v
@@ -106,10 +131,19 @@ __device__ __forceinline__ void add_sums(
     sums.dgamma += product;
 }
 
+__device__ __forceinline__ void add_sums(
+    Sums (&sums)[CHANNELS], const Items& x, const Items& dz, int count, const Xhat (&xhat)[CHANNELS],
+    const Params& p, const Tile& tile, Index v
+) {
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) add_sums(sums[ch], x, dz, count, ch, xhat[ch], p, tile, v);
+}
+#endif
+
 // --- shared memory: numbers of a tile's channels, which are made once for all threads; sums ---------------------------
 
 #define NUMBERS_BYTES (sizeof(Xhat) * WIDTH + sizeof(Linear) * WIDTH)  // multiples of 16 bytes
-#define SUM_BYTES (NUMBERS_BYTES + sizeof(Sums) * WIDTH * (WARPS + 1))
+#define SUM_BYTES (NUMBERS_BYTES + sizeof(Sums) * (WIDTH + (RUN ? 2 * THREADS : WIDTH * WARPS)))
 
 __device__ __forceinline__ Xhat* xhat_of_channels() { return reinterpret_cast<Xhat*>(dynamic_shared()); }
 
@@ -119,16 +153,16 @@ __device__ __forceinline__ Sums* summed_channels() { return reinterpret_cast<Sum
 
 // A thread's own of them.
 template <class Numbers>
-__device__ __forceinline__ void fetch_numbers(const Numbers* channels, Numbers (&own)[CHANNELS]) {
+__device__ __forceinline__ void fetch_numbers(const Tile& tile, const Numbers* channels, Numbers (&own)[CHANNELS]) {
 #pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) own[ch] = channels[threadIdx.x % LANES * CHANNELS + ch];
+    for (int ch = 0; ch < CHANNELS; ++ch) own[ch] = channels[tile.own(ch)];
 }
 
 __device__ __forceinline__ void set_xhat(const Params& p, const Tile& tile, Xhat (&xhat)[CHANNELS]) {
     for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS)
         xhat_of_channels()[q].set(p, tile.kept(p, q));
     __syncthreads();
-    fetch_numbers(xhat_of_channels(), xhat);
+    fetch_numbers(tile, xhat_of_channels(), xhat);
 }
 
 // As merge_block of moments.cuh, of plain sums: those of the channel q come to summed_channels()[q], for the thread
@@ -158,6 +192,26 @@ __device__ __forceinline__ void sum_block(Sums (&sums)[EACH]) {
         }
         results[q] = whole;
     }
+}
+
+// Of all threads' channels.
+__device__ __forceinline__ void sum_block(Sums (&sums)[CHANNELS]) {
+#if RUN
+    Sums *results = summed_channels(), *scratch = results + WIDTH;
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) scratch[ch * THREADS + threadIdx.x] = sums[ch];
+    __syncthreads();
+    for (int q = threadIdx.x / 32; q < WIDTH; q += WARPS) {
+        Sums whole{0, 0};
+        for_parts_of_run(q, [&](int at) { whole.dgamma += scratch[at].dgamma, whole.dbeta += scratch[at].dbeta; });
+        whole.dgamma = added_across(whole.dgamma, 1, 32);
+        whole.dbeta = added_across(whole.dbeta, 1, 32);
+        if (threadIdx.x % 32 == 0) results[q] = whole;
+    }
+    __syncthreads();
+#else
+    sum_block<LANES, CHANNELS>(sums);
+#endif
 }
 
 // --- between blocks: partials[split][field][channel], added up once, in the order of splits ---------------------------
@@ -238,18 +292,19 @@ __device__ __forceinline__ void write_dx(
             Elements results;
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const int ch = ALONG_CHANNELS ? j : 0;
+                const Linear of = tile.of_element(linear, j);
                 const real z = element(dz[k], j);
-                real g = linear[ch].scale * z;
+                real g = of.scale * z;
                 if (!p.frozen) {
-                    real share = linear[ch].offset + linear[ch].slope * xhat[ch].centre.distance(element(x[k], j));
+                    const Centre centre = tile.of_element(xhat, j).centre;
+                    real share = of.offset + of.slope * centre.distance(element(x[k], j));
 #if WEIGHT
                     const real w = static_cast<real>(weight_of(p, tile, v + k * ROWS, j));
                     share = w > 0 ? w * share : 0;
 #endif
                     g -= share;
                 }
-                g *= linear[ch].unit;
+                g *= of.unit;
                 results.each[j] = encoded(skipped(p, tile, v + k * ROWS, j, z) ? 0 : g);
             }
             x[k] = results.packed;

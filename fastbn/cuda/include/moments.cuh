@@ -142,8 +142,8 @@ __device__ __forceinline__ unsigned lanes_alike(int side) {
     return pattern << (threadIdx.x % side);
 }
 
-// Shared memory of a merge: a partial of each channel, merged, and one for each warp and channel.
-#define MERGE_BYTES (sizeof(Partial) * WIDTH * (WARPS + 1))
+// Shared memory of a merge: a partial of each channel, merged; one for each warp and channel, or each thread's.
+#define MERGE_BYTES (sizeof(Partial) * (WIDTH + (RUN ? 2 * THREADS : WIDTH * WARPS)))
 
 __device__ __forceinline__ Partial* merged_channels() { return reinterpret_cast<Partial*>(dynamic_shared()); }
 
@@ -179,6 +179,23 @@ __device__ __forceinline__ void merge_block(Partial (&partials)[EACH]) {
     }
     __syncthreads();
 }
+
+#if RUN
+// The same where a thread's two channels lie anywhere in the tile.
+__device__ __forceinline__ void merge_run(const Partial (&partials)[CHANNELS]) {
+    Partial *results = merged_channels(), *scratch = results + WIDTH;
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) scratch[ch * THREADS + threadIdx.x] = partials[ch];
+    __syncthreads();
+    for (int q = threadIdx.x / 32; q < WIDTH; q += WARPS) {
+        Partial mine{0, 0, 0, 0};
+        for_parts_of_run(q, [&](int at) { mine = merged(mine, scratch[at]); });
+        const Partial whole = merged_across(mine, 1, 32, 0xffffffffu);
+        if (threadIdx.x % 32 == 0) results[q] = whole;
+    }
+    __syncthreads();
+}
+#endif
 
 // --- statistics of a channel ------------------------------------------------------------------------------------------
 

@@ -28,8 +28,7 @@ KERNEL backward(const Params p) {
         while (true) {
             load(x, p.x, p.x_strides, p, tile, v, count);
             load_dz(dz, p, tile, v, count);
-#pragma unroll
-            for (int ch = 0; ch < CHANNELS; ++ch) add_sums(sums[ch], x, dz, count, ch, xhat[ch], p, tile, v);
+            add_sums(sums, x, dz, count, xhat, p, tile, v);
             const int next = tile.within(v + ITEMS_PER_THREAD * ROWS);
             if (next == 0) break;  // the last chunk stays in registers
             keep(kept, 2 * chunk, x);
@@ -38,7 +37,7 @@ KERNEL backward(const Params p) {
             count = next;
             ++chunk;
         }
-        sum_block<LANES, CHANNELS>(sums);
+        sum_block(sums);
         if (p.splits > 1) {
             write_sums(p, tile, split);
             group_barrier(p, ++round);
@@ -52,7 +51,7 @@ KERNEL backward(const Params p) {
         }
         __syncthreads();
         Linear linear[CHANNELS];
-        fetch_numbers(linear_of_channels(), linear);
+        fetch_numbers(tile, linear_of_channels(), linear);
         while (true) {
             write_dx(x, dz, p, tile, v, count, xhat, linear);
             if (chunk-- == 0) break;

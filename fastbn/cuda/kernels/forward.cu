@@ -29,12 +29,11 @@ KERNEL forward(const Params p) {
         Items items;
         Index v = tile.start();
         int count = tile.within(v), chunk = 0;
-        double taken = 0;
+        double vectors = 0;
         while (true) {
             load(items, p.x, p.x_strides, p, tile, v, count);
-#pragma unroll
-            for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].add(items, count, ch, p, tile, v);
-            taken += count * DEPTH;
+            add_chunk(accumulators, items, count, p, tile, v);
+            vectors += count;
             const int next = tile.within(v + ITEMS_PER_THREAD * ROWS);
             if (next == 0) break;  // the last chunk stays in registers
             keep(kept, chunk, items);
@@ -42,7 +41,7 @@ KERNEL forward(const Params p) {
             count = next;
             ++chunk;
         }
-        merge_block(accumulators, taken);
+        merge_block(accumulators, tile, vectors);
         if (p.splits > 1) {
             write_partials(p, tile, split);
             group_barrier(p, ++round);

@@ -29,7 +29,7 @@ KERNEL grad_input(const Params p) {
     Xhat xhat[CHANNELS];
     set_xhat(p, tile, xhat);
     Linear linear[CHANNELS];
-    fetch_numbers(linear_of_channels(), linear);
+    fetch_numbers(tile, linear_of_channels(), linear);
     for (Index v = tile.start(); tile.within(v); v += ITEMS_PER_THREAD * ROWS) {
         Items x, dz;
         const int count = tile.within(v);

@@ -19,10 +19,9 @@ KERNEL grad_sums(const Params p) {
         const int count = tile.within(v);
         load(x, p.x, p.x_strides, p, tile, v, count);
         load_dz(dz, p, tile, v, count);
-#pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) add_sums(sums[ch], x, dz, count, ch, xhat[ch], p, tile, v);
+        add_sums(sums, x, dz, count, xhat, p, tile, v);
     }
-    sum_block<LANES, CHANNELS>(sums);
+    sum_block(sums);
     if (p.splits > 1) {
         write_sums(p, tile, split);
         return;

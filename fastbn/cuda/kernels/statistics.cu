@@ -12,16 +12,15 @@ KERNEL statistics(const Params p) {
     Accumulator accumulators[CHANNELS];
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].clear();
-    double taken = 0;
+    double vectors = 0;
     for (Index v = tile.start(); tile.within(v); v += ITEMS_PER_THREAD * ROWS) {
         Items items;
         const int count = tile.within(v);
         load(items, p.x, p.x_strides, p, tile, v, count);
-#pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].add(items, count, ch, p, tile, v);
-        taken += count * DEPTH;
+        add_chunk(accumulators, items, count, p, tile, v);
+        vectors += count;
     }
-    merge_block(accumulators, taken);
+    merge_block(accumulators, tile, vectors);
     if (p.splits > 1) {
         write_partials(p, tile, split);
         return;
