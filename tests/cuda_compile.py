@@ -345,6 +345,18 @@ def compiled(variant: Variant, architecture: int, text: str | None = None) -> Co
     )  # fmt: skip
 
 
+def disassembly(variant: Variant, architecture: int, change: Callable[[str], str] = str) -> str:
+    """The instructions of a variant, or of what a change makes of its text."""
+    from fastbn.cuda import launch
+
+    options = (*launch.OPTIONS, *(f"-D{name}={value}" for name, value in variant.macros))
+    cubin, _ = _compile(change(launch.source(variant.kernel)), (*options, *options_of_cupy(architecture)), "cubin")
+    code = _disassembled(cubin)
+    if code is None:
+        raise LookupError(f"the disassembler does not know sm_{architecture}")
+    return code
+
+
 def _numbers(pattern: str, log: str) -> list[int]:
     found = re.search(pattern, log)
     if found is None:
