@@ -142,7 +142,9 @@ def _lanes_of_run(problem: Problem, tuning: Tuning, vector: int) -> int:
     while channels * inner * problem.itemsize < 4 * LINE and channel % (2 * channels) == 0 and 2 * channels <= most:
         channels *= 2
     lanes = channels * inner // vector
-    return lanes if channel % channels == 0 and lanes <= tuning.threads else 0
+    partials = 2 * tuning.threads * 8 * doubles_of_partial(problem)  # two channels of each thread
+    fits = lanes <= tuning.threads and partials <= problem.device.shared // 2
+    return lanes if channel % channels == 0 and fits else 0
 
 
 def most_splits(work: Work) -> int:
