@@ -55,6 +55,7 @@ DTYPES = (
     "uint64", "bool",
 )  # fmt: skip
 ITEMSIZES = (2, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1)
+ROWS = (25, 49, 169, 196)  # elements of a channel's row that vectors of 16 bytes run across, of some dtype
 REGISTERS = 65536  # of a multiprocessor
 
 
@@ -185,7 +186,9 @@ class Variant(NamedTuple):
     def __str__(self) -> str:
         if self.of_numbers or self.strided:
             return f"{self.kernel}, {', '.join(f'{name} {value}' for name, value in self.macros)}"
-        layout = "channels-last" if self["ALONG_CHANNELS"] else "channels-first"
+        layout = (
+            "channels-last" if self["ALONG_CHANNELS"] else f"rows of {self['RUN']}" if self["RUN"] else "channels-first"
+        )
         options = ", ".join(f"{name} {self[name]}" for name in ("WEIGHT", "RELU", "RESIDUAL", "WIDE") if self[name])
         cluster = f", CLUSTER {self['CLUSTER']}" if self["CLUSTER"] > 1 else ""
         sizes = ", ".join(f"{name} {self[name]}" for name in ("VECTOR", "LANES", "THREADS", "ITEMS_PER_THREAD"))
@@ -218,7 +221,8 @@ def planned(architecture: int) -> tuple[Variant, ...]:
     for kernel, macros in found:
         known = dict(macros)
         options = {"WEIGHT": (1, 2) if known.get("WEIGHT") else (0,), "RELU": (0, 1), "RESIDUAL": (0, 1)}
-        here = [name for name in options if name in launch.OPTIONAL[kernel]]
+        fixed = ("RESIDUAL",) if known.get("RUN") else ()  # on which the number of vectors depends
+        here = [name for name in options if name in launch.OPTIONAL[kernel] and name not in fixed]
         for values in itertools.product(*(options[name] for name in here)):
             changed = dict(zip(here, values, strict=True))
             variants.add(Variant(kernel, tuple((name, changed.get(name, value)) for name, value in macros)))
@@ -228,7 +232,7 @@ def planned(architecture: int) -> tuple[Variant, ...]:
 
 def _problems(architecture: int) -> Iterator[Any]:
     """Problems for which the planner comes to all it can: sizes from a block's to 2^31 vectors, all alignments."""
-    from fastbn.cuda import launch, plans
+    from fastbn.cuda import launch, problems
 
     chip = CHIPS[architecture]
     device = launch.Device(0, architecture, chip.processors, chip.shared)
@@ -239,9 +243,14 @@ def _problems(architecture: int) -> Iterator[Any]:
         shapes = [(True, channels, n) for channels, n in lasts] + [(False, 64, n) for n in reduced]
         for (along, channels, n), off, weight in itertools.product(shapes, offs, (0, 2)):
             strides = (0, 0, 1, channels) if along else (0, 0, n, 1)
-            operands = (("x", plans.Operand(strides, off)),)
-            yield plans.Problem(
+            operands = (("x", problems.Operand(strides, off)),)
+            yield problems.Problem(
                 device, (1, 1, channels, n), dtype, itemsize, operands, weight, strides, (), relu=False, residual=False
+            )
+        for samples, n, residual in itertools.product((1, 32, 1 << 14), ROWS, (False, True)):
+            operands = (("x", problems.Operand((0, 64 * n, n, 1), 0)),)
+            yield problems.Problem(
+                device, (1, samples, 64, n), dtype, itemsize, operands, 0, (), (), relu=False, residual=residual
             )
 
 
@@ -349,6 +358,18 @@ def compiled(variant: Variant, architecture: int, text: str | None = None) -> Co
     )  # fmt: skip
 
 
+def disassembly(variant: Variant, architecture: int, change: Callable[[str], str] = str) -> str:
+    """The instructions of a variant, or of what a change makes of its text."""
+    from fastbn.cuda import launch
+
+    options = (*launch.OPTIONS, *(f"-D{name}={value}" for name, value in variant.macros))
+    cubin, _ = _compile(change(launch.source(variant.kernel)), (*options, *options_of_cupy(architecture)), "cubin")
+    code = _disassembled(cubin)
+    if code is None:
+        raise LookupError(f"the disassembler does not know sm_{architecture}")
+    return code
+
+
 def _numbers(pattern: str, log: str) -> list[int]:
     found = re.search(pattern, log)
     if found is None:
@@ -435,7 +456,7 @@ def sizeof_params_is(kernel: str, nbytes: int) -> bool:
     text = f'{launch.source(kernel)}\nstatic_assert(sizeof(Params) == {nbytes}, "another size");'
     sizes = {"VECTOR": 1, "LANES": 1, "THREADS": 32, "ITEMS_PER_THREAD": 1, "CLUSTER": 1, "MIN_BLOCKS": 1}
     sizes |= {"REDUCED": 1, "IN_FLOAT64": 1}
-    others = ("DTYPE", "ALONG_CHANNELS", "WIDE", "WEIGHT", "RELU", "RESIDUAL")
+    others = ("DTYPE", "ALONG_CHANNELS", "RUN", "WIDE", "WEIGHT", "RELU", "RESIDUAL")
     others += ("ALONG_KEPT", "MASK", "SKIP_NAN", "SQUARES")
     sizes["SUMS"] = 1
     options = (f"-D{name}={sizes.get(name, 0)}" for name in (*sizes, *others))
@@ -460,6 +481,7 @@ HEADER = (
 def line(variant: Variant, code: Compiled, architecture: int) -> str:
     """A row of the table; loads and stores are bits x times, blocks those that registers allow."""
     layout = "channels-last" if variant["ALONG_CHANNELS"] else "channels-first"
+    layout = f"rows of {variant['RUN']}" if variant["RUN"] else layout
     layout = ("reduced inner", "kept inner")[variant["ALONG_KEPT"]] if variant.strided else layout
     dtype, layout = ("any", "numbers") if variant.of_numbers else (DTYPES[variant["DTYPE"]], layout)
     weight = ("", "bool weight", "weight")[variant["WEIGHT"]]

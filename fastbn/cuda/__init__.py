@@ -1,7 +1,7 @@
 """The contract of a backend (`fastbn.backend`), on CuPy arrays with CUDA kernels.
 
-Every function describes its calls as a `plans.Problem`, for which a plan is chosen, and returns what launches that on
-the current stream; `statistic` has plans of its own. Per-channel numbers stay in their dtypes, and absent ones None:
+Every function describes its calls as a `problems.Problem`, for which a plan is chosen, and returns what launches that
+on the current stream; `statistic` has plans of its own. Per-channel numbers stay in their dtypes, and absent ones None:
 the kernels convert. Results of a call and the scratch behind them are one allocation, so that a captured graph may be
 replayed as long as the results live, unless callers copied something first.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import formulas
-from fastbn.cuda import launch, plans
+from fastbn.cuda import launch, plans, problems
 from fastbn.cuda.memory import (
     Array,
     alike,
@@ -71,7 +71,7 @@ def on_its_device(call: Callable[..., Any], x: Array) -> Callable[..., Any]:
     return run
 
 
-def _launcher(choose: Any, problem: plans.Problem, rows: int, names: str) -> Callable[..., list[Array]]:
+def _launcher(choose: Any, problem: problems.Problem, rows: int, names: str) -> Callable[..., list[Array]]:
     """Of arrays by these names, launches the problem's plan; gives rows of results, a number for every kept index.
 
     All but addresses is packed beforehand: what is left is a few microseconds of a call.

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.cuda import launch, plans
-from fastbn.cuda.plans import Plan, Problem, Strides
+from fastbn.cuda import launch, problems
+from fastbn.cuda.plans import Plan
+from fastbn.cuda.problems import Problem, Strides
 from fastbn.layout import Layout
 from fastbn.operands import Operand
 
@@ -46,7 +47,7 @@ def problem_of(
         shape=first.shape,
         dtype=type_of(first.dtype),
         itemsize=first.dtype.itemsize,
-        operands=tuple((name, plans.Operand(strides_of(o), o.offset)) for name, o in present.items()),
+        operands=tuple((name, problems.Operand(strides_of(o), o.offset)) for name, o in present.items()),
         weight=0 if weight is None else 1 if weight.dtype == np.bool_ else 2,
         weight_strides=() if weight is None else strides_of(weight),
         types=tuple((name, type_of(dtype)) for name, dtype in (types or {}).items() if dtype is not None),

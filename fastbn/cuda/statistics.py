@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn.cuda import launch, plans
+from fastbn.cuda import launch
 from fastbn.cuda.launch import MOST_DIMENSIONS, Device, Launch
 from fastbn.cuda.memory import Array, type_of
-from fastbn.cuda.plans import Tuning
+from fastbn.cuda.problems import Tuning, tuning_of
 from fastbn.dimensions import Dimension, dimensions
 from fastbn.operands import Mask, Statistic
 
@@ -181,7 +181,7 @@ def _items(vector: int, data: Data, tuning: Tuning) -> int:
 
 def divide(data: Data, device: Device) -> Division | None:
     """By what lies innermost; None for what kernels do not count."""
-    tuning, processors = plans.tuning_of(device.architecture), device.processors
+    tuning, processors = tuning_of(device.architecture), device.processors
     d = data.dimensions
     kept = [o for o in reversed(d) if o.kept] or [Dimension(1, 1, 0, 0, True)]
     reduced = [o for o in reversed(d) if not o.kept] or [Dimension(1, 1, 0, 0, False)]
@@ -283,7 +283,7 @@ def plan(device: Device, data: Data, form: int, types: tuple[int | None, ...]) -
     first = Launch(function, c.tiles * c.splits, c.threads, shared, False, launch.STATISTICS, fields)
     if c.splits == 1:
         return Plan((first,), 0)
-    threads = min(plans.tuning_of(device.architecture).threads, max(32, _power(c.splits * c.all_kept)))
+    threads = min(tuning_of(device.architecture).threads, max(32, _power(c.splits * c.all_kept)))
     along = min(threads, _power(c.splits))
     beside = threads // along
     function = launch.function(device.number, "finish_strided", finishing_macros(data, threads))

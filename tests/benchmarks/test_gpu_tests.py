@@ -97,7 +97,7 @@ def test_sanitizers(monkeypatch, capsys, there):
 
 def test_sanitized_workloads_are_divided_in_every_way(monkeypatch):
     """On the device whose tuning they are measured with."""
-    from fastbn.cuda import launch, plans
+    from fastbn.cuda import launch, plans, problems
 
     monkeypatch.setattr(launch, "function", lambda *_: None)
     monkeypatch.setattr(launch, "blocks_per_processor", lambda *_: 2)
@@ -111,8 +111,8 @@ def test_sanitized_workloads_are_divided_in_every_way(monkeypatch):
                 ((1, n, channels, size), (0, channels * size, size, 1)),
                 ((1, n * size, channels, 1), (0, channels, 1, 0)),
             ):
-                operands = tuple((name, plans.Operand(strides, 0)) for name in ("x", "dy", "dx"))
-                problem = plans.Problem(h200, shape, 2, 4, operands, 0, (), (), False, False, (("frozen", 0),))
+                operands = tuple((name, problems.Operand(strides, 0)) for name in ("x", "dy", "dx"))
+                problem = problems.Problem(h200, shape, 2, 4, operands, 0, (), (), False, False, (("frozen", 0),))
                 found.add(plans.backward(problem).strategy)
     cuda.forget()
     assert found == set(plans.STRATEGIES)

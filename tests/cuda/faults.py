@@ -1,9 +1,10 @@
 """Faults put into the CUDA kernels, one at a time, each with the run that must find it.
 
-`python -m tests.cuda.faults` prints which check found what.
+`python -m tests.cuda.faults` prints which check found what, of faults with all words that are given.
 """
 
 import functools
+import sys
 from typing import NamedTuple
 
 from tests.cuda.runs import RUNS
@@ -38,13 +39,13 @@ FAULTS = [
         "(last - v + (ROWS - 1)) / ROWS", "(last - v) / ROWS", "moments, rows",
     ),
     Fault(
-        "channels behind the last", "statistics",
-        "active = channel < p.channels;", "active = true;", "moments, columns",
+        "channels behind the last", "normalize",
+        "active = has(p, slot);", "active = true;", "forward, two passes",
     ),
     Fault(
         "parts of channels behind the last", "grad_sums",
-        "i64 split, const Sums (&sums)[CHANNELS]) {\n    if (threadIdx.x / LANES != 0 || !tile.active) return;",
-        "i64 split, const Sums (&sums)[CHANNELS]) {\n    if (threadIdx.x / LANES != 0) return;",
+        "p, const Tile& tile, i64 split) {\n    for (int q = threadIdx.x; q < WIDTH && tile.has(p, q);",
+        "p, const Tile& tile, i64 split) {\n    for (int q = threadIdx.x; q < WIDTH;",
         "parts, columns",
     ),
     Fault(
@@ -73,11 +74,11 @@ FAULTS = [
     ),
     Fault(
         "stride of batches", "statistics",
-        "batch * strides[0] + channel * strides[2]", "channel * strides[2]", "moments, batches",
+        "return batch * strides[0] + (origin", "return (origin", "moments, batches",
     ),
     Fault(
         "numbers of batches", "statistics",
-        "batch * p.channels + channel + j", "channel + j", "moments, batches",
+        "return batch * p.channels + origin + q;", "return origin + q;", "moments, batches",
     ),
     Fault(
         "weights along a vector of rows", "statistics",
@@ -116,7 +117,9 @@ FAULTS = [
     ),
     Fault(
         "barrier of a group: round not counted", "forward",
-        "group_barrier(p, ++round)", "group_barrier(p, round)", "forward, cooperative",
+        "write_partials(p, tile, split);\n            group_barrier(p, ++round);\n",
+        "write_partials(p, tile, split);\n            group_barrier(p, round);\n",
+        "forward, cooperative",
     ),
     Fault(
         "barrier of a group: the first round's number", "forward",
@@ -140,7 +143,7 @@ FAULTS = [
     # accumulator.cuh
     Fault(
         "distances from 0", "statistics",
-        "first = chunk.at(0, 0);", "first = 0;", "moments, rows, float64, far from 0",
+        "first = chunk.first();", "first = 0;", "moments, rows, float64, far from 0",
     ),
     Fault(
         "E[x^2] - E[x]^2", "statistics",
@@ -178,7 +181,8 @@ FAULTS = [
     ),
     Fault(
         "weights behind the last", "statistics",
-        "k < count ? weight_of(p, tile, v + k * ROWS, from + j) : 0.0", "weight_of(p, tile, v + k * ROWS, from + j)",
+        "k < count ? weight_of(p, tile, v + k * ROWS, from() + j) : 0.0",
+        "weight_of(p, tile, v + k * ROWS, from() + j)",
         "moments, columns, weights",
     ),
     Fault(
@@ -204,14 +208,14 @@ FAULTS = [
     # moments.cuh
     Fault(
         "units of parts: not written", "forward",
-        "to[4] = partials[ch].unit;", "to[4] = 1;", "training, cooperative, float64, small",
+        "to[4 * all] = partial.unit;", "to[4 * all] = 1;", "training, cooperative, float64, small",
     ),
     Fault(
         "units of parts: always the last", "forward",
         "if (!found && is_finite(squares)) {", "if (is_finite(squares)) {", "training, cooperative, float64, small",
     ),
     Fault(
-        "units of parts: M2 taken as it is", "normalize",
+        "units of parts: M2 taken as it is", "finish_moments",
         "a.m2_in(unit) + b.m2_in(unit)", "a.m2 + b.m2", "mixed scales, columns",
     ),
     Fault(
@@ -221,15 +225,15 @@ FAULTS = [
     ),
     Fault(
         "merge: share of the other part", "finish_moments",
-        "share = b.n * reciprocal(n)", "share = a.n * reciprocal(n)", "moments, narrow columns",
+        "share = b.n * reciprocal(n)", "share = a.n * reciprocal(n)", "moments, many splits",
     ),
     Fault(
         "merge: no delta^2", "finish_moments",
-        "(a.m2 + b.m2) + delta * delta * (a.n * share)", "(a.m2 + b.m2)", "moments, narrow columns",
+        "(a.m2 + b.m2) + delta * delta * (a.n * share)", "(a.m2 + b.m2)", "moments, many splits",
     ),
     Fault(
         "merge: shifts ignored", "finish_moments",
-        "(b.origin - a.origin) + (b.shift - a.shift)", "(b.origin - a.origin)", "moments, narrow columns",
+        "(b.origin - a.origin) + (b.shift - a.shift)", "(b.origin - a.origin)", "moments, many splits",
     ),
     Fault(
         "lanes: no delta^2", "statistics",
@@ -245,7 +249,7 @@ FAULTS = [
     ),
     Fault(
         "lanes: group of the first channel", "statistics",
-        "return pattern << (threadIdx.x % LANES);", "return pattern;", "moments, columns, NaN",
+        "return pattern << (threadIdx.x % side);", "return pattern;", "moments, columns, NaN",
     ),
     Fault(
         "lanes: group of the warp's first merge", "statistics",
@@ -257,17 +261,13 @@ FAULTS = [
     ),
     Fault(
         "block: parts read before they are written", "statistics",
-        "= partials[ch];\n    __syncthreads();\n    if (WIDTH == 1)", "= partials[ch];\n    if (WIDTH == 1)",
+        "= partials[ch];\n    __syncthreads();\n    if (WARPS == 1)", "= partials[ch];\n    if (WARPS == 1)",
         "moments, rows",
     ),
     Fault(
-        "block: parts written before the last are read", "forward",
-        "    __syncthreads();  // the scratch may still be read from the merge before\n", "",
-        "forward, cooperative, blocks take several tiles",
-    ),
-    Fault(
         "block: results read before they are written", "statistics",
-        "results[q] = whole;\n    }\n    __syncthreads();", "results[q] = whole;\n    }", "moments, columns",
+        "q < width) results[q] = whole;\n    }\n    __syncthreads();", "q < width) results[q] = whole;\n    }",
+        "moments, columns",
     ),
     Fault(
         "block: no more channels than merges at once", "statistics",
@@ -275,15 +275,66 @@ FAULTS = [
     ),
     Fault(
         "block: results of no channel", "statistics",
-        "if (member == 0 && q < WIDTH) results", "if (member == 0) results", "moments, columns",
+        "if (member == 0 && q < width) results", "if (member == 0) results", "moments, columns",
     ),
     Fault(
         "slots of parts overlap", "statistics",
-        "(sizeof(Partial) / sizeof(double))", "(sizeof(Partial) / sizeof(double) - 1)", "moments, columns",
+        "#define FIELDS (sizeof(Partial) / sizeof(double))", "#define FIELDS (sizeof(Partial) / sizeof(double) - 1)",
+        "moments, columns",
     ),
     Fault(
-        "parts of one row of threads alone", "finish_moments",
-        "split < splits; split += ROWS)", "split < splits; split += splits)", "moments, narrow columns",
+        "merge: one row of threads alone", "finish_moments",
+        "split < splits; split += THREADS / PIECE)", "split < splits; split += splits)", "moments, many splits",
+    ),
+    Fault(
+        "merge: the last split left out", "finish_moments",
+        "split < splits; split += THREADS / PIECE)", "split + 1 < splits; split += THREADS / PIECE)",
+        "moments, narrow columns",
+    ),
+    Fault(
+        "merge: fields beside one another", "statistics",
+        "to[all] = partial.origin", "to[1] = partial.origin", "moments, columns",
+    ),
+    Fault(
+        "merge: fields of the next split", "finish_moments",
+        "read_shared_with_others(from + 2 * all)", "read_shared_with_others(from + 6 * all)", "moments, columns",
+    ),
+    Fault(
+        "merge: some channels alone", "forward",
+        "for (int q = split * PIECE; q < WIDTH; q += splits * PIECE) merge_piece(p, tile, p.splits, q);",
+        "if (split == 0) merge_piece(p, tile, p.splits, 0);",
+        "forward, cooperative",
+    ),
+    Fault(
+        "merge: as many channels as blocks", "forward",
+        "q += splits * PIECE) merge_piece", "q += WIDTH) merge_piece", "forward, cluster, columns",
+    ),
+    Fault(
+        "merge: the first block's channels for all", "forward",
+        "int q = split * PIECE; q < WIDTH;", "int q = 0; q < PIECE;", "forward, cooperative",
+    ),
+    Fault(
+        "merge: channels behind the last", "finish_moments",
+        "if (threadIdx.x < PIECE && tile.has(p, q)) write_moments", "if (threadIdx.x < PIECE) write_moments",
+        "moments, narrow columns",
+    ),
+    Fault(
+        "merged: read before they are written", "forward",
+        "merge_piece(p, tile, p.splits, q);\n            group_barrier(p, ++round);\n",
+        "merge_piece(p, tile, p.splits, q);\n",
+        "forward, cooperative",
+    ),
+    Fault(
+        "merged: rest of the mean not written", "finish_moments",
+        "if (p.partials != nullptr) p.partials[at] = found.rest;", "", "forward, two passes, float64, far from 0",
+    ),
+    Fault(
+        "merged: rest of the mean not read", "normalize",
+        "read_shared_with_others(p.partials + at),", "0.0,", "forward, two passes, float64, far from 0",
+    ),
+    Fault(
+        "merged: m2 in the place of rstd", "normalize",
+        "p.results + 3 * all + at", "p.results + all + at", "forward, two passes",
     ),
     # centre.cuh
     Fault(
@@ -320,7 +371,25 @@ FAULTS = [
     ),
     Fault(
         "numbers of the vector's first channel", "normalize",
-        "affine[ALONG_CHANNELS ? j : 0]", "affine[0]", "forward, two passes",
+        "return channels[ALONG_CHANNELS ? j : 0];", "return channels[0];", "forward, two passes",
+    ),
+    Fault(
+        "coefficients read before they are written", "normalize",
+        "    }\n    __syncthreads();\n#pragma unroll\n    for (int ch = 0; ch < CHANNELS; ++ch) affine",
+        "    }\n#pragma unroll\n    for (int ch = 0; ch < CHANNELS; ++ch) affine",
+        "forward, two passes",
+    ),
+    Fault(
+        "coefficients of the tile before", "forward",
+        "    }\n    __syncthreads();\n#pragma unroll\n    for (int ch = 0; ch < CHANNELS; ++ch) affine",
+        "    }\n#pragma unroll\n    for (int ch = 0; ch < CHANNELS; ++ch) affine",
+        "forward, cooperative, blocks take several tiles",
+    ),
+    Fault(
+        "coefficients of the first threads' channels", "normalize",
+        "q < WIDTH && tile.has(p, q); q += THREADS) {\n        const i64 at = tile.kept(p, q);\n        shared[q].set",
+        "q < WIDTH && tile.has(p, q); q += WIDTH) {\n        const i64 at = tile.kept(p, q);\n        shared[q].set",
+        "inference, more channels than threads",
     ),
     Fault(
         "eps", "normalize",
@@ -328,13 +397,15 @@ FAULTS = [
     ),
     # forward.cu
     Fault(
-        "blocks do not wait", "forward",
-        "            group_barrier(p, ++round);\n", "", "forward, cooperative",
+        "merge: before others have written", "forward",
+        "write_partials(p, tile, split);\n            group_barrier(p, ++round);\n",
+        "write_partials(p, tile, split);\n",
+        "forward, cooperative",
     ),
     Fault(
         "blocks wait before they have written", "forward",
-        "            write_partials(p, tile, split, partials);\n            group_barrier(p, ++round);\n",
-        "            group_barrier(p, ++round);\n            write_partials(p, tile, split, partials);\n",
+        "            write_partials(p, tile, split);\n            group_barrier(p, ++round);\n",
+        "            group_barrier(p, ++round);\n            write_partials(p, tile, split);\n",
         "forward, cooperative",
     ),
     Fault(
@@ -345,7 +416,7 @@ FAULTS = [
     ),
     Fault(
         "x kept where parts are merged", "forward",
-        "dynamic_shared() + MERGE_BYTES)", "dynamic_shared())", "forward, block, rows",
+        "dynamic_shared() + (MERGE_BYTES + AFFINE_BYTES + 15) / 16 * 16)", "dynamic_shared())", "forward, block, rows",
     ),
     Fault(
         "x kept: as many vectors as of the last chunk", "forward",
@@ -384,35 +455,70 @@ FAULTS = [
     ),
     Fault(
         "lanes: sums of all channels", "grad_sums",
-        "added_across(sums[ch].dbeta, LANES, 32)", "added_across(sums[ch].dbeta, 1, 32)", "parts, columns",
+        "added_across(sums[ch].dbeta, SIDE, 32)", "added_across(sums[ch].dbeta, 1, 32)", "parts, columns",
     ),
     Fault(
         "block: sums read before they are written", "grad_sums",
-        "= sums[ch];\n    __syncthreads();\n", "= sums[ch];\n", "parts, rows",
-    ),
-    Fault(
-        "block: sums written before the last are read", "backward",
-        "    __syncthreads();  // the scratch may still be read from the sum before\n", "",
-        "backward, cooperative, blocks take several tiles",
+        "* WARPS] = sums[ch];\n    __syncthreads();\n", "* WARPS] = sums[ch];\n", "parts, rows",
     ),
     Fault(
         "one slot for the sums of all splits", "grad_sums",
-        "(tile.kept(p, ch) * p.splits + split) * 2;\n        to[0]", "tile.kept(p, ch) * p.splits * 2;\n        to[0]",
+        "return p.partials + split * 2 * p.batches * p.channels + at;", "return p.partials + at;", "parts, columns",
+    ),
+    Fault(
+        "sums: fields beside one another", "grad_sums",
+        "to[p.batches * p.channels] = summed_channels()[q].dbeta", "to[1] = summed_channels()[q].dbeta",
         "parts, columns",
     ),
     Fault(
-        "sums of one row of threads alone", "backward",
-        "split < splits; split += ROWS)", "split < splits; split += splits)", "backward, cooperative, narrow columns",
+        "sums: the last split left out", "finish_sums",
+        "split < splits; split += THREADS / PIECE)", "split + 1 < splits; split += THREADS / PIECE)", "parts, columns",
+    ),
+    Fault(
+        "sums: some channels alone", "backward",
+        "for (int q = split * PIECE; q < WIDTH; q += splits * PIECE) add_piece(p, tile, p.splits, q);",
+        "if (split == 0) add_piece(p, tile, p.splits, 0);",
+        "backward, cooperative",
+    ),
+    Fault(
+        "sums: read before they are added up", "backward",
+        "add_piece(p, tile, p.splits, q);\n            group_barrier(p, ++round);\n",
+        "add_piece(p, tile, p.splits, q);\n",
+        "backward, cooperative",
+    ),
+    Fault(
+        "sums: channels behind the last", "backward",
+        "if (threadIdx.x < PIECE && tile.has(p, q)) write_gradients", "if (threadIdx.x < PIECE) write_gradients",
+        "backward, cooperative, narrow columns",
+    ),
+    Fault(
+        "sums: numbers of the tile before", "backward",
+        "xhat_of_channels()[q].set(p, tile.kept(p, q));\n    __syncthreads();",
+        "xhat_of_channels()[q].set(p, tile.kept(p, q));",
+        "backward, cooperative, blocks take several tiles",
+    ),
+    Fault(
+        "sums: numbers read before they are written", "grad_sums",
+        "xhat_of_channels()[q].set(p, tile.kept(p, q));\n    __syncthreads();",
+        "xhat_of_channels()[q].set(p, tile.kept(p, q));",
+        "parts, columns",
+    ),
+    Fault(
+        "dx: coefficients read before they are written", "backward",
+        "        __syncthreads();\n        Linear linear[CHANNELS];", "        Linear linear[CHANNELS];",
+        "backward, block, rows",
+    ),
+    Fault(
+        "sums: one row of threads alone", "finish_sums",
+        "split < splits; split += THREADS / PIECE)", "split < splits; split += splits)", "parts, many splits",
     ),
     Fault(
         "dx: dgamma scaled by rstd once", "grad_input",
-        "scale * (rstd * per_distance) * sums[ch].dgamma", "scale * per_distance * sums[ch].dgamma",
-        "backward, two passes",
+        "scale * (rstd * per_distance) * sums.dgamma", "scale * per_distance * sums.dgamma", "backward, two passes",
     ),
     Fault(
         "dx: no dmean", "backward",
-        "scale * sums[ch].dbeta - dmean * per_unit", "scale * sums[ch].dbeta",
-        "backward, block, rows, float64, statistics",
+        "scale * sums.dbeta - dmean * per_unit", "scale * sums.dbeta", "backward, block, rows, float64, statistics",
     ),
     Fault(
         "dx: half of dvar", "backward",
@@ -432,7 +538,7 @@ FAULTS = [
     ),
     Fault(
         "dx: left in its unit", "backward",
-        "                g *= linear[ch].unit;\n", "", "training, block, rows, large",
+        "                g *= of.unit;\n", "", "training, block, rows, large",
     ),
     Fault(
         "dx: scale becomes subnormal beside large sums", "backward",
@@ -453,12 +559,76 @@ FAULTS = [
     # backward.cu
     Fault(
         "sums: blocks do not wait", "backward",
-        "            group_barrier(p, ++round);\n", "", "backward, cooperative",
+        "write_sums(p, tile, split);\n            group_barrier(p, ++round);\n", "write_sums(p, tile, split);\n",
+        "backward, cooperative",
     ),
     Fault(
         "dz kept: x read", "backward",
         "fetch(dz, kept, 2 * chunk + 1);", "fetch(dz, kept, 2 * chunk);",
         "backward, block, rows",
+    ),
+    # rows of odd lengths
+    Fault(
+        "runs: tiny elements of the first channel alone", "forward",
+        "return (j < cut) == (ch == 0);", "return ch == 0;", "training, block, runs, small",
+    ),
+    Fault(
+        "runs: one element too many", "statistics",
+        "(slot + 1) * RUN - lane * VECTOR, VECTOR)", "(slot + 1) * RUN - lane * VECTOR + 1, VECTOR)", "moments, runs",
+    ),
+    Fault(
+        "runs: elements of the first channel alone", "statistics",
+        "if (j < cut)\n            sums[0] += value;", "if (j < VECTOR)\n            sums[0] += value;",
+        "moments, runs",
+    ),
+    Fault(
+        "runs: errors from the first channel's middle", "statistics",
+        " - tile.of_element(middle, j);", " - middle[0];", "moments, runs",
+    ),
+    Fault(
+        "runs: elements of whole vectors counted", "statistics",
+        "return ch == 0 ? cut : VECTOR - cut;", "return VECTOR;", "moments, runs",
+    ),
+    Fault(
+        "runs: parts of second channels", "statistics",
+        "(at * VECTOR < q * RUN ? THREADS : 0)", "0", "moments, runs",
+    ),
+    Fault(
+        "runs: last part left out", "statistics",
+        "if (at <= last) take(", "if (at < last) take(", "moments, runs",
+    ),
+    Fault(
+        "runs: parts of one row of threads", "statistics",
+        "i < most * ROWS;", "i < most;", "moments, runs",
+    ),
+    Fault(
+        "runs: parts read before they are written", "statistics",
+        "scratch[ch * THREADS + threadIdx.x] = partials[ch];\n    __syncthreads();",
+        "scratch[ch * THREADS + threadIdx.x] = partials[ch];",
+        "moments, runs",
+    ),
+    Fault(
+        "runs: place in the row", "normalize",
+        "RUN ? threadIdx.x % LANES * VECTOR : 0;", "RUN ? threadIdx.x % LANES : 0;", "frozen, runs",
+    ),
+    Fault(
+        "runs: one channel's coefficients", "forward",
+        "return j < cut ? channels[0] : channels[1];", "return channels[0];", "forward, block, runs",
+    ),
+    Fault(
+        "runs: the next channel's coefficients", "forward",
+        "RUN ? min(slot + ch, WIDTH - 1)", "RUN ? min(slot + 1, WIDTH - 1)", "forward, block, runs",
+    ),
+    Fault(
+        "runs: sums of the first channel alone", "backward",
+        "if (j < cut)\n            sums[0] += value;", "if (j < VECTOR)\n            sums[0] += value;",
+        "backward, cooperative, runs",
+    ),
+    Fault(
+        "runs: sums read before they are written", "backward",
+        "scratch[ch * THREADS + threadIdx.x] = sums[ch];\n    __syncthreads();",
+        "scratch[ch * THREADS + threadIdx.x] = sums[ch];",
+        "backward, cooperative, runs",
     ),
     # update_running.cu
     Fault(
@@ -525,11 +695,12 @@ def main() -> None:
     if reason := cuda.available():
         raise SystemExit(reason)
     for fault in FAULTS:
-        result = found(fault)
-        if result is None:
-            how = "NOT FOUND"
-        else:
-            how = f"{fault.run} | schedule {result[0]} | {str(result[1]).strip().splitlines()[0][:100]}"
+        if not all(word in f"{fault.kernel} {fault.name}" for word in sys.argv[1:]):
+            continue
+        how = "NOT FOUND"
+        if result := found(fault):
+            first = next(iter(str(result[1]).strip().splitlines()), type(result[1]).__name__)
+            how = f"{fault.run} | schedule {result[0]} | {first[:100]}"
         print(f"{fault.kernel} | {fault.name} | {how}", flush=True)
 
 

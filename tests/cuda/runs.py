@@ -198,10 +198,15 @@ COLUMNS = Layout((151, 20))  # tiles of four lanes with four channels each, the 
 NARROW_COLUMNS = Layout((211, 15))  # one tile of 16 lanes, 15 of which have a channel; splits of nine rows of threads
 FEW_NARROW_COLUMNS = Layout((24, 15))
 WIDE_COLUMNS = Layout((40, 72))
+FEW_WIDE_COLUMNS = Layout((3, 72))  # blocks have fewer threads than tiles channels
+TALL_COLUMNS = Layout((301, 32))  # one tile, of which four blocks merge eight pieces
+RUNS_OF_ROWS = Layout((11, 32, 5, 5))  # vectors of 16 bytes run from one row into the next
 BATCHES = Layout((3, 50, 4), (0, 2))
 
 HALF = {"shared": 4 << 10}  # shared memory for half of a channel
 TWICE = {"shared": 32 << 10, "tuning": {"items_per_thread": 4}}  # two vectors of each array where there are two arrays
+ONE_WARP = {"tuning": {"threads": 32, "along_channels": 128}}
+MANY_SPLITS = {"tuning": {"threads": 32, "passes": 16}}  # more than a block that merges them has rows of threads
 
 moments, forward, backward = checks.check_moments, checks.check_forward, checks.check_backward
 frozen, parts = checks.check_frozen, checks.check_parts
@@ -223,7 +228,9 @@ RUNS = {
     "moments, columns, NaN": Run(moments, COLUMNS, alter=nan_in_the_first_channel),
     "moments, columns, infinities": Run(moments, COLUMNS, alter=infinities),
     "moments, narrow columns": Run(moments, NARROW_COLUMNS),
+    "moments, many splits": Run(moments, NARROW_COLUMNS, settings=MANY_SPLITS),
     "moments, wide columns": Run(moments, WIDE_COLUMNS, dtype="float16", settings={"tuning": {"along_channels": 128}}),
+    "moments, runs": Run(moments, RUNS_OF_ROWS, dtype="float16", settings={"tuning": {"threads": 128}}),
     "moments, batches": Run(moments, BATCHES),
     "forward, block, rows": Run(forward, ROWS, strategy="block", settings=TWICE),
     "forward, block, rows, all": Run(forward, ROWS, "affine residual relu", strategy="block", settings=TWICE),
@@ -234,11 +241,16 @@ RUNS = {
     "forward, block, columns, NaN": Run(
         forward, COLUMNS, "affine residual relu", strategy="block", settings=TWICE, alter=nan_in_the_first_channel
     ),
+    "forward, block, runs": Run(forward, RUNS_OF_ROWS, "affine residual relu", strategy="block", settings=TWICE),
     "forward, cluster": Run(forward, ROWS, strategy="cluster"),
+    "forward, cluster, columns": Run(forward, TALL_COLUMNS, strategy="cluster", settings=ONE_WARP),
     "forward, cooperative": Run(forward, COLUMNS, strategy="cooperative"),
     "forward, cooperative, blocks take several tiles": Run(forward, MANY_ROWS, strategy="cooperative"),
     "forward, cooperative, groups take several tiles": Run(forward, MANY_ROWS, strategy="cooperative", settings=HALF),
     "forward, two passes": Run(forward, COLUMNS, strategy="two passes"),
+    "forward, two passes, float64, far from 0": Run(
+        check_far_from_0, COLUMNS, dtype="float64", strategy="two passes", mean=0.0
+    ),
     "backward, block, rows": Run(backward, ROWS, strategy="block", settings=TWICE),
     "backward, block, rows, far from 0": Run(backward, ROWS, strategy="block", settings=TWICE, mean=2e4),
     "backward, block, rows, all": Run(backward, ROWS, "affine residual relu", strategy="block", settings=TWICE),
@@ -255,8 +267,10 @@ RUNS = {
     "backward, cooperative, narrow columns": Run(backward, NARROW_COLUMNS, strategy="cooperative"),
     "backward, cooperative, few narrow columns": Run(backward, FEW_NARROW_COLUMNS, strategy="cooperative"),
     "backward, cooperative, blocks take several tiles": Run(backward, MANY_ROWS, strategy="cooperative"),
+    "backward, cooperative, runs": Run(backward, RUNS_OF_ROWS, "affine residual relu", strategy="cooperative"),
     "backward, two passes": Run(backward, COLUMNS, strategy="two passes"),
     "training, block, rows, small": Run(check_scaled(-110), ROWS, strategy="block", settings=TWICE),
+    "training, block, runs, small": Run(check_scaled(-110), RUNS_OF_ROWS, strategy="block", settings=TWICE),
     "training, block, rows, large": Run(check_scaled(123), ROWS, strategy="block", settings=TWICE),
     "training, block, columns, large, affine": Run(
         check_scaled(123), COLUMNS, "affine residual relu", strategy="block", settings=TWICE, alter=symmetric
@@ -280,10 +294,15 @@ RUNS = {
         settings=TWICE,
     ),
     "training, two passes, masked out": Run(check_masked_out, ROWS, strategy="two passes"),
+    "inference, more channels than threads": Run(
+        frozen, FEW_WIDE_COLUMNS, dtype="float16", settings={"tuning": {"along_channels": 128}}
+    ),
     "frozen": Run(frozen, NARROW_COLUMNS),
+    "frozen, runs": Run(frozen, RUNS_OF_ROWS),
     "frozen, NaN": Run(frozen, NARROW_COLUMNS, alter=nan_in_the_first_channel),
     "frozen, float16 parameters": Run(frozen, NARROW_COLUMNS, "where"),
     "running statistics": Run(check_running_statistics, COLUMNS),
     "parts, rows": Run(parts, ROWS),
+    "parts, many splits": Run(parts, NARROW_COLUMNS, settings=MANY_SPLITS),
     "parts, columns": Run(parts, COLUMNS, "where", settings=TWICE),
 }

@@ -85,7 +85,7 @@ def test_widest_kernels_with_each_option(architecture, kernel):
 
 @pytest.mark.parametrize("architecture", BY_DEFAULT, ids="sm_{}".format)
 def test_all_that_is_planned_is_chosen_from(architecture):
-    from fastbn.cuda import launch, plans
+    from fastbn.cuda import launch, problems
 
     texts = {file.name.removesuffix(".cu") for file in launch.KERNELS.iterdir()}
     assert {*KERNELS, *OF_STATISTICS} == texts
@@ -97,13 +97,14 @@ def test_all_that_is_planned_is_chosen_from(architecture):
         "DTYPE": {0, 1, 2, 3},
         "VECTOR": {1, 2, 4, 8},
         "ALONG_CHANNELS": {0, 1},
-        "LANES": {1, 2, 4, 8, 16, 32},
+        "LANES": {1, 2, 4, 8, 16, 32} | {v["LANES"] for v in every if v["RUN"]},
+        "RUN": {0, *cuda_compile.ROWS},
         "THREADS": {32, 64, 128, 256},
         "WIDE": {0, 1},
         "WEIGHT": {0, 1, 2},
         "RELU": {0, 1},
         "RESIDUAL": {0, 1},
-        "CLUSTER": {1, 2, 4, 8} if plans.tuning_of(architecture).cluster > 1 else {1},
+        "CLUSTER": {1, 2, 4, 8} if problems.tuning_of(architecture).cluster > 1 else {1},
     }.items():
         assert {v[name] for v in every} == {v[name] for v in pairs} == values
 
@@ -123,7 +124,16 @@ def test_the_argument_has_one_size():
 
 # --- the gates can fail -----------------------------------------------------------------------------------------------
 
-MACROS = {"DTYPE": 2, "VECTOR": 4, "ALONG_CHANNELS": 0, "LANES": 1, "THREADS": 256, "ITEMS_PER_THREAD": 2, "WIDE": 0}
+MACROS = {
+    "DTYPE": 2,
+    "VECTOR": 4,
+    "ALONG_CHANNELS": 0,
+    "RUN": 0,
+    "LANES": 1,
+    "THREADS": 256,
+    "ITEMS_PER_THREAD": 2,
+    "WIDE": 0,
+}
 OPTIONS = {"WEIGHT": 0, "RELU": 0, "RESIDUAL": 0, "CLUSTER": 1, "MIN_BLOCKS": 1}
 COPY = """
 extern "C" __global__ void __launch_bounds__(THREADS) normalize(const uint4* x, uint4* y) {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import fastbn
-from fastbn.cuda import launch, plans
+from fastbn.cuda import launch, plans, problems
 from tests.cases.arguments import batch, data
 from tests.cuda.harness import EVERY, arguments_of, by_function, by_layout, leaves, on_device
 
@@ -239,8 +239,8 @@ def test_shared_memory_is_allowed_whatever_came_before(monkeypatch):
     monkeypatch.setattr(launch, "function", functools.lru_cache(INSTALLED_FUNCTION))
     monkeypatch.setattr(launch, "device", lambda number: H200)
     for samples in (32, 24, 32, 8, 32):
-        operand = plans.Operand((0, 512 * 784, 784, 1), 0)
-        problem = plans.Problem(
+        operand = problems.Operand((0, 512 * 784, 784, 1), 0)
+        problem = problems.Problem(
             H200, (1, samples, 512, 784), 2, 4, (("x", operand), ("y", operand)), 0, (), (), False, False
         )
         plans.forward.__wrapped__(problem).bound(("x", "y"))(0, 0)

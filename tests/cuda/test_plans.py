@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cuda import launch, plans
+from fastbn.cuda import geometry, launch, plans, problems
 from tests.cases import checks
 from tests.on_cupy import OnCupy
-from tests.simt import cuda
+from tests.simt import cuda, host_cupy, simt
 from tests.support import LAYOUTS, OPTIONS, Layout, make_case
 
 ROWS = Layout((3, 3, 9, 60))  # a channel has 405 vectors
@@ -19,9 +19,10 @@ WITHOUT_WORK = Layout((1, 3, 1))  # one vector, less than there are blocks for i
 
 LITTLE = {
     "threads": 32, "items_per_thread": 2, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1,
-    "passes": 2,
+    "passes": 2, "split_bytes": 1,
 }  # fmt: skip
-SHAPES = {"rows": ROWS, "columns": COLUMNS}
+RUNS = Layout((13, 8, 5, 5))  # vectors run from one row into the next
+SHAPES = {"rows": ROWS, "columns": COLUMNS, "runs": RUNS}
 SCHEDULES = (0, 1, 2, 7)
 
 pytestmark = pytest.mark.usefixtures("on_cupy")
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("on_cupy")
 def on_cupy(cuda_device, monkeypatch):
     monkeypatch.setattr(checks, "fastbn", OnCupy())
     monkeypatch.setattr(checks, "SAME_BITS", False)
-    monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**LITTLE))
+    monkeypatch.setitem(problems.TUNING, cuda.ARCHITECTURE, problems.Tuning(**LITTLE))
     cuda.forget()
     yield
     monkeypatch.undo()  # before plans are made for others
@@ -115,13 +116,68 @@ def test_strategies_of_other_options(monkeypatch, strategy, layout, options):
 
 
 def test_sizes_choose_strategies(cuda_device, monkeypatch):
-    monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**LITTLE | {"cluster": 2}))
+    monkeypatch.setitem(problems.TUNING, cuda.ARCHITECTURE, problems.Tuning(**LITTLE | {"cluster": 2}))
     chosen = []
     for shape in ((2, 1, 4, 8), (5, 1, 20, 20), (24, 1, 20, 20), (80, 1, 20, 20)):
         cuda_device.launches.clear()
         OnCupy(fastbn.batch_norm)(make_case(Layout(shape), "float32").x)
         chosen.append(strategies(cuda_device.launches))
     assert chosen == [{strategy} for strategy in plans.STRATEGIES]
+
+
+@pytest.mark.parametrize(("blocks", "strategy"), [(0, "two passes"), (1, "cooperative"), (2, "cooperative")])
+def test_groups_are_on_the_device_at_once(cuda_device, monkeypatch, blocks, strategy):
+    """As many blocks as the compiled kernel has room for; where one group has none, in two passes."""
+    monkeypatch.setattr(launch, "blocks_per_processor", lambda *_: blocks)
+    monkeypatch.setitem(problems.TUNING, cuda.ARCHITECTURE, problems.Tuning(**LITTLE | {"waves": 9}))
+    monkeypatch.setitem(plans.FORCED, "strategy", "cooperative")
+    cuda_device.launches.clear()
+    checks.check_backward(make_case(ROWS, "float32"))
+    assert strategies(cuda_device.launches) == {strategy}
+    assert all(step.grid <= 3 * blocks for step in cuda_device.launches if step.cooperative)
+
+
+@pytest.mark.parametrize(("blocks", "most"), [(0, 1), (1, 2), (2, 4)])
+def test_clusters_are_on_the_device_at_once(cuda_device, monkeypatch, blocks, most):
+    monkeypatch.setattr(launch, "blocks_per_processor", lambda *_: blocks)
+    cuda_device.launches.clear()
+    OnCupy(fastbn.batch_norm)(make_case(Layout((5, 1, 20, 20)), "float32").x)
+    assert max(step.macros["CLUSTER"] for step in cuda_device.launches) == most
+
+
+def test_devices_have_plans_of_their_own(cuda_device, monkeypatch):
+    """One call on arrays of two devices, of other sizes."""
+    monkeypatch.setattr(launch, "device", lambda number: launch.Device(number, cuda.ARCHITECTURE, 2 + number, 16 << 10))
+    monkeypatch.setitem(plans.FORCED, "strategy", "cooperative")
+    case = make_case(ROWS, "float32")
+    grids = []
+    for device in (0, 1, 0, 1):
+        cuda_device.launches.clear()
+        fastbn.batch_norm(host_cupy.to_cupy(case.x, device))
+        grids += [step.grid for step in cuda_device.launches]
+    assert grids == [3, 6, 3, 6]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward", "statistics", "normalize"])
+def test_grids_of_another_size_trap(cuda_device, monkeypatch, kernel):
+    """As where a library leaves out blocks that a device has no room for."""
+    function = launch.function
+
+    def smaller(number, name, macros):
+        compiled = function(number, name, macros)
+
+        def run(grid, *arguments, **options):
+            compiled((grid[0] - (name == kernel), 1, 1), *arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(launch, "function", smaller)
+    monkeypatch.setitem(
+        plans.FORCED, "strategy", "two passes" if kernel in ("statistics", "normalize") else "cooperative"
+    )
+    case = make_case(COLUMNS, "float32")
+    with pytest.raises(simt.SimtError, match=f"{kernel}: block \\d+, thread \\d+ trapped"):
+        checks.check_backward(case)
 
 
 # --- numbers that tune ------------------------------------------------------------------------------------------------
@@ -135,7 +191,7 @@ TUNINGS = {
     "short": {"threads": 256, "items_per_thread": 1, "along_channels": 16},
     "as for users": {},
 }
-OFTEN = (("narrow", "rows"), ("middling", "columns"), ("wide", "rows"))
+OFTEN = (("narrow", "rows"), ("middling", "columns"), ("wide", "rows"), ("middling", "runs"))
 
 
 @pytest.mark.parametrize(
@@ -148,11 +204,15 @@ OFTEN = (("narrow", "rows"), ("middling", "columns"), ("wide", "rows"))
 def test_tunings(cuda_device, monkeypatch, tuning, shape):
     chosen = TUNINGS[tuning]
     base = LITTLE if chosen else {"cluster": 8}
-    monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**base | chosen))
+    monkeypatch.setitem(problems.TUNING, cuda.ARCHITECTURE, problems.Tuning(**base | chosen))
     cuda_device.launches.clear()
     checks.check_backward(make_case(SHAPES[shape], "float32", OPTIONS["affine residual relu"]))
     items = chosen.get("items_per_thread", 8)
-    whole = any(4 * step.macros["VECTOR"] >= 16 and step.macros["ALONG_CHANNELS"] for step in cuda_device.launches)
+    whole = any(
+        4 * step.macros["VECTOR"] >= 16 and (step.macros["ALONG_CHANNELS"] or step.macros["RUN"])
+        for step in cuda_device.launches
+        if "finish" not in step.kernel
+    )
     assert max(step.macros["ITEMS_PER_THREAD"] for step in cuda_device.launches) == (
         max(1, items // 2) if whole else items
     )
@@ -170,8 +230,8 @@ def test_architectures_without_clusters(cuda_device, monkeypatch):
     """Before compute capability 9 groups of blocks are those of a cooperative launch."""
     device = launch.Device(0, 80, 3, 16 << 10)
     monkeypatch.setattr(launch, "device", lambda _number: device)
-    small = plans.Tuning(**LITTLE | {"cluster": 1})
-    monkeypatch.setitem(plans.TUNING, 80, small)
+    small = problems.Tuning(**LITTLE | {"cluster": 1})
+    monkeypatch.setitem(problems.TUNING, 80, small)
     cuda_device.launches.clear()
     checks.check_backward(make_case(Layout((20, 1, 20, 20)), "float32"))
     assert strategies(cuda_device.launches) == {"cooperative"}
@@ -220,22 +280,58 @@ WIDTHS = {
 def test_width_of_loads(change, width, which):
     """What any of the arrays does not allow, none is read by."""
     usual = {"strides": (0, 1 << 20, 1 << 10, 1), "off": 0}
-    operands = [plans.Operand(**usual)] * 2
-    operands[which] = plans.Operand(**usual | {name: v for name, v in change.items() if name != "shape"})
-    problem = plans.Problem(
+    operands = [problems.Operand(**usual)] * 2
+    operands[which] = problems.Operand(**usual | {name: v for name, v in change.items() if name != "shape"})
+    problem = problems.Problem(
         launch.Device(0, 90, 132, 227 << 10), change.get("shape", (1, 4, 8, 64)), 2, 4,
         tuple(zip(("x", "y"), operands, strict=True)), 0, (), (), False, False,
     )  # fmt: skip
-    assert plans._vector(problem, 3, 4) == width
+    assert geometry.vector_of(problem, 3, 4) == width
+
+
+ROWS_OF = {
+    "halves of 7 x 7": ((1, 32, 512, 49), 2, 49),
+    "float32 of 7 x 7": ((1, 32, 512, 49), 4, 49),
+    "float64 of 7 x 7": ((1, 32, 512, 49), 8, 49),
+    "halves of 14 x 14": ((1, 32, 512, 196), 2, 49),
+    "short rows, of more channels": ((1, 32, 512, 9), 2, 36),
+    "samples of one batch each": ((32, 1, 512, 49), 2, 49),
+    "whole vectors": ((1, 32, 512, 64), 2, 0),
+    "channels that end within a vector": ((1, 32, 4, 49), 2, 0),
+    "rows shorter than a vector": ((1, 32, 512, 4), 2, 0),
+    "rows longer than a block": ((1, 32, 512, 841), 2, 0),
+}
+
+
+@pytest.mark.parametrize(("shape", "itemsize", "lanes"), ROWS_OF.values(), ids=ROWS_OF)
+def test_vectors_across_rows(shape, itemsize, lanes):
+    """Where rows have odd lengths and no gaps between them."""
+    batch, outer, channel, inner = shape
+    usual = (channel * inner if batch > 1 else 0, channel * inner if outer > 1 else 0, inner, 1)
+
+    def lanes_of(strides=usual, off=0, weight=0):
+        operands = tuple((name, problems.Operand(s, o)) for name, s, o in (("x", usual, 0), ("y", strides, off)))
+        problem = problems.Problem(
+            launch.Device(0, 90, 132, 227 << 10), shape, 2, itemsize, operands, weight, (), (), False, False
+        )
+        found = geometry.geometry_of(problem, problems.Tuning(), None)
+        assert (found.run, found.width) in ((0, 1), (inner, found.lanes * found.vector // inner))
+        return found.lanes if found.run else 0
+
+    assert lanes_of() == lanes
+    assert lanes_of(off=itemsize) == 0
+    assert lanes_of(weight=1) == 0
+    assert lanes_of(tuple(s + (i == 2) for i, s in enumerate(usual))) == 0
+    assert lanes_of(tuple(s + (i < 2 and s > 0) for i, s in enumerate(usual))) == 0
 
 
 def test_when_indices_have_64_bits():
     for vectors, wide in (((1 << 31) - 1, 0), (1 << 31, 1)):
-        geometry = plans.Geometry(False, 1, 1, vectors, 1, 1, 1)
-        problem = plans.Problem(
+        lies = geometry.Geometry(False, 1, 1, vectors, 1, 1, 1)
+        problem = problems.Problem(
             launch.Device(0, 90, 132, 227 << 10), (1, 1, 1, vectors), 2, 4, (), 0, (), (), False, False
         )
-        macros = dict(plans._macros(plans.Work(problem, plans.Tuning(), geometry), "forward", 256, 8))
+        macros = dict(plans._macros(geometry.Work(problem, problems.Tuning(), lies), "forward", 256, 8))
         assert macros["WIDE"] == wide
 
 

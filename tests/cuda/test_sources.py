@@ -37,7 +37,9 @@ def test_every_header_is_included_and_guarded():
         assert launch.INCLUDE.joinpath(name).read_text().count("\n#pragma once\n") == 1
 
 
-MACROS = {"DTYPE": 2, "VECTOR": 4, "ALONG_CHANNELS": 0, "LANES": 1, "THREADS": 64, "ITEMS_PER_THREAD": 2, "WIDE": 0}
+MACROS = {
+    "DTYPE": 2, "VECTOR": 4, "ALONG_CHANNELS": 0, "RUN": 0, "LANES": 1, "THREADS": 64, "ITEMS_PER_THREAD": 2, "WIDE": 0,
+}  # fmt: skip
 OPTIONS = {"WEIGHT": 0, "RELU": 0, "RESIDUAL": 0, "CLUSTER": 1, "MIN_BLOCKS": 1}
 OPTIONS |= {"ALONG_KEPT": 0, "REDUCED": 2, "IN_FLOAT64": 0, "SUMS": 1, "SQUARES": 1, "MASK": 1, "SKIP_NAN": 1}
 

@@ -11,7 +11,7 @@ import pytest
 
 import fastbn
 from fastbn import reference
-from fastbn.cuda import plans
+from fastbn.cuda import problems
 from tests.cases import like_numpy, statistics, statistics_options
 from tests.cases.like_numpy import FUNCTIONS, by_function, by_spread, numbers
 from tests.cases.statistics import SPECIAL, STRIDES
@@ -232,7 +232,7 @@ def test_a_dtype_that_is_not_computed_in(cuda_device, function, dtype):
 def test_squares_that_overflow_about_the_first_value(cuda_device, monkeypatch, n):
     """But not about the mean: one thread, which takes all values of a channel, then takes them one by one."""
     tuning = cuda.SMALL | {"threads": 32, "along_channels": 512}
-    monkeypatch.setitem(plans.TUNING, cuda.ARCHITECTURE, plans.Tuning(**tuning))
+    monkeypatch.setitem(problems.TUNING, cuda.ARCHITECTURE, problems.Tuning(**tuning))
     cuda.forget()
     rng = np.random.default_rng(n)
     x = np.full((n, 64), 1e154)

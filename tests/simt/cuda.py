@@ -22,7 +22,7 @@ __all__ = ["ARCHITECTURE", "SMALL", "Emulated", "Launched", "OnCupy", "available
 ARCHITECTURE = 90
 SMALL = {
     "threads": 64, "items_per_thread": 4, "along_channels": 64, "cluster": 4, "shared_share": 1.0, "waves": 1,
-    "passes": 2,
+    "passes": 2, "split_bytes": 1,
 }  # fmt: skip
 
 
@@ -52,13 +52,17 @@ class Emulated:
     change: Callable[[str, str], str] = lambda kernel, text: text
     """Of a kernel's text, for tests that break it."""
     launches: list[Launched] = field(default_factory=list)
+    records: int = 0
+    """Accesses to memory, at most, that are recorded of a launch."""
+    accesses: list[Any] = field(default_factory=list)
+    """Of each launch, as `simt.Kernel.recorded` gives them."""
 
     def function(self, _number: int, kernel: str, macros: Any) -> Any:
         """What `launch.function` gives: a function to launch a kernel with."""
         from fastbn.cuda import launch
 
         text = self.change(kernel, launch.source(kernel, hardware=False))
-        compiled = simt.compile_kernel(text, kernel, dict(macros))
+        compiled = simt.compile_kernel(text, kernel, dict(macros), simt.RECORDING if self.records else ())
         cluster = dict(macros).get("CLUSTER", 1)
 
         def run(grid, block, args, shared_mem=0, stream=None, enable_cooperative_groups=False):
@@ -67,9 +71,14 @@ class Emulated:
             self.launches.append(
                 Launched(kernel, dict(macros), grid[0], block[0], shared_mem, enable_cooperative_groups)
             )
-            compiled.launch(
-                grid[0], block[0], argument.tobytes(), shared_mem, enable_cooperative_groups, cluster, self.schedule
-            )
+            launch = functools.partial(
+                compiled.launch,
+                grid[0], block[0], argument.tobytes(), shared_mem, enable_cooperative_groups, cluster, self.schedule,
+            )  # fmt: skip
+            if self.records:
+                self.accesses.append(compiled.recorded(self.records, launch))
+            else:
+                launch()
 
         return run
 
@@ -82,16 +91,16 @@ def installed(
 
     Blocks and registers are small, so that small arrays go every way through the planner and few kernels are compiled.
     """
-    from fastbn.cuda import launch, plans
+    from fastbn.cuda import launch, problems
 
     emulated = Emulated(shared=shared, **settings)
     device = launch.Device(0, ARCHITECTURE, processors, shared)
-    chosen = plans.Tuning(**(SMALL | (tuning or {})))
+    chosen = problems.Tuning(**(SMALL | (tuning or {})))
     with pytest.MonkeyPatch.context() as patch, host_cupy.installed():
         patch.setattr(launch, "function", functools.lru_cache(maxsize=None)(emulated.function))
         patch.setattr(launch, "blocks_per_processor", lambda *_: emulated.blocks)
         patch.setattr(launch, "device", lambda _number: device)
-        patch.setitem(plans.TUNING, ARCHITECTURE, chosen)
+        patch.setitem(problems.TUNING, ARCHITECTURE, chosen)
         forget()
         try:
             yield emulated

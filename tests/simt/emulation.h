@@ -110,6 +110,8 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
     return before;
 }
 
+inline void trap() { simt_trap(); }
+
 // What a thread calls whenever it finds that it has to wait for another. Loops that do not call it never end.
 inline void backoff() { simt_spin(); }
 

@@ -31,6 +31,7 @@ unsigned simt_vote(unsigned collective, unsigned mask, bool predicate);  // the 
 unsigned long long simt_shuffle(unsigned collective, unsigned mask, unsigned long long bits, unsigned source);
 void simt_spin();                // goes on when no other thread can; too often in vain is an error
 void simt_atomic(bool changes);  // the same after an atomic operation, whose changes are not in vain
+[[noreturn]] void simt_trap();
 [[noreturn]] void simt_misaligned(const void* address, unsigned alignment);
 
 // Gives 0, or an error's kind and message. `resident` blocks run together and divide the grid; `cluster` blocks share a

@@ -22,8 +22,10 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 HERE = Path(__file__).parent
 
@@ -112,6 +114,28 @@ class Kernel:
         if error:
             raise SimtError(f"{self.name}: {message.value.decode()}")
 
+    def recorded(self, capacity: int, launch: Callable[[], None]) -> np.ndarray:
+        """What `launch` does to memory outside of the threads' own and shared memory: an `ACCESS` each, in order.
+
+        Of kernels that were compiled with `RECORDING`.
+        """
+        accesses = np.empty(capacity, ACCESS)
+        simt_record = self._library.simt_record
+        simt_record.restype = ctypes.c_size_t
+        simt_record(ctypes.c_void_p(accesses.ctypes.data), ctypes.c_size_t(capacity))
+        try:
+            launch()
+        finally:
+            count = simt_record(None, ctypes.c_size_t(0))
+        if count > capacity:
+            raise SimtError(f"{self.name}: {count} accesses, {capacity} are recorded")
+        return accesses[:count]
+
+
+ACCESS = np.dtype(
+    [("instruction", "u8"), ("address", "u8"), ("block", "u4"), ("thread", "u4"), ("bytes", "u4"), ("writes", "u4")]
+)
+RECORDING = ("-fsanitize=thread",)  # the compiler calls a function at every access; runtime.cpp has it
 
 LAUNCHING = threading.Lock()  # calls leave Python's lock, and the scheduler's state is one
 

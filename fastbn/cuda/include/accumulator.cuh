@@ -19,14 +19,17 @@
 
 struct Chunk {  // elements of one channel that a thread holds
     const Items& items;
-    int count, from;  // vectors, and the first element of the channel in each
+    int count, channel;  // vectors, and which of the thread's channels
     const Params& p;
     const Tile& tile;
     Index v;
 
-    __device__ __forceinline__ real at(int k, int j) const { return element(items[k], from + j); }
+    __device__ __forceinline__ int from() const { return ALONG_CHANNELS ? channel : 0; }
+    __device__ __forceinline__ real at(int k, int j) const { return element(items[k], from() + j); }
+    __device__ __forceinline__ real first() const { return at(0, RUN && channel > 0 ? VECTOR - 1 : 0); }
+    __device__ __forceinline__ bool holds(int j) const { return tile.holds(channel, from() + j); }
     __device__ __forceinline__ double weight_at(int k, int j) const {
-        return k < count ? weight_of(p, tile, v + k * ROWS, from + j) : 0.0;
+        return k < count ? weight_of(p, tile, v + k * ROWS, from() + j) : 0.0;
     }
 };
 
@@ -63,9 +66,9 @@ struct Weights {  // of a chunk
     __device__ __forceinline__ real times(int k, int j, real value) const { return value; }
 
     __device__ __forceinline__ bool load(const Chunk& chunk, real& first) {
-        sum = chunk.count * DEPTH;
-        first = chunk.at(0, 0);
-        return true;
+        sum = chunk.count * chunk.tile.depth(chunk.channel);
+        first = chunk.first();
+        return !RUN || sum > 0;
     }
 #endif
 };
@@ -80,7 +83,7 @@ __device__ __forceinline__ real sum_of_distances(const Chunk& chunk, const Weigh
             real part = 0;
 #pragma unroll
             for (int j = 0; j < DEPTH; ++j)
-                if (weights.selects(k, j)) part += weights.times(k, j, chunk.at(k, j) - first);
+                if (chunk.holds(j) && weights.selects(k, j)) part += weights.times(k, j, chunk.at(k, j) - first);
             total += part;
         }
     return total;
@@ -98,7 +101,7 @@ __device__ __forceinline__ Errors sum_of_errors(const Chunk& chunk, const Weight
             Errors part{0, 0};
 #pragma unroll
             for (int j = 0; j < DEPTH; ++j)
-                if (weights.selects(k, j)) {
+                if (chunk.holds(j) && weights.selects(k, j)) {
                     const real e = (chunk.at(k, j) - first) - middle;
                     part.sum += weights.times(k, j, e);
                     part.squares += weights.times(k, j, e * e);
@@ -136,17 +139,20 @@ struct Accumulator {
     }
 
     // One chunk.
-    __device__ __forceinline__ void add(
-        const Items& items, int count, int channel, const Params& p, const Tile& tile, Index v
-    ) {
-        const Chunk chunk{items, count, ALONG_CHANNELS ? channel : 0, p, tile, v};
+    __device__ __forceinline__ void add(const Chunk& chunk) {
         Weights weights;
         real first;
-        if (count == 0 || !weights.load(chunk, first)) return;
-        const double weight = weights.sum, least = WEIGHT ? LEAST_SQUARES * (1 + weight) : LEAST_SQUARES;
-        const real inverse = reciprocal(static_cast<real>(weight));
+        if (chunk.count == 0 || !weights.load(chunk, first)) return;
+        const real inverse = reciprocal(static_cast<real>(weights.sum));
         const real middle = sum_of_distances(chunk, weights, first) * inverse;
-        const Errors errors = sum_of_errors(chunk, weights, first, middle);
+        add_sums(chunk, weights, first, middle, inverse, sum_of_errors(chunk, weights, first, middle));
+    }
+
+    // One chunk, of which the sums are known.
+    __device__ __forceinline__ void add_sums(
+        const Chunk& chunk, const Weights& weights, real first, real middle, real inverse, const Errors& errors
+    ) {
+        const double weight = weights.sum, least = WEIGHT ? LEAST_SQUARES * (1 + weight) : LEAST_SQUARES;
         const real correction = errors.sum * inverse;
         const real start = origin == origin ? origin : first;
         const double distance = (static_cast<double>(first) - start) + (static_cast<double>(middle) + correction);
@@ -172,7 +178,7 @@ struct Accumulator {
             if (k < chunk.count)
 #pragma unroll
                 for (int j = 0; j < DEPTH; ++j)
-                    if (weights.selects(k, j)) same = same && chunk.at(k, j) == start;
+                    if (chunk.holds(j) && weights.selects(k, j)) same = same && chunk.at(k, j) == start;
         return same;
     }
 
@@ -184,7 +190,7 @@ struct Accumulator {
             if (k < chunk.count)
 #pragma unroll
                 for (int j = 0; j < DEPTH; ++j)
-                    if (weights.selects(k, j)) {
+                    if (chunk.holds(j) && weights.selects(k, j)) {
                         const real value = chunk.at(k, j);
                         if (!is_finite(value)) infinite += value;
 #if WEIGHT
@@ -220,7 +226,7 @@ struct Accumulator {
             if (k < chunk.count)
 #pragma unroll
                 for (int j = 0; j < DEPTH; ++j)
-                    if (weights.selects(k, j)) {
+                    if (chunk.holds(j) && weights.selects(k, j)) {
                         const double value = chunk.at(k, j), weight = weights.times(k, j, 1);
                         const double distance = value * unit - origin * unit;
                         moved += weight * distance;
@@ -243,3 +249,71 @@ struct Accumulator {
         return partial_in_units(taken, origin, shift, squares - away * shift, unit);
     }
 };
+
+// A chunk of vectors, to each of the thread's channels what it has of them.
+#if RUN
+// Both at once, as each element is of one: apart, their loops cost a third more than one channel's loads of 2 bytes.
+__device__ __forceinline__ void add_chunk(
+    Accumulator (&accumulators)[CHANNELS], const Items& items, int count, const Params& p, const Tile& tile, Index v
+) {
+    if (count == 0) return;
+    const Chunk chunks[CHANNELS] = {{items, count, 0, p, tile, v}, {items, count, 1, p, tile, v}};
+    Weights weights[CHANNELS];
+    real first[CHANNELS], inverse[CHANNELS], middle[CHANNELS], distances[CHANNELS] = {0, 0};
+    Errors errors[CHANNELS] = {{0, 0}, {0, 0}};
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) {
+        weights[ch].load(chunks[ch], first[ch]);
+        inverse[ch] = reciprocal(static_cast<real>(weights[ch].sum));
+    }
+#pragma unroll
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k)
+        if (k < count) {
+            real part[CHANNELS] = {0, 0};
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) tile.add(part, j, element(items[k], j) - tile.of_element(first, j));
+#pragma unroll
+            for (int ch = 0; ch < CHANNELS; ++ch) distances[ch] += part[ch];
+        }
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) middle[ch] = distances[ch] * inverse[ch];
+#pragma unroll
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k)
+        if (k < count) {
+            real sum[CHANNELS] = {0, 0}, squares[CHANNELS] = {0, 0};
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const real e = (element(items[k], j) - tile.of_element(first, j)) - tile.of_element(middle, j);
+                tile.add(sum, j, e);
+                tile.add(squares, j, e * e);
+            }
+#pragma unroll
+            for (int ch = 0; ch < CHANNELS; ++ch) errors[ch].sum += sum[ch], errors[ch].squares += squares[ch];
+        }
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch)
+        if (tile.depth(ch) > 0)
+            accumulators[ch].add_sums(chunks[ch], weights[ch], first[ch], middle[ch], inverse[ch], errors[ch]);
+}
+#else
+__device__ __forceinline__ void add_chunk(
+    Accumulator (&accumulators)[CHANNELS], const Items& items, int count, const Params& p, const Tile& tile, Index v
+) {
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].add(Chunk{items, count, ch, p, tile, v});
+}
+#endif
+
+// Merges what all threads of a block have of their channels, of so many vectors.
+__device__ __forceinline__ void merge_block(
+    const Accumulator (&accumulators)[CHANNELS], const Tile& tile, double vectors
+) {
+    Partial partials[CHANNELS];
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) partials[ch] = accumulators[ch].partial(vectors * tile.depth(ch));
+#if RUN
+    merge_run(partials);
+#else
+    merge_block<LANES, CHANNELS>(partials);
+#endif
+}

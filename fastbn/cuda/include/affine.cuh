@@ -11,27 +11,29 @@ struct Affine {
     Centre centre;
     real scale, shift;
 
-    __device__ __forceinline__ void set(
-        const Params& p, const Tile& tile, int ch, double mean, double rest, double rstd
-    ) {
-        const i64 at = tile.kept(p, ch);
-        const int exponent = distance_exponent(mean, rstd);
-        centre.set(mean, rest, exponent);
-        scale = static_cast<real>(rstd * power_of_two(-exponent) * parameter(p.gamma, p.gamma_type, at, 1.0));
+    __device__ __forceinline__ void set(const Params& p, i64 at, const Statistics& of) {
+        const int exponent = distance_exponent(of.mean, of.rstd);
+        centre.set(of.mean, of.rest, exponent);
+        scale = static_cast<real>(of.rstd * power_of_two(-exponent) * parameter(p.gamma, p.gamma_type, at, 1.0));
         shift = static_cast<real>(parameter(p.beta, p.beta_type, at, 0.0));
     }
 };
 
-__device__ __forceinline__ void set_from_partials(
-    const Params& p, const Tile& tile, const Partials& partials, Affine (&affine)[CHANNELS]
+// Those of a tile's channels lie in shared memory, where `statistics(q, at)` of each are made once for all threads.
+template <class Source>
+__device__ __forceinline__ void set_affine(
+    const Params& p, const Tile& tile, Affine* shared, Affine (&affine)[CHANNELS], Source statistics
 ) {
-    if (!tile.active) return;
-#pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) {
-        const double mean = partials[ch].mean(), rest = (partials[ch].origin - mean) + partials[ch].shift;
-        affine[ch].set(p, tile, ch, mean, rest, batch_rstd(partials[ch], p.eps));
+    for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS) {
+        const i64 at = tile.kept(p, q);
+        shared[q].set(p, at, statistics(q, at));
     }
+    __syncthreads();
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) affine[ch] = shared[tile.own(ch)];
 }
+
+#define AFFINE_BYTES (sizeof(Affine) * WIDTH)  // WIDTH of them, behind what merges
 
 // Normalises what a thread holds and writes it.
 __device__ __forceinline__ void write_normalized(
@@ -47,7 +49,7 @@ __device__ __forceinline__ void write_normalized(
             Elements results;
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const Affine& a = affine[ALONG_CHANNELS ? j : 0];
+                const Affine a = tile.of_element(affine, j);
                 real z = a.centre.distance(element(items[k], j)) * a.scale + a.shift;
 #if RESIDUAL
                 z += element(added[k], j);

@@ -44,6 +44,8 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
+__device__ __forceinline__ void trap() { asm volatile("trap;"); }
+
 // Called while waiting for other blocks.
 __device__ __forceinline__ void backoff() { __nanosleep(40); }
 

@@ -19,8 +19,7 @@ struct Xhat {  // of a channel: (x - mean) rstd
     Centre centre;
     real rstd;  // per unit
 
-    __device__ __forceinline__ void set(const Params& p, const Tile& tile, int ch) {
-        const i64 at = tile.kept(p, ch);
+    __device__ __forceinline__ void set(const Params& p, i64 at) {
         const double mean = parameter(p.mean, p.mean_type, at, 0.0);
         const double value = parameter(p.spread, p.spread_type, at, 1.0);
         const int exponent = distance_exponent(mean, value);
@@ -31,6 +30,29 @@ struct Xhat {  // of a channel: (x - mean) rstd
 
 struct Sums {
     double dgamma, dbeta;
+};
+
+struct Linear {  // dx of a channel: unit (scale dz - w (offset + slope distance))
+    real scale, offset, slope, unit;
+
+    // From scale, offset and slope in the unit 2^exponent. Its own unit is as near to 1 as their range allows.
+    __device__ __forceinline__ void set(int exponent, const double (&coefficients)[3]) {
+        int least = MOST_EXPONENT, most = LEAST_EXPONENT;
+#pragma unroll
+        for (int i = 0; i < 3; ++i) {
+            const int its = exponent_of(coefficients[i]);
+            if (its == NO_EXPONENT) continue;
+            least = min(least, exponent + its);
+            most = max(most, exponent + its);
+        }
+        const int beyond = max(most - MOST_EXPONENT, min(least - LEAST_EXPONENT, 0));
+        const int own = max(-UNITS, min(beyond, UNITS));
+        const double factor = power_of_two(exponent - own);
+        scale = static_cast<real>(coefficients[0] * factor);
+        offset = static_cast<real>(coefficients[1] * factor);
+        slope = static_cast<real>(coefficients[2] * factor);
+        unit = static_cast<real>(power_of_two(own));
+    }
 };
 
 // dz of a vector of dy: 0 where the activation's output y is not positive; NaN passes.
@@ -61,6 +83,31 @@ __device__ __forceinline__ bool skipped(const Params& p, const Tile& tile, Index
     return WEIGHT && dz == 0 && !(static_cast<real>(weight_of(p, tile, v, j)) > 0);
 }
 
+// The sums of a chunk of vectors, to each of the thread's channels.
+#if RUN
+__device__ __forceinline__ void add_sums(
+    Sums (&sums)[CHANNELS], const Items& x, const Items& dz, int count, const Xhat (&xhat)[CHANNELS],
+    const Params& p, const Tile& tile, Index v
+) {
+    real plain[CHANNELS] = {0, 0}, product[CHANNELS] = {0, 0};
+#pragma unroll
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k)
+        if (k < count) {
+            real part[CHANNELS] = {0, 0}, part_product[CHANNELS] = {0, 0};
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const Xhat of = tile.of_element(xhat, j);
+                const real g = element(dz[k], j);
+                tile.add(part, j, g);
+                tile.add(part_product, j, g * (of.centre.distance(element(x[k], j)) * of.rstd));
+            }
+#pragma unroll
+            for (int ch = 0; ch < CHANNELS; ++ch) plain[ch] += part[ch], product[ch] += part_product[ch];
+        }
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) sums[ch].dbeta += plain[ch], sums[ch].dgamma += product[ch];
+}
+#else
 __device__ __forceinline__ void add_sums(
     Sums& sums, const Items& x, const Items& dz, int count, int channel, const Xhat& xhat,
     const Params& p, const Tile& tile, Index v
@@ -84,123 +131,151 @@ __device__ __forceinline__ void add_sums(
     sums.dgamma += product;
 }
 
-// As merge_block of moments.cuh, of plain sums.
-__device__ __forceinline__ void sum_block(Sums (&sums)[CHANNELS]) {
+__device__ __forceinline__ void add_sums(
+    Sums (&sums)[CHANNELS], const Items& x, const Items& dz, int count, const Xhat (&xhat)[CHANNELS],
+    const Params& p, const Tile& tile, Index v
+) {
 #pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) {
-        sums[ch].dgamma = added_across(sums[ch].dgamma, LANES, 32);
-        sums[ch].dbeta = added_across(sums[ch].dbeta, LANES, 32);
-    }
-    if (WARPS == 1) return;
-    Sums* scratch = reinterpret_cast<Sums*>(dynamic_shared());
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    __syncthreads();  // the scratch may still be read from the sum before
-    if (lane < LANES)
+    for (int ch = 0; ch < CHANNELS; ++ch) add_sums(sums[ch], x, dz, count, ch, xhat[ch], p, tile, v);
+}
+#endif
+
+// --- shared memory: numbers of a tile's channels, which are made once for all threads; sums ---------------------------
+
+#define NUMBERS_BYTES (sizeof(Xhat) * WIDTH + sizeof(Linear) * WIDTH)  // multiples of 16 bytes
+#define SUM_BYTES (NUMBERS_BYTES + sizeof(Sums) * (WIDTH + (RUN ? 2 * THREADS : WIDTH * WARPS)))
+
+__device__ __forceinline__ Xhat* xhat_of_channels() { return reinterpret_cast<Xhat*>(dynamic_shared()); }
+
+__device__ __forceinline__ Linear* linear_of_channels() { return reinterpret_cast<Linear*>(xhat_of_channels() + WIDTH); }
+
+__device__ __forceinline__ Sums* summed_channels() { return reinterpret_cast<Sums*>(dynamic_shared() + NUMBERS_BYTES); }
+
+// A thread's own of them.
+template <class Numbers>
+__device__ __forceinline__ void fetch_numbers(const Tile& tile, const Numbers* channels, Numbers (&own)[CHANNELS]) {
 #pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) scratch[(lane * CHANNELS + ch) * WARPS + warp] = sums[ch];
+    for (int ch = 0; ch < CHANNELS; ++ch) own[ch] = channels[tile.own(ch)];
+}
+
+__device__ __forceinline__ void set_xhat(const Params& p, const Tile& tile, Xhat (&xhat)[CHANNELS]) {
+    for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS)
+        xhat_of_channels()[q].set(p, tile.kept(p, q));
     __syncthreads();
+    fetch_numbers(tile, xhat_of_channels(), xhat);
+}
+
+// As merge_block of moments.cuh, of plain sums: those of the channel q come to summed_channels()[q], for the thread
+// q % THREADS to read.
+template <int SIDE, int EACH>
+__device__ __forceinline__ void sum_block(Sums (&sums)[EACH]) {
+    constexpr int width = SIDE * EACH;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Sums *results = summed_channels(), *scratch = results + width;
 #pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) {
+    for (int ch = 0; ch < EACH; ++ch) {
+        sums[ch].dgamma = added_across(sums[ch].dgamma, SIDE, 32);
+        sums[ch].dbeta = added_across(sums[ch].dbeta, SIDE, 32);
+    }
+    Sums* to = WARPS == 1 ? results : scratch + warp;
+    if (lane < SIDE)
+#pragma unroll
+        for (int ch = 0; ch < EACH; ++ch) to[(lane * EACH + ch) * WARPS] = sums[ch];
+    __syncthreads();
+    if (WARPS == 1) return;
+    for (int q = threadIdx.x; q < width; q += THREADS) {
         Sums whole{0, 0};
-        if (WIDTH == 1) {
-            if (lane < WARPS) whole = scratch[lane];
-            whole.dgamma = added_across(whole.dgamma, 1, 32);
-            whole.dbeta = added_across(whole.dbeta, 1, 32);
-        } else {
-            const Sums* from = scratch + (threadIdx.x % LANES * CHANNELS + ch) * WARPS;
 #pragma unroll
-            for (int w = 0; w < WARPS; ++w) {
-                whole.dgamma += from[w].dgamma;
-                whole.dbeta += from[w].dbeta;
-            }
+        for (int w = 0; w < WARPS; ++w) {
+            whole.dgamma += scratch[q * WARPS + w].dgamma;
+            whole.dbeta += scratch[q * WARPS + w].dbeta;
         }
-        sums[ch] = whole;
+        results[q] = whole;
     }
 }
 
-#define SUM_BYTES ((sizeof(Sums) * WIDTH * WARPS + 15) / 16 * 16)
-
-__device__ __forceinline__ void write_sums(const Params& p, const Tile& tile, i64 split, const Sums (&sums)[CHANNELS]) {
-    if (threadIdx.x / LANES != 0 || !tile.active) return;
+// Of all threads' channels.
+__device__ __forceinline__ void sum_block(Sums (&sums)[CHANNELS]) {
+#if RUN
+    Sums *results = summed_channels(), *scratch = results + WIDTH;
 #pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) {
-        double* to = p.partials + (tile.kept(p, ch) * p.splits + split) * 2;
-        to[0] = sums[ch].dgamma, to[1] = sums[ch].dbeta;
+    for (int ch = 0; ch < CHANNELS; ++ch) scratch[ch * THREADS + threadIdx.x] = sums[ch];
+    __syncthreads();
+    for (int q = threadIdx.x / 32; q < WIDTH; q += WARPS) {
+        Sums whole{0, 0};
+        for_parts_of_run(q, [&](int at) { whole.dgamma += scratch[at].dgamma, whole.dbeta += scratch[at].dbeta; });
+        whole.dgamma = added_across(whole.dgamma, 1, 32);
+        whole.dbeta = added_across(whole.dbeta, 1, 32);
+        if (threadIdx.x % 32 == 0) results[q] = whole;
     }
+    __syncthreads();
+#else
+    sum_block<LANES, CHANNELS>(sums);
+#endif
 }
 
-// The sums of `splits` blocks together, given to all threads.
-__device__ __forceinline__ void read_sums(const Params& p, const Tile& tile, i64 splits, Sums (&sums)[CHANNELS]) {
-#pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) {
-        sums[ch] = Sums{0, 0};
-        if (tile.active)
-            for (i64 split = threadIdx.x / LANES; split < splits; split += ROWS) {
-                const double* from = p.partials + (tile.kept(p, ch) * splits + split) * 2;
-                sums[ch].dgamma += read_shared_with_others(from);
-                sums[ch].dbeta += read_shared_with_others(from + 1);
-            }
+// --- between blocks: partials[split][field][channel], added up once, in the order of splits ---------------------------
+
+__device__ __forceinline__ double* slot(const Params& p, i64 split, i64 at) {
+    return p.partials + split * 2 * p.batches * p.channels + at;
+}
+
+// Those of a block's channels, as sum_block leaves them.
+__device__ __forceinline__ void write_sums(const Params& p, const Tile& tile, i64 split) {
+    for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS) {
+        double* to = slot(p, split, tile.kept(p, q));
+        to[0] = summed_channels()[q].dgamma, to[p.batches * p.channels] = summed_channels()[q].dbeta;
     }
-    sum_block(sums);
 }
 
 // dgamma and dbeta, a row of the results each.
-__device__ __forceinline__ void write_gradients(const Params& p, const Tile& tile, const Sums (&sums)[CHANNELS]) {
-    if (threadIdx.x / LANES != 0 || !tile.active) return;
-#pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) {
-        p.results[tile.kept(p, ch)] = sums[ch].dgamma;
-        p.results[p.batches * p.channels + tile.kept(p, ch)] = sums[ch].dbeta;
-    }
+__device__ __forceinline__ Sums write_gradients(const Params& p, i64 at, const Sums& sums) {
+    p.results[at] = sums.dgamma;
+    p.results[p.batches * p.channels + at] = sums.dbeta;
+    return sums;
 }
 
-struct Linear {  // dx of a channel: unit (scale dz - w (offset + slope distance))
-    real scale, offset, slope, unit;
+// What another block, or the launch before, has written.
+__device__ __forceinline__ Sums read_gradients(const Params& p, i64 at) {
+    return Sums{
+        read_shared_with_others(p.results + at), read_shared_with_others(p.results + p.batches * p.channels + at)
+    };
+}
 
-    // From scale, offset and slope in the unit 2^exponent. Its own unit is as near to 1 as their range allows.
-    __device__ __forceinline__ void set(int exponent, const double (&coefficients)[3]) {
-        int least = MOST_EXPONENT, most = LEAST_EXPONENT;
-#pragma unroll
-        for (int i = 0; i < 3; ++i) {
-            const int its = exponent_of(coefficients[i]);
-            if (its == NO_EXPONENT) continue;
-            least = min(least, exponent + its);
-            most = max(most, exponent + its);
+// The gradients of PIECE channels of a tile, from `base` on, from the sums of all splits.
+__device__ __forceinline__ void add_piece(const Params& p, const Tile& tile, i64 splits, int base) {
+    const int q = base + threadIdx.x % PIECE;
+    Sums whole[1] = {{0, 0}};
+    if (tile.has(p, q))
+        for (i64 split = threadIdx.x / PIECE; split < splits; split += THREADS / PIECE) {
+            const double* from = slot(p, split, tile.kept(p, q));
+            whole[0].dgamma += read_shared_with_others(from);
+            whole[0].dbeta += read_shared_with_others(from + p.batches * p.channels);
         }
-        const int beyond = max(most - MOST_EXPONENT, min(least - LEAST_EXPONENT, 0));
-        const int own = max(-UNITS, min(beyond, UNITS));
-        const double factor = power_of_two(exponent - own);
-        scale = static_cast<real>(coefficients[0] * factor);
-        offset = static_cast<real>(coefficients[1] * factor);
-        slope = static_cast<real>(coefficients[2] * factor);
-        unit = static_cast<real>(power_of_two(own));
-    }
-};
+    sum_block<PIECE, 1>(whole);
+    if (threadIdx.x < PIECE && tile.has(p, q)) write_gradients(p, tile.kept(p, q), summed_channels()[threadIdx.x]);
+    __syncthreads();  // as in merge_piece
+}
 
-__device__ __forceinline__ void set_from_sums(
-    const Params& p, const Tile& tile, const Sums (&sums)[CHANNELS], Linear (&linear)[CHANNELS]
-) {
-    if (!tile.active) return;
-#pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) {
-        const i64 at = tile.kept(p, ch);
-        const double rstd = parameter(p.spread, p.spread_type, at, 1.0);
-        const int exponent = max(0, min(exponent_of(rstd), 1022));
-        const double per_unit = power_of_two(-exponent);
-        const double scale = parameter(p.gamma, p.gamma_type, at, 1.0) * (rstd * per_unit);
-        double offset = 0, slope = 0;
-        if (!p.frozen) {
-            const double mean = parameter(p.mean, p.mean_type, at, 0.0);
-            const double per_distance = power_of_two(-distance_exponent(mean, rstd));
-            const double count = parameter(p.count, p.count_type, at, 1.0);
-            const double dmean = parameter(p.dmean, p.dmean_type, at, 0.0);
-            const double dvar = parameter(p.dvar, p.dvar_type, at, 0.0);
-            const double share = count > 0 ? reciprocal(count) : not_a_number();
-            offset = (scale * sums[ch].dbeta - dmean * per_unit) * share;
-            slope = (scale * (rstd * per_distance) * sums[ch].dgamma - 2.0 * dvar * per_unit * per_distance) * share;
-        }
-        linear[ch].set(exponent, {scale, offset, slope});
+__device__ __forceinline__ Linear linear_of(const Params& p, i64 at, const Sums& sums) {
+    const double rstd = parameter(p.spread, p.spread_type, at, 1.0);
+    const int exponent = max(0, min(exponent_of(rstd), 1022));
+    const double per_unit = power_of_two(-exponent);
+    const double scale = parameter(p.gamma, p.gamma_type, at, 1.0) * (rstd * per_unit);
+    double offset = 0, slope = 0;
+    if (!p.frozen) {
+        const double mean = parameter(p.mean, p.mean_type, at, 0.0);
+        const double per_distance = power_of_two(-distance_exponent(mean, rstd));
+        const double count = parameter(p.count, p.count_type, at, 1.0);
+        const double dmean = parameter(p.dmean, p.dmean_type, at, 0.0);
+        const double dvar = parameter(p.dvar, p.dvar_type, at, 0.0);
+        const double share = count > 0 ? reciprocal(count) : not_a_number();
+        offset = (scale * sums.dbeta - dmean * per_unit) * share;
+        slope = (scale * (rstd * per_distance) * sums.dgamma - 2.0 * dvar * per_unit * per_distance) * share;
     }
+    Linear linear;
+    linear.set(exponent, {scale, offset, slope});
+    return linear;
 }
 
 // Writes dx, and dz where there was a residual. Without x, or with frozen statistics, dx = scale dz.
@@ -217,18 +292,19 @@ __device__ __forceinline__ void write_dx(
             Elements results;
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const int ch = ALONG_CHANNELS ? j : 0;
+                const Linear of = tile.of_element(linear, j);
                 const real z = element(dz[k], j);
-                real g = linear[ch].scale * z;
+                real g = of.scale * z;
                 if (!p.frozen) {
-                    real share = linear[ch].offset + linear[ch].slope * xhat[ch].centre.distance(element(x[k], j));
+                    const Centre centre = tile.of_element(xhat, j).centre;
+                    real share = of.offset + of.slope * centre.distance(element(x[k], j));
 #if WEIGHT
                     const real w = static_cast<real>(weight_of(p, tile, v + k * ROWS, j));
                     share = w > 0 ? w * share : 0;
 #endif
                     g -= share;
                 }
-                g *= linear[ch].unit;
+                g *= of.unit;
                 results.each[j] = encoded(skipped(p, tile, v + k * ROWS, j, z) ? 0 : g);
             }
             x[k] = results.packed;

@@ -42,7 +42,6 @@ struct Partial {  // of a channel
     }
 };
 
-typedef Partial Partials[CHANNELS];  // of a thread's channels
 
 // A partial whose mean is origin + shift / unit, which is in range where the distance from the origin is not.
 __device__ __forceinline__ Partial partial_in_units(double n, double origin, double shift, double m2, double unit) {
@@ -136,85 +135,69 @@ __device__ __forceinline__ Partial merged_across(const Partial& a, int from, int
     return Partial{n, origin, shift, m2 > 0 ? m2 : 0};
 }
 
-// The lanes of a warp that have this thread's channels.
-__device__ __forceinline__ unsigned lanes_alike() {
+// The lanes of a warp that have this thread's channels, where `side` of them stand side by side.
+__device__ __forceinline__ unsigned lanes_alike(int side) {
     unsigned pattern = 1;
-    for (int bit = LANES; bit < 32; bit *= 2) pattern |= pattern << bit;
-    return pattern << (threadIdx.x % LANES);
+    for (int bit = side; bit < 32; bit *= 2) pattern |= pattern << bit;
+    return pattern << (threadIdx.x % side);
 }
 
-// The partials of all threads of a block that have the same channel, given to all of them. Shared memory: one for each
-// warp and channel, and one for each channel.
-__device__ __forceinline__ void merge_block(Partials& partials) {
-#pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) partials[ch] = merged_across(partials[ch], LANES, 32, lanes_alike());
-    if (WARPS == 1) return;
-    Partial* scratch = reinterpret_cast<Partial*>(dynamic_shared());
+// Shared memory of a merge: a partial of each channel, merged; one for each warp and channel, or each thread's.
+#define MERGE_BYTES (sizeof(Partial) * (WIDTH + (RUN ? 2 * THREADS : WIDTH * WARPS)))
+
+__device__ __forceinline__ Partial* merged_channels() { return reinterpret_cast<Partial*>(dynamic_shared()); }
+
+// Merges the partials of all threads of a block, of which `SIDE` stand side by side along the channels with `EACH`
+// channels. That of the channel q comes to merged_channels()[q], for the thread q % THREADS to read.
+template <int SIDE, int EACH>
+__device__ __forceinline__ void merge_block(Partial (&partials)[EACH]) {
+    constexpr int width = SIDE * EACH;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    __syncthreads();  // the scratch may still be read from the merge before
-    if (lane < LANES)
+    Partial *results = merged_channels(), *scratch = results + width;
 #pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) scratch[(lane * CHANNELS + ch) * WARPS + warp] = partials[ch];
+    for (int ch = 0; ch < EACH; ++ch) partials[ch] = merged_across(partials[ch], SIDE, 32, lanes_alike(SIDE));
+    Partial* to = WARPS == 1 ? results : scratch + warp;
+    if (lane < SIDE)
+#pragma unroll
+        for (int ch = 0; ch < EACH; ++ch) to[(lane * EACH + ch) * WARPS] = partials[ch];
     __syncthreads();
-    if (WIDTH == 1) {  // every warp for itself: no second barrier
+    if (WARPS == 1) return;
+    if (width == 1) {
+        if (warp > 0) return;
         const Partial mine = lane < WARPS ? scratch[lane] : Partial{0, 0, 0, 0};
-        partials[0] = merged_across(mine, 1, 32, 0xffffffffu);
+        const Partial whole = merged_across(mine, 1, 32, 0xffffffffu);
+        if (lane == 0) results[0] = whole;
         return;
     }
-    Partial* results = scratch + WIDTH * WARPS;
     const int member = threadIdx.x % WARPS;
     const unsigned group = (WARPS == 32 ? 0xffffffffu : (1u << WARPS % 32) - 1) << (lane - member);
-    for (int base = 0; base < WIDTH; base += THREADS / WARPS) {
+    for (int base = 0; base < width; base += THREADS / WARPS) {
         const int q = base + threadIdx.x / WARPS;
-        const Partial mine = q < WIDTH ? scratch[q * WARPS + member] : Partial{0, 0, 0, 0};
+        const Partial mine = q < width ? scratch[q * WARPS + member] : Partial{0, 0, 0, 0};
         const Partial whole = merged_across(mine, 1, WARPS, group);
-        if (member == 0 && q < WIDTH) results[q] = whole;
+        if (member == 0 && q < width) results[q] = whole;
     }
     __syncthreads();
-#pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) partials[ch] = results[(threadIdx.x % LANES) * CHANNELS + ch];
 }
 
-#define MERGE_BYTES ((sizeof(Partial) * WIDTH * (WARPS + 1) + 15) / 16 * 16)
-
-// --- between blocks: fixed slots in global memory, read in a fixed order ---------------------------------------------
-
-__device__ __forceinline__ double* slot(const Params& p, const Tile& tile, int ch, i64 splits, i64 split) {
-    return p.partials + (tile.kept(p, ch) * splits + split) * (sizeof(Partial) / sizeof(double));
-}
-
-__device__ __forceinline__ void write_partials(const Params& p, const Tile& tile, i64 split, const Partials& partials) {
-    if (threadIdx.x / LANES != 0 || !tile.active) return;
+#if RUN
+// The same where a thread's two channels lie anywhere in the tile.
+__device__ __forceinline__ void merge_run(const Partial (&partials)[CHANNELS]) {
+    Partial *results = merged_channels(), *scratch = results + WIDTH;
 #pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) {
-        double* to = slot(p, tile, ch, p.splits, split);
-        to[0] = partials[ch].n, to[1] = partials[ch].origin, to[2] = partials[ch].shift, to[3] = partials[ch].m2;
-#if DTYPE == 3
-        to[4] = partials[ch].unit;
-#endif
+    for (int ch = 0; ch < CHANNELS; ++ch) scratch[ch * THREADS + threadIdx.x] = partials[ch];
+    __syncthreads();
+    for (int q = threadIdx.x / 32; q < WIDTH; q += WARPS) {
+        Partial mine{0, 0, 0, 0};
+        for_parts_of_run(q, [&](int at) { mine = merged(mine, scratch[at]); });
+        const Partial whole = merged_across(mine, 1, 32, 0xffffffffu);
+        if (threadIdx.x % 32 == 0) results[q] = whole;
     }
+    __syncthreads();
 }
-
-// The partials of `splits` blocks, merged, given to all threads.
-__device__ __forceinline__ void read_partials(const Params& p, const Tile& tile, i64 splits, Partials& partials) {
-#pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) {
-        partials[ch] = Partial{0, 0, 0, 0};
-        if (tile.active)
-            for (i64 split = threadIdx.x / LANES; split < splits; split += ROWS) {
-                const double* from = slot(p, tile, ch, splits, split);
-                const Partial other{
-                    read_shared_with_others(from), read_shared_with_others(from + 1),
-                    read_shared_with_others(from + 2), read_shared_with_others(from + 3),
-#if DTYPE == 3
-                    read_shared_with_others(from + 4),
 #endif
-                };
-                partials[ch] = merged(partials[ch], other);
-            }
-    }
-    merge_block(partials);
-}
+
+// --- statistics of a channel ------------------------------------------------------------------------------------------
 
 // 1 / sqrt(var + eps) of a batch; NaN without samples.
 __device__ __forceinline__ double batch_rstd(const Partial& partial, double eps) {
@@ -230,16 +213,74 @@ __device__ __forceinline__ double batch_rstd(const Partial& partial, double eps)
 #endif
 }
 
-// Count, M2, mean and rstd, a row of the results each.
-__device__ __forceinline__ void write_moments(const Params& p, const Tile& tile, const Partials& partials) {
-    if (threadIdx.x / LANES != 0 || !tile.active) return;
+struct Statistics {  // what normalisation takes
+    double mean, rest, rstd;  // the mean is mean + rest
+};
+
+// Writes count, M2, mean and rstd, a row of the results each, and where other blocks go on the rest of the mean, the
+// first row of the partials.
+__device__ __forceinline__ Statistics write_moments(const Params& p, i64 at, const Partial& partial) {
     const i64 all = p.batches * p.channels;
-#pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) {
-        const i64 at = tile.kept(p, ch);
-        p.results[at] = partials[ch].n;
-        p.results[all + at] = partials[ch].n > 0 ? partials[ch].m2_in(1) : not_a_number();
-        p.results[2 * all + at] = partials[ch].mean();
-        p.results[3 * all + at] = batch_rstd(partials[ch], p.eps);
+    const double mean = partial.mean();
+    const Statistics found{mean, (partial.origin - mean) + partial.shift, batch_rstd(partial, p.eps)};
+    p.results[at] = partial.n;
+    p.results[all + at] = partial.n > 0 ? partial.m2_in(1) : not_a_number();
+    p.results[2 * all + at] = found.mean;
+    p.results[3 * all + at] = found.rstd;
+    if (p.partials != nullptr) p.partials[at] = found.rest;
+    return found;
+}
+
+// What another block, or the launch before, has written.
+__device__ __forceinline__ Statistics read_statistics(const Params& p, i64 at) {
+    const i64 all = p.batches * p.channels;
+    return Statistics{
+        read_shared_with_others(p.results + 2 * all + at), read_shared_with_others(p.partials + at),
+        read_shared_with_others(p.results + 3 * all + at)
+    };
+}
+
+// --- between blocks: partials[split][field][channel] behind the row of rests, merged once, in the order of splits -----
+
+#define FIELDS (sizeof(Partial) / sizeof(double))
+
+__device__ __forceinline__ double* slot(const Params& p, i64 split, i64 at) {
+    return p.partials + (1 + split * FIELDS) * p.batches * p.channels + at;
+}
+
+// Those of a block's channels, as merge_block leaves them.
+__device__ __forceinline__ void write_partials(const Params& p, const Tile& tile, i64 split) {
+    const i64 all = p.batches * p.channels;
+    for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS) {
+        const Partial& partial = merged_channels()[q];
+        double* to = slot(p, split, tile.kept(p, q));
+        to[0] = partial.n, to[all] = partial.origin, to[2 * all] = partial.shift, to[3 * all] = partial.m2;
+#if DTYPE == 3
+        to[4 * all] = partial.unit;
+#endif
     }
+}
+
+__device__ __forceinline__ Partial read_partial(const Params& p, i64 split, i64 at) {
+    const i64 all = p.batches * p.channels;
+    const double* from = slot(p, split, at);
+    return Partial{
+        read_shared_with_others(from), read_shared_with_others(from + all), read_shared_with_others(from + 2 * all),
+        read_shared_with_others(from + 3 * all),
+#if DTYPE == 3
+        read_shared_with_others(from + 4 * all),
+#endif
+    };
+}
+
+// The moments of PIECE channels of a tile, from `base` on, from the partials of all splits.
+__device__ __forceinline__ void merge_piece(const Params& p, const Tile& tile, i64 splits, int base) {
+    const int q = base + threadIdx.x % PIECE;
+    Partial whole[1] = {{0, 0, 0, 0}};
+    if (tile.has(p, q))
+        for (i64 split = threadIdx.x / PIECE; split < splits; split += THREADS / PIECE)
+            whole[0] = merged(whole[0], read_partial(p, split, tile.kept(p, q)));
+    merge_block<PIECE, 1>(whole);
+    if (threadIdx.x < PIECE && tile.has(p, q)) write_moments(p, tile.kept(p, q), merged_channels()[threadIdx.x]);
+    __syncthreads();  // the next merge of a single warp takes the same places without a barrier before
 }

@@ -4,6 +4,8 @@
 //   DTYPE             0 float16, 1 bfloat16, 2 float32, 3 float64
 //   VECTOR            elements of a load: 16 bytes where alignment and sizes allow it
 //   ALONG_CHANNELS    1: a vector lies along the channels (channels-last); 0: along the inner axis (channels-first)
+//   RUN               0; or, where rows have odd lengths, elements of a channel in its row: vectors run on from one
+//                     channel into the next, each through two of them at most
 //   LANES             threads side by side along the channels; the others stand along the reduced axes
 //   THREADS           of a block
 //   ITEMS_PER_THREAD  vectors of one array that a thread has in registers, all their loads in flight together
@@ -14,7 +16,7 @@
 //   MIN_BLOCKS        resident on a multiprocessor at least: without it ptxas spills a few bytes to reach a number of
 //                     blocks that nothing asked for
 //
-// A tile is the LANES * CHANNELS channels of one block, over all their reduced positions; `splits` blocks may share it.
+// A tile is the WIDTH channels of one block, over all their reduced positions; `splits` blocks may share it.
 
 #pragma once
 
@@ -32,14 +34,23 @@ typedef unsigned short T;
 typedef float real;
 #endif
 
+#if RUN && (WEIGHT || ALONG_CHANNELS)
+#error "vectors run across rows channels-first, without weights"
+#endif
+
 #if ALONG_CHANNELS
 #define CHANNELS VECTOR  // channels of a thread
-#define DEPTH 1          // elements of one channel in a vector
+#define DEPTH 1          // elements of one channel in a vector, at most
+#define WIDTH (LANES * CHANNELS)  // channels of a tile
+#elif RUN
+#define CHANNELS 2
+#define DEPTH VECTOR
+#define WIDTH (LANES * VECTOR / RUN)
 #else
 #define CHANNELS 1
 #define DEPTH VECTOR
+#define WIDTH LANES
 #endif
-#define WIDTH (LANES * CHANNELS)  // channels of a tile
 #define ROWS (THREADS / LANES)    // threads along the reduced axes
 #define WARPS (THREADS / 32)
 #if CLUSTER > 1
@@ -70,7 +81,7 @@ struct Params {
     i64 row_magic, row_shift;   // v / row_vectors = umulhi(v, magic) >> shift; magic 0: row_vectors is 1
     i64 tiles_per_batch, tiles, splits, share;  // vectors of a channel in one split
     i64 backwards;              // second passes go backwards: what the first read last is still in the cache
-    i64 summed;                 // splits of the pass that left the partials
+    i64 summed;                 // splits of the pass before, whose partials or results are read; 0 without
     i64 spread_is_variance, frozen;
     double eps;
 };
@@ -120,16 +131,27 @@ __device__ __forceinline__ real element(const Packed& packed, int j) {
 // --- where a thread stands -------------------------------------------------------------------------------------------
 
 struct Tile {
-    i64 batch, channel;  // the first channel of this thread
-    bool active;         // false beyond the last channel
-    Index first, last;   // vectors of this block
+    i64 batch, origin;  // the first channel of the tile
+    int slot;           // and of this thread, from there on
+    bool active;        // false beyond the last channel
+    Index first, last;  // vectors of this block
+#if RUN
+    int cut;  // elements of a vector before the thread's second channel
+#endif
 
     __device__ __forceinline__ Tile(const Params& p, unsigned tile, unsigned split) {
         const int lane = threadIdx.x % LANES;
         const unsigned per_batch = static_cast<unsigned>(p.tiles_per_batch), row = tile / per_batch;
         batch = row;
-        channel = static_cast<i64>(tile - row * per_batch) * WIDTH + lane * CHANNELS;
-        active = channel < p.channels;
+        origin = static_cast<i64>(tile - row * per_batch) * WIDTH;
+#if RUN
+        slot = lane * VECTOR / RUN;
+        cut = min((slot + 1) * RUN - lane * VECTOR, VECTOR);
+        active = threadIdx.x < ROWS * LANES;
+#else
+        slot = lane * CHANNELS;
+        active = has(p, slot);
+#endif
         const i64 start = split * p.share, end = start + p.share;
         first = static_cast<Index>(start < p.vectors ? start : p.vectors);
         last = static_cast<Index>(end < p.vectors ? end : p.vectors);
@@ -144,16 +166,60 @@ struct Tile {
 
     __device__ __forceinline__ Index start() const { return first + threadIdx.x / LANES; }
 
-    __device__ __forceinline__ i64 kept(const Params& p, int j) const { return batch * p.channels + channel + j; }
+    // Of the channel `q` of the tile: whether there is one, and its place among all that have statistics.
+    __device__ __forceinline__ bool has(const Params& p, int q) const { return origin + q < p.channels; }
+
+    __device__ __forceinline__ i64 kept(const Params& p, int q) const { return batch * p.channels + origin + q; }
+
+    // The place of one of this thread's channels in the tile.
+    __device__ __forceinline__ int own(int ch) const { return RUN ? min(slot + ch, WIDTH - 1) : slot + ch; }
+
+    // Elements of one of this thread's channels in a vector, and whether the element j is of it.
+#if RUN
+    __device__ __forceinline__ int depth(int ch) const { return ch == 0 ? cut : VECTOR - cut; }
+
+    __device__ __forceinline__ bool holds(int ch, int j) const { return (j < cut) == (ch == 0); }
+#else
+    __device__ __forceinline__ int depth(int) const { return DEPTH; }
+
+    __device__ __forceinline__ bool holds(int ch, int j) const { return !ALONG_CHANNELS || j == ch; }
+#endif
+
+    // What belongs to the channel of the element j, of this thread's channels.
+    template <class Number>
+    __device__ __forceinline__ Number of_element(const Number (&channels)[CHANNELS], int j) const {
+#if RUN
+        return j < cut ? channels[0] : channels[1];
+#else
+        return channels[ALONG_CHANNELS ? j : 0];
+#endif
+    }
+
+#if RUN
+    // Adds what the element j gives to the sum of its channel.
+    __device__ __forceinline__ void add(real (&sums)[CHANNELS], int j, real value) const {
+        if (j < cut)
+            sums[0] += value;
+        else
+            sums[1] += value;
+    }
+#endif
 
     __device__ __forceinline__ i64 base(const Strides& strides) const {
-        return batch * strides[0] + channel * strides[2];
+        const int along = RUN ? threadIdx.x % LANES * VECTOR : 0;
+        return batch * strides[0] + (origin + (RUN ? 0 : slot)) * strides[2] + along;
     }
 };
+
+// Of a grid of another size than was planned results would be wrong, and groups of blocks wait for ever.
+__device__ __forceinline__ void trap_unless(bool right) {
+    if (!right) trap();
+}
 
 // Which tile and which split of it a block of an elementwise or summing pass works on: neighbours in memory run
 // together.
 __device__ __forceinline__ void find_work(const Params& p, unsigned& tile, unsigned& split) {
+    trap_unless(gridDim.x == p.tiles * p.splits);
     const unsigned block = p.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
 #if ALONG_CHANNELS
     const unsigned tiles = static_cast<unsigned>(p.tiles);
@@ -234,6 +300,22 @@ __device__ __forceinline__ double weight_of(const Params& p, const Tile& tile, I
 }
 
 // --- blocks that work together ---------------------------------------------------------------------------------------
+
+#if RUN
+// Calls `take` with the places of all parts of the channel `q`, that of the thread t's channel ch being
+// ch * THREADS + t, each by one lane of a warp.
+template <class Take>
+__device__ __forceinline__ void for_parts_of_run(int q, Take take) {
+    constexpr int most = (RUN + 2 * VECTOR - 2) / VECTOR;  // vectors that a channel has part of
+    const int first = q * RUN / VECTOR, last = ((q + 1) * RUN - 1) / VECTOR;
+    for (int i = threadIdx.x % 32; i < most * ROWS; i += 32) {
+        const int row = i / most, at = first + i - row * most;
+        if (at <= last) take((at * VECTOR < q * RUN ? THREADS : 0) + row * LANES + at);
+    }
+}
+#endif
+
+#define PIECE (WIDTH < 4 ? WIDTH : 4)  // channels that a block merges for its group: float64 numbers of a sector
 
 // All blocks of a group of `splits` wait for one another; what they wrote to global memory before is seen after. The
 // launch is cooperative: all groups are on the device. `round` counts the barriers of this launch from 1.

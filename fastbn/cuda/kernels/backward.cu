@@ -13,24 +13,22 @@
 KERNEL backward(const Params p) {
     Packed* kept = reinterpret_cast<Packed*>(dynamic_shared() + SUM_BYTES) + threadIdx.x;
     const unsigned splits = static_cast<unsigned>(p.splits), split = blockIdx.x % splits;
+    trap_unless(gridDim.x % splits == 0);
     unsigned round = 0;
     for (unsigned at = blockIdx.x / splits; at < p.tiles; at += gridDim.x / splits) {
         const Tile tile(p, at, split);
         Xhat xhat[CHANNELS];
         Sums sums[CHANNELS];
+        set_xhat(p, tile, xhat);
 #pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) {
-            if (tile.active) xhat[ch].set(p, tile, ch);
-            sums[ch] = Sums{0, 0};
-        }
+        for (int ch = 0; ch < CHANNELS; ++ch) sums[ch] = Sums{0, 0};
         Items x, dz;
         Index v = tile.start();
         int count = tile.within(v), chunk = 0;
         while (true) {
             load(x, p.x, p.x_strides, p, tile, v, count);
             load_dz(dz, p, tile, v, count);
-#pragma unroll
-            for (int ch = 0; ch < CHANNELS; ++ch) add_sums(sums[ch], x, dz, count, ch, xhat[ch], p, tile, v);
+            add_sums(sums, x, dz, count, xhat, p, tile, v);
             const int next = tile.within(v + ITEMS_PER_THREAD * ROWS);
             if (next == 0) break;  // the last chunk stays in registers
             keep(kept, 2 * chunk, x);
@@ -41,13 +39,19 @@ KERNEL backward(const Params p) {
         }
         sum_block(sums);
         if (p.splits > 1) {
-            write_sums(p, tile, split, sums);
+            write_sums(p, tile, split);
             group_barrier(p, ++round);
-            read_sums(p, tile, p.splits, sums);
+            for (int q = split * PIECE; q < WIDTH; q += splits * PIECE) add_piece(p, tile, p.splits, q);
+            group_barrier(p, ++round);
         }
-        if (split == 0) write_gradients(p, tile, sums);
+        for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS) {
+            const i64 place = tile.kept(p, q);
+            const Sums whole = p.splits > 1 ? read_gradients(p, place) : write_gradients(p, place, summed_channels()[q]);
+            linear_of_channels()[q] = linear_of(p, place, whole);
+        }
+        __syncthreads();
         Linear linear[CHANNELS];
-        set_from_sums(p, tile, sums, linear);
+        fetch_numbers(tile, linear_of_channels(), linear);
         while (true) {
             write_dx(x, dz, p, tile, v, count, xhat, linear);
             if (chunk-- == 0) break;

@@ -1,10 +1,13 @@
-// Merges the partials of all splits of a tile into its moments. Reads 32 bytes for each channel and split.
+// Merges the partials of all splits of a pass, a block for PIECE channels. Reads 32 bytes for each channel and split,
+// 40 of float64 data, in whole sectors.
+//
+// A launch of its own, since its end is what orders memory: blocks that merge when they are the last to arrive would
+// need a counter cleared before every call, which costs as much, and fences.
 
 #include "moments.cuh"
 
 KERNEL finish_moments(const Params p) {
+    trap_unless(gridDim.x == p.tiles);
     const Tile tile(p, blockIdx.x, 0);
-    Partials partials;
-    read_partials(p, tile, p.summed, partials);
-    write_moments(p, tile, partials);
+    merge_piece(p, tile, p.summed, 0);
 }

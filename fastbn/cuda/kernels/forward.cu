@@ -8,15 +8,18 @@
 // shared memory. Reads x and writes y: 2S bytes, 3S with a residual.
 //
 // A tile belongs to a group of `splits` blocks: one, a cluster, or blocks of a cooperative launch, which exchange their
-// partials through global memory. Groups take tile after tile.
+// partials through global memory: each block merges those of some channels for the others, 96 bytes for each channel
+// and block in all. Groups take tile after tile.
 // After: Ioffe & Szegedy (2015), Algorithm 1; kept on the chip as in NVIDIA Apex's groupbn.
 
 #include "accumulator.cuh"
 #include "affine.cuh"
 
 KERNEL forward(const Params p) {
-    Packed* kept = reinterpret_cast<Packed*>(dynamic_shared() + MERGE_BYTES) + threadIdx.x;
+    Affine* shared = reinterpret_cast<Affine*>(dynamic_shared() + MERGE_BYTES);
+    Packed* kept = reinterpret_cast<Packed*>(dynamic_shared() + (MERGE_BYTES + AFFINE_BYTES + 15) / 16 * 16) + threadIdx.x;
     const unsigned splits = static_cast<unsigned>(p.splits), split = blockIdx.x % splits;
+    trap_unless(gridDim.x % splits == 0);
     unsigned round = 0;
     for (unsigned at = blockIdx.x / splits; at < p.tiles; at += gridDim.x / splits) {
         const Tile tile(p, at, split);
@@ -26,12 +29,11 @@ KERNEL forward(const Params p) {
         Items items;
         Index v = tile.start();
         int count = tile.within(v), chunk = 0;
-        double taken = 0;
+        double vectors = 0;
         while (true) {
             load(items, p.x, p.x_strides, p, tile, v, count);
-#pragma unroll
-            for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].add(items, count, ch, p, tile, v);
-            taken += count * DEPTH;
+            add_chunk(accumulators, items, count, p, tile, v);
+            vectors += count;
             const int next = tile.within(v + ITEMS_PER_THREAD * ROWS);
             if (next == 0) break;  // the last chunk stays in registers
             keep(kept, chunk, items);
@@ -39,18 +41,17 @@ KERNEL forward(const Params p) {
             count = next;
             ++chunk;
         }
-        Partials partials;
-#pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) partials[ch] = accumulators[ch].partial(taken);
-        merge_block(partials);
+        merge_block(accumulators, tile, vectors);
         if (p.splits > 1) {
-            write_partials(p, tile, split, partials);
+            write_partials(p, tile, split);
             group_barrier(p, ++round);
-            read_partials(p, tile, p.splits, partials);
+            for (int q = split * PIECE; q < WIDTH; q += splits * PIECE) merge_piece(p, tile, p.splits, q);
+            group_barrier(p, ++round);
         }
-        if (split == 0) write_moments(p, tile, partials);
         Affine affine[CHANNELS];
-        set_from_partials(p, tile, partials, affine);
+        set_affine(p, tile, shared, affine, [&](int q, i64 at) {
+            return p.splits > 1 ? read_statistics(p, at) : write_moments(p, at, merged_channels()[q]);
+        });
         while (true) {
             write_normalized(items, p, tile, v, count, affine);
             if (chunk-- == 0) break;

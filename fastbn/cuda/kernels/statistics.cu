@@ -1,7 +1,7 @@
 // Moments of each channel. Reads x once: S bytes.
 //
 // Each block takes one split of one tile; with one split it writes the moments, else partial ones, which
-// `finish_moments` or the normalising pass merges. No atomics, no order that could vary: every run gives the same bits.
+// `finish_moments` merges. No atomics, no order that could vary: every run gives the same bits.
 
 #include "accumulator.cuh"
 
@@ -12,21 +12,19 @@ KERNEL statistics(const Params p) {
     Accumulator accumulators[CHANNELS];
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].clear();
-    double taken = 0;
+    double vectors = 0;
     for (Index v = tile.start(); tile.within(v); v += ITEMS_PER_THREAD * ROWS) {
         Items items;
         const int count = tile.within(v);
         load(items, p.x, p.x_strides, p, tile, v, count);
-#pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].add(items, count, ch, p, tile, v);
-        taken += count * DEPTH;
+        add_chunk(accumulators, items, count, p, tile, v);
+        vectors += count;
     }
-    Partials partials;
-#pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) partials[ch] = accumulators[ch].partial(taken);
-    merge_block(partials);
-    if (p.partials != nullptr)
-        write_partials(p, tile, split, partials);
-    else
-        write_moments(p, tile, partials);
+    merge_block(accumulators, tile, vectors);
+    if (p.splits > 1) {
+        write_partials(p, tile, split);
+        return;
+    }
+    for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS)
+        write_moments(p, tile.kept(p, q), merged_channels()[q]);
 }

@@ -1,0 +1,111 @@
+"""Instructions that kernels take for 16 bytes, and the order of what blocks tell each other, from the disassembly.
+
+    python -m tests.cuda_instructions --arch 90
+
+Loops that load or store whole vectors count as they stand, all vectors of a chunk and every predicated instruction,
+without what only data at the ends of their type's range need: the ways past `add_carefully` and `constant`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from tests.cuda_compile import CHIPS, Variant, disassembly, planned
+
+RARE = (("add_carefully(chunk, weights, start);", "origin = start;"), (" || constant(chunk, weights, start)", ""))
+
+
+def without_rare(text: str) -> str:
+    """A kernel's text with the common path alone."""
+    for rare, common in RARE:
+        text = text.replace(rare, common)
+    return text
+
+
+class Loop(NamedTuple):
+    """Instructions from a label to the branch back there."""
+
+    instructions: tuple[str, ...]
+
+    def accesses(self, name: str, bits: int) -> int:
+        """How often it loads (LDG) or stores (STG) so many bits."""
+        width = rf"\.{bits}\b" if bits > 32 else r"\.U16\b" if bits == 16 else r"(?!.*\.(U16|64|128)\b)"
+        return sum(bool(re.search(rf"\b{name}\b.*?{width}", text.partition(" desc")[0])) for text in self.instructions)
+
+
+def listing(code: str) -> tuple[list[str], dict[str, int]]:
+    """Instructions in order, and the places of labels."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instructions.append(found[1])
+    return instructions, labels
+
+
+def innermost_loops(code: str) -> Iterator[Loop]:
+    """Loops without another one in them."""
+    instructions, labels = listing(code)
+    spans = []
+    for end, text in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*?`\((\.L_x_\d+)\)", text)
+        if target and labels[target[1]] <= end:
+            spans.append((labels[target[1]], end))
+    for start, end in spans:
+        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in spans):
+            yield Loop(tuple(t for t in instructions[start : end + 1] if not re.search(r"\bNOP\b", t)))
+
+
+def for_16_bytes(variant: Variant, architecture: int, change: Callable[[str], str] = without_rare) -> float:
+    """Instructions of a thread for 16 bytes of x: in the loop that reads, and in the one that writes."""
+    bits, items = variant.vector_bits, variant["ITEMS_PER_THREAD"]
+    loads, stores = variant.transfers
+    total = 0
+    for loop in innermost_loops(disassembly(variant, architecture, change)):
+        reads, writes = loop.accesses("LDG", bits) >= max(loads, 1), loop.accesses("STG", bits) >= max(stores, 1)
+        if reads or writes:
+            total += len(loop.instructions)
+    return total / items * (128 / bits)
+
+
+def unordered(code: str) -> list[str]:
+    """Atomic operations of barriers between blocks without a fence before or behind, nearer than another barrier."""
+    instructions, _ = listing(code)
+    kinds = ((re.search(r"\b(ATOMG|RED|MEMBAR|BAR)\.", text) or " ")[0] for text in instructions)
+    marks = [kind.rstrip(".").replace("RED", "ATOMG") for kind in kinds if kind != " "]
+    found = [] if "ATOMG" in marks else ["no atomic operation"]
+    for at, kind in enumerate(marks):
+        if kind == "ATOMG" and marks[at - 1 : at] != ["MEMBAR"]:
+            found.append("no fence before it arrives")
+        if kind == "ATOMG" and marks[at + 1 : at + 2] != ["MEMBAR"]:
+            found.append("no fence after it has waited")
+    return found
+
+
+def full(architecture: int) -> Iterator[Variant]:
+    """Of each kernel, dtype and way through memory what large arrays get, without options."""
+    seen = set()
+    for variant in planned(architecture):
+        plain = not any(variant[name] for name in ("WEIGHT", "RELU", "RESIDUAL", "WIDE")) and variant["CLUSTER"] == 1
+        key = (variant.kernel, variant["DTYPE"], variant["ALONG_CHANNELS"], variant["RUN"] > 0)
+        wide = not variant["RUN"] or variant["RUN"] == 49
+        if plain and wide and any(variant.transfers) and variant["THREADS"] == 256 and key not in seen:
+            seen.add(key)
+            yield variant
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.cuda_instructions", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, choices=CHIPS, default=90)
+    architecture = parser.parse_args(arguments).arch
+    for variant in full(architecture):
+        print(f"{for_16_bytes(variant, architecture):7.0f}  {variant}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
