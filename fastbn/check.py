@@ -1,6 +1,6 @@
 """The accuracy that this installation delivers, measured against exact and float64 results.
 
-Five groups of figures, each with the bound that it must keep. The reference is exact rational arithmetic on the stored
+Six groups of figures, each with the bound that it must keep. The reference is exact rational arithmetic on the stored
 doubles for NIST's data, and the float64 formulas of `fastbn.reference` for all else; both see the values as stored, so
 that no rounding of the data counts as an error.
 """
@@ -30,6 +30,7 @@ TITLES = {
     "nist": "NIST StRD, univariate, accuracy of mean and standard deviation: correct digits",
     "offset": "float32, 100 + U(0, 1): relative error of the worst channel",
     "large mean": "Normal data, mean many times the deviation: relative error of moments, worst channel",
+    "statistics": "Columns of 100 + U(0, 1), as other dtypes and views have them: relative error of the worst",
     "constant": "Constant channels: results that are not exactly beta",
     "oracle": "Against the float64 oracle: worst error, in units of the tolerance",
 }
@@ -80,6 +81,7 @@ def jobs(
             for name, ratio in LARGE_MEANS
             if name in float_dtypes()
         ],
+        "statistics": [Job(f"statistics of {name}", partial(statistics, xp, name)) for name in STATISTICS],
         "constant": [Job(f"constant {name}", partial(constant, xp, name)) for name in float_dtypes()],
         "oracle": _oracle_jobs(xp, quick, parallel),
     }
@@ -218,6 +220,49 @@ def large_mean(xp: Any, name: str, ratio: float, side: int) -> list[Row]:
             Row("large mean", f"{title}: var", _relative(_on_host(ours.var()), expected_var), 1e-6, False, beside)
         )
     return rows
+
+
+STATISTICS = (
+    "uint8",
+    "int64",
+    "float16",
+    "float32 with NaN",
+    "float32 with a mask",
+    "float32 slice",
+    "float32 weighted",
+)
+
+
+def statistics(xp: Any, name: str) -> list[Row]:
+    """Of integers, views, masks, weights and NaN; beside NumPy's in the dtype that it takes by itself."""
+    rng = np.random.default_rng(4)
+    whole, counted = rng.integers(0, 100, (5000, 40)), rng.random((5000, 40)) < 0.8
+    dtype, _, case = name.partition(" ")
+    x = (100 + (whole if dtype in ("uint8", "int64") else whole / 100)).astype(dtype)
+    weights = (counted if case in ("with NaN", "with a mask") else np.ones(x.shape)).astype(float)
+    if case == "weighted":
+        weights = rng.random(x.shape)
+        both = fastbn.mean_var(xp.asarray(x), 0, weights=xp.asarray(weights))
+        return [Row("statistics", f"{name}: var", _relative(_on_host(both[1]), _var(x, weights)), 1e-6, False, {})]
+    options: dict[str, Any] = {"where": counted} if case == "with a mask" else {}
+    given = np.where(counted, x, np.nan) if case == "with NaN" else x
+    view = (slice(7, None, 3), slice(None, None, -2)) if case == "slice" else ()
+    ours, numpys = (fastbn.nanvar, np.nanvar) if case == "with NaN" else (fastbn.var, np.var)
+    found = ours(xp.asarray(given)[view], 0, np.float64, **{key: xp.asarray(value) for key, value in options.items()})
+    expected = _var(x[view], weights[view])
+    with np.errstate(over="ignore"):  # of float16
+        beside = {"numpy": _relative(numpys(given[view], 0, **options), expected)}
+    return [Row("statistics", f"{name}: var", _relative(_on_host(found), expected), 1e-13, False, beside)]
+
+
+def _var(x: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Of each column, by sums that are rounded once."""
+    columns = []
+    for values, w in zip(x.T.astype(float), weights.T, strict=True):
+        count = math.fsum(w)
+        mean = math.fsum(w * values) / count
+        columns.append(math.fsum(w * (values - mean) ** 2) / count)
+    return np.array(columns)
 
 
 # --- batch norm -------------------------------------------------------------------------------------------------------

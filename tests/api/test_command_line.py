@@ -178,6 +178,7 @@ FAULTS = [
     ("nist", "statistic", written(4, 1 + 1e-10)),
     ("offset", "statistic", written(3, 1 + 1e-6)),
     ("offset", "statistic", written(4, 1 + 5e-6)),
+    ("statistics", "statistic", written(4, 1 + 1e-10)),
     ("large mean", "moments", scaled(1, 1 + 1e-6)),
     ("large mean", "moments", scaled(2, 1 + 5e-6)),
     ("constant", "forward", nudged(5)),

@@ -64,6 +64,40 @@ def test_memory(case, function):
     assert peak < np.asarray(result).nbytes + 0.02 * x.nbytes + workspaces
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
+@pytest.mark.parametrize("case", ["of each value", "of rows", "of columns"])
+def test_weights_are_read_where_they_lie(case, dtype):
+    x = (X[:, :, 0] * 200).astype(dtype)  # 40 columns a row
+    w = np.random.default_rng(1).random(x.shape, np.float32)
+    axis, weights = {"of each value": (0, w), "of rows": (0, w[:, 0]), "of columns": (1, w[0])}[case]
+    spread = weights if weights.ndim == 2 else weights[:, np.newaxis] if axis == 0 else weights
+    fastbn.average(x, axis, weights)
+    tracemalloc.start()
+    try:
+        result, scale = fastbn.average(x, axis, weights, returned=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    workspaces = fastbn.threads.get_num_threads() * 120_000
+    assert peak < 4 * np.asarray(result, float).nbytes + 0.02 * x.nbytes + workspaces
+    spread = np.broadcast_to(spread, x.shape).astype(float)
+    np.testing.assert_allclose(scale, spread.sum(axis), rtol=1e-6)
+    np.testing.assert_allclose(result, (spread * x).sum(axis) / spread.sum(axis), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [3, 8, 12, 13, 40])
+@pytest.mark.parametrize("shape", [(5, 7), (8, 3), (2, 17), (1, 64)], ids=str)
+def test_results_whose_steps_change(shape, rows):
+    """Eight results are made at once, and go where the kept axes, in x's order or another, have them."""
+    numbers = np.random.default_rng(2).standard_normal((*shape, rows * 16)).astype(np.float32)
+    for x in (numbers, numbers[..., ::16], numbers.transpose(1, 0, 2), numbers[::-1, :, : rows + 1]):
+        for lying in (x, np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 2, 0)), 0, 2)):
+            out = np.empty(x.shape[:2], np.float32).T.copy().T
+            for function, expected in ((fastbn.mean, x.mean(2, np.float64)), (fastbn.var, x.var(2, np.float64))):
+                np.testing.assert_allclose(function(lying, 2), expected, rtol=1e-6, atol=1e-7)
+                np.testing.assert_array_equal(function(lying, 2, out=out), function(lying, 2))
+
+
 @pytest.mark.parametrize("shape", [(7, 3, 2), (64, 33), (5, 100_000)])
 def test_dtypes_are_read_as_numpy_reads_them(shape):
     """Converted on the way, value by value: sums of small integers are exact."""
