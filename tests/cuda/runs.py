@@ -165,7 +165,7 @@ def without_weight(value):
 
 
 def weights_of_each_channel(case):
-    case.keywords["weights"] = np.random.default_rng(2).random(case.x.shape) < 0.7
+    case.keywords["weights"] = (np.random.default_rng(2).random(case.x.shape) < 0.7).astype(float)
 
 
 def outliers_first(case):
