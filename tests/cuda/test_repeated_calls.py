@@ -74,7 +74,7 @@ MASKED, STATISTICS = (
     calls(properties.test_moments_of_arbitrary_numbers, slow),
     calls(properties.test_shift_and_scale, slow),
     calls(properties.test_permuting_the_batch, slow),
-    calls(properties.test_permuting_the_channels, slow),
+    calls(properties.test_permuting_the_channels_to_rounding, slow),
     calls(properties.test_split_and_merge_equals_whole, slow),
     calls(properties.test_weights_are_frequencies, slow),
     calls(properties.test_nonfinite_values_stay_in_their_channel, slow),
