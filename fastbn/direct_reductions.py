@@ -221,7 +221,7 @@ def _kernel(
     given = selected(x, where, weights)
     mask = Mask(tuple(0 if n == 1 else s for n, s in zip(given.shape, given.strides, strict=True)), given.dtype)
     run = backend.statistic(seen, mask, kept, wanted, strides)
-    if run is not None:
+    if run is not None or x.ndim == 0:  # whose mask cannot lie otherwise
         return run, selected
     mask, beside = _beside(xp, given, seen)
     return backend.statistic(seen, mask, kept, wanted, strides), lambda *arrays: beside(selected(*arrays))

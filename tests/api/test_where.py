@@ -168,3 +168,10 @@ def placed_like(x, order):
         if order == "last"
         else x
     )
+
+
+def test_a_mask_of_a_number_that_is_not_aligned():
+    number = np.frombuffer(b"..\x07\x00.", np.uint8)[1:3].view(np.uint16).reshape(())
+    assert not number.flags.aligned or number.ctypes.data % 2 == 0
+    found = fastbn.moments(number, channel_axis=(), where=np.array(True))
+    assert (found.count, found.mean, found.m2) == (1.0, float(number), 0.0)
