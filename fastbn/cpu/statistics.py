@@ -236,7 +236,8 @@ def plan(
     p.launch(f"statistics_{c.kernel}.{c.kernel}", c.tasks, **(data | selection | given | workspace | into))
     if c.parts > 1:
         p.launch(
-            "statistics.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **given, weighted=weighted or None, **into
+            "statistics_results.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **given,
+            weighted=weighted or None, **into,
         )  # fmt: skip
     return p
 

@@ -9,14 +9,11 @@ from fastbn.cpu.kernels.doubles import LANES, choose, everywhere, finite, first_
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import zero_where_not_positive
 from fastbn.cpu.kernels.statistics import (
-    Cells,
     Options,
     Results,
     Source,
     add,
-    checks,
     eight,
-    finish,
     one_by_one,
     place,
     row_counts,
@@ -25,6 +22,7 @@ from fastbn.cpu.kernels.statistics import (
     weight_by_row,
     weight_of_row,
 )
+from fastbn.cpu.kernels.statistics_results import Cells, checks, finish
 from fastbn.cpu.statistics import (
     CAREFUL,
     CHANNELS,
@@ -40,10 +38,10 @@ from fastbn.cpu.statistics import (
 
 
 @inline
-def sums(x, source, at, step, w_at, some, o):
-    """Of eight columns from a place on: their counts, the sums, and what these lost."""
+def sums(x, source, at, step, w_at, some, q, squares, exact, o):
+    """Of eight columns from a place on: their counts, and the sums around q that `add` makes."""
     zero, geometry = everywhere(0.0), source.geometry
-    n, hi, lo, of_rows, r = zero, zero, zero, 0.0, 0
+    n, a, b, of_rows, r = zero, zero, zero, 0.0, 0
     while r < geometry[ROWS]:
         x_row, w_row, x_step, w_step, rows, _ = rows_from(r, geometry[ROWS], geometry)
         r += rows
@@ -51,12 +49,12 @@ def sums(x, source, at, step, w_at, some, o):
         for _ in range(rows):
             if row_counts(source.where, w_row, geometry):
                 weight = weight_of_row(source.where, w_row, weight_by_row(o))
-                e = eight(x, source, x_row, step, w_row, everywhere(weight), zero, some, o)
-                hi, lo = add(hi, lo, e, zero, None, first_there(o.exact, o.weighted))
+                e = eight(x, source, x_row, step, w_row, everywhere(weight), q, some, o)
+                a, b = add(a, b, e, q, squares, exact)
                 n, of_rows = tallied(n, e, o), of_rows + weight
             x_row += x_step
             w_row += w_step
-    return count_of(n, of_rows, one_by_one(o)), hi, lo
+    return count_of(n, of_rows, one_by_one(o)), a, b
 
 
 @inline
@@ -68,34 +66,16 @@ def count_of(of_values, of_rows, counts):
 
 
 @inline
-def squares_around(x, source, at, step, w_at, some, q, o):
-    """Sums of the columns' distances from q, and of their squares."""
-    a, b, r, geometry = everywhere(0.0), everywhere(0.0), 0, source.geometry
-    while r < geometry[ROWS]:
-        x_row, w_row, x_step, w_step, rows, _ = rows_from(r, geometry[ROWS], geometry)
-        r += rows
-        x_row, w_row = at + x_row, w_at + w_row
-        for _ in range(rows):
-            if row_counts(source.where, w_row, geometry):
-                weight = weight_of_row(source.where, w_row, weight_by_row(o))
-                a, b = add(
-                    a, b, eight(x, source, x_row, step, w_row, everywhere(weight), q, some, o), q, o.squares, o.exact
-                )
-            x_row += x_step
-            w_row += w_step
-    return a, b
-
-
-@inline
 def finish_columns(x, source, at, step, w_at, some, squares, o, results, to):
     """Results of eight columns, or the first ``some``."""
-    n, hi, lo = sums(x, source, at, step, w_at, some, o)
-    zero, checked, each = everywhere(0.0), first_there(o.exact, o.weighted), everywhere(1.0) / n
+    zero, checked = everywhere(0.0), first_there(o.exact, o.weighted)
+    n, hi, lo = sums(x, source, at, step, w_at, some, zero, None, checked, o)
+    each = everywhere(1.0) / n
     if squares is not None:
         mu = (hi + lo) * each
         q = choose(finite(mu), shortened(mu, o.exact), zero)
         lower_underflow_flag()
-        a, b = squares_around(x, source, at, step, w_at, some, q, o)
+        _, a, b = sums(x, source, at, step, w_at, some, q, squares, o.exact, o)
         m2 = b - a * (a * choose(greater(n, zero), each, zero))
         if checks(squares, o.exact, o.weighted) and underflowed(lane(b, 0)):
             results.status[CAREFUL] = 1.0

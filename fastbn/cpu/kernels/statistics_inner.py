@@ -20,11 +20,9 @@ from fastbn.cpu.kernels.statistics import (
     Source,
     add,
     add_four,
-    checks,
     eight,
     fetched,
     is_far,
-    merge_parts,
     one_by_one,
     place,
     row_at,
@@ -32,10 +30,12 @@ from fastbn.cpu.kernels.statistics import (
     rows_from,
     short,
     tallied,
+    together,
     two_sum,
     weight_by_row,
     weight_of_row,
 )
+from fastbn.cpu.kernels.statistics_results import checks, merge_parts
 from fastbn.cpu.statistics import (
     BUFFER,
     CAREFUL,
@@ -83,15 +83,6 @@ def total(a, b, squares, exact):
             s += lane(a, k)
             rest += lane(b, k)
     return s, rest
-
-
-@inline
-def together(a, b, more_a, more_b, squares, exact):
-    """Sums of vectors."""
-    if squares is None and exact is not None:
-        s, lost = two_sum(a, more_a)
-        return s, lost + (b + more_b)
-    return a + more_a, b + more_b
 
 
 @inline

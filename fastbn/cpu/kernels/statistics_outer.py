@@ -37,22 +37,21 @@ from fastbn.cpu.kernels.statistics import (
     Source,
     add,
     add_four,
-    checks,
     eight,
     far,
     fetched,
     field,
-    merge_parts,
     one_by_one,
     place,
     row_counts,
     rows_from,
     short,
     tallied,
-    two_sum,
+    together,
     weight_by_row,
     weight_of_row,
 )
+from fastbn.cpu.kernels.statistics_results import checks, merge_parts
 from fastbn.cpu.statistics import (
     CAREFUL,
     CHANNELS,
@@ -341,15 +340,6 @@ def clear(table, at, count):
 
 
 @inline
-def gathered(a, b, more_a, more_b, squares, exact):
-    """Sums of columns to those of a cell."""
-    if squares is None and exact is not None:
-        a, lost = two_sum(a, more_a)
-        return a, b + (lost + more_b)
-    return a + more_a, b + more_b
-
-
-@inline
 def values_if(option, a, at, step):
     if option is None:
         return everywhere(0.0)
@@ -368,7 +358,7 @@ def gather_columns(geometry, cells, o, table):
                 c = (k * cells + j) * size + i
                 n = n + values_if(counts, numbers, counts_at(table, c), size)
                 more = values_if(rest, numbers, rest_at(table, c), size)
-                a, b = gathered(a, b, values(numbers, sums_at(table, c), size), more, o.squares, o.exact)
+                a, b = together(a, b, values(numbers, sums_at(table, c), size), more, o.squares, o.exact)
         store_if(o.squares, numbers, shifts_at(table, j), values(numbers, shifts_at(table, j * size), size))
         stored(table, j, n, a, b, rest, counts)
 

@@ -1,0 +1,202 @@
+"""From parts to results, which are written in their dtype: see `statistics`."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastbn.cpu.kernels.calls import F4, F8, I2, U2, bfloats, doubles, floats, halves
+from fastbn.cpu.kernels.compiler import inline, kernel
+from fastbn.cpu.kernels.doubles import (
+    LANES,
+    choose,
+    everywhere,
+    finite,
+    first_lanes,
+    first_there,
+    greater,
+    lane,
+    put_value,
+    put_values,
+)
+from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
+from fastbn.cpu.kernels.simd import any_greater, fma, load, root, zero_where_not_positive
+from fastbn.cpu.kernels.statistics import Options, Results, field, place, two_sum
+from fastbn.cpu.statistics import (
+    CAREFUL,
+    CHANNELS,
+    COUNT_KIND,
+    DIMENSIONS,
+    EMPTY,
+    FIELDS,
+    FORM,
+    KEPT_DIMENSIONS,
+    KEPT_STEP,
+    LEAST_SQUARE,
+    MEAN_KIND,
+    NO_DEGREES,
+    PARTS,
+    SKIP_NAN,
+    SPREAD_KIND,
+    STD,
+    SUM_OF_SQUARES,
+)
+
+
+class Cells(NamedTuple):
+    """Where results of up to eight kept indices go, a step apart."""
+
+    at: Any
+    step: Any
+    count: Any
+
+
+@inline
+def merge_parts(a, at, pitch, far, parts, cells, o, geometry, results, o_at, step):
+    """Results of some kept indices from their parts, ``far`` apart, whose four fields are a pitch apart."""
+    zero = everywhere(0.0)
+    for j in range(0, cells, LANES):
+        n, hi, lo, m2 = zero, zero, zero, zero
+        among = first_lanes(cells - j)  # in the other lanes are other numbers, or none yet
+        origin = choose(among, field(a, at + pitch + j, o.squares), zero)
+        lower_underflow_flag()
+        for k in range(parts):
+            here = at + k * far + j
+            part_n, s = choose(among, load(a, here, 64), zero), choose(among, load(a, here + 2 * pitch, 64), zero)
+            rest = choose(among, field(a, here + 3 * pitch, first_there(o.squares, o.exact)), zero)
+            apart = choose(among, field(a, here + pitch, o.squares), zero) - origin
+            hi, lo, m2 = merged(n, hi, lo, m2, part_n, apart, s, rest, o.squares)
+            n = n + part_n
+        if checks(o.squares, o.exact, o.weighted) and parts > 1 and underflowed(lane(m2, 0)):
+            results.status[CAREFUL] = 1.0
+        to = Cells(o_at + j * step, step, min(LANES, cells - j))
+        finish(
+            n,
+            everywhere(1.0) / n,
+            origin,
+            hi,
+            lo,
+            m2,
+            o.squares,
+            first_there(o.exact, o.weighted),
+            geometry,
+            results,
+            to,
+        )
+
+
+@inline
+def merged(n, hi, lo, m2, part_n, apart, s, rest, squares):
+    """Sums, relative to an origin, and M2 of n values and of a part's, whose shift is ``apart`` from the origin."""
+    if squares is None:
+        hi, lost = two_sum(hi, s)
+        return hi, lo + (lost + rest), m2
+    zero, one = everywhere(0.0), everywhere(1.0)
+    some = choose(greater(part_n, zero), part_n, one)
+    part_m2 = rest - s * (s / some)
+    part_m2 = zero_where_not_positive(part_m2, part_m2)
+    both = choose(greater(n + part_n, zero), n + part_n, one)
+    delta = (apart + s / some) - (hi + lo) / choose(greater(n, zero), n, one)
+    between = choose(greater(n, zero), delta * delta * (n * (part_n / both)), zero)
+    m2 = choose(greater(part_n, zero), m2 + (part_m2 + between), m2)
+    moved, lost = two_sum(hi, part_n * apart)
+    hi, more = two_sum(moved, s)
+    return hi, lo + (lost + more), m2
+
+
+@inline
+def checks(squares, exact, weighted):
+    """Whether squares may have underflowed."""
+    return squares is not None and (exact is not None or weighted is not None)
+
+
+@inline
+def finish(n, each, origin, hi, lo, m2, squares, checked, geometry, results, to):
+    """Results of up to eight kept indices; each is 1 / n."""
+    zero, one = everywhere(0.0), everywhere(1.0)
+    among = first_lanes(to.count)
+    s = hi + lo
+    s = choose(finite(lo), s, hi)  # what two-sum loses of infinities is NaN
+    mu = s * each
+    # The quotient once more: the mean of equal numbers is that number.
+    rest = (fma(zero - mu, n, s) + ((hi - s) + lo)) * each
+    if squares is not None:
+        mu, lost = two_sum(origin, mu)
+        rest = rest + lost
+    better = mu + rest
+    mu = choose(finite(better), better, mu)
+    if squares is not None:
+        put_spread(n, m2, checked, geometry, results, to, among)
+    elif checked is not None and any_greater(choose(among, choose(finite(s), zero, one), zero), zero):
+        results.status[CAREFUL] = 1.0
+    put_results(results.mean, geometry[MEAN_KIND], to, mu)
+    put_results(results.count, geometry[COUNT_KIND], to, n)
+    if any_greater(choose(among, choose(greater(n, zero), zero, one), zero), zero):
+        results.status[EMPTY] = 1.0
+
+
+@inline
+def put_spread(n, m2, checked, geometry, results, to, among):
+    """Variances, their roots, or M2."""
+    zero, one = everywhere(0.0), everywhere(1.0)
+    result = choose(greater(n, zero), m2, everywhere(np.nan))
+    if geometry[FORM] != SUM_OF_SQUARES:
+        degrees = n - everywhere(results.ddof)
+        left = choose(greater(degrees, zero), degrees, zero)
+        result = m2 / left
+        if geometry[SKIP_NAN] != 0:
+            result = choose(greater(left, zero), result, everywhere(np.nan))
+        if geometry[FORM] == STD:
+            result = root(result)
+        if any_greater(choose(among, choose(greater(degrees, zero), zero, one), zero), zero):
+            results.status[NO_DEGREES] = 1.0
+    put_results(results.spread, geometry[SPREAD_KIND], to, result)
+    if checked is not None:
+        small = choose(greater(everywhere(LEAST_SQUARE), m2), m2, zero)
+        unsound = choose(finite(m2), small, one)
+        if any_greater(choose(among, unsound, zero), zero):
+            results.status[CAREFUL] = 1.0
+
+
+@inline
+def put_results(out, kind, to, v):
+    """Into an array at an address, whose dtype's kind is one of `calls.FLOATS`; 0 for none."""
+    if kind == F8:
+        put(doubles(out), to, v)
+    elif kind == F4:
+        put(floats(out), to, v)
+    elif kind == U2:
+        put(halves(out), to, v)
+    elif kind == I2:
+        put(bfloats(out), to, v)
+
+
+@inline
+def put(out, to, v):
+    if to.step == 1:
+        put_values(out, to.at, v, to.count)
+    else:
+        for k in range(to.count):
+            put_value(out, to.at + k * to.step, lane(v, k))
+
+
+@kernel
+def finish_parts(
+    thread, first, last, squares, exact, geometry, partials, weighted, count, mean, spread, ddof, status
+):  # fmt: skip
+    """A task is a kept index of `inner`, or up to eight neighbours of `outer`."""
+    o, results = Options(squares, exact, None, weighted, None), Results(count, mean, spread, ddof, status)
+    parts, channels = geometry[PARTS], geometry[CHANNELS]
+    groups = -(-channels // LANES)
+    for task in range(first, last):
+        if channels == 0:
+            _, _, o_at = place(task, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
+            merge_parts(partials, FIELDS * parts * task, 1, FIELDS, parts, 1, o, geometry, results, o_at, 1)
+        else:
+            k = task // groups
+            cell = (task - k * groups) * LANES
+            _, _, o_at = place(k, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
+            at, o_at = FIELDS * channels * parts * k + cell, o_at + cell * geometry[KEPT_STEP]
+            some = min(LANES, channels - cell)
+            merge_parts(
+                partials, at, channels, FIELDS * channels, parts, some, o, geometry, results, o_at, geometry[KEPT_STEP]
+            )
