@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.cpu import plans, team, vector_plans
+from fastbn.cpu import gradient_plans, plans, team, vector_plans
 from fastbn.cpu.extremes import LEAST_EPS, find_beyond, weight_in_range
 from fastbn.cpu.memory import (
     PLAIN,
@@ -192,7 +192,9 @@ def grad_sums(
 ) -> Callable[..., tuple[Array, Array]]:
     shape, kind, (dys, xs, ys), kept = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (dy, x, y)), x.kept
     (ws, weights), kinds, empty = strides_of_weight(weight), (kind_of(mean), kind_of(rstd)), x.size == 0
-    launch = _launcher(lambda threads: plans.grad_sums(shape, kind, dys, xs, ys, ws, weights, kinds, threads), x.size)
+    launch = _launcher(
+        lambda threads: gradient_plans.grad_sums(shape, kind, dys, xs, ys, ws, weights, kinds, threads), x.size
+    )
 
     def run(
         dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array
@@ -215,7 +217,8 @@ def grad_input(
     shape, kind, (dys, xs, ys, dxs, drs) = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
     (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, (*numbers, *sums)))
     launch = _launcher(
-        lambda threads: plans.grad_input(shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, threads), x.size
+        lambda threads: gradient_plans.grad_input(shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, threads),
+        x.size,
     )
     allowed = nontemporal_stores(dx, dresidual)
 
@@ -246,7 +249,10 @@ def backward(
     shape, kind, (dys, xs, ys, dxs, drs) = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
     (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, numbers))
     launch = _launcher(
-        lambda threads: plans.backward(shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, frozen, threads), x.size
+        lambda threads: gradient_plans.backward(
+            shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, frozen, threads
+        ),
+        x.size,
     )
     allowed, kept, empty = nontemporal_stores(dx, dresidual), x.kept, x.size == 0
 

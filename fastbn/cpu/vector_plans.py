@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from fastbn.cpu.plans import Kind, Kinds, table_of
+from fastbn.cpu.division import Kind, Kinds, table_of
 from fastbn.cpu.program import Program
 from fastbn.cpu.records import Part, Running, Scale
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cpu import memory, plans, team
+from fastbn.cpu import division, memory, team
 from tests.cases.checks import (
     CHECKS,
     TRAINING,
@@ -79,11 +79,11 @@ def test_forced_strategies(monkeypatch, fresh_plans, options, serial_below, whol
     for forced in (False, True):
         if forced:
             monkeypatch.setattr(team, "PARALLEL_FROM", serial_below)
-            monkeypatch.setattr(plans, "_whole_channels", lambda problem: whole_channels)
+            monkeypatch.setattr(division.Problem, "whole_channels", lambda problem: whole_channels)
             if not whole_channels:
-                monkeypatch.setattr(plans, "_fused_tile", lambda *_: 0)
+                monkeypatch.setattr(division.Problem, "fused_tile", lambda *_: 0)
             monkeypatch.setattr(memory, "CACHE_SHARE", 0)
-            monkeypatch.setattr(plans, "NONTEMPORAL_ROW", 0)
+            monkeypatch.setattr(division, "NONTEMPORAL_ROW", 0)
             forget()
         for c in (case, last, short):
             check_backward(c)

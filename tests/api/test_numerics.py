@@ -3,7 +3,7 @@
 import numpy as np
 
 import fastbn
-from fastbn.cpu import plans, team
+from fastbn.cpu import division, team
 from tests.cases.numerics import *  # noqa: F403
 from tests.conftest import forget
 
@@ -57,7 +57,7 @@ def test_bits_do_not_depend_on_the_number_of_channels_per_thread(monkeypatch, fr
     y, saved = fastbn.batch_norm(x)
     grads = fastbn.batch_norm_backward(x, saved)
     for fused in (True, False):
-        monkeypatch.setattr(plans, "_whole_channels", lambda problem, fused=fused: fused)
+        monkeypatch.setattr(division.Problem, "whole_channels", lambda problem, fused=fused: fused)
         forget()
         z, other = fastbn.batch_norm(x)
         np.testing.assert_array_equal(other.moments.m2, saved.moments.m2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cpu import memory, plans
+from fastbn.cpu import division, memory
 from tests.support import LAYOUTS, OPTIONS, make_case
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
@@ -17,7 +17,7 @@ from tests.support import LAYOUTS, OPTIONS, make_case
 def test_out_anywhere_in_memory(monkeypatch, fresh_plans, shape, axis, offset):
     """Stores past the caches need whole lines; what lies before and behind an `out` that starts between two stays."""
     monkeypatch.setattr(memory, "CACHE_SHARE", 0)
-    monkeypatch.setattr(plans, "NONTEMPORAL_ROW", 0)
+    monkeypatch.setattr(division, "NONTEMPORAL_ROW", 0)
     rng = np.random.default_rng(offset)
     x = rng.standard_normal(shape, dtype=np.float32)
     gamma, beta = rng.random((2, shape[axis]))

@@ -66,7 +66,6 @@ from fastbn.cpu.kernels.common import (
     needs_new_shift,
     normalized,
     origin_of,
-    positive_or_nan,
     put,
     rows_from,
     rows_of,
@@ -74,11 +73,11 @@ from fastbn.cpu.kernels.common import (
 )
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
+from fastbn.cpu.kernels.outer_weighted import WeightedCells, weighted_segment
 from fastbn.cpu.kernels.simd import (
     advance,
     any_greater,
     any_nan,
-    converted,
     first_lanes,
     fma,
     lanes,
@@ -99,7 +98,6 @@ from fastbn.cpu.kernels.simd import (
 from fastbn.cpu.records import Affine, ColumnMoments, Moments, Parameters
 from fastbn.cpu.sizes import AFFINE, COLUMN_MOMENTS, ORIGINS, ROW_CHUNK
 
-WEIGHTED_CHUNK = 32  # rows: with weights each column has one sum, whose roundings of equal values add up
 PEEK = 64  # values of a channel from whose mean the first shift comes: off by an eighth of the deviation
 
 
@@ -108,16 +106,6 @@ class Cells(NamedTuple):
 
     origin: Any
     centre: Any
-    mean: Any
-    m2: Any
-
-
-class WeightedCells(NamedTuple):
-    """The same where there are weights, with their sum in a chunk and in the segment."""
-
-    origin: Any
-    count: Any
-    n: Any
     mean: Any
     m2: Any
 
@@ -260,80 +248,6 @@ def segment(x, rows, count, size, cells, columns):
     if underflowed(cells.m2[0]):
         for j in range(count):
             cells.m2[j] = marked(x.values, cells.m2[j])
-
-
-@inline
-def weighted_chunk_sums(x, weight, across, rows, count, cells, columns):
-    """Sums of ``w``, ``w * (x - shift)`` and ``w * (x - shift)^2``; weights of a row are ``across`` apart, maybe 0."""
-    n = lanes(x.values, FULL)
-    fill(columns.s1, count, 0.0)
-    fill(columns.s2, count, 0.0)
-    fill(cells.count, count, 0.0)
-    for r in range(rows):
-        w_row = r * weight.step
-        for i in range(count):
-            cells.count[i] += value(weight.values, w_row + i * across)
-        for i in range(0, count, n):
-            part = min(n, count - i)
-            e = load_first(x.values, r * x.step + i, part, FULL) - load(columns.shift, i, FULL)
-            if across == 0:
-                w = splat(x.values, value(weight.values, w_row), FULL)
-            else:
-                w = converted(load_first(weight.values, w_row + i, part, e), e)
-            e = zero_where_zero(w, e)
-            store(columns.s1, i, load(columns.s1, i, FULL) + w * e)
-            store(columns.s2, i, fma(w * e, e, load(columns.s2, i, FULL)))
-
-
-@inline
-def better_weighted_shifts(count, cells, columns, is_first):
-    """Shifts that were poor, or any on the first chunk, to the means that were found; whether there were some.
-
-    A chunk has few values per channel: on the first one, half a standard deviation would cost the mean 1e-7.
-    """
-    poor = False
-    for i in range(count):
-        n = cells.count[i]
-        s1, s2 = np.float64(columns.s1[i]), np.float64(columns.s2[i])
-        if n != 0.0 and (is_first or needs_new_shift(n, s1, s2)):
-            columns.shift[i] += s1 / n
-            poor = True
-    return poor
-
-
-@inline
-def merge_weighted_chunk(count, cells, columns):
-    """Chan's update of each cell's moments."""
-    for i in range(count):
-        n = cells.count[i]
-        if n != 0.0:
-            from_shift = columns.s1[i] / n
-            m2 = positive_or_nan(columns.s2[i] - columns.s1[i] * from_shift)
-            mean = (columns.shift[i] - cells.origin[i]) + from_shift
-            cells.n[i], cells.mean[i], cells.m2[i] = merged(cells.n[i], cells.mean[i], cells.m2[i], n, mean, m2)
-            columns.shift[i] = cells.origin[i] + cells.mean[i]
-
-
-@inline
-def weighted_segment(x, weight, across, rows, count, cells, columns):
-    """As `segment`, of cells of one column each, with the sum of weights."""
-    lower_underflow_flag()
-    fill(columns.shift, count, 0.0)
-    for i in range(count):
-        columns.shift[i] = cells.origin[i]
-        cells.n[i] = cells.mean[i] = cells.m2[i] = 0.0
-    first = 0
-    again = False
-    while first < rows:
-        high = min(WEIGHTED_CHUNK, rows - first)
-        weighted_chunk_sums(rows_from(x, first, 0), rows_from(weight, first, 0), across, high, count, cells, columns)
-        again = not again and better_weighted_shifts(count, cells, columns, first == 0)
-        if not again:
-            merge_weighted_chunk(count, cells, columns)
-            first += high
-    if underflowed(cells.m2[0]):
-        for i in range(count):
-            cells.m2[i] = marked(x.values, cells.m2[i])
 
 
 @inline

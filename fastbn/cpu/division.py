@@ -1,0 +1,217 @@
+"""How work is divided: what plans (`plans`, `gradient_plans`) ask of shapes, strides and the number of threads.
+
+What changes the bits of sums (chunks and segments, for which see `sizes`, coalesced rows, the family of kernels)
+follows from shape and strides alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from fastbn.cpu import sizes, team
+from fastbn.cpu.memory import Nontemporal
+from fastbn.cpu.program import Argument, Program
+from fastbn.cpu.records import Chunks, Shape, Strides, Tiles
+
+Kind = str
+Kinds = tuple[Kind | None, ...]  # of vectors of parameters; None for one that has its default
+
+NONTEMPORAL_ROW = 512  # bytes side by side from which nontemporal stores pay: their two ends are stored plainly
+SHORT = 1024  # values of a row, below which rows of many channels are read in one go
+FEW_ROWS = 8  # below so many, spreading each channel's numbers over its columns costs more than it saves
+LINE = 16  # values of a channel's row from which elementwise passes go in the order of memory, whatever the channels
+COALESCED = 1024  # columns, about, of coalesced rows
+COALESCED_ROWS = 256  # rows of few channels are coalesced only while so many remain
+TILE = 1024  # columns, at most, of which a task makes sums; 512 read half as fast, 2048 short rows slower
+ROW = 2048  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
+FUSED_WIDTH = 1024  # bytes of a row of a fused tile, at least: from memory, narrow tiles are slower than two passes
+FROM_MEMORY = 4 << 20  # bytes of x from which it is taken to come from there
+FUSED_BYTES = 192 << 10  # about so many are read twice by a thread; the next tile's are asked for meanwhile
+FUSED_FROM = 2 << 20  # bytes of x from which fusing pays, if threads share it: two passes over less stay in cache
+FUSED_MOST = 384 << 10  # what stays in a second-level cache of 512 kB beside the output
+
+PIECES, FEWEST_ROWS = 16, 32  # of rows for each thread, and rows of one at least: each spreads its columns anew
+FEW_PARTIALS = 8192  # sums of segments that are merged in some 20 us: less than threads gain
+
+
+# --- what is planned --------------------------------------------------------------------------------------------------
+
+
+class Problem:
+    """Arrays of one shape, whose strides are known by the names that a program has for them.
+
+    Parameters
+    ----------
+    program : Program
+        To which launches are added.
+    shape : Shape
+    kind : str
+        Of all arrays but the weight.
+    num_threads : int
+    strides : dict
+        Of each array; None of one that is absent.
+    """
+
+    def __init__(
+        self, program: Program, shape: Shape, kind: Kind, num_threads: int, strides: dict[str, Strides | None]
+    ) -> None:
+        self.program, self.shape, self.kind, self.num_threads, self.strides = program, shape, kind, num_threads, strides
+        self.kept, self.itemsize = shape.batch * shape.channel, int(kind[1])
+        self.weighted = strides.get("weight") is not None
+        self.of_shape = program.record(shape)
+        self.compute = "f8*" if kind == "f8*" else "f4*"  # what kernels compute in, and have in their workspace
+
+    def given(self, *names: str) -> list[Strides]:
+        """Strides of those arrays that are not absent."""
+        return [s for s in map(self.strides.get, names) if s is not None]
+
+    def arrays(self, *names: str) -> dict[str, Any]:
+        """Arguments of a kernel, by the names of its parameters."""
+        return {name: self.program.strided(self.program.array(name), self.strides[name]) for name in names}
+
+    def halved(self) -> Problem:
+        """With the only row of each channel as two, which are read faster than one; else as it is."""
+        batch, outer, channel, inner = self.shape
+        if outer > 1 or inner < 2 * sizes.CHUNK or inner % (2 * sizes.CHUNK) > 0:
+            return self
+        half = inner // 2
+        strides = {name: None if s is None else s._replace(outer=half) for name, s in self.strides.items()}
+        return Problem(self.program, Shape(batch, 2, channel, half), self.kind, self.num_threads, strides)
+
+    def workspace(self, count: int) -> Argument:
+        return self.program.temporary(count, self.compute)
+
+    def nontemporal(self, whole_lines: bool) -> Argument | bool:
+        """Whether a kernel writes past the caches: as a call's arrays decide, if it writes nothing but whole lines."""
+        return whole_lines and self.program.at_least("nontemporal", Nontemporal.ALL)
+
+    def nontemporal_rows(self, row: int) -> Argument | bool:
+        """The same of a kernel that finds the first whole line of a row, which must be long."""
+        long = row * self.itemsize >= NONTEMPORAL_ROW
+        return long and self.program.at_least("nontemporal", Nontemporal.FROM_FIRST_LINE)
+
+    def whole_channels(self) -> bool:
+        """Whether one thread does all, or there are channels enough to give each thread whole ones."""
+        return self.num_threads == 1 or self.kept >= 4 * self.num_threads
+
+    def fused_tile(self, twice: int) -> int:
+        """Cells of a tile whose rows all stay in a core's cache between two passes over ``twice`` arrays, or 0."""
+        (batch, outer, channel, inner), itemsize = self.shape, self.itemsize
+        size = math.prod(self.shape)
+        tile = tile_width(channel, inner, itemsize, min(TILE, FUSED_BYTES // max(1, outer * itemsize * twice)))
+        if self.num_threads == 1 and size < team.PARALLEL_FROM:
+            return tile
+        width = tile * inner * itemsize
+        narrowest = FUSED_WIDTH if size * itemsize >= FROM_MEMORY else FUSED_WIDTH // 8
+        if (
+            size * itemsize < FUSED_FROM
+            or width < narrowest
+            or width * outer * twice > FUSED_MOST
+            or batch * -(-channel // tile) < 2 * self.num_threads
+        ):
+            return 0
+        return tile
+
+
+def is_outer(shape: Shape, strides: list[Strides], weighted: bool = False) -> bool:
+    """Whether the kernels of `outer_reduction` take these arrays: channels-last, or many short rows side by side."""
+    if shape.inner == 1 or shape.channel == 1:
+        return shape.channel > 1
+    adjacent = all(s.channel == shape.inner for s in strides)
+    return shape.inner <= SHORT and shape.outer >= FEW_ROWS and not weighted and adjacent
+
+
+def coalescing(shape: Shape, itemsize: int, strides: list[Strides], weighted: bool = False) -> int:
+    """How many rows of few channels are taken as one; whole cache lines of them where that is possible."""
+    rows = min(COALESCED // max(1, shape.channel), shape.outer // COALESCED_ROWS)
+    lines = 64 // math.gcd(64, shape.channel * itemsize)
+    rows -= rows % lines if rows > lines else 0
+    if shape.inner > 1 or rows < 2 or weighted:
+        return 1
+    return rows if all(s.outer == shape.channel for s in strides) else 1
+
+
+def table_of(program: Program, kept: int, defaults: NamedTuple, names: tuple[str, ...] | None = None) -> Argument:
+    """A table of one of `records`, in float64, from the vectors of its fields' names (or others) that a call gives."""
+    table = program.scratch(len(defaults) * kept, "f8*")
+    for i, (name, default) in enumerate(zip(names or defaults._fields, defaults, strict=True)):
+        program.vector(name, kept, default, table.after(i * kept))
+    return table
+
+
+# --- how work is divided ----------------------------------------------------------------------------------------------
+
+
+def tile_width(channels: int, size: int, itemsize: int, most: int) -> int:
+    """Cells of a tile: ``most`` columns about, whole cache lines."""
+    lines = 64 // math.gcd(64, size * itemsize)
+    return min(max(1, channels), -(-max(1, most // size) // lines) * lines)
+
+
+def chunks_of(shape: Shape) -> Chunks:
+    return Chunks(*sizes.chunk_grid(shape.outer, shape.inner))
+
+
+class InOrder:
+    """A division of `inner_reduction`'s elementwise passes: equal parts of the values in the order of memory."""
+
+    def __init__(self, problem: Problem, strides: list[Strides]) -> None:
+        batch, outer, channel, inner = problem.shape
+        run = max(1, inner)  # values side by side in all arrays
+        for axis, n in (("channel", channel), ("outer", outer), ("batch", batch)):
+            if any(n > 1 and getattr(s, axis) != run for s in strides):
+                break
+            run *= n
+        self.run, self.tasks = run, sizes.piece_count(problem.shape)
+        rows = -(-self.tasks // problem.num_threads) // max(1, -(-inner // sizes.PIECE)) + 2  # of a thread, at most
+        channels = rows if outer == 1 else (rows // max(1, outer * channel) + 2) * channel
+        self.pitch = min(batch * channel, channels) + sizes.PAD  # between rows of a thread's table
+
+
+class Tiled:
+    """A division of `outer_reduction`: segments of rows for sums, parts of the rows, or whole tiles for both at once.
+
+    Parameters
+    ----------
+    problem : Problem
+    coalesced, width : int
+        Rows taken as one, cells of a tile.
+    sums : int
+        In float64, of each cell and segment.
+    scratch : int
+        In float64, of each cell of a thread's tile.
+    workspace : int
+        In the type that kernels compute in, of each column of a thread's tile.
+    fused : bool
+        Whether tiles are whole.
+    """
+
+    def __init__(
+        self, problem: Problem, coalesced: int, width: int, *,
+        sums: int = 0, scratch: int = 0, workspace: int = 0, fused: bool = False,
+    ) -> None:  # fmt: skip
+        batch, outer, channel, inner = problem.shape
+        num_threads, self._itemsize, self._cells = problem.num_threads, problem.itemsize, channel * coalesced
+        # Sums take whole groups of rows and leave the rest to their last step; elementwise passes take it as a row.
+        rows = outer // coalesced if sums else -(-outer // coalesced)
+        pieces = 1 if num_threads == 1 else max(num_threads, min(PIECES * num_threads, rows // FEWEST_ROWS))
+        of_segment = sizes.segment_rows(rows, self._cells)
+        height = of_segment if sums or fused else max(1, -(-rows // pieces))
+        segments = -(-rows // height)
+        self.tiles, self._columns = Tiles(coalesced, width, height), width * inner
+        self.tasks = batch * (1 if fused else segments) * -(-self._cells // width)
+        of_thread = scratch * (1 + segments if fused else 1) * sizes.padded(width, width)
+        self.partials = sums * batch * segments * sizes.padded(self._cells, width) + num_threads * of_thread
+        self.workspace = num_threads * workspace * (self._columns + sizes.PAD)
+
+    def whole_lines(self, strides: list[Strides]) -> bool:
+        """Whether every row of a tile is whole cache lines, if the array starts on one."""
+        columns = 0 if self.tiles.width >= self._cells else self._columns
+        steps = [columns, *(step for s in strides for step in (s.batch, s.outer * self.tiles.coalesced))]
+        return all(step * self._itemsize % 64 == 0 for step in steps)
+
+
+def option(on: bool) -> bool | None:
+    """For an option, kernels are compiled with it or, if it is None, without."""
+    return True if on else None

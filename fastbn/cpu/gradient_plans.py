@@ -1,0 +1,196 @@
+"""Plans of gradients: see `plans`."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+from fastbn.cpu import sizes
+from fastbn.cpu.division import (
+    FEW_PARTIALS,
+    LINE,
+    ROW,
+    TILE,
+    InOrder,
+    Kind,
+    Kinds,
+    Problem,
+    Tiled,
+    chunks_of,
+    coalescing,
+    is_outer,
+    table_of,
+    tile_width,
+)
+from fastbn.cpu.program import Argument, Program, Strided
+from fastbn.cpu.records import Distances, GradientParameters, SegmentSums, Shape, Strides, Sums
+
+
+@lru_cache(maxsize=1024)
+def grad_sums(
+    shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
+    parameters: Kinds, num_threads: int,
+) -> Program:  # fmt: skip
+    """``program(dy, x, y, weight, mean, rstd, sums)``: these are `records.Sums`."""
+    arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights}
+    arrays |= {**dict(zip(("mean", "rstd"), parameters, strict=True)), "sums": "f8*"}
+    p = Program(num_threads, math.prod(shape), arrays)
+    problem = Problem(p, shape, kind, num_threads, {"dy": dys, "x": xs, "y": ys, "weight": ws})
+    table = p.scratch(2 * problem.kept, "f8*")  # the first rows of `records.GradientParameters`
+    p.vector("mean", problem.kept, 0.0, table)
+    p.vector("rstd", problem.kept, 1.0, table.after(problem.kept))
+    _add_grad_sums(problem, table, None, False, False)
+    return p
+
+
+def _add_grad_sums(
+    problem: Problem, parameters: Argument, distances: Argument | None, frozen: bool, mixed: bool
+) -> None:
+    """And, if they are asked for, the `records.Distances` of dx."""
+    p, kept, weighted = problem.program, problem.kept, problem.weighted
+    strides = problem.given("dy", "x", "y")
+    if is_outer(problem.shape, strides, weighted):
+        coalesced = coalescing(problem.shape, problem.itemsize, strides, weighted)
+        width = tile_width(problem.shape.channel * coalesced, problem.shape.inner, problem.itemsize, TILE)
+        tiled = Tiled(problem, coalesced, width, sums=2, workspace=sizes.COLUMN_SUMS)
+        tiles, partials = p.record(tiled.tiles), p.scratch(tiled.partials, "f8*")
+        p.launch(
+            "outer_gradients.grad_sums_of_segments", tiled.tasks, **problem.arrays("dy", "x", "y", "weight"),
+            shape=problem.of_shape, tiles=tiles, parameters=parameters, partials=partials,
+            workspace=problem.workspace(tiled.workspace),
+        )  # fmt: skip
+        p.launch(
+            "outer_gradients.channel_grad_sums", kept, tiled.partials < FEW_PARTIALS, **problem.arrays("dy", "x", "y"),
+            shape=problem.of_shape, tiles=tiles, parameters=parameters, partials=partials, sums=p.array("sums"),
+            distances=distances, frozen=frozen, mixed=mixed,
+        )  # fmt: skip
+    else:
+        problem = problem.halved()
+        segments = kept * sizes.segment_count(problem.shape.outer, problem.shape.inner)
+        count = len(SegmentSums._fields) * segments
+        given: dict[str, Any] = {
+            "shape": problem.of_shape,
+            "chunks": p.record(chunks_of(problem.shape)),
+            "parameters": parameters,
+        }
+        partials = p.scratch(count, "f8*")
+        p.launch(
+            "inner_gradients.grad_sums_of_segments", segments, **problem.arrays("dy", "x", "y", "weight"),
+            **given, partials=partials,
+        )  # fmt: skip
+        p.launch(
+            "inner_gradients.channel_grad_sums", kept, count < FEW_PARTIALS, x=p.array("x"), **given,
+            partials=partials, sums=p.array("sums"), distances=distances, frozen=frozen, mixed=mixed,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def grad_input(
+    shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
+    dxs: Strides, drs: Strides | None, parameters: Kinds, num_threads: int,
+) -> Program:  # fmt: skip
+    """``program(dy, x, y, weight, dx, dresidual, *GradientParameters, *Sums, nontemporal)``; both of `records`."""
+    arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "dx": kind}
+    names = (*GradientParameters._fields, *Sums._fields)
+    arrays |= {"dresidual": kind if drs else None, **dict(zip(names, parameters, strict=True))}
+    p = Program(num_threads, math.prod(shape), arrays, ["nontemporal"])
+    strides = {"dy": dys, "x": xs, "y": ys, "weight": ws, "dx": dxs, "dresidual": drs}
+    problem = Problem(p, shape, kind, num_threads, strides)
+    table, mixed = _gradient_parameters(problem, parameters)
+    sums, distances = (
+        table_of(p, problem.kept, Sums(dgamma=0.0, dbeta=0.0)),
+        p.scratch(len(Distances._fields) * problem.kept, "f8*"),
+    )
+    p.launch(
+        "common.find_distances", problem.kept, True, x=p.array("x"), parameters=table, kept=problem.kept, mixed=mixed,
+        sums=sums, distances=distances,
+    )  # fmt: skip
+    _add_grad_input(problem, distances, False)
+    return p
+
+
+def _gradient_parameters(problem: Problem, parameters: Kinds) -> tuple[Argument, bool]:
+    """A table of `records.GradientParameters`, and whether dmean or dvar is among them; else there are no such rows."""
+    kinds = GradientParameters(*parameters[: len(GradientParameters._fields)])
+    mixed = kinds.dmean is not None or kinds.dvar is not None
+    defaults = GradientParameters(mean=0.0, rstd=1.0, gamma=1.0, count=1.0, dmean=0.0, dvar=0.0)
+    table = problem.program.scratch((6 if mixed else 4) * problem.kept, "f8*")
+    for i, (name, default) in enumerate(zip(defaults._fields, defaults, strict=True)):
+        if mixed or name not in ("dmean", "dvar"):
+            problem.program.vector(name, problem.kept, default, table.after(i * problem.kept))
+    return table, mixed
+
+
+def _add_grad_input(problem: Problem, distances: Argument, frozen: bool) -> None:
+    """Frozen statistics have no gradients, so that dx does not depend on x."""
+    p, shape, itemsize = problem.program, problem.shape, problem.itemsize
+    arrays = problem.arrays("dy", "x", "y", "weight", "dx", "dresidual") | {"shape": problem.of_shape}
+    strides = problem.given("dy", "y", "dx", "dresidual")
+    arrays["x"] = _live(problem, frozen)
+    strides += [] if frozen else problem.given("x")
+    if shape.inner < LINE and is_outer(shape, strides, problem.weighted):
+        coalesced = coalescing(shape, itemsize, strides, problem.weighted)
+        width = tile_width(
+            shape.channel * coalesced, shape.inner, itemsize, ROW // 2
+        )  # with five numbers a column, not three
+        tiled = Tiled(problem, coalesced, width, workspace=sizes.LINEAR)
+        p.launch(
+            "outer_gradients.grad_input", tiled.tasks, **arrays, tiles=p.record(tiled.tiles), distances=distances,
+            workspace=problem.workspace(tiled.workspace),
+            nontemporal=problem.nontemporal(tiled.whole_lines(problem.given("dx", "dresidual"))),
+        )  # fmt: skip
+    else:
+        order = InOrder(problem, strides + problem.given("weight"))
+        p.launch(
+            "inner_gradients.grad_input", order.tasks, **arrays, run=order.run, pitch=order.pitch, distances=distances,
+            workspace=problem.workspace(sizes.LINEAR * problem.num_threads * order.pitch),
+            nontemporal=problem.nontemporal_rows(order.run),
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def backward(
+    shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
+    dxs: Strides, drs: Strides | None, parameters: Kinds, frozen: bool, num_threads: int,
+) -> Program:  # fmt: skip
+    """``program(dy, x, y, weight, dx, dresidual, *GradientParameters, sums, nontemporal)``; the sums are `Sums`."""
+    arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "dx": kind}
+    arrays |= {"dresidual": kind if drs else None}
+    arrays |= {**dict(zip(GradientParameters._fields, parameters, strict=True)), "sums": "f8*"}
+    p = Program(num_threads, math.prod(shape), arrays, ["nontemporal"])
+    strides = {"dy": dys, "x": xs, "y": ys, "weight": ws, "dx": dxs, "dresidual": drs}
+    problem = Problem(p, shape, kind, num_threads, strides)
+    table, mixed = _gradient_parameters(problem, parameters)
+    kept, sums = problem.kept, p.array("sums")
+    tile = 0
+    if ws is None and is_outer(shape, problem.given("dy", "x", "y", "dx", "dresidual")):
+        tile = problem.fused_tile(2) if coalescing(shape, problem.itemsize, problem.given("dy", "x", "y")) == 1 else 0
+    if tile:
+        tiled = Tiled(problem, 1, tile, scratch=sizes.SUMS, workspace=sizes.LINEAR, fused=True)
+        p.launch(
+            "outer_gradients.backward", tiled.tasks, **problem.arrays("dy", "x", "y", "dx", "dresidual"),
+            live=_live(problem, frozen), shape=problem.of_shape, tiles=p.record(tiled.tiles), parameters=table,
+            mixed=mixed, sums=sums, partials=p.scratch(tiled.partials, "f8*"),
+            workspace=problem.workspace(tiled.workspace),
+            nontemporal=problem.nontemporal(tiled.whole_lines(problem.given("dx", "dresidual"))),
+        )  # fmt: skip
+    elif problem.whole_channels() and not is_outer(shape, problem.given("dy", "x", "y"), problem.weighted):
+        problem = problem.halved()
+        p.launch(
+            "inner_gradients.backward", kept, **problem.arrays("dy", "x", "y", "weight", "dx", "dresidual"),
+            live=_live(problem, frozen), shape=problem.of_shape, chunks=p.record(chunks_of(problem.shape)),
+            parameters=table, mixed=mixed, sums=sums,
+            workspace=problem.workspace(sizes.LINEAR * num_threads * sizes.PAD),
+            nontemporal=problem.nontemporal_rows(problem.shape.inner),
+        )  # fmt: skip
+    else:
+        distances = p.scratch(len(Distances._fields) * kept, "f8*")
+        _add_grad_sums(problem, table, distances, frozen, mixed)
+        _add_grad_input(problem, distances, frozen)
+    return p
+
+
+def _live(problem: Problem, frozen: bool) -> Strided:
+    """The array x again; of frozen statistics dx does not depend on it."""
+    return problem.program.strided(problem.program.array("x"), None if frozen else problem.strides["x"])
