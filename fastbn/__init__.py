@@ -3,8 +3,9 @@
 from fastbn import threads as threads
 from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_inference
 from fastbn.merging import Moments, merge, population, update_running
+from fastbn.nan_reductions import nanmean, nanstd, nanvar
 from fastbn.primitives import fold, grad_input, grad_sums, normalize
-from fastbn.reductions import average, mean, mean_var, moments, nanmean, nanstd, nanvar, std, var
+from fastbn.reductions import average, mean, mean_var, moments, std, var
 from fastbn.saved import Gradients, Saved
 
 __version__ = "0.1.0"

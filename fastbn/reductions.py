@@ -7,20 +7,28 @@ and a variance good to 1e-6.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from fastbn import prepare_reductions, validation
-from fastbn.arrays import is_foreign, kind_of, one_kind
-from fastbn.call import Unlike, axes_of, describe, find, keep, number_of
+from fastbn.arrays import is_foreign, one_kind
+from fastbn.call import axes_of, describe, find, keep
 from fastbn.merging import Moments, namespace
 from fastbn.prepare_reductions import statistic
-from fastbn.reduction_arguments import Options
+from fastbn.reduction_calls import (
+    array_of,
+    degrees_of,
+    mask_of,
+    mean_call,
+    normalized,
+    options_of,
+    or_default,
+    spread_call,
+)
 
-__all__ = ["average", "mean", "mean_var", "moments", "nanmean", "nanstd", "nanvar", "std", "var"]
+__all__ = ["average", "mean", "mean_var", "moments", "std", "var"]
 
 
 def mean(
@@ -75,7 +83,7 @@ def mean(
     >>> fastbn.mean([[1, 2], [3, 5]], axis=0)
     array([2. , 3.5])
     """
-    return _mean("mean", x, axis, dtype, out, keepdims, where)
+    return mean_call("mean", x, axis, dtype, out, keepdims, where)
 
 
 def var(
@@ -119,7 +127,7 @@ def var(
     >>> fastbn.var([1.0, 2.0, 3.0, 4.0]), fastbn.var([1.0, 2.0, 3.0, 4.0], correction=1)
     (np.float64(1.25), np.float64(1.6666666666666667))
     """
-    return _spread("var", x, axis, dtype, out, _degrees(ddof, correction), keepdims, where, mean)
+    return spread_call("var", x, axis, dtype, out, degrees_of(ddof, correction), keepdims, where, mean)
 
 
 def std(
@@ -144,7 +152,7 @@ def std(
     >>> fastbn.std([1.0, 1.0, 5.0, 5.0])
     np.float64(2.0)
     """
-    return _spread("std", x, axis, dtype, out, _degrees(ddof, correction), keepdims, where, mean)
+    return spread_call("std", x, axis, dtype, out, degrees_of(ddof, correction), keepdims, where, mean)
 
 
 def mean_var(
@@ -181,13 +189,13 @@ def mean_var(
     (array([1., 3.]), array([1., 4.]))
     """
     if type(x) is not np.ndarray:
-        x = _array(x)
-    where, keepdims, correction = _mask(where), _given(keepdims, False), _given(correction, 0)
-    axes, number = _normal(axis, correction)
+        x = array_of(x)
+    where, keepdims, correction = mask_of(where), or_default(keepdims, False), or_default(correction, 0)
+    axes, number = normalized(axis, correction)
     signature = "mean_var", describe(x, where, weights), axes, number, keepdims, type(keepdims)
     run = find(signature)
     if run is None:
-        options = _options(axes, number, axis, None, keepdims, correction)
+        options = options_of(axes, number, axis, None, keepdims, correction)
         run = keep(signature, statistic("mean_var", x, where, weights, None, None, options))
     both: tuple[Any, Any] = run(x, where, weights, None, None)
     return both
@@ -243,7 +251,7 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
     (array([3., 3.]), array([ 3., 30.]))
     """
     if type(x) is not np.ndarray:
-        x = _array(x)
+        x = array_of(x)
     signature = (
         "moments", describe(x, where, weights), axes_of(channel_axis),
     )  # fmt: skip
@@ -252,133 +260,6 @@ def moments(x: Any, *, channel_axis: Any = 1, where: Any = None, weights: Any = 
         run = keep(signature, prepare_reductions.moments(x, where, weights, channel_axis))
     found: Moments = run(x, where, weights)
     return found
-
-
-# --- without NaNs -----------------------------------------------------------------------------------------------------
-
-
-def nanmean(
-    x: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, *, where: Any = True
-) -> Any:
-    """Mean of what is not NaN: `numpy.nanmean`, accurate, parallel and in one pass, without a mask array.
-
-    Parameters
-    ----------
-    x, axis, dtype, out, keepdims, where
-        As for `mean`.
-
-    Returns
-    -------
-    array or scalar
-
-    Raises
-    ------
-    TypeError
-        As `mean`; an integer `dtype` or `out` for floats.
-    ValueError, numpy.exceptions.AxisError
-        As `mean`.
-
-    Notes
-    -----
-    A slice of nothing but NaNs gives NaN and NumPy's RuntimeWarning.
-
-    Examples
-    --------
-    >>> import numpy as np, fastbn
-    >>> fastbn.nanmean([[1.0, np.nan], [3.0, 5.0]], axis=0)
-    array([2., 5.])
-    """
-    return _mean("nanmean", x, axis, dtype, out, keepdims, where)
-
-
-def nanvar(
-    x: Any,
-    axis: Any = None,
-    dtype: Any = None,
-    out: Any = None,
-    ddof: float = 0,
-    keepdims: bool = False,
-    *,
-    where: Any = True,
-    mean: Any = None,
-    correction: float | None = None,
-) -> Any:
-    """Variance of what is not NaN: `numpy.nanvar`, accurate, parallel and in one pass, without a mask array.
-
-    Parameters
-    ----------
-    x, axis, dtype, out, keepdims, where
-        As for `mean`.
-    ddof, mean, correction
-        As for `var`.
-
-    Returns
-    -------
-    array or scalar
-
-    Raises
-    ------
-    TypeError
-        As `mean`; an integer `dtype` or `out` for floats.
-    ValueError, numpy.exceptions.AxisError
-        As `var`.
-
-    Notes
-    -----
-    A slice of no more numbers than `ddof` gives NaN and NumPy's RuntimeWarning.
-
-    Examples
-    --------
-    >>> import numpy as np, fastbn
-    >>> fastbn.nanvar([1.0, np.nan, 3.0, 5.0], ddof=1)
-    np.float64(4.0)
-    """
-    return _spread("nanvar", x, axis, dtype, out, _degrees(ddof, correction), keepdims, where, mean)
-
-
-def nanstd(
-    x: Any,
-    axis: Any = None,
-    dtype: Any = None,
-    out: Any = None,
-    ddof: float = 0,
-    keepdims: bool = False,
-    *,
-    where: Any = True,
-    mean: Any = None,
-    correction: float | None = None,
-) -> Any:
-    """Standard deviation of what is not NaN, ``sqrt(nanvar(...))``: `numpy.nanstd`, accurate, parallel and in one pass.
-
-    Parameters
-    ----------
-    x, axis, dtype, out, keepdims, where
-        As for `mean`.
-    ddof, mean, correction
-        As for `var`.
-
-    Returns
-    -------
-    array or scalar
-
-    Raises
-    ------
-    TypeError
-        As `mean`; an integer `dtype` or `out` for floats.
-    ValueError, numpy.exceptions.AxisError
-        As `var`.
-
-    Notes
-    -----
-    That of `nanvar`, rounded once.
-
-    Examples
-    --------
-    >>> import numpy as np, fastbn
-    >>> fastbn.nanstd([1.0, np.nan, 5.0])
-    np.float64(2.0)
-    """
-    return _spread("nanstd", x, axis, dtype, out, _degrees(ddof, correction), keepdims, where, mean)
 
 
 # --- with weights -----------------------------------------------------------------------------------------------------
@@ -428,9 +309,9 @@ def average(x: Any, axis: Any = None, weights: Any = None, returned: bool = Fals
     >>> fastbn.average([[1.0, 2.0], [3.0, 6.0]], axis=1, weights=[1, 3])
     array([1.75, 5.25])
     """
-    keepdims = _given(keepdims, False)
+    keepdims = or_default(keepdims, False)
     if type(x) is not np.ndarray:
-        x = _array(x)
+        x = array_of(x)
     if weights is None:
         result = mean(x, axis, keepdims=keepdims)
         scale = np.asarray(result) if isinstance(result, np.generic) else result
@@ -438,7 +319,7 @@ def average(x: Any, axis: Any = None, weights: Any = None, returned: bool = Fals
         return (result, _like(scale, number)) if returned else result
     weights = _weights_beside(weights, x, axis)
     dtype = np.result_type(x.dtype, weights.dtype, *([np.float64] if x.dtype.kind in "iub" else []))
-    normal, _ = _normal(axis)
+    normal, _ = normalized(axis)
     signature = "average", describe(x, weights), normal, keepdims, type(keepdims)
     run = find(signature)
     if run is None:
@@ -471,86 +352,3 @@ def _weights_beside(weights: Any, x: Any, axis: Any) -> Any:
         raise ValueError(f"weights: expected x's shape {x.shape} or that of its axes, {expected}, got {weights.shape}")
     order = sorted(range(len(axes)), key=axes.__getitem__)
     return weights.transpose(order).reshape(tuple(n if a in axes else 1 for a, n in enumerate(x.shape)))
-
-
-# --- what the NumPy drop-ins share ------------------------------------------------------------------------------------
-
-
-def _mean(name: str, x: Any, axis: Any, dtype: Any, out: Any, keepdims: Any, where: Any) -> Any:
-    if type(x) is not np.ndarray:
-        x = _array(x)
-    where, keepdims = _mask(where), _given(keepdims, False)
-    axes, number = _normal(axis)
-    signature = name, describe(x, where, out), axes, dtype, keepdims, type(keepdims)
-    run = find(signature)
-    if run is None:
-        options = _options(axes, number, axis, dtype, keepdims, 0, name == "nanmean")
-        run = keep(signature, statistic("mean", x, where, None, None, out, options))
-    return run(x, where, None, None, out)
-
-
-def _spread(
-    name: str, x: Any, axis: Any, dtype: Any, out: Any, ddof: Any, keepdims: Any, where: Any, given: Any
-) -> Any:
-    """The variance, or its root."""
-    if type(x) is not np.ndarray:
-        x = _array(x)
-    where, keepdims, given = _mask(where), _given(keepdims, False), _given(given, None)
-    number = isinstance(given, (int, float))
-    axes, divided_by = _normal(axis, ddof)
-    signature = (
-        name, describe(x, where, None if number else given, out), type(given) if number else None, axes, dtype,
-        divided_by, keepdims, type(keepdims),
-    )  # fmt: skip
-    run = find(signature)
-    if run is None:
-        options = _options(axes, divided_by, axis, dtype, keepdims, ddof, name.startswith("nan"))
-        run = keep(signature, statistic(name.removeprefix("nan"), x, where, None, given, out, options))
-    return run(x, where, None, given, out)
-
-
-def _array(x: Any) -> Any:
-    """Lists and scalars as NumPy takes them; foreign arrays are refused."""
-    cupy = sys.modules.get("cupy")
-    if isinstance(x, np.memmap) or (cupy is not None and isinstance(x, cupy.ndarray)):
-        return x
-    if is_foreign(x):
-        kind_of("x", x)  # raises, naming what to pass instead
-    return np.asarray(x)
-
-
-def _normal(axis: Any, ddof: Any = 0) -> tuple[Any, Any]:
-    """Both as a signature has them."""
-    return (
-        axis if axis is None or type(axis) is int else axes_of(axis),
-        ddof if type(ddof) is int else number_of(ddof),
-    )
-
-
-def _options(
-    axis: Any, ddof: Any, given_axis: Any, dtype: Any, keepdims: Any, given_ddof: Any = 0, skip_nan: bool = False
-) -> Options:
-    """What was normalized if it could be, else what was given: then the call is not kept."""
-    axis, ddof = given_axis if type(axis) is Unlike else axis, given_ddof if type(ddof) is Unlike else ddof
-    return Options(axis, dtype, keepdims, ddof, skip_nan)
-
-
-def _mask(where: Any) -> Any:
-    """None for True, which leaves nothing out; None itself is no mask."""
-    if where is True or where is np._NoValue:
-        return None
-    return np.asarray(None) if where is None else where
-
-
-def _given(value: Any, default: Any) -> Any:
-    """A keyword's value, or its default for ``numpy._NoValue``, which NumPy's wrappers pass on for what is left out."""
-    return default if value is np._NoValue else value
-
-
-def _degrees(ddof: float, correction: float | None) -> float:
-    correction = _given(correction, None)
-    if correction is None:
-        return ddof
-    if ddof != 0:
-        raise ValueError("correction: expected ddof or correction, got both")
-    return correction
