@@ -1,4 +1,4 @@
-"""What the statistics that take NumPy's place share: arguments as NumPy has them, and calls that are found or prepared."""
+"""What the statistics that take NumPy's place share: arguments as NumPy has them; calls that are found or prepared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics: `mean`, `var`, `std`, their nan forms and `average` as drop-ins for NumPy's, `mean_var`, `moments`.
+"""Statistics in the place of NumPy's: `mean`, `var`, `std`, `average`; `mean_var` and `moments`.
 
 Everything is summed in float64, around values near the mean where squares are, and read where it lies, in whatever
 dtype (``cpu/kernels/statistics.py``): float32 data with a mean 50 000 times their deviation keep a mean good to 1e-7

@@ -13,7 +13,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from tests.cuda_compile import CHIPS, Variant, disassembly, planned
+from tests.cuda_compile import disassembly
+from tests.cuda_variants import CHIPS, Variant, planned
 
 RARE = (("add_carefully(chunk, weights, start);", "origin = start;"), (" || constant(chunk, weights, start)", ""))
 

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from tests import cuda_compile
-from tests.cuda.variants import of_statistics
-from tests.cuda_compile import CHIPS, Variant
+from tests import cuda_compile, cuda_variants
+from tests.cuda_statistics_variants import of_statistics
+from tests.cuda_variants import CHIPS, Variant
 
 pytestmark = pytest.mark.skipif(cuda_compile.available() is not None, reason=str(cuda_compile.available()))
 
@@ -42,7 +42,7 @@ def each(architectures, kernels=KERNELS, *marks):
 def test_some_pairs_of_choices(architecture, kernel):
     """A part of them for either architecture, those of clusters where there are clusters; all of them are slow."""
     some = {n: [] for n in BY_DEFAULT}
-    for i, variant in enumerate(sorted(cuda_compile.pairwise(90))):
+    for i, variant in enumerate(sorted(cuda_variants.pairwise(90))):
         if i % 8 < 2:
             some[90 if variant["CLUSTER"] > 1 or i % 8 == 0 else 80].append(variant)
     check(architecture, kernel, some[architecture])
@@ -50,7 +50,7 @@ def test_some_pairs_of_choices(architecture, kernel):
 
 @each(CHIPS, KERNELS, pytest.mark.slow)
 def test_every_pair_of_choices(architecture, kernel):
-    check(architecture, kernel, cuda_compile.pairwise(architecture))
+    check(architecture, kernel, cuda_variants.pairwise(architecture))
 
 
 @each(BY_DEFAULT, OF_STATISTICS)
@@ -80,7 +80,7 @@ def test_all_that_statistics_are_divided_into_is_chosen_from(architecture):
 
 @each(WIDEST, OF_ARRAYS, pytest.mark.slow)
 def test_widest_kernels_with_each_option(architecture, kernel):
-    check(architecture, kernel, cuda_compile.hot(architecture))
+    check(architecture, kernel, cuda_variants.hot(architecture))
 
 
 @pytest.mark.parametrize("architecture", BY_DEFAULT, ids="sm_{}".format)
@@ -89,16 +89,16 @@ def test_all_that_is_planned_is_chosen_from(architecture):
 
     texts = {file.name.removesuffix(".cu") for file in launch.KERNELS.iterdir()}
     assert {*KERNELS, *OF_STATISTICS} == texts
-    assert set(KERNELS) == {v.kernel for v in cuda_compile.pairwise(architecture)}
-    assert {v.kernel for v in cuda_compile.hot(architecture)} == set(OF_ARRAYS)
-    every = cuda_compile.planned(architecture)
-    every, pairs = ([v for v in some if not v.of_numbers] for some in (every, cuda_compile.pairwise(architecture)))
+    assert set(KERNELS) == {v.kernel for v in cuda_variants.pairwise(architecture)}
+    assert {v.kernel for v in cuda_variants.hot(architecture)} == set(OF_ARRAYS)
+    every = cuda_variants.planned(architecture)
+    every, pairs = ([v for v in some if not v.of_numbers] for some in (every, cuda_variants.pairwise(architecture)))
     for name, values in {
         "DTYPE": {0, 1, 2, 3},
         "VECTOR": {1, 2, 4, 8},
         "ALONG_CHANNELS": {0, 1},
         "LANES": {1, 2, 4, 8, 16, 32} | {v["LANES"] for v in every if v["RUN"]},
-        "RUN": {0, *cuda_compile.ROWS},
+        "RUN": {0, *cuda_variants.ROWS},
         "THREADS": {32, 64, 128, 256},
         "WIDE": {0, 1},
         "WEIGHT": {0, 1, 2},

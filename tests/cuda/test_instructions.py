@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import cuda_compile, cuda_instructions
+from tests import cuda_compile, cuda_instructions, cuda_variants
 
 pytestmark = pytest.mark.skipif(cuda_compile.available() is not None, reason=str(cuda_compile.available()))
 
@@ -17,7 +17,7 @@ def variant_of(kernel, dtype, **macros):
     return next(
         v
         for v in cuda_instructions.full(90)
-        if (v.kernel, cuda_compile.DTYPES[v["DTYPE"]]) == (kernel, dtype)
+        if (v.kernel, cuda_variants.DTYPES[v["DTYPE"]]) == (kernel, dtype)
         and all((v[name] > 0) == wanted for name, wanted in macros.items())
     )
 

@@ -6,7 +6,7 @@ import itertools
 from functools import lru_cache
 
 from fastbn.dimensions import dimensions
-from tests.cuda_compile import CHIPS, ITEMSIZES, Variant, covering
+from tests.cuda_variants import CHIPS, ITEMSIZES, Variant, covering
 
 
 @lru_cache(maxsize=16)
