@@ -25,7 +25,16 @@ simt::Thread* simt_self;
 
 namespace {
 
-enum Error : int { deadlock = 1, wrong_barrier, wrong_collective, outside_shared, misaligned, no_launch, trapped };
+enum Error : int {
+    deadlock = 1,
+    wrong_barrier,
+    wrong_collective,
+    outside_shared,
+    misaligned,
+    no_launch,
+    trapped,
+    weak_memory
+};
 
 constexpr unsigned warp_size = 32;
 constexpr unsigned every_lane = 0xffffffffu;
@@ -50,6 +59,8 @@ struct alignas(64) Fiber : simt::Thread {
     void* stack_pointer;
     Warp* warp;
     unsigned lane;
+    unsigned round;  // of the cluster's barrier, that the thread has arrived at
+    bool arrived;     // and not yet waited
 #ifdef __SANITIZE_ADDRESS__
     const void* stack;
     size_t stack_bytes;
@@ -71,6 +82,7 @@ struct Warp {
 struct Cluster {
     Block* blocks;
     unsigned block_count, threads, at_barrier, exited;
+    unsigned round;  // of the barrier, which so many are through
 };
 
 struct Block {
@@ -168,6 +180,10 @@ private:
 };
 
 // ---- who runs
+
+bool within(const void* address, const void* data, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(data) < bytes;
+}
 
 inline Fiber& self() { return static_cast<Fiber&>(*simt_self); }
 

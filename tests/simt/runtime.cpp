@@ -8,8 +8,8 @@
 //
 // float32 numbers that are subnormal count as 0, as CuPy compiles kernels. Here float64 ones do too.
 //
-// What this cannot show: threads see what others write at once, in order, and the collectives of a warp order memory as
-// __syncwarp does, none of which a GPU promises.
+// Threads see what others write at once, in order, and the collectives of a warp order memory as __syncwarp does, none
+// of which a GPU promises: races.h and stale.h are about that, of kernels whose accesses are announced.
 //
 // An error abandons all fibers: control goes back to simt_launch, and their stacks are used again.
 #include "accesses.h"
@@ -86,7 +86,8 @@ void prepare(unsigned first_block) {
     const unsigned warp_count = warps_of_block();
     for (unsigned slot = 0; slot < launch.resident; ++slot) {
         Cluster& cluster = clusters[slot / launch.cluster];
-        if (slot % launch.cluster == 0) cluster = {&blocks[slot], launch.cluster, launch.cluster * launch.block, 0, 0};
+        if (slot % launch.cluster == 0)
+            cluster = {&blocks[slot], launch.cluster, launch.cluster * launch.block, 0, 0, 0};
         Block& block = blocks[slot];
         block = {};
         block.ready_warps = every_lane >> (32 - warp_count);
@@ -113,6 +114,7 @@ void prepare(unsigned first_block) {
             fiber.shared = shared_of(slot);
             fiber.warp = &block.warps[i / warp_size];
             fiber.lane = i % warp_size;
+            fiber.arrived = false;
             prepare_stack(fiber, index);
         }
     }
@@ -139,29 +141,73 @@ void simt_block_barrier() {
     Fiber& me = self();
     Block& block = *me.warp->block;
     if (block.exited) fail_at(block_barrier, me, others_exited);
-    if (block.at_cluster_barrier) fail_at(block_barrier, me, "while other threads of the block are at the cluster's");
+    if (block.at_cluster_barrier && !me.arrived)
+        fail_at(block_barrier, me, "while other threads of the block are at the cluster's");
     me.warp->at_block_barrier |= 1u << me.lane;
-    if (++block.at_block_barrier == block.threads) release(block);
+    if (++block.at_block_barrier == block.threads) {
+        if (modelled()) met(block);
+        release(block);
+    }
     run(me, next_in(block));
 }
 
-void simt_cluster_barrier() {
+void simt_cluster_arrive(bool releases) {
     Fiber& me = self();
     Block& block = *me.warp->block;
     Cluster& cluster = *block.cluster;
     if (cluster.exited) fail_at(cluster_barrier, me, others_exited);
-    if (block.at_block_barrier) fail_at(cluster_barrier, me, "while other threads of the block are at the block's");
-    me.warp->at_cluster_barrier |= 1u << me.lane;
-    ++block.at_cluster_barrier;
-    if (++cluster.at_barrier == cluster.threads) {
-        cluster.at_barrier = 0;
-        for (unsigned i = 0; i < cluster.block_count; ++i) release(cluster.blocks[i]);
+    if (me.arrived) fail_at(cluster_barrier, me, "where it has arrived before and not waited");
+    me.arrived = true;
+    me.round = cluster.round;
+    if (modelled()) arrive(cluster, releases);
+    if (++cluster.at_barrier < cluster.threads) return;
+    cluster.at_barrier = 0;
+    ++cluster.round;
+    if (modelled()) begin_next_round(cluster);
+    for (unsigned i = 0; i < cluster.block_count; ++i) release_from_cluster(cluster.blocks[i]);
+}
+
+void simt_cluster_wait() {
+    Fiber& me = self();
+    Warp& warp = *me.warp;
+    Block& block = *warp.block;
+    Cluster& cluster = *block.cluster;
+    if (!me.arrived) fail_at(cluster_barrier, me, "where it waits and has not arrived");
+    me.arrived = false;
+    if (cluster.round == me.round) {
+        if (waits_for_one_that_has_not_arrived(block))
+            fail_at(cluster_barrier, me, "while other threads of the block are at the block's");
+        warp.at_cluster_barrier |= 1u << me.lane;
+        ++block.at_cluster_barrier;
+        run(me, next_in(block));
+    } else {
+        warp.ready |= 1u << me.lane;
+        block.ready_warps |= warp.bit;
+        run(me, next());
     }
-    run(me, cluster.at_barrier ? next_in(block) : next());
+    if (modelled()) acquire(cluster, me.round);
+}
+
+unsigned char* simt_shared_of(unsigned rank) {
+    const Block& block = *self().warp->block;
+    const Cluster& cluster = *block.cluster;
+    if (rank >= cluster.block_count || cluster.blocks[rank].exited)
+        fail(outside_shared, "block %u, thread %u: block %u of the cluster %s", self().block.x, self().thread.x, rank,
+             rank < cluster.block_count ? "has exited" : "does not exist");
+    return cluster.blocks[rank].warps->fibers->shared;
+}
+
+void simt_fence(bool of_device) {
+    const bool delayed = model.mode == stale && order == Order::random;  // others may run before and behind it
+    if (delayed && at_random(2)) simt_spin();
+    if (modelled()) fence(of_device);
+    if (delayed && at_random(2)) simt_spin();
 }
 
 void simt_syncwarp(unsigned mask) {
-    meet(simt::syncwarp, mask, 0, 0, [](Warp&, unsigned) {});
+    meet(simt::syncwarp, mask, 0, 0, [](Warp& warp, unsigned lanes) {
+        if (modelled()) met(warp, lanes);
+    });
 }
 
 unsigned simt_vote(unsigned collective, unsigned mask, bool predicate) {
@@ -218,7 +264,7 @@ int simt_launch(void (*kernel)(const void*), const void* parameters, size_t para
     error = 0;
     const size_t shared_stride = (shared_bytes + guard_size + 127) / 128 * 128;
     launch = {kernel, grid, block, resident, cluster, shared_bytes, shared_stride};
-    if (parameter_bytes > max_params || !reserve()) {
+    if (parameter_bytes > max_params || !reserve() || (modelled() && !begin_model())) {
         snprintf(message, message_size, "no launch: too many parameters, or no memory");
         return no_launch;
     }
@@ -233,7 +279,10 @@ int simt_launch(void (*kernel)(const void*), const void* parameters, size_t para
     for (unsigned i = 0; i < group_count && !error; ++i) {
         prepare(groups[i] * resident);
         poison_shared();
+        if (modelled()) begin_blocks();
+        if (model.mode == stale) memset(all_seen, 0, sizeof all_seen);
         run(caller, next());
+        hide();
         check_shared();
     }
 #ifdef __SANITIZE_ADDRESS__

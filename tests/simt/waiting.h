@@ -72,11 +72,33 @@ void explain_deadlock() {
 const char* const others_exited = "which other threads never reach: they have exited";
 
 void release(Block& block) {
-    block.at_block_barrier = block.at_cluster_barrier = 0;
+    block.at_block_barrier = 0;
     for (unsigned i = 0; i < block.warp_count; ++i) {
         Warp& warp = block.warps[i];
-        warp.at_block_barrier = warp.at_cluster_barrier = 0;
+        warp.at_block_barrier = 0;
         warp.ready = warp.existing;
+        block.ready_warps |= warp.bit;
+    }
+}
+
+// Whether a thread of the block that is at its barrier has to come to the cluster's first.
+bool waits_for_one_that_has_not_arrived(const Block& block) {
+    for (unsigned i = 0; block.at_block_barrier && i < block.warp_count; ++i) {
+        const Warp& warp = block.warps[i];
+        for (unsigned rest = warp.at_block_barrier; rest; rest &= rest - 1)
+            if (!warp.fibers[__builtin_ctz(rest)].arrived) return true;
+    }
+    return false;
+}
+
+// Those that wait; others have arrived and still run.
+void release_from_cluster(Block& block) {
+    block.at_cluster_barrier = 0;
+    for (unsigned i = 0; i < block.warp_count; ++i) {
+        Warp& warp = block.warps[i];
+        if (!warp.at_cluster_barrier) continue;
+        warp.ready |= warp.at_cluster_barrier;
+        warp.at_cluster_barrier = 0;
         block.ready_warps |= warp.bit;
     }
 }
