@@ -168,6 +168,12 @@ def weights_of_each_channel(case):
     case.keywords["weights"] = (np.random.default_rng(2).random(case.x.shape) < 0.7).astype(float)
 
 
+def some_weights_next_to_0(case):
+    """Too small for float32 and for any result, of all elements that some threads have."""
+    weights = case.keywords["weights"]
+    case.keywords["weights"] = np.where(np.arange(weights.size).reshape(weights.shape) < 64, 2.0**-130, weights)
+
+
 def outliers_first(case):
     """Every thread starts each of its chunks of eight vectors far from all other elements.
 
@@ -224,6 +230,7 @@ RUNS = {
     ),
     "moments, columns": Run(moments, COLUMNS),
     "moments, columns, weights": Run(moments, COLUMNS, "weights relu", settings={"tuning": {"items_per_thread": 4}}),
+    "moments, columns, some weights next to 0": Run(moments, COLUMNS, "weights relu", alter=some_weights_next_to_0),
     "moments, columns, weights of each channel": Run(moments, COLUMNS, alter=weights_of_each_channel),
     "moments, columns, NaN": Run(moments, COLUMNS, alter=nan_in_the_first_channel),
     "moments, columns, infinities": Run(moments, COLUMNS, alter=infinities),
