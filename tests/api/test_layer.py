@@ -186,8 +186,9 @@ def assert_same(place, ours, theirs):
 
 def assert_steps(layout, options, dtype, place, parameters="float32"):
     """Training steps, and then a backward pass by running statistics, have the bits of the functions."""
-    norm = layer_of(layout, place=place, dtype=parameters)
-    affine, axis = (norm.gamma, norm.beta), {"channel_axis": layout.channel_axis}
+    axis = {"channel_axis": layout.channel_axis, "eps": 0.01}
+    norm = layer_of(layout, place=place, dtype=parameters, eps=0.01)
+    affine = norm.gamma, norm.beta
     keywords = options_of(layout, options, dtype, place)
     mean, var = norm.mean.copy(), norm.var.copy()
     epilogue = {key: keywords[key] for key in ("residual", "activation") if key in keywords}
