@@ -139,12 +139,24 @@ class BatchNorm:
         self._saved: Any = None  # what makes the `Saved` of the last forward pass, and its hook
 
     def train(self, mode: bool = True) -> BatchNorm:
-        """Use the statistics of batches and update the running ones; with False as `eval`. Returns the layer."""
+        """Normalise by the statistics of batches and update the running ones; with False as `eval`.
+
+        Returns
+        -------
+        BatchNorm
+            The layer itself.
+        """
         self.training = bool(mode)
         return self
 
     def eval(self) -> BatchNorm:
-        """Use the running statistics. Returns the layer."""
+        """Normalise by the running statistics, and let them be.
+
+        Returns
+        -------
+        BatchNorm
+            The layer itself.
+        """
         return self.train(False)
 
     def forward(
@@ -285,7 +297,8 @@ class BatchNorm:
         --------
         >>> import fastbn
         >>> norm = fastbn.BatchNorm(3)
-        >>> copy = fastbn.BatchNorm(3).load(norm.state())
+        >>> fastbn.BatchNorm(3).load(norm.state())
+        BatchNorm(3, channel_axis=1, eps=1e-05, rate=0.1, correction=1, dtype=float32, xp=numpy)
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state: expected a mapping of names to arrays, got {type(state).__name__}")
