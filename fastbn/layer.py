@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from operator import index
 from typing import Any
 
 import numpy as np
@@ -77,8 +76,8 @@ class BatchNorm:
     Channels with no more than `correction` values in a batch keep their running statistics. Otherwise
     ``y = act(gamma (x - mean) / sqrt(var + eps) + beta + residual)``.
 
-    `forward` keeps `x`, and with relu `y`, until `backward` has used them or the next `forward`. Copies and pickles of
-    a layer are without: they begin with a forward pass.
+    `forward` keeps `x`, and with relu `y`, until `backward` has used them or the next `forward`; in between neither
+    they nor the layer's arrays may change. Copies and pickles of a layer are without: they begin with a forward pass.
 
     Instance norm has no statistics to keep: ``batch_norm(x, gamma, beta, channel_axis=(0, 1))``.
 
@@ -122,10 +121,9 @@ class BatchNorm:
             raise TypeError(f"xp: expected numpy or cupy, got {xp!r}")
         if rate is not None and not 0 <= validation.real("rate", rate) <= 1:
             raise ValueError(f"rate: expected None or a number in [0, 1], got {rate}")
-        dtype = _float_dtype(dtype)
+        dtype, shape = validation.float_dtype("dtype", dtype), validation.sizes("channels", channels, channel_axis)
+        self.channel_axis = validation.static_axes(channel_axis)
         self.eps, self.rate, self.correction = validation.epsilon(eps), rate, validation.real("correction", correction)
-        self.channel_axis = _axes(channel_axis)
-        shape = _sizes(channels, self.channel_axis)
         self.gamma: Any = xp.ones(shape, dtype) if affine else None
         self.beta: Any = xp.zeros(shape, dtype) if affine else None
         self.mean: Any = xp.zeros(shape)
@@ -367,35 +365,6 @@ class BatchNorm:
             f"BatchNorm({shape[0] if len(shape) == 1 else shape}, channel_axis={self.channel_axis}, eps={self.eps}, "
             f"rate={self.rate}, correction={self.correction:g}, {parameters}, xp={namespace(self.mean).__name__})"
         )
-
-
-def _float_dtype(dtype: Any) -> Any:
-    try:
-        found = np.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or not validation.is_float(found):
-        raise TypeError(f"dtype: expected one of {', '.join(validation.FLOATS)}, got {dtype!r}")
-    return found
-
-
-def _axes(channel_axis: Any) -> int | tuple[int, ...]:
-    try:
-        return validation.static_axes(channel_axis)
-    except TypeError:
-        raise TypeError(f"channel_axis: expected an int or a tuple of ints, got {channel_axis!r}") from None
-
-
-def _sizes(channels: Any, channel_axis: Axes) -> tuple[int, ...]:
-    """The shape of parameters and statistics."""
-    try:
-        shape = tuple(map(index, channels if isinstance(channels, (tuple, list)) else (channels,)))
-    except TypeError:
-        raise TypeError(f"channels: expected an int or a tuple of ints, got {channels!r}") from None
-    axes = 1 if isinstance(channel_axis, int) else len(channel_axis)
-    if len(shape) != axes or min(shape, default=1) < 1:
-        raise ValueError(f"channels: expected sizes >= 1, one for each of {axes} channel axes, got {channels!r}")
-    return shape
 
 
 def _loaded(xp: Any, name: str, value: Any, shape: tuple[int, ...]) -> Any:

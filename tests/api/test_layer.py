@@ -13,6 +13,7 @@ from numpy.exceptions import AxisError
 from numpy.testing import assert_allclose, assert_array_equal
 
 import fastbn
+from tests.on_cupy import without_gpu
 from tests.support import DTYPES, Layout, channels_last, fortran, spatial_slice
 
 LAYOUTS = {
@@ -43,7 +44,10 @@ def place(request):
     if request.param == "numpy":
         return Place(np, lambda a: a, lambda a: a)
     if request.config.getoption("require_cuda"):
-        cupy = pytest.importorskip("cupy")
+        if reason := without_gpu():
+            pytest.fail(f"--require-cuda: {reason}")
+        import cupy
+
         return Place(cupy, cupy.asarray, cupy.asnumpy)
     request.getfixturevalue("cuda_device")
     import cupy
@@ -227,17 +231,12 @@ def test_steps(layout, options):
     assert_steps(LAYOUTS[layout], options, "float32", Place(np, lambda a: a, lambda a: a))
 
 
-@pytest.mark.parametrize(("options", "dtype"), [("plain", "float64"), ("residual relu", "float16")])
-def test_steps_of_other_dtypes(options, dtype, place):
-    assert_steps(LAYOUTS["NCHW"], options, dtype, place, "float64" if dtype == "float64" else "float32")
-
-
-def test_steps_on_cupy_arrays(cuda_device):
-    import cupy
-
-    from tests.simt import host_cupy
-
-    assert_steps(LAYOUTS["NHWC"], "residual relu", "float32", Place(cupy, host_cupy.to_cupy, host_cupy.to_numpy))
+@pytest.mark.parametrize(("layout", "options", "dtype", "parameters"), [
+    ("NCHW", "plain", "float64", "float64"), ("NCHW", "residual relu", "float16", "float32"),
+    ("NHWC", "residual relu", "float32", "float32"), ("NCHW", "where", "float32", "bfloat16"),
+])  # fmt: skip
+def test_steps_on_both_kinds_of_array(layout, options, dtype, parameters, place):
+    assert_steps(LAYOUTS[layout], options, dtype, place, parameters)
 
 
 def test_two_ranks():
