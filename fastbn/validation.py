@@ -26,6 +26,17 @@ def is_float(dtype: Any) -> bool:
     return known
 
 
+def float_dtype(name: str, dtype: Any) -> Any:
+    """A dtype on which kernels compute, from what NumPy makes one of."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not is_float(found):
+        raise TypeError(f"{name}: expected one of {', '.join(FLOATS)}, got {dtype!r}")
+    return found
+
+
 def data(name: str, array: Any) -> Any:
     """An array of data: one of the float dtypes. A memmap is seen as the plain array it is."""
     if not is_float(array.dtype):
@@ -85,6 +96,22 @@ def static_axes(channel_axis: Any) -> int | tuple[int, ...]:
         return index(channel_axis)
     except TypeError:
         return tuple(map(index, channel_axis))
+
+
+def sizes(name: str, numbers: Any, channel_axis: Any) -> Shape:
+    """The shape of channels: a size for each of the channel axes."""
+    try:
+        shape = tuple(map(index, numbers if isinstance(numbers, (tuple, list)) else (numbers,)))
+    except TypeError:
+        raise TypeError(f"{name}: expected an int or a tuple of ints, got {numbers!r}") from None
+    try:
+        axes = static_axes(channel_axis)
+    except TypeError:
+        raise TypeError(f"channel_axis: expected an int or a tuple of ints, got {channel_axis!r}") from None
+    count = 1 if isinstance(axes, int) else len(axes)
+    if len(shape) != count or min(shape, default=1) < 1:
+        raise ValueError(f"{name}: expected sizes >= 1, one for each of {count} channel axes, got {numbers!r}")
+    return shape
 
 
 def layout_for(x: Any, channel_axis: Any, name: str = "channel_axis") -> Layout:
