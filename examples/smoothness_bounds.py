@@ -2,7 +2,8 @@
 
 A unit has the outputs y = X w over a batch of m, and L(z) is the loss as a function of what it passes on. Without batch
 norm it passes on y itself; with batch norm the loss is Lbn(y) = L(z) at z = gamma yhat + beta, yhat = (y - mean)/sigma.
-With g = dL/dz and d = dLbn/dy, both at the same z, and H the Hessian of L in z, the theorems' inequalities are::
+With g = dL/dz and d = dLbn/dy, both at the same z, and H the Hessian of L in z, the theorems' inequalities are as
+follows; gamma and beta are constant, sigma has no eps and is not 0, L is differentiable as often as it takes::
 
     4.1   |d|^2        <=  gamma^2/sigma^2 (|g|^2 - <1, g>^2/m - <g, yhat>^2/m)
     4.2   d' Hbn d     <=  gamma^2/sigma^2 d'Hd - gamma/(m sigma^2) <g, yhat> |d|^2                  (first part)
@@ -81,7 +82,7 @@ class Step(NamedTuple):
     second: Array  # (CHANNELS,): 4.2, first part
     relaxed: Array  # 4.2, second part
     weights: Array  # 4.4
-    printed: Array  # 4.4 as printed: right - left
+    printed: Array  # 4.4 as printed: right/left - 1
     unsquared: Array  # the same with g_j for its square
 
 
@@ -119,6 +120,27 @@ def quadratic_form(gradient: Gradient, at: Array, j: int, v: Array) -> float:
     return (4 * difference(h / 2) - difference(h)) / 3
 
 
+def along_gradients(norm: Watched, g_at: Gradient, units: Array) -> tuple[Array, Array]:
+    """Slacks of theorem 4.2's two parts for some of the units; `g_at` is dL/dz for any z."""
+
+    def d_at(y: Array) -> Array:
+        own = deepcopy(norm)
+        return own.backward(g_at(own.forward(y, training=True)))
+
+    yhat = (norm.y - norm.saved.mean) * norm.saved.rstd
+    z, slacks = norm.gamma * yhat + norm.beta, []
+    for j in units:
+        g, d, scale = norm.g[:, j], norm.d[:, j], (norm.gamma[j] * norm.saved.rstd[j]) ** 2
+        left = quadratic_form(d_at, norm.y, j, d)
+        along_d, along_g = (scale * quadratic_form(g_at, z, j, v) for v in (d, g))
+        away = scale / (norm.gamma[j] * len(g)) * (g @ yhat[:, j]) * (d @ d)
+        slacks.append([(along - away - left) / (abs(along) + abs(away)) for along in (along_d, along_g)])
+    first, second = np.array(slacks).T
+    if norm.eps == 0 and first.min() < -DIFFERENCES:
+        raise ArithmeticError(f"theorem 4.2 fails, by {-first.min():.2g}")
+    return first, second
+
+
 def measure(network: Network, index: int, x: Array, labels: Array, rng: np.random.Generator) -> Step:
     """After a pass there and back: of the batch norm at this place, whose input is X W for the X given."""
     norm, above = network.layers[index], Network(deepcopy(network.layers[index + 1 :]))
@@ -126,43 +148,26 @@ def measure(network: Network, index: int, x: Array, labels: Array, rng: np.rando
     def g_at(z: Array) -> Array:
         return above.backward(softmax_loss(above.forward(z, training=True), labels)[1])
 
-    def d_at(y: Array) -> Array:
-        own = deepcopy(norm)
-        return own.backward(g_at(own.forward(y, training=True)))
-
-    y, g, d, gamma, sigma = norm.y, norm.g, norm.d, norm.gamma, 1 / norm.saved.rstd
-    m, yhat, scale = len(y), (y - norm.saved.mean) / sigma, (gamma / sigma) ** 2
-    z = gamma * yhat + norm.beta
-
-    square, by_mean, by_yhat = parts(g, yhat)
-    size, bound = np.sum(d**2, axis=0), scale * (square - by_mean - by_yhat)
-    slack = 1 - size / bound
-    if ((size - bound) > ROUNDING * scale * square).any():
-        raise ArithmeticError(f"theorem 4.1 fails, by {-slack.min():.2g}")
-    plain = parts(g_at(y), yhat)
-    plain_slack = 1 - size / (scale * (plain[0] - plain[1] - plain[2]))
-
-    second, relaxed = [], []
-    for j in rng.choice(len(gamma), CHANNELS, replace=False):
-        left, along_d = quadratic_form(d_at, y, j, d[:, j]), scale[j] * quadratic_form(g_at, z, j, d[:, j])
-        along_g = scale[j] * quadratic_form(g_at, z, j, g[:, j])
-        away = gamma[j] / (m * sigma[j] ** 2) * (g[:, j] @ yhat[:, j]) * size[j]
-        second.append((along_d - away - left) / (abs(along_d) + abs(away)))
-        relaxed.append((along_g - away - left) / (abs(along_g) + abs(away)))
-    if norm.eps == 0 and min(second) < -DIFFERENCES:
-        raise ArithmeticError(f"theorem 4.2 fails, by {-min(second):.2g}")
+    yhat, scale = (norm.y - norm.saved.mean) * norm.saved.rstd, (norm.gamma * norm.saved.rstd) ** 2
+    size, (square, by_mean, by_yhat) = np.sum(norm.d**2, axis=0), parts(norm.g, yhat)
+    bound = scale * (square - by_mean - by_yhat)
+    if (size - bound > ROUNDING * scale * square).any():
+        raise ArithmeticError(f"theorem 4.1 fails, by {(size / bound - 1).max():.2g}")
+    plain = parts(g_at(norm.y), yhat)
+    plain_bound = scale * (plain[0] - plain[1] - plain[2])
 
     limit = np.linalg.norm(x, 2) ** 2
-    of_weights = np.sum((x.T @ d) ** 2, axis=0)
-    weights = 1 - of_weights / (limit * bound)
-    if weights.min() < -ROUNDING:
-        raise ArithmeticError(f"theorem 4.4 fails, by {-weights.min():.2g}")
+    of_weights = np.sum((x.T @ norm.d) ** 2, axis=0)
+    if (of_weights > limit * bound * (1 + ROUNDING)).any():
+        raise ArithmeticError(f"theorem 4.4 fails, by {(of_weights / (limit * bound) - 1).max():.2g}")
     printed, unsquared = (
-        scale * ((limit * square) ** power - by_mean - limit * m * by_yhat) - limit * size for power in (2, 1)
+        scale * ((limit * square) ** power - by_mean - limit * len(yhat) * by_yhat) for power in (2, 1)
     )
-    removed = np.array([by_mean, by_yhat]) / square
-    hessians = np.array(second), np.array(relaxed)
-    return Step(size, scale, square, removed, slack, plain[0], plain_slack, *hessians, weights, printed, unsquared)
+    return Step(
+        size, scale, square, np.array([by_mean, by_yhat]) / square, 1 - size / bound, plain[0], 1 - size / plain_bound,
+        *along_gradients(norm, g_at, rng.choice(len(scale), CHANNELS, replace=False)),
+        1 - of_weights / (limit * bound), printed / (limit * size) - 1, unsquared / (limit * size) - 1,
+    )  # fmt: skip
 
 
 def train(eps: float, scale: int, steps: int, seed: int, data: Any) -> list[list[Step]]:
