@@ -72,6 +72,6 @@ def test_steps(acceleration, example, monkeypatch):
 def test_figures(acceleration):
     run = acceleration.Run(np.array([10, 20, 30, 40]), np.array([0.1, 0.5, 0.9, 0.8]))
     other = acceleration.Run(run.steps, np.array([0.2, 0.3, 0.4, 0.6]))
-    found = acceleration.figures({"plain": [run, other], "all": [other, run]})
+    found = acceleration.figures({"plain": [run, other], "all": [other, run]})  # goals: 0.8 and 0.6, not the best ones
     np.testing.assert_allclose(found["plain"], [(30, 90, 80), (40, 60, 60)])
     np.testing.assert_allclose(found["all"], [(np.inf, 60, 60), (30, 90, 80)])
