@@ -4,7 +4,7 @@
 Inception's training in several ways at once, of which five can be asked here, on the digits:
 
 - rate: five times higher, 1.5
-- no dropout: instead of 20 % before each hidden layer but the first, and the output
+- no dropout: instead of 20 % after each hidden layer
 - less decay: the L2 loss of weights divided by 5
 - sooner: the rate falls 6 times faster
 - shuffled: samples meet others in each epoch, not always those of the first

@@ -1,10 +1,10 @@
 """The noise of batches as a regulariser: the gap between training and test accuracy, by the size of batches.
 
-With batch norm "a training example is seen in conjunction with other examples in the mini-batch, and the training
-network no longer produces deterministic values for a given training example. In our experiments, we found this effect
-to be advantageous to the generalization of the network" (Ioffe & Szegedy, section 3.4). If so, batch norm's gap depends
-on how many samples share their statistics. Small batches have noisy gradients as well, so there are three networks, of
-two layers of 100 relu units, on few digits, so that they learn their 192 samples by heart:
+With batch norm a training example is "seen in conjunction with other examples in the mini-batch", its output is not a
+function of the example alone, and the paper found "this effect to be advantageous to the generalization of the network"
+(Ioffe & Szegedy, section 3.4). If so, batch norm's gap depends on how many samples share their statistics. Small
+batches have noisy gradients as well, so there are three networks, of two layers of 100 relu units, on few digits, so
+that they learn their 192 samples by heart:
 
 - plain: batches of 4 to 192 samples; gradients alone are noisy
 - batch norm: batches of 4 to 192 samples; gradients and statistics are
