@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from fastbn.cpu import sizes, team
 from fastbn.cpu.memory import Nontemporal
 from fastbn.cpu.program import Argument, Program
-from fastbn.cpu.records import Chunks, Shape, Strides, Tiles
+from fastbn.cpu.records import Chunks, Shape, Strides, Tiles, Walk
 
 Kind = str
 Kinds = tuple[Kind | None, ...]  # of vectors of parameters; None for one that has its default
@@ -78,6 +78,14 @@ class Problem:
         half = inner // 2
         strides = {name: None if s is None else s._replace(outer=half) for name, s in self.strides.items()}
         return Problem(self.program, Shape(batch, 2, channel, half), self.kind, self.num_threads, strides)
+
+    def exchanged(self) -> Problem:
+        """With the channels' axis as outer, and the other way round."""
+        batch, outer, channel, inner = self.shape
+        strides = {
+            name: None if s is None else Strides(s.batch, s.channel, s.outer) for name, s in self.strides.items()
+        }
+        return Problem(self.program, Shape(batch, channel, outer, inner), self.kind, self.num_threads, strides)
 
     def workspace(self, count: int) -> Argument:
         return self.program.temporary(count, self.compute)
@@ -154,19 +162,40 @@ def chunks_of(shape: Shape) -> Chunks:
 
 
 class InOrder:
-    """A division of `inner_reduction`'s elementwise passes: equal parts of the values in the order of memory."""
+    """A division of `inner_reduction`'s elementwise passes: equal parts of the values in the order of memory.
 
-    def __init__(self, problem: Problem, strides: list[Strides]) -> None:
-        batch, outer, channel, inner = problem.shape
-        run = max(1, inner)  # values side by side in all arrays
-        for axis, n in (("channel", channel), ("outer", outer), ("batch", batch)):
-            if any(n > 1 and getattr(s, axis) != run for s in strides):
+    Parameters
+    ----------
+    problem : Problem
+    names : str
+        Of all arrays.
+    """
+
+    def __init__(self, problem: Problem, *names: str) -> None:
+        strides = problem.given(*names)
+        # Rows of one channel may follow each other (a slice of an image): these axes are then exchanged.
+        of_first = strides[0]
+        exchanged = min(problem.shape[1:3]) > 1 and abs(of_first.channel) > abs(of_first.outer)
+        self.problem = problem.exchanged() if exchanged else problem
+        batch, outer, channel, inner = self.problem.shape
+        run = max(1, inner)
+        for axis, n in ((2, channel), (1, outer), (0, batch)):
+            if any(n > 1 and s[axis] != run for s in self.problem.given(*names)):
                 break
             run *= n
-        self.run, self.tasks = run, sizes.piece_count(problem.shape)
+        self.tasks = sizes.piece_count(problem.shape)
         rows = -(-self.tasks // problem.num_threads) // max(1, -(-inner // sizes.PIECE)) + 2  # of a thread, at most
-        channels = rows if outer == 1 else (rows // max(1, outer * channel) + 2) * channel
-        self.pitch = min(batch * channel, channels) + sizes.PAD  # between rows of a thread's table
+        if exchanged or outer == 1:  # the rows of one kept index are neighbours
+            of_one = channel if exchanged else 1
+            values, kept, most = of_one * inner, 1, rows // of_one + 2
+        else:
+            values, kept = outer * channel * inner, channel
+            most = (rows // max(1, outer * channel) + 2) * channel
+        self.pitch = min(problem.kept, most) + sizes.PAD
+        self.walk = Walk(
+            run=run, pitch=self.pitch, values=values, kept=kept, batch=problem.shape.channel, outer=int(exchanged),
+            channel=int(not exchanged),
+        )  # fmt: skip
 
 
 class Tiled:

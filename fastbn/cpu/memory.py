@@ -164,7 +164,7 @@ PLAIN = Nontemporal.NONE  # asking a class for it takes a call 40 ns
 def nontemporal_stores(*operands: Operand | None) -> Callable[..., Nontemporal] | None:
     """What decides it for the results of a call, from the arrays; None where they are small."""
     for o in operands:
-        if o is not None and o.size * o.dtype.itemsize < CACHE_SHARE * (OWN_TIMES if o.fresh else 1):
+        if o is not None and max(o.size, o.of) * o.dtype.itemsize < CACHE_SHARE * (OWN_TIMES if o.fresh else 1):
             return None
 
     def allowed(*arrays: Array | None) -> Nontemporal:

@@ -107,8 +107,8 @@ def _add_normalize(
     problem: Problem, table: Argument, eps: Argument | float, given_rstd: bool, relu: bool
 ) -> None:  # fmt: skip
     p, shape, itemsize = problem.program, problem.shape, problem.itemsize
-    strides = problem.given("x", "y", "residual")
-    given = problem.arrays("x", "y", "residual") | {"shape": problem.of_shape}
+    names = "x", "y", "residual"
+    strides, given = problem.given(*names), problem.arrays(*names) | {"shape": problem.of_shape}
     numbers: dict[str, Any] = {"table": table, "eps": eps, "given_rstd": given_rstd}
     if shape.inner < LINE and is_outer(shape, strides):
         coalesced = coalescing(shape, itemsize, strides)
@@ -120,11 +120,12 @@ def _add_normalize(
             nontemporal=problem.nontemporal(tiled.whole_lines(problem.given("y"))),
         )  # fmt: skip
     else:
-        order = InOrder(problem, strides)
+        order = InOrder(problem, *names)
+        given = order.problem.arrays(*names) | {"shape": order.problem.of_shape, "walk": p.record(order.walk)}
         p.launch(
-            "inner_reduction.normalize", order.tasks, **given, run=order.run, pitch=order.pitch, **numbers,
+            "inner_reduction.normalize", order.tasks, **given, **numbers,
             workspace=problem.workspace(sizes.AFFINE * problem.num_threads * order.pitch), relu=option(relu),
-            nontemporal=problem.nontemporal_rows(order.run),
+            nontemporal=problem.nontemporal_rows(order.walk.run),
         )  # fmt: skip
 
 

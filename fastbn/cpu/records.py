@@ -43,7 +43,23 @@ class Tiles(NamedTuple):
     height: int
 
 
-INTEGERS = {record.__name__: record for record in (Shape, Strides, Chunks, Tiles)}
+class Walk(NamedTuple):
+    """A division of `inner_reduction`'s elementwise passes, which go through rows in the order of memory."""
+
+    run: int
+    """Values side by side in all arrays."""
+    pitch: int
+    """Between rows of a thread's table."""
+    values: int
+    """So many after another belong to ``kept`` kept indices."""
+    kept: int
+    batch: int
+    """Steps of the kept index: along batch, outer and channel."""
+    outer: int
+    channel: int
+
+
+INTEGERS = {record.__name__: record for record in (Shape, Strides, Chunks, Tiles, Walk)}
 
 
 # --- arrays in kernels ------------------------------------------------------------------------------------------------

@@ -36,17 +36,21 @@ from fastbn.cpu.kernels.common import (
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.inner_reduction import (
     NARROW,
+    ONE_ROW,
     SINGLE,
     Place,
     chunk_at,
     chunk_count,
+    kept_at,
     kept_range,
     misaligned,
     piece_start,
+    place_behind,
     place_of,
     row_after,
     segment_count,
     values_from,
+    values_in_run,
 )
 from fastbn.cpu.kernels.simd import (
     advance,
@@ -254,7 +258,7 @@ def grad_input_end(inputs, results, start, end, linear):
 
 
 @inline
-def grad_input_run(inputs, results, table, t, place, count, shape, nontemporal):
+def grad_input_run(inputs, results, table, t, place, count, shape, walk, nontemporal):
     """As `inner_reduction.normalize_run`, with a table of `Linear`."""
     n = lanes(inputs.dy, FULL)
     outer, channel = place.outer, place.channel
@@ -262,7 +266,7 @@ def grad_input_run(inputs, results, table, t, place, count, shape, nontemporal):
     i, edge = 0, min(shape.inner - place.column, count)
     while i < count:
         linear = linear_in_all_lanes(inputs.dy, table, t)
-        t, outer, channel = row_after(t, outer, channel, shape)
+        t, outer, channel = row_after(t, outer, channel, shape, walk)
         if i < lead:
             grad_input_end(inputs, results, i, min(lead, edge), linear)
             i = min(lead, edge)
@@ -282,23 +286,23 @@ def grad_input_run(inputs, results, table, t, place, count, shape, nontemporal):
 
 @kernel
 def grad_input(
-    thread, first, last, dy, x, y, weight, dx, dresidual, shape, run, pitch, distances, workspace, nontemporal
+    thread, first, last, dy, x, y, weight, dx, dresidual, shape, walk, distances, workspace, nontemporal
 ):  # fmt: skip
     """``dx`` (and ``dresidual = dz``), in the order of memory, as `inner_reduction.normalize`."""
     start, end = piece_start(first, shape.inner), piece_start(last, shape.inner)
-    linear = table_rows(Linear, advance(workspace, LINEAR * thread * pitch), pitch)
-    t, t_end = kept_range(start, end, shape)
+    linear = table_rows(Linear, advance(workspace, LINEAR * thread * walk.pitch), walk.pitch)
+    t, t_end = kept_range(start, end, walk)
     write_linear(linear, table_rows(Distances, distances, shape.batch * shape.channel), t, t_end - t)
+    place = place_of(start, shape)
     while start < end:
-        place = place_of(start, shape)
-        count = min(end, (start // run + 1) * run) - start
+        count = values_in_run(start, end, place, shape, walk)
         inputs = Inputs(
             values_from(dy, place), values_from(x, place), values_from(y, place), values_from(weight, place)
         )
         results = Results(values_from(dx, place), values_from(dresidual, place))
-        at = place.batch * shape.channel + place.channel - t
-        grad_input_run(inputs, results, linear, at, place, count, shape, nontemporal)
+        grad_input_run(inputs, results, linear, kept_at(place, walk) - t, place, count, shape, walk, nontemporal)
         start += count
+        place = place_behind(start, place, shape, walk)
 
 
 @inline
@@ -336,4 +340,4 @@ def backward(
         for r in range(shape.outer):
             inputs = Inputs(row_of(slabs.dy, r), row_of(of_live, r), row_of(slabs.y, r), row_of(slabs.weight, r))
             results = Results(row_of(of_dx, r), row_of(of_dresidual, r))
-            grad_input_run(inputs, results, linear, 0, Place(0, r, t, 0), shape.inner, shape, nontemporal)
+            grad_input_run(inputs, results, linear, 0, Place(0, r, t, 0), shape.inner, shape, ONE_ROW, nontemporal)

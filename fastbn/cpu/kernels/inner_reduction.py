@@ -68,11 +68,12 @@ from fastbn.cpu.kernels.simd import (
     total,
     zero_where_zero,
 )
-from fastbn.cpu.records import Affine, Moments, Parameters, Part
+from fastbn.cpu.records import Affine, Moments, Parameters, Part, Walk
 from fastbn.cpu.sizes import AFFINE, PAD, PIECE, SEGMENT
 
 WIDE = 128  # bytes of a vector where weights cost precision: fewer additions a lane
 NARROW, SINGLE = 32, 4  # bytes at the ends of rows, where masked stores would be slow on AMD processors
+ONE_ROW = Walk(0, 0, 0, 0, 0, 0, 0)  # after which none follows
 AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise passes 5 % faster
 
 
@@ -141,6 +142,30 @@ def place_of(position, shape):
 
 
 @inline
+def place_after(place, shape):
+    """Where the row behind that of a place begins."""
+    if place.channel + 1 < shape.channel:
+        return Place(place.batch, place.outer, place.channel + 1, 0)
+    if place.outer + 1 < shape.outer:
+        return Place(place.batch, place.outer + 1, 0, 0)
+    return Place(place.batch + 1, 0, 0, 0)
+
+
+@inline
+def values_in_run(position, end, place, shape, walk):
+    """How many values side by side in all arrays follow from a position on, before the end."""
+    if walk.run == shape.inner:
+        return min(end - position, shape.inner - place.column)
+    return min(end, (position // walk.run + 1) * walk.run) - position
+
+
+@inline
+def place_behind(position, place, shape, walk):
+    """The place of a position where a run begins, given a place in the run before."""
+    return place_after(place, shape) if walk.run == shape.inner else place_of(position, shape)
+
+
+@inline
 def values_from(array, place):
     """The values from a place on."""
     start = place.batch * array.batch + place.outer * array.outer + place.channel * array.channel + place.column
@@ -148,22 +173,26 @@ def values_from(array, place):
 
 
 @inline
-def kept_range(start, end, shape):
-    """The kept indices, first and last + 1, that values between two positions may belong to."""
-    rows = shape.outer * shape.channel if shape.outer > 1 else 1
-    kept = shape.channel if shape.outer > 1 else 1
-    size = rows * shape.inner
-    return start // size * kept, -(-end // size) * kept
+def kept_at(place, walk):
+    """The kept index of a place."""
+    return place.batch * walk.batch + place.outer * walk.outer + place.channel * walk.channel
 
 
 @inline
-def row_after(t, outer, channel, shape):
+def kept_range(start, end, walk):
+    """The kept indices, first and last + 1, that values between two positions may belong to."""
+    return start // walk.values * walk.kept, -(-end // walk.values) * walk.kept
+
+
+@inline
+def row_after(t, outer, channel, shape, walk):
     """Kept index, outer and channel of the row that follows in memory; a division would be slow."""
     if channel + 1 < shape.channel:
-        return t + 1, outer, channel + 1
+        return t + walk.channel, outer, channel + 1
+    t -= channel * walk.channel
     if outer + 1 < shape.outer:
-        return t + 1 - shape.channel, outer + 1, 0
-    return t + 1, 0, 0
+        return t + walk.outer, outer + 1, 0
+    return t - outer * walk.outer + walk.batch, 0, 0
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -334,7 +363,7 @@ def normalize_vectors(x, y, residual, start, end, affine, relu, nontemporal):
 
 
 @inline
-def normalize_run(x, y, residual, table, t, place, count, shape, relu, nontemporal):
+def normalize_run(x, y, residual, table, t, place, count, shape, walk, relu, nontemporal):
     """``count`` values that lie side by side in each array, from a place on; t is its row's index in the table.
 
     A vector may go on from one channel to the next: whole lines in the order of memory are what nontemporal stores
@@ -346,7 +375,7 @@ def normalize_run(x, y, residual, table, t, place, count, shape, relu, nontempor
     i, edge = 0, min(shape.inner - place.column, count)
     while i < count:
         affine = affine_in_all_lanes(x, table, t)
-        t, outer, channel = row_after(t, outer, channel, shape)
+        t, outer, channel = row_after(t, outer, channel, shape, walk)
         if i < lead:
             normalize_end(x, y, residual, i, min(lead, edge), affine, relu)
             i = min(lead, edge)
@@ -369,25 +398,25 @@ def normalize_run(x, y, residual, table, t, place, count, shape, relu, nontempor
 
 @kernel
 def normalize(
-    thread, first, last, x, y, residual, shape, run, pitch, table, eps, given_rstd, workspace, relu, nontemporal
+    thread, first, last, x, y, residual, shape, walk, table, eps, given_rstd, workspace, relu, nontemporal
 ):  # fmt: skip
-    """All values in the order of memory, of which a run lies side by side in all arrays.
+    """All values in the order of memory. Where rows of one channel follow each other, outer and channel are exchanged.
 
-    The table is of `Parameters`; in the workspace, a thread's part has an `Affine` of the channels that it meets, in
-    rows a pitch apart.
+    The table is of `Parameters`; in the workspace, a thread's part has an `Affine` of the channels that it meets.
     """
     start, end = piece_start(first, shape.inner), piece_start(last, shape.inner)
-    affine = table_rows(Affine, advance(workspace, AFFINE * thread * pitch), pitch)
-    t, t_end = kept_range(start, end, shape)
+    affine = table_rows(Affine, advance(workspace, AFFINE * thread * walk.pitch), walk.pitch)
+    t, t_end = kept_range(start, end, walk)
     write_affine(affine, table_rows(Parameters, table, shape.batch * shape.channel), t, t_end - t, eps, given_rstd)
+    place = place_of(start, shape)
     while start < end:
-        place = place_of(start, shape)
-        count = min(end, (start // run + 1) * run) - start
+        count = values_in_run(start, end, place, shape, walk)
         normalize_run(
             values_from(x, place), values_from(y, place), values_from(residual, place), affine,
-            place.batch * shape.channel + place.channel - t, place, count, shape, relu, nontemporal,
+            kept_at(place, walk) - t, place, count, shape, walk, relu, nontemporal,
         )  # fmt: skip
         start += count
+        place = place_behind(start, place, shape, walk)
 
 
 @kernel
@@ -409,5 +438,5 @@ def forward(
             normalize_run(
                 advance(rows.values, r * rows.step), advance(of_y.values, r * of_y.step),
                 advance(of_residual.values, r * of_residual.step), affine, 0, Place(0, r, t, 0), shape.inner, shape,
-                relu, nontemporal,
+                ONE_ROW, relu, nontemporal,
             )  # fmt: skip
