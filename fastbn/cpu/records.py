@@ -54,7 +54,7 @@ class Walk(NamedTuple):
     """So many after another belong to ``kept`` kept indices."""
     kept: int
     batch: int
-    """Steps of the kept index: along batch, outer and channel."""
+    """Steps of the kept index along batch (which are the channels), outer and channel."""
     outer: int
     channel: int
 

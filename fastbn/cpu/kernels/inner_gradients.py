@@ -292,7 +292,7 @@ def grad_input(
     start, end = piece_start(first, shape.inner), piece_start(last, shape.inner)
     linear = table_rows(Linear, advance(workspace, LINEAR * thread * walk.pitch), walk.pitch)
     t, t_end = kept_range(start, end, walk)
-    write_linear(linear, table_rows(Distances, distances, shape.batch * shape.channel), t, t_end - t)
+    write_linear(linear, table_rows(Distances, distances, shape.batch * walk.batch), t, t_end - t)
     place = place_of(start, shape)
     while start < end:
         count = values_in_run(start, end, place, shape, walk)

@@ -407,7 +407,7 @@ def normalize(
     start, end = piece_start(first, shape.inner), piece_start(last, shape.inner)
     affine = table_rows(Affine, advance(workspace, AFFINE * thread * walk.pitch), walk.pitch)
     t, t_end = kept_range(start, end, walk)
-    write_affine(affine, table_rows(Parameters, table, shape.batch * shape.channel), t, t_end - t, eps, given_rstd)
+    write_affine(affine, table_rows(Parameters, table, shape.batch * walk.batch), t, t_end - t, eps, given_rstd)
     place = place_of(start, shape)
     while start < end:
         count = values_in_run(start, end, place, shape, walk)
