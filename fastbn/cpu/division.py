@@ -7,6 +7,7 @@ follows from shape and strides alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastbn.cpu import sizes, team
@@ -167,22 +168,23 @@ class InOrder:
     Parameters
     ----------
     problem : Problem
-    names : str
-        Of all arrays.
+    read, written : sequence of str
+        Names of arrays.
     """
 
-    def __init__(self, problem: Problem, *names: str) -> None:
-        strides = problem.given(*names)
+    def __init__(self, problem: Problem, read: Sequence[str], written: Sequence[str]) -> None:
         # Rows of one channel may follow each other (a slice of an image): these axes are then exchanged.
-        of_first = strides[0]
+        of_first = problem.given(*read)[0]
         exchanged = min(problem.shape[1:3]) > 1 and abs(of_first.channel) > abs(of_first.outer)
         self.problem = problem.exchanged() if exchanged else problem
         batch, outer, channel, inner = self.problem.shape
-        run = max(1, inner)
+        run, inputs, outputs = max(1, inner), self.problem.given(*read), self.problem.given(*written)
         for axis, n in ((2, channel), (1, outer), (0, batch)):
-            if any(n > 1 and s[axis] != run for s in self.problem.given(*names)):
+            if any(n > 1 and s[axis] != run for s in (*inputs, *outputs)):
                 break
             run *= n
+        apart = run == inner and all(s.channel == inner for s in outputs) and all(s.channel >= inner for s in inputs)
+        run *= channel if apart else 1
         self.tasks = sizes.piece_count(problem.shape)
         rows = -(-self.tasks // problem.num_threads) // max(1, -(-inner // sizes.PIECE)) + 2  # of a thread, at most
         if exchanged or outer == 1:  # the rows of one kept index are neighbours
@@ -193,8 +195,8 @@ class InOrder:
             most = (rows // max(1, outer * channel) + 2) * channel
         self.pitch = min(problem.kept, most) + sizes.PAD
         self.walk = Walk(
-            run=run, pitch=self.pitch, values=values, kept=kept, batch=problem.shape.channel, outer=int(exchanged),
-            channel=int(not exchanged),
+            run=run, apart=int(apart), pitch=self.pitch, values=values, kept=kept, batch=problem.shape.channel,
+            outer=int(exchanged), channel=int(not exchanged),
         )  # fmt: skip
 
 

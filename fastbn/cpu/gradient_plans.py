@@ -126,8 +126,8 @@ def _add_grad_input(problem: Problem, distances: Argument, frozen: bool) -> None
     """Frozen statistics have no gradients, so that dx does not depend on x."""
     p, shape, itemsize = problem.program, problem.shape, problem.itemsize
     names = "dy", "x", "y", "weight", "dx", "dresidual"
-    read = [name for name in names if name != "weight" and not (frozen and name == "x")]
-    strides = problem.given(*read)
+    read, written = ["dy", "y"] if frozen else ["dy", "x", "y"], ["dx", "dresidual"]
+    strides = problem.given(*read, *written)
     if shape.inner < LINE and is_outer(shape, strides, problem.weighted):
         coalesced = coalescing(shape, itemsize, strides, problem.weighted)
         width = tile_width(
@@ -141,7 +141,7 @@ def _add_grad_input(problem: Problem, distances: Argument, frozen: bool) -> None
             nontemporal=problem.nontemporal(tiled.whole_lines(problem.given("dx", "dresidual"))),
         )  # fmt: skip
     else:
-        order = InOrder(problem, *read, "weight")
+        order = InOrder(problem, [*read, "weight"], written)
         arrays = order.problem.arrays(*names) | {"x": _live(order.problem, frozen)}
         arrays |= {"shape": order.problem.of_shape, "walk": p.record(order.walk)}
         p.launch(

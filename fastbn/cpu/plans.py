@@ -120,7 +120,7 @@ def _add_normalize(
             nontemporal=problem.nontemporal(tiled.whole_lines(problem.given("y"))),
         )  # fmt: skip
     else:
-        order = InOrder(problem, *names)
+        order = InOrder(problem, ["x", "residual"], ["y"])
         given = order.problem.arrays(*names) | {"shape": order.problem.of_shape, "walk": p.record(order.walk)}
         p.launch(
             "inner_reduction.normalize", order.tasks, **given, **numbers,

@@ -47,7 +47,9 @@ class Walk(NamedTuple):
     """A division of `inner_reduction`'s elementwise passes, which go through rows in the order of memory."""
 
     run: int
-    """Values side by side in all arrays."""
+    """Values side by side in all arrays that are written."""
+    apart: int
+    """1 where rows of a run lie apart, behind each other, in arrays that are read."""
     pitch: int
     """Between rows of a thread's table."""
     values: int

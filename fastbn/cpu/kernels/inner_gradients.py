@@ -41,8 +41,10 @@ from fastbn.cpu.kernels.inner_reduction import (
     Place,
     chunk_at,
     chunk_count,
+    gap_of,
     kept_at,
     kept_range,
+    load_across,
     misaligned,
     piece_start,
     place_behind,
@@ -61,6 +63,7 @@ from fastbn.cpu.kernels.simd import (
     load,
     load_first,
     narrowed,
+    prefetch,
     splat,
     store,
     table_rows,
@@ -84,6 +87,15 @@ class Slabs(NamedTuple):
 
 class Inputs(NamedTuple):
     """Pointers to values that lie side by side."""
+
+    dy: Any
+    x: Any
+    y: Any
+    weight: Any
+
+
+class Gaps(NamedTuple):
+    """Values between their rows, where rows of the results have none."""
 
     dy: Any
     x: Any
@@ -150,6 +162,10 @@ def chunk_grad_sums(slabs, rows, columns, mean, rstd):
     pairs, whole = rows - rows % 2, columns - columns % n
     for r in range(0, pairs, 2):
         for c in range(0, whole, n):
+            prefetch(x, (r + 4) * slabs.x.step + c)
+            prefetch(x, (r + 5) * slabs.x.step + c)
+            prefetch(slabs.dy.values, (r + 4) * slabs.dy.step + c)
+            prefetch(slabs.dy.values, (r + 5) * slabs.dy.step + c)
             dz = dz_at(slabs, r, c)
             s1 = s1 + dz
             s2 = fma(dz, distance_at(slabs, r, c, dz, hi, unit), s2)
@@ -245,6 +261,30 @@ def write_vector(inputs, results, i, width, linear, nontemporal):
 
 
 @inline
+def weight_across(weight, i, n, gap, dz):
+    """As `inner_reduction.load_across`, in the type of dz."""
+    return blended(n, converted(load(weight, i, dz), dz), converted(load(weight, i + gap, dz), dz))
+
+
+@inline
+def write_vector_across(inputs, results, i, n, gaps, linear, nontemporal):
+    """The same with n values of one row and the first ones of the next."""
+    dz = zero_where_not_positive(load_across(inputs.y, i, n, gaps.y), load_across(inputs.dy, i, n, gaps.dy))
+    weight = weight_across(inputs.weight, i, n, gaps.weight, dz)
+    put(results.dx, i, input_gradient(dz, load_across(inputs.x, i, n, gaps.x), weight, linear), nontemporal)
+    store(results.dresidual, i, dz)
+
+
+@inline
+def behind_gaps(inputs, gaps):
+    """The inputs from where they go on behind a row."""
+    return Inputs(
+        advance(inputs.dy, gaps.dy), advance(inputs.x, gaps.x), advance(inputs.y, gaps.y),
+        advance(inputs.weight, gaps.weight),
+    )  # fmt: skip
+
+
+@inline
 def grad_input_end(inputs, results, start, end, linear):
     """Less than a vector of values, at either end of a row: by short vectors, then one by one."""
     narrow, single = narrowed_linear(inputs.dy, linear, NARROW), narrowed_linear(inputs.dy, linear, SINGLE)
@@ -258,7 +298,7 @@ def grad_input_end(inputs, results, start, end, linear):
 
 
 @inline
-def grad_input_run(inputs, results, table, t, place, count, shape, walk, nontemporal):
+def grad_input_run(inputs, results, gaps, table, t, place, count, shape, walk, nontemporal):
     """As `inner_reduction.normalize_run`, with a table of `Linear`."""
     n = lanes(inputs.dy, FULL)
     outer, channel = place.outer, place.channel
@@ -279,8 +319,9 @@ def grad_input_run(inputs, results, table, t, place, count, shape, walk, nontemp
                 i = edge
             elif i < edge:
                 both = blended_linear(edge - i, linear, linear_in_all_lanes(inputs.dy, table, t))
-                write_vector(inputs, results, i, FULL, both, nontemporal)
+                write_vector_across(inputs, results, i, edge - i, gaps, both, nontemporal)
                 i += n
+        inputs = behind_gaps(inputs, gaps)
         edge = min(edge + shape.inner, count)
 
 
@@ -294,13 +335,14 @@ def grad_input(
     t, t_end = kept_range(start, end, walk)
     write_linear(linear, table_rows(Distances, distances, shape.batch * walk.batch), t, t_end - t)
     place = place_of(start, shape)
+    gaps = Gaps(gap_of(dy, shape, walk), gap_of(x, shape, walk), gap_of(y, shape, walk), gap_of(weight, shape, walk))
     while start < end:
         count = values_in_run(start, end, place, shape, walk)
         inputs = Inputs(
             values_from(dy, place), values_from(x, place), values_from(y, place), values_from(weight, place)
         )
         results = Results(values_from(dx, place), values_from(dresidual, place))
-        grad_input_run(inputs, results, linear, kept_at(place, walk) - t, place, count, shape, walk, nontemporal)
+        grad_input_run(inputs, results, gaps, linear, kept_at(place, walk) - t, place, count, shape, walk, nontemporal)
         start += count
         place = place_behind(start, place, shape, walk)
 
@@ -340,4 +382,15 @@ def backward(
         for r in range(shape.outer):
             inputs = Inputs(row_of(slabs.dy, r), row_of(of_live, r), row_of(slabs.y, r), row_of(slabs.weight, r))
             results = Results(row_of(of_dx, r), row_of(of_dresidual, r))
-            grad_input_run(inputs, results, linear, 0, Place(0, r, t, 0), shape.inner, shape, ONE_ROW, nontemporal)
+            grad_input_run(
+                inputs,
+                results,
+                Gaps(0, 0, 0, 0),
+                linear,
+                0,
+                Place(0, r, t, 0),
+                shape.inner,
+                shape,
+                ONE_ROW,
+                nontemporal,
+            )

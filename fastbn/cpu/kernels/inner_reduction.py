@@ -73,7 +73,7 @@ from fastbn.cpu.sizes import AFFINE, PAD, PIECE, SEGMENT
 
 WIDE = 128  # bytes of a vector where weights cost precision: fewer additions a lane
 NARROW, SINGLE = 32, 4  # bytes at the ends of rows, where masked stores would be slow on AMD processors
-ONE_ROW = Walk(0, 0, 0, 0, 0, 0, 0)  # after which none follows
+ONE_ROW = Walk(0, 0, 0, 0, 0, 0, 0, 0)  # after which none follows
 AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise passes 5 % faster
 
 
@@ -97,6 +97,13 @@ class Place(NamedTuple):
     outer: Any
     channel: Any
     column: Any
+
+
+class Gaps(NamedTuple):
+    """Values between the rows of arrays that are read, where rows of those that are written have none."""
+
+    x: Any
+    residual: Any
 
 
 @inline
@@ -213,6 +220,8 @@ def unweighted_sums(x, rows, columns, shift):
     for r in range(0, pairs, 2):
         row = r * x.step
         for i in range(row, row + whole, n):
+            prefetch(x.values, i + 4 * x.step)
+            prefetch(x.values, i + 5 * x.step)
             e = load(x.values, i, FULL) - q
             s1 = s1 + e
             s2 = fma(e, e, s2)
@@ -363,11 +372,23 @@ def normalize_vectors(x, y, residual, start, end, affine, relu, nontemporal):
 
 
 @inline
-def normalize_run(x, y, residual, table, t, place, count, shape, walk, relu, nontemporal):
-    """``count`` values that lie side by side in each array, from a place on; t is its row's index in the table.
+def gap_of(array, shape, walk):
+    """Values between two rows of a run."""
+    return (array.channel - shape.inner) * walk.apart
 
-    A vector may go on from one channel to the next: whole lines in the order of memory are what nontemporal stores
-    need, and so rows of 49 values are as fast as a copy.
+
+@inline
+def load_across(array, i, n, gap):
+    """A vector of n values of one row and the first ones of the next; both rows are longer than a vector."""
+    return blended(n, load(array, i, FULL), load(array, i + gap, FULL))
+
+
+@inline
+def normalize_run(x, y, residual, gaps, table, t, place, count, shape, walk, relu, nontemporal):
+    """``count`` values that lie side by side in y, from a place on; t is its row's index in the table.
+
+    A vector may go on from one row to the next: whole lines in the order of memory are what nontemporal stores need,
+    and so rows of 49 values are as fast as a copy.
     """
     n = lanes(x, FULL)
     outer, channel = place.outer, place.channel
@@ -391,8 +412,11 @@ def normalize_run(x, y, residual, table, t, place, count, shape, walk, relu, non
                     blended(edge - i, affine.scale, following.scale),
                     blended(edge - i, affine.bias, following.bias),
                 )
-                put(y, i, normalized(load(x, i, FULL), load(residual, i, FULL), both, relu), nontemporal)
+                added = load_across(residual, i, edge - i, gaps.residual)
+                put(y, i, normalized(load_across(x, i, edge - i, gaps.x), added, both, relu), nontemporal)
                 i += n
+        x = advance(x, gaps.x)
+        residual = advance(residual, gaps.residual)
         edge = min(edge + shape.inner, count)
 
 
@@ -408,11 +432,11 @@ def normalize(
     affine = table_rows(Affine, advance(workspace, AFFINE * thread * walk.pitch), walk.pitch)
     t, t_end = kept_range(start, end, walk)
     write_affine(affine, table_rows(Parameters, table, shape.batch * walk.batch), t, t_end - t, eps, given_rstd)
-    place = place_of(start, shape)
+    place, gaps = place_of(start, shape), Gaps(gap_of(x, shape, walk), gap_of(residual, shape, walk))
     while start < end:
         count = values_in_run(start, end, place, shape, walk)
         normalize_run(
-            values_from(x, place), values_from(y, place), values_from(residual, place), affine,
+            values_from(x, place), values_from(y, place), values_from(residual, place), gaps, affine,
             kept_at(place, walk) - t, place, count, shape, walk, relu, nontemporal,
         )  # fmt: skip
         start += count
@@ -437,6 +461,6 @@ def forward(
         for r in range(shape.outer):
             normalize_run(
                 advance(rows.values, r * rows.step), advance(of_y.values, r * of_y.step),
-                advance(of_residual.values, r * of_residual.step), affine, 0, Place(0, r, t, 0), shape.inner, shape,
-                ONE_ROW, relu, nontemporal,
+                advance(of_residual.values, r * of_residual.step), Gaps(0, 0), affine, 0, Place(0, r, t, 0),
+                shape.inner, shape, ONE_ROW, relu, nontemporal,
             )  # fmt: skip
