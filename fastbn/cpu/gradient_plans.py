@@ -20,6 +20,7 @@ from fastbn.cpu.division import (
     chunks_of,
     coalescing,
     is_outer,
+    segment_count,
     table_of,
     tile_width,
 )
@@ -67,11 +68,11 @@ def _add_grad_sums(
         )  # fmt: skip
     else:
         problem = problem.halved()
-        segments = kept * sizes.segment_count(problem.shape.outer, problem.shape.inner)
+        segments = kept * segment_count(problem.shape, chunks_of(problem))
         count = len(SegmentSums._fields) * segments
         given: dict[str, Any] = {
             "shape": problem.of_shape,
-            "chunks": p.record(chunks_of(problem.shape)),
+            "chunks": p.record(chunks_of(problem)),
             "parameters": parameters,
         }
         partials = p.scratch(count, "f8*")
@@ -181,7 +182,7 @@ def backward(
         problem = problem.halved()
         p.launch(
             "inner_gradients.backward", kept, **problem.arrays("dy", "x", "y", "weight", "dx", "dresidual"),
-            live=_live(problem, frozen), shape=problem.of_shape, chunks=p.record(chunks_of(problem.shape)),
+            live=_live(problem, frozen), shape=problem.of_shape, chunks=p.record(chunks_of(problem)),
             parameters=table, mixed=mixed, sums=sums,
             workspace=problem.workspace(sizes.LINEAR * num_threads * sizes.PAD),
             nontemporal=problem.nontemporal_rows(problem.shape.inner),

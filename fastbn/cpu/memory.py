@@ -68,8 +68,9 @@ def strides_of(o: Operand | None) -> Strides | None:
     _, outer, channel, inner = o.shape
     whole = zip(o.strides, dense(o.shape, o.dtype).strides, o.shape, strict=True)
     if 0 in o.shape or all(s == d or n == 1 for s, d, n in whole):
-        return Strides(outer * channel * inner, channel * inner, inner)
-    return Strides(*(s // o.dtype.itemsize if n > 1 else 0 for s, n in zip(o.strides[:3], o.shape, strict=False)))
+        return Strides(outer * channel * inner, channel * inner, inner, 2 * channel * inner)
+    steps = [s // o.dtype.itemsize if n > 1 else 0 for s, n in zip(o.strides[:3], o.shape, strict=False)]
+    return Strides(*steps, twice=2 * steps[1])
 
 
 def strides_of_weight(o: Operand | None) -> tuple[Strides | None, str | None]:
@@ -77,7 +78,9 @@ def strides_of_weight(o: Operand | None) -> tuple[Strides | None, str | None]:
     if o is None:
         return None, None
     batch, outer, channel, inner = o.shape
-    strides = Strides(outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1))
+    strides = Strides(
+        outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1), twice=2 * channel * inner
+    )
     return strides, kind_of(o.dtype)
 
 

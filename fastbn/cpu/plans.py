@@ -33,6 +33,7 @@ from fastbn.cpu.division import (
     coalescing,
     is_outer,
     option,
+    segment_count,
     table_of,
     tile_width,
 )
@@ -66,9 +67,9 @@ def _add_moments(problem: Problem, table: Argument, eps: Argument) -> None:
         division, own["workspace"] = {"tiles": p.record(tiled.tiles)}, problem.workspace(tiled.workspace)
     else:
         problem = problem.halved()
-        tasks = kept * sizes.segment_count(problem.shape.outer, problem.shape.inner)
+        tasks = kept * segment_count(problem.shape, chunks_of(problem))
         family, count = "inner_reduction", len(Part._fields) * tasks
-        division = {"chunks": p.record(chunks_of(problem.shape))}
+        division = {"chunks": p.record(chunks_of(problem))}
     given: dict[str, Any] = problem.arrays("x", "weight") | {"shape": problem.of_shape} | division
     given |= {"origins": _add_origins(problem), "partials": p.scratch(count, "f8*")}
     p.launch(f"{family}.moments_of_segments", tasks, **given, **own)
@@ -163,7 +164,7 @@ def forward(
         origins = _add_origins(problem)
         p.launch(
             "inner_reduction.forward", kept, **problem.arrays("x", "weight", "y", "residual"), shape=problem.of_shape,
-            chunks=p.record(chunks_of(problem.shape)), origins=origins, table=table, eps=eps,
+            chunks=p.record(chunks_of(problem)), origins=origins, table=table, eps=eps,
             workspace=problem.workspace(sizes.AFFINE * num_threads * sizes.PAD), relu=option(relu),
             nontemporal=problem.nontemporal_rows(problem.shape.inner),
         )  # fmt: skip

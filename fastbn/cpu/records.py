@@ -26,6 +26,8 @@ class Strides(NamedTuple):
     batch: int
     outer: int
     channel: int
+    twice: int
+    """From a row to the next but one: two steps along outer, or one where rows come from two halves in turn."""
 
 
 class Chunks(NamedTuple):
@@ -74,13 +76,15 @@ class Array(NamedTuple):
     batch: Any
     outer: Any
     channel: Any
+    twice: Any
 
 
 class Rows(NamedTuple):
-    """A pointer to the first value of rows that are a step apart; None instead of an absent array's."""
+    """A pointer to the first value of rows, and the steps to the next and the next but one; None if they are absent."""
 
     values: Any
     step: Any
+    twice: Any
 
 
 # --- tables, in float64: a number of each kept index in each row ------------------------------------------------------

@@ -30,6 +30,7 @@ from fastbn.cpu.kernels.common import (
     put,
     rows_from,
     rows_of,
+    start_of_row,
     write_distances,
     write_linear,
 )
@@ -50,6 +51,7 @@ from fastbn.cpu.kernels.inner_reduction import (
     place_behind,
     place_of,
     row_after,
+    row_in_turn,
     segment_count,
     values_from,
     values_in_run,
@@ -63,7 +65,6 @@ from fastbn.cpu.kernels.simd import (
     load,
     load_first,
     narrowed,
-    prefetch,
     splat,
     store,
     table_rows,
@@ -121,31 +122,31 @@ def slabs_of(dy, x, y, weight, t, shape):
 @inline
 def dz_at(slabs, row, column):
     """A vector of dz."""
-    dy = load(slabs.dy.values, row * slabs.dy.step + column, FULL)
-    return zero_where_not_positive(load(slabs.y.values, row * slabs.y.step + column, FULL), dy)
+    dy = load(slabs.dy.values, start_of_row(slabs.dy, row) + column, FULL)
+    return zero_where_not_positive(load(slabs.y.values, start_of_row(slabs.y, row) + column, FULL), dy)
 
 
 @inline
 def dz_at_end(slabs, row, column, n):
     """Its first n lanes."""
-    dy = load_first(slabs.dy.values, row * slabs.dy.step + column, n, FULL)
-    return zero_where_not_positive(load_first(slabs.y.values, row * slabs.y.step + column, n, FULL), dy)
+    dy = load_first(slabs.dy.values, start_of_row(slabs.dy, row) + column, n, FULL)
+    return zero_where_not_positive(load_first(slabs.y.values, start_of_row(slabs.y, row) + column, n, FULL), dy)
 
 
 @inline
 def distance_at(slabs, row, column, dz, hi, unit):
     """A vector of (x - hi) * unit; 0 where neither weight nor dz counts the element."""
     x, weight = slabs.x, slabs.weight
-    distance = (load(x.values, row * x.step + column, FULL) - hi) * unit
-    return zero_where_uncounted(load(weight.values, row * weight.step + column, dz), dz, distance)
+    distance = (load(x.values, start_of_row(x, row) + column, FULL) - hi) * unit
+    return zero_where_uncounted(load(weight.values, start_of_row(weight, row) + column, dz), dz, distance)
 
 
 @inline
 def distance_at_end(slabs, row, column, n, dz, hi, unit):
     """Its first n lanes."""
     x, weight = slabs.x, slabs.weight
-    distance = (load_first(x.values, row * x.step + column, n, FULL) - hi) * unit
-    return zero_where_uncounted(load_first(weight.values, row * weight.step + column, n, dz), dz, distance)
+    distance = (load_first(x.values, start_of_row(x, row) + column, n, FULL) - hi) * unit
+    return zero_where_uncounted(load_first(weight.values, start_of_row(weight, row) + column, n, dz), dz, distance)
 
 
 @inline
@@ -162,10 +163,6 @@ def chunk_grad_sums(slabs, rows, columns, mean, rstd):
     pairs, whole = rows - rows % 2, columns - columns % n
     for r in range(0, pairs, 2):
         for c in range(0, whole, n):
-            prefetch(x, (r + 4) * slabs.x.step + c)
-            prefetch(x, (r + 5) * slabs.x.step + c)
-            prefetch(slabs.dy.values, (r + 4) * slabs.dy.step + c)
-            prefetch(slabs.dy.values, (r + 5) * slabs.dy.step + c)
             dz = dz_at(slabs, r, c)
             s1 = s1 + dz
             s2 = fma(dz, distance_at(slabs, r, c, dz, hi, unit), s2)
@@ -350,7 +347,7 @@ def grad_input(
 @inline
 def row_of(rows, r):
     """A pointer to its values."""
-    return advance(rows.values, r * rows.step)
+    return advance(rows.values, start_of_row(rows, r))
 
 
 @kernel
@@ -379,7 +376,8 @@ def backward(
         one = linear_of(slabs.x.values, d.mean, d.scale, d.offset, d.slope, d.unit)
         linear.scale[0], linear.hi[0], linear.slope[0] = one.scale, one.hi, one.slope
         linear.offset[0], linear.unit[0] = one.offset, one.unit
-        for r in range(shape.outer):
+        for k in range(shape.outer):
+            r = row_in_turn(k, shape)
             inputs = Inputs(row_of(slabs.dy, r), row_of(of_live, r), row_of(slabs.y, r), row_of(slabs.weight, r))
             results = Results(row_of(of_dx, r), row_of(of_dresidual, r))
             grad_input_run(

@@ -42,6 +42,7 @@ from fastbn.cpu.kernels.common import (
     put,
     rows_from,
     rows_of,
+    start_of_row,
     write_affine,
     write_moments,
 )
@@ -173,6 +174,13 @@ def place_behind(position, place, shape, walk):
 
 
 @inline
+def row_in_turn(k, shape):
+    """Of a channel's rows: each other one, then those between, so that halves are written one after the other."""
+    half = (shape.outer + 1) >> 1
+    return 2 * k if k < half else 2 * (k - half) + 1
+
+
+@inline
 def values_from(array, place):
     """The values from a place on."""
     start = place.batch * array.batch + place.outer * array.outer + place.channel * array.channel + place.column
@@ -218,10 +226,8 @@ def unweighted_sums(x, rows, columns, shift):
     t1, t2 = s1, s2
     pairs, whole = rows - rows % 2, columns - columns % n
     for r in range(0, pairs, 2):
-        row = r * x.step
+        row = start_of_row(x, r)
         for i in range(row, row + whole, n):
-            prefetch(x.values, i + 4 * x.step)
-            prefetch(x.values, i + 5 * x.step)
             e = load(x.values, i, FULL) - q
             s1 = s1 + e
             s2 = fma(e, e, s2)
@@ -230,7 +236,7 @@ def unweighted_sums(x, rows, columns, shift):
             t2 = fma(e, e, t2)
     for r in range(pairs if whole == columns else 0, rows):
         for c in range(whole if r < pairs else 0, columns, n):
-            e = first_lanes(load_first(x.values, r * x.step + c, columns - c, FULL) - q, columns - c)
+            e = first_lanes(load_first(x.values, start_of_row(x, r) + c, columns - c, FULL) - q, columns - c)
             s1 = s1 + e
             s2 = fma(e, e, s2)
     return np.float64(rows * columns), total(s1 + t1), total(s2 + t2)
@@ -246,10 +252,10 @@ def weighted_sums(x, weight, rows, columns, shift):
     count = load_first(weight.values, 0, 0, s1)
     for r in range(rows):
         for i in range(0, columns, n):
-            stored = load_first(weight.values, r * weight.step + i, min(n, columns - i), s1)
+            stored = load_first(weight.values, start_of_row(weight, r) + i, min(n, columns - i), s1)
             count = count + stored
             w = converted(stored, s1)
-            e = load_first(x.values, r * x.step + i, min(n, columns - i), WIDE) - q
+            e = load_first(x.values, start_of_row(x, r) + i, min(n, columns - i), WIDE) - q
             e = zero_where_zero(w, e)
             s1 = s1 + w * e
             s2 = fma(w * e, e, s2)
@@ -458,9 +464,10 @@ def forward(
         one = affine_of(x.values, moments.mean[t], moments.rstd[t], moments.gamma[t], moments.beta[t])
         affine.hi[0], affine.scale[0], affine.bias[0] = one.hi, one.scale, one.bias
         of_y, of_residual = rows_of(y, t, shape), rows_of(residual, t, shape)
-        for r in range(shape.outer):
+        for k in range(shape.outer):
+            r = row_in_turn(k, shape)
             normalize_run(
-                advance(rows.values, r * rows.step), advance(of_y.values, r * of_y.step),
-                advance(of_residual.values, r * of_residual.step), Gaps(0, 0), affine, 0, Place(0, r, t, 0),
+                advance(rows.values, start_of_row(rows, r)), advance(of_y.values, start_of_row(of_y, r)),
+                advance(of_residual.values, start_of_row(of_residual, r)), Gaps(0, 0), affine, 0, Place(0, r, t, 0),
                 shape.inner, shape, ONE_ROW, relu, nontemporal,
             )  # fmt: skip

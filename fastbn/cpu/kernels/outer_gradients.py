@@ -400,7 +400,7 @@ def backward(
     for k in range(first, last):
         tile = task_at(k, 1, channels, tiles)
         t, cells, wide = tile.batch * channels + tile.cell, tile.cells, tile.cells * size
-        no_weight = Rows(None, 0)
+        no_weight = Rows(None, 0, 0)
         inputs = Inputs(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), no_weight)
         spread_hi_and_unit(x.values, given, t, 0, cells, cells, size, columns)
         for c in range(cells):
