@@ -69,8 +69,10 @@ def strides_of(o: Operand | None) -> Strides | None:
     whole = zip(o.strides, dense(o.shape, o.dtype).strides, o.shape, strict=True)
     if 0 in o.shape or all(s == d or n == 1 for s, d, n in whole):
         return Strides(outer * channel * inner, channel * inner, inner, 2 * channel * inner)
-    steps = [s // o.dtype.itemsize if n > 1 else 0 for s, n in zip(o.strides[:3], o.shape, strict=False)]
-    return Strides(*steps, twice=2 * steps[1])
+    batch, outer, channel = (
+        s // o.dtype.itemsize if n > 1 else 0 for s, n in zip(o.strides, o.shape[:3], strict=False)
+    )
+    return Strides(batch, outer, channel, twice=2 * outer)
 
 
 def strides_of_weight(o: Operand | None) -> tuple[Strides | None, str | None]:
