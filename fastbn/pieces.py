@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 
 from fastbn import direct_reductions
 from fastbn.backend import Backend
-from fastbn.formulas import batch_rstd
+from fastbn.formulas import batch_rstd, rstd_with
 from fastbn.layout import Layout, Shape, layout_of
 from fastbn.operands import Affine, Numbers, Operand, dense
 from fastbn.ways import Ways, arriving
 
-OF_A_ROW = 80  # bytes of parameters, and of what kernels make of them, for each index that a piece keeps
-SHARE, LITTLE = 100, 64 << 10  # of these a piece takes a hundredth of x, or so many bytes
+OF_A_ROW = 64  # bytes of parameters, and of what kernels make of them, for each index that a piece keeps
+AT_LEAST = 4  # pieces in an array that is cut: what all share takes 50 us
+SHARE, LITTLE = 64, 256 << 10  # of these a piece takes such a part of x, or so many bytes
 
 
 class Cut(NamedTuple):
@@ -68,7 +69,7 @@ def cut_of(backend: Backend, kept: frozenset[int], arrays: Sequence[Any]) -> Cut
     """How arrays of one shape are cut; None where they are so small that copying them costs little."""
     x = arrays[0]
     size, least = x.size * x.dtype.itemsize, backend.LEAST_PIECE
-    if size < 2 * least or not all(_is_native(a) for a in arrays):
+    if size < AT_LEAST * least or not all(_is_native(a) for a in arrays):
         return None
     order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
     for n in range(x.ndim):
@@ -94,7 +95,8 @@ def _with_few_rows(cut: Cut, x: Any, order: list[int], shape: Shape, least: int)
     if taken <= room or axis not in cut.kept:
         return cut
     of_one = max(1, math.prod(shape) // shape[axis] * x.dtype.itemsize)
-    return cut._replace(axes=(*cut.axes, axis), step=max(1, shape[axis] * room // taken, -(-least // of_one)))
+    most = max(1, shape[axis] * room // taken, -(-least // of_one))
+    return cut._replace(axes=(*cut.axes, axis), step=-(-shape[axis] // -(-shape[axis] // most)))
 
 
 def _copied(x: Any, kept: frozenset[int], order: list[int], least: int) -> Cut:
@@ -231,10 +233,9 @@ class Pieces:
             moments = as_they_lie(x)
             if moments is None:  # squares left the range of float64: rare enough for a copy
                 folded = xp.ascontiguousarray(layout.fold(x))
-                moments = backend.moments(dense(layout.folded, x.dtype, of_x.device), None)(folded, None)[:3]
-            else:
-                moments = [layout.vector(xp, a) for a in moments]
-            count, mean, m2 = moments
+                count, mean, m2, rstd = backend.moments(dense(layout.folded, x.dtype, of_x.device), None)(folded, None)
+                return count, mean, m2, rstd_with(xp, rstd, eps)
+            count, mean, m2 = (layout.vector(xp, a) for a in moments)
             return count, mean, m2, batch_rstd(count, m2, eps)
 
         return run
