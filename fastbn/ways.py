@@ -74,18 +74,14 @@ class Ways:
             return dtype, None
         return dtype, lambda p: xp.ascontiguousarray(layout.laid_out(xp, p), dtype=dtype).reshape(-1)
 
-    def weight(self, where: Any, weights: Any, shared: bool) -> tuple[Operand | None, Any]:
-        """``where * weights``, and what makes of them their product and how kernels see it.
-
-        It is ``shared`` by all channels, or may be x's shape.
-        """
+    def weight(self, where: Any, weights: Any) -> tuple[Operand | None, Any]:
+        """``where * weights``, and what makes of them their product and how kernels see it."""
         if where is None and weights is None:
             return None, None
         layout, xp, shape = self.layout, self.backend.xp, self.shape
-        alike = layout.kept if shared else frozenset[int]()
 
         def way(where: Any, weights: Any) -> tuple[Any, Any]:
-            combined = validation.combined_weight(xp, where, weights, shape, alike)
+            combined = validation.combined_weight(xp, where, weights, shape)
             return combined, layout.fold_weight(xp, combined, shape)
 
         return self._operand(way(where, weights)[1]), way
