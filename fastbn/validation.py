@@ -138,14 +138,14 @@ def parameter(name: str, array: Any, layout: Layout) -> Any:
     return array
 
 
-def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape, shared: frozenset[int] = frozenset()) -> Any:
-    """Where * weights with the dimensions of x, and size 1 on the axes ``shared``: None, bool or float64."""
+def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape) -> Any:
+    """Where * weights with the dimensions of x: None, bool or float64."""
     if where is not None:
         if where.dtype != bool:
             raise TypeError(f"where: expected dtype bool, got {where.dtype}")
-        where = _spread("where", where, shape, shared)
+        where = _spread("where", where, shape)
     if weights is not None:
-        weights = _spread("weights", sensible_weights(xp, weights), shape, shared).astype(xp.float64)
+        weights = _spread("weights", sensible_weights(xp, weights), shape).astype(xp.float64)
     if where is None or weights is None:
         return where if weights is None else weights
     return xp.where(where, weights, 0.0)
@@ -160,13 +160,10 @@ def sensible_weights(xp: Any, weights: Any) -> Any:
     return weights
 
 
-def _spread(name: str, array: Any, shape: Shape, shared: frozenset[int]) -> Any:
-    """The array with the dimensions of x, which it broadcasts to with size 1 on the axes ``shared``."""
-    expected = tuple(1 if axis in shared else size for axis, size in enumerate(shape))
-    if not _broadcasts(array.shape, expected):
-        # Sums of the backward pass know one weight for all channels of a position.
-        only = " (size 1 on the channel axes; only moments and mean_var take x's full shape)" if shared else ""
-        raise ValueError(f"{name}: expected a shape that broadcasts to {expected}{only}, got {array.shape}")
+def _spread(name: str, array: Any, shape: Shape) -> Any:
+    """The array with the dimensions of x, to which it broadcasts."""
+    if not _broadcasts(array.shape, shape):
+        raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {array.shape}")
     return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
 
 
