@@ -25,9 +25,7 @@ from fastbn.operands import Affine, Numbers, Operand, dense
 from fastbn.ways import Ways, arriving
 
 OF_A_ROW = 64  # bytes of parameters, and of what kernels make of them, for each index that a piece keeps
-AT_LEAST = (
-    16  # pieces in an array that is cut: 2 MB on the CPU, from where copies take longer than what all pieces share
-)
+AT_LEAST = 16  # pieces in an array that is cut: from 2 MB on the CPU, copying takes longer than what pieces share
 SHARE, LITTLE = 64, 256 << 10  # of these a piece takes such a part of x, or so many bytes
 
 
