@@ -14,6 +14,8 @@ from benchmarks.kernels import BACKENDS, LARGE, case, samples
 from benchmarks.small import NAMES, burst, rows
 from benchmarks.statistics_cases import MEAN_VAR, TRACKED, Arrays, case_named
 from benchmarks.turns import in_turn
+from benchmarks.views import NAMES as PASSES
+from benchmarks.views import VIEWS, contenders
 from benchmarks.workloads import EPS, LAYOUTS, SHAPES
 
 SMALL = "small_1x16x8"
@@ -140,6 +142,25 @@ class Statistics:
         return samples(list(times["fastbn"] / times["numpy"]))
 
     track_times_numpy.unit = "times NumPy's time"  # type: ignore[attr-defined]
+
+
+class Views:
+    """How many times the time of the same values in one piece batch norm of views takes (``benchmarks.views``)."""
+
+    params = (tuple(VIEWS), PASSES)
+    param_names = ("view", "operation")
+    version = "1"
+    timeout = 120
+
+    def setup(self, view: str, operation: str) -> None:
+        calls = contenders(VIEWS[view], operation)
+        self.calls = {contender: calls[contender] for contender in ("fastbn", "one piece")}
+
+    def track_times_one_piece(self, *_: str) -> dict[str, Any]:
+        times = in_turn(self.calls, TURNS, TURNS_SECONDS)
+        return samples(list(times["fastbn"] / times["one piece"]))
+
+    track_times_one_piece.unit = "times one piece's time"  # type: ignore[attr-defined]
 
 
 class Memory:

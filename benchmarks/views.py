@@ -17,6 +17,7 @@ import numpy as np
 import fastbn
 from benchmarks.turns import in_turn, memory_beside_result
 
+NAMES = ("inference", "forward", "backward")
 BUFFERS = 3  # so many arrays in turn, which no cache holds together
 
 
@@ -65,19 +66,20 @@ def copying(*arrays: Any) -> Callable[[], object]:
     return lambda: [a.copy() for a in arrays]
 
 
-def measure(view: View, rounds: int) -> dict[str, tuple[float, float, float]]:
-    """By call, milliseconds of the view, and how often as fast as otherwise: in one piece, and with copies."""
+def contenders(view: View, name: str) -> dict[str, list[Callable[[], object]]]:
+    """The call on views, on copies that were made before, and copying alone."""
     rng = np.random.default_rng(0)
     x, dy = ([rng.standard_normal(view.shape, np.float32)[view.index] for _ in range(BUFFERS)] for _ in range(2))
-    in_place = Calls(x, dy, view.channel_axis)
     apart = Calls([a.copy() for a in x], [a.copy() for a in dy], view.channel_axis)
-    found = {}
-    for name in ("inference", "forward", "backward"):
-        copied = [copying(*(both if name == "backward" else both[:1])) for both in zip(x, dy, strict=True)]
-        times = in_turn({"fastbn": in_place.of(name), "one piece": apart.of(name), "copies": copied}, rounds, 0.0)
-        ours, dense, copies = (median(times[key]) for key in ("fastbn", "one piece", "copies"))
-        found[name] = 1e3 * ours, dense / ours, (copies + dense) / ours
-    return found
+    copies = [copying(*(both if name == "backward" else both[:1])) for both in zip(x, dy, strict=True)]
+    return {"fastbn": Calls(x, dy, view.channel_axis).of(name), "one piece": apart.of(name), "copies": copies}
+
+
+def measure(view: View, name: str, rounds: int) -> tuple[float, float, float]:
+    """Milliseconds of a call of the view, and how often as fast as otherwise: in one piece, and with copies."""
+    times = in_turn(contenders(view, name), rounds, 0.0)
+    ours, dense, copies = (median(times[key]) for key in ("fastbn", "one piece", "copies"))
+    return 1e3 * ours, dense / ours, (copies + dense) / ours
 
 
 def memory(view: View) -> float:
@@ -98,13 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (15)")
     options = parser.parse_args()
-    names = ("inference", "forward", "backward")
-    print("| view, float32 | MB |", *(f"{name}, ms | of one piece | x copying |" for name in names), "memory |")
-    print("|---|---|" + "---|---|---|" * len(names) + "---|")
+    print("| view, float32 | MB |", *(f"{name}, ms | of one piece | x copying |" for name in NAMES), "memory |")
+    print("|---|---|" + "---|---|---|" * len(NAMES) + "---|")
     for label, view in VIEWS.items():
-        found = measure(view, options.rounds)
+        found = {name: measure(view, name, options.rounds) for name in NAMES}
         size = np.empty(view.shape, np.float32)[view.index].nbytes
-        cells = [f"{found[name][0]:.2f} | {found[name][1]:.2f} | {found[name][2]:.1f} |" for name in names]
+        cells = [f"{found[name][0]:.2f} | {found[name][1]:.2f} | {found[name][2]:.1f} |" for name in NAMES]
         print(f"| {label} | {size / 1e6:.1f} |", *cells, f"{100 * memory(view):.1f} % |", flush=True)
 
 

@@ -19,7 +19,7 @@ from fastbn import bench, environment, threads
 
 kernels = pytest.importorskip("benchmarks.kernels", reason="installed without the benchmarks")
 import fastbn  # noqa: E402
-from benchmarks import busy, calls, frameworks, gate, host, small, statistics_cases, workloads  # noqa: E402
+from benchmarks import busy, calls, frameworks, gate, host, small, statistics_cases, views, workloads  # noqa: E402
 
 TOY = (2, 4, 3, 5)
 PREFIXES = ("time_", "track_", "peakmem_", "timeraw_")
@@ -56,6 +56,8 @@ def toy(monkeypatch):
     monkeypatch.setattr(calls, "BURST", 2)
     monkeypatch.setattr(calls, "TURNS_SECONDS", 0)
     monkeypatch.setattr(calls, "case_named", lambda name: statistics_cases.case_named(name).shrunk(2000))
+    for name, view in views.VIEWS.items():
+        monkeypatch.setitem(views.VIEWS, name, view._replace(shape=(1, *(min(n, 24) for n in view.shape[1:]))))
     monkeypatch.setattr(host, "cache", lambda *_: 1000)
     monkeypatch.setattr(calls, "FIRST", "{shape}, {axis}\nprint(0.25, 0.5)")
     yield
