@@ -467,3 +467,11 @@ def test_steps(monkeypatch, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("x |")]
     assert len(rows) == len(small) * (len(modes) + 1) + 4
     assert all(float(row.split("|")[-2].strip(" x")) > 0 for row in rows)
+
+
+def test_views_have_a_table(toy, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["views", "--rounds", "1"])
+    views.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 + len(views.VIEWS)
+    assert len({row.count("|") for row in rows}) == 1
