@@ -15,6 +15,7 @@ from tests.ptx.memory import Access, Allocation, Allocations, Array, Shared, Sta
 from tests.ptx.order import Order
 from tests.ptx.program import Program
 from tests.ptx.text import PtxError
+from tests.ptx.undefined import Undefined
 from tests.ptx.values import PARAMETERS, SHARED
 
 MOST_THREADS = 4096  # of blocks that do not wait for one another, run together
@@ -63,6 +64,7 @@ class Machine:
         self.me = (first * self.threads + lane + 1).astype(np.int32)
         self.shared = Shared(blocks, launch.shared)
         self.order = Order(self, first, blocks)
+        self.undefined = Undefined(self)
         self.groups: dict[int, Any] = {0: None}
         """Threads that can go on, by the block of instructions they are at."""
         self.asleep: dict[int, Any] = {}
@@ -94,6 +96,8 @@ class Machine:
             if launch.steps > MOST_STEPS:
                 raise PtxError(f"line {block.line}: {self.name(idx, 0)} does not come to an end")
             found = block.run(held, self, idx)
+            if self.undefined:
+                self.undefined.follow(block, idx)
             self._go_on(block, number, idx, found)
 
     def _next(self) -> int | None:
@@ -330,7 +334,8 @@ class Machine:
         access, size = self._access("ld.shared", idx, line), dtype.itemsize * count
         block = self.block_of if idx is None else self.block_of[idx]
         at = self.shared.places(access, base.view(np.int64) + (offset - SHARED), size, block)
-        self.shared.load(access, at, size, self._stamp(idx))
+        if (unset := self.shared.load(access, at, size, self._stamp(idx))).any():
+            self.undefined.loaded[line] = unset
         values, first = self.shared.data.view(dtype), at // dtype.itemsize
         return [values[first + k] for k in range(count)]
 

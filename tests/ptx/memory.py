@@ -118,18 +118,17 @@ class Shared:
             access.fail(offset % size != 0, f"address is no multiple of {size}")
         return block * self.row + offset
 
-    def load(self, access: Access, at: Array, size: int, stamp: Array) -> None:
-        """Note reads with these stamps."""
+    def load(self, access: Access, at: Array, size: int, stamp: Array) -> Array:
+        """Note reads with these stamps; gives whether nobody has written there."""
         words = (at // TWO)[:, None] + np.arange(size // TWO)
         me, wrote = stamp[:, None], self.wrote[words]
-        if (wrote == 0).any():
-            access.fail(wrote == 0, "shared memory that nobody has written")
         race = (wrote > (me | THREAD) - MANY) & (wrote != me)
         if race.any():
             access.fail(race, _race("written", wrote[race]))
         before = self.read[words]
         others = (before > (me | THREAD) - MANY) & (before != me)
         self.read[words] = np.where(others, me | MANY, me)
+        return (wrote == 0).any(1)
 
     def store(self, access: Access, at: Array, size: int, stamp: Array) -> None:
         """Note writes with these stamps."""
