@@ -97,6 +97,7 @@ def fma64(a: Array, b: Array, c: Array, rounding: str = "rn") -> Array:
     result = _to_pairs(a, b, c, product)
     if easy.all():
         return result
+    a, b, c, easy = np.broadcast_arrays(a, b, c, easy)  # some may be constants
     result = np.where(easy, result, product + c)
     hard = np.nonzero(~easy & np.isfinite(a) & np.isfinite(b) & np.isfinite(c))[0]
     if hard.size:

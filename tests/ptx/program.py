@@ -59,6 +59,7 @@ class Program:
     """A kernel's text, divided into blocks."""
 
     def __init__(self, text: str) -> None:
+        self.text = text
         self.entry: Entry = parsed(text)
         self.values = Values(self.entry)
         code, labels = self.entry.code, self.entry.labels
@@ -93,6 +94,11 @@ class Program:
         if kind not in TYPES:
             raise self.entry.code[0].unknown(f"register {register} is not declared, or .{kind}")
         return kind
+
+    def lines_that_ran(self) -> set[int]:
+        """Of instructions that any thread has executed."""
+        ran = [block for block in self.blocks if block.runs]
+        return {i.line for block in ran for i in self.entry.code[block.start : block.end]}
 
     # --- making functions ---------------------------------------------------------------------------------------------
 
