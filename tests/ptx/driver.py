@@ -108,6 +108,8 @@ class Driver:
         self.change: Callable[[str, str], str] = lambda name, ptx: ptx
         """Of a kernel's PTX, for tests that break it."""
         self.instructions = 0
+        self.schedule = 0
+        """Of blocks: `machine.Launch.schedule`."""
 
     def raw_kernel(self, source: str, name: str, options: tuple[str, ...] = ()) -> RawKernel:
         """In place of `cupy.RawKernel`."""
@@ -173,8 +175,9 @@ class Driver:
 
         def run() -> tuple[list[Any], list[Any]]:
             launch = Launch(
-                f.program, grid[0], block[0], params, f.static_shared + shared, self.allocations, f.cluster, cooperative
-            )
+                f.program, grid[0], block[0], params, f.static_shared + shared, self.allocations, f.cluster, cooperative,
+                self.schedule,
+            )  # fmt: skip
             try:
                 launch.run()
             except PtxError as error:

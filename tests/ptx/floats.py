@@ -4,9 +4,9 @@ A float32 fma is taken in float64 and rounded to odd before it is rounded to flo
 numbers (Boldo & Melquiond, "Emulation of a FMA and correctly rounded sums", 2008), and in fractions near the ends of
 its range. Approximate instructions err within what the ISA allows, by a number that their input's bits choose:
 
-rcp.approx.ftz.f32                  one of the two float32 numbers beside 1 / a: at most 1 ulp, which the ISA states
-rcp, rsqrt.approx.ftz.f64           of the upper 32 bits of a, up to two of the last of 20 bits beside the right ones; the
-                                    ISA gives the format and calls them gross
+rcp.approx.ftz.f32           one of the two float32 numbers beside 1 / a: at most 1 ulp, which the ISA states
+rcp, rsqrt.approx.ftz.f64    of the upper 32 bits of a, up to two of the last of 20 bits beside the right ones; the ISA
+                             gives the format and calls them gross
 """
 
 from __future__ import annotations
@@ -95,11 +95,14 @@ def fma64(a: Array, b: Array, c: Array, rounding: str = "rn") -> Array:
     easy = (zero | ((size > LEAST) & (size < MOST))) & (np.abs(a) < MOST) & (np.abs(b) < MOST)
     easy &= (size_c < MOST) & ((size_c > LEAST) | (c == 0))
     result = _to_pairs(a, b, c, product)
+    if zero.any():
+        result = np.where(zero, product + c, result)  # the sign of zero, too
     if easy.all():
         return result
     a, b, c, easy = np.broadcast_arrays(a, b, c, easy)  # some may be constants
-    result = np.where(easy, result, product + c)
-    hard = np.nonzero(~easy & np.isfinite(a) & np.isfinite(b) & np.isfinite(c))[0]
+    finite = np.isfinite(a) & np.isfinite(b)
+    result = np.where(easy, result, np.where(finite & np.isinf(c), c, product + c))  # whose product may overflow
+    hard = np.nonzero(~easy & finite & np.isfinite(c))[0]
     if hard.size:
         result[hard] = _each(lambda a, b, c: a * b + c, "rn", a[hard], b[hard], c[hard])
     return result

@@ -299,9 +299,9 @@ def cvt(v: Values, i: Instruction, parts: list[str]) -> list[str]:
     operand, result = i.operands[1], i.operands[0]
     if len(whole) == 2:
         _expect(i, 2, how == [])
-        value = v.read(i, operand, source)
-        wide = f"{source[0]}{to[1:]}"
-        return [v.keep(i, result, to, f"{value}.astype({numpy_of(wide)}).view({numpy_of(to)})")]
+        value = v.read(i, operand, source, wide=True)
+        extended = numpy_of(f"{source[0]}{to[1:]}")
+        return [v.keep(i, result, to, f"{value}.astype({extended}).view({numpy_of(to)})", wide=True)]
     if (to, source) == ("f32", "f16"):
         _expect(i, 2, how == [])
         return [v.keep(i, result, "f32", f"from_half({v.read(i, operand, 'b16')})")]

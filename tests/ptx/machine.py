@@ -2,7 +2,7 @@
 
 Threads that part run apart, those at the lowest block of instructions first, so that they meet again where they can.
 A shuffle or vote waits until its warp is whole, as hardware does; barriers wait for a block or a cluster; a thread in
-`nanosleep` goes on when no other can. Threads that wait for what never comes end the launch, by an error that names them.
+`nanosleep` goes on when no other can. Threads that wait for what never comes end the launch by an error that names one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.ptx.undefined import Undefined
 from tests.ptx.values import PARAMETERS, SHARED
 
 MOST_THREADS = 4096  # of blocks that do not wait for one another, run together
-MOST_STEPS = 1 << 20  # blocks of instructions, of a launch
+MOST_STEPS = 1 << 16  # blocks of instructions, of a launch
 MOST_NAPS = 3  # of all threads, without anything that one could wait for
 WARP = 32
 EVERYONE = 0xFFFFFFFF
@@ -30,8 +30,11 @@ class Launch:
 
     def __init__(
         self, program: Program, grid: int, threads: int, params: bytes, shared: int,
-        allocations: Allocations, cluster: int = 1, cooperative: bool = False,
+        allocations: Allocations, cluster: int = 1, cooperative: bool = False, schedule: int = 0,
     ) -> None:  # fmt: skip
+        self.schedule = schedule
+        """0: all blocks go on together. 1: each goes on alone for as long as it can, 2: the last one first; others
+        choose an order at random."""
         self.program, self.grid, self.threads, self.shared = program, grid, threads, shared
         self.params = np.frombuffer(params + bytes(-len(params) % 8), np.uint8)
         self.params_size, self.cluster, self.cooperative = len(params), cluster, cooperative
@@ -65,8 +68,9 @@ class Machine:
         self.shared = Shared(blocks, launch.shared)
         self.order = Order(self, first, blocks)
         self.undefined = Undefined(self)
-        self.groups: dict[int, Any] = {0: None}
-        """Threads that can go on, by the block of instructions they are at."""
+        self.rank = self._ranks(launch.schedule)
+        self.groups: dict[tuple[int, int], Any] = {}
+        """Threads that can go on, by the rank of their block and the block of instructions they are at."""
         self.asleep: dict[int, Any] = {}
         self.at_barrier = np.full(self.lanes, -1)
         """The block of instructions behind the barrier where a thread waits."""
@@ -78,6 +82,14 @@ class Machine:
         """Grows by all that another thread may wait for."""
         self.naps, self.slept_at = 0, -1
         self.hits: dict[int, Allocation] = {}
+        self._add(0, None)
+
+    def _ranks(self, schedule: int) -> Any:
+        """In which order blocks go on; None where they go on together."""
+        if schedule == 0 or self.blocks == 1:
+            return None
+        order = np.arange(self.blocks)
+        return order if schedule == 1 else order[::-1] if schedule == 2 else np.random.default_rng(schedule).permutation(order)
 
     # --- which threads go on ------------------------------------------------------------------------------------------
 
@@ -85,8 +97,8 @@ class Machine:
         program, launch = self.program, self.launch
         poison = np.full(self.lanes * 8, 0xFF, np.uint8)  # what nobody has set
         held: list[Any] = [poison[: self.lanes * np.dtype(t).itemsize].view(t) for t in program.slot_types]
-        while (number := self._next()) is not None:
-            idx = self.groups.pop(number)
+        while (place := self._next()) is not None:
+            idx, number = self.groups.pop(place), place[1]
             block = program.blocks[number]
             if block.collective and idx is not None:
                 idx = self._whole_warps(number, idx)
@@ -100,12 +112,12 @@ class Machine:
                 self.undefined.follow(block, idx)
             self._go_on(block, number, idx, found)
 
-    def _next(self) -> int | None:
+    def _next(self) -> tuple[int, int] | None:
         """Where to go on: the lowest place, but warps that are not whole wait before collectives."""
         while True:
-            for number in sorted(self.groups):
-                if not self.program.blocks[number].collective or self._some_whole(self.groups[number]):
-                    return number
+            for place in sorted(self.groups):
+                if not self.program.blocks[place[1]].collective or self._some_whole(self.groups[place]):
+                    return place
             if not self.asleep:
                 break
             self._wake()
@@ -142,10 +154,19 @@ class Machine:
     def _add(self, number: int, idx: Any) -> None:
         if number >= len(self.program.blocks):
             raise PtxError("a thread runs past the end of the kernel")
-        others = self.groups.get(number)
+        if self.rank is None:
+            self._join((0, number), idx)
+            return
+        idx = self.lane if idx is None else idx
+        ranks = self.rank[self.block_of[idx]]
+        for rank in np.unique(ranks):
+            self._join((int(rank), number), idx[ranks == rank])
+
+    def _join(self, place: tuple[int, int], idx: Any) -> None:
+        others = self.groups.get(place)
         if others is not None and idx is not None:
             idx = np.sort(np.concatenate([others, idx]))
-        self.groups[number] = None if idx is None or idx.size == self.lanes else idx
+        self.groups[place] = None if idx is None or idx.size == self.lanes else idx
 
     def _go_on(self, block: Any, number: int, idx: Any, found: Any) -> None:
         kind = block.kind
@@ -195,7 +216,8 @@ class Machine:
         places = self.at_barrier[free].reshape(-1, WARP)
         if (odd := places != places[:, :1]).any():
             lane = free[odd.reshape(-1).argmax()]
-            raise PtxError(f"line {block.last.line}: {self.name(self.lane, lane)} waits at another barrier than its warp")
+            who = self.name(self.lane, lane)
+            raise PtxError(f"line {block.last.line}: {who} waits at another barrier than its warp")
         self.order.barrier(np.nonzero(done)[0], size)
         self.progress += 1
         self.waiting[done] = 0

@@ -149,6 +149,10 @@ def _race(how: str, stamps: Array) -> str:
     return f"{how} by {who} since the last barrier"
 
 
+def _unordered(how: str, threads: Array) -> str:
+    return f"no barrier or fence since thread {int(threads[0]) - 1} of the grid {how} there"
+
+
 class Stamps:
     """Of one allocation in global memory, for one launch: who wrote and who read each byte."""
 
@@ -173,7 +177,7 @@ class Stamps:
         if race.any():
             race &= ~seen(writer - 1, self.write_epoch[places])
             if race.any():
-                access.fail(race, f"no barrier or fence since thread {int(writer[race][0]) - 1} of the grid wrote there")
+                access.fail(race, _unordered("wrote", writer[race]))
         self._note(places, me, epoch)
 
     def _note(self, places: Array, me: Array, epoch: Array) -> None:
@@ -197,9 +201,7 @@ class Stamps:
             if race.any():
                 race &= ~seen(found - 1, when[places])
                 if race.any():
-                    access.fail(
-                        race, f"no barrier or fence since thread {int(found[race][0]) - 1} of the grid {how} there"
-                    )
+                    access.fail(race, _unordered(how, found[race]))
         self.writer[places] = me[:, None]
         self.write_epoch[places] = epoch[:, None]
         if (twice := self.writer[places] != me[:, None]).any():

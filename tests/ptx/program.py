@@ -24,6 +24,9 @@ ENDS = {
 }  # fmt: skip
 """Instructions behind which threads part or wait."""
 
+MEMORY = [f"{kind}{bits}" for kind in "busf" for bits in (8, 16, 32, 64) if kind != "f" or bits > 16]
+"""Types of loads and stores."""
+
 TYPES = {
     "pred": np.bool_, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "f32": np.float32, "f64": np.float64,
 }  # fmt: skip
@@ -182,8 +185,10 @@ class Program:
         count = int(parts.pop(0)[1:]) if parts[:1] in (["v2"], ["v4"]) else 1
         stores = i.opcode == "st"
         spaces = ("global", "shared") if stores else ("global", "shared", "param")
-        fine = len(parts) == 1 and numpy_of(parts[0])[1:] in "1248" and parts[0] != "pred" and len(i.operands) == 2
-        if not fine or space not in spaces or (constant and volatile) or ((constant or volatile) and (stores or space != "global")):
+        special = constant + volatile
+        if len(parts) != 1 or parts[0] not in MEMORY or len(i.operands) != 2 or space not in spaces:
+            raise i.unknown()
+        if special > 1 or (special and (stores or space != "global")):
             raise i.unknown()
         kind = parts[0]
         address, offset = self._address(i, i.operands[0 if stores else 1])
@@ -193,12 +198,12 @@ class Program:
             raise i.unknown()
         where = f"{address}, {offset}, {numpy_of(kind)}_"
         if stores:
-            values = ", ".join(self.values.read(i, part, kind) for part in vector)
+            values = ", ".join(self.values.read(i, part, kind, wide=True) for part in vector)
             return [f"X.store_{space}({where}, ({values},), idx, {i.line})"]
         how = f", '{'volatile' if volatile else 'constant' if constant else ''}'" if space == "global" else ""
         names = [f"loaded{k}" for k in range(count)]
         lines = [f"{', '.join(names)}, = X.load_{space}({where}, {count}, idx, {i.line}{how})"]
-        return lines + [self.values.keep(i, r, kind, name) for r, name in zip(vector, names, strict=True)]
+        return lines + [self.values.keep(i, r, kind, name, wide=True) for r, name in zip(vector, names, strict=True)]
 
     def _collective(self, i: Instruction) -> list[str]:
         if i.name == "vote.sync.ballot.b32" and len(i.operands) == 3:
@@ -216,7 +221,7 @@ class Program:
         a, mask = self.values.read(i, i.operands[1], "b32"), self._mask(i, i.operands[4])
         result, *found = str(i.operands[0]).split("|")
         lines = [self.values.keep(i, result, "b32", f"X.shuffle({how!r}, {a}, {lanes}, {mask}, idx, {i.line})")]
-        return lines + [self.values.keep(i, found[0], "pred", "full(n, True)")] if found else lines
+        return [*lines, self.values.keep(i, found[0], "pred", "full(n, True)")] if found else lines
 
     def _mask(self, i: Instruction, operand: Any) -> str:
         """The lanes that take part, as a number where it is known, else one for each thread."""

@@ -173,7 +173,7 @@ def _declaration(entry: Entry, number: int, text: str) -> None:
 def _instruction(line: int, text: str) -> Instruction:
     match = re.fullmatch(r"(?:@(!?%[a-z]+\d+) )?([a-z][\w.:]*)(?: (.*))?", text)
     if match is None:
-        raise Unknown(f"line {line}: {text}: expected an instruction")
+        raise Unknown(f"line {line}: {text}: this is not known")
     return Instruction(line, text, match[1], match[2], tuple(map(_operand, _split(match[3] or ""))))
 
 

@@ -48,8 +48,9 @@ class Undefined:
         sources = [here[register] for register in taken(i) if register in here]
         depends = np.logical_or.reduce(sources) if sources else None
         if depends is not None and depends.any():
-            address = any(r in here for operand in i.operands if isinstance(operand, Address) for r in registers(operand))
-            if i.opcode in ("st", "atom", "bra", "shfl", "vote") or address:
+            addresses = [operand for operand in i.operands if isinstance(operand, Address)]
+            used = any(register in here for address in addresses for register in registers(address))
+            if used or i.opcode in ("st", "atom", "bra", "shfl", "vote"):
                 Access(i.name, i.line, lambda at: self.machine.name(idx, at)).fail(
                     depends, "depends on shared memory that nobody has written"
                 )

@@ -1,4 +1,4 @@
-"""Operands as Python: how a register, a constant or a part of a register is read as a type, and how results are kept."""
+"""Operands as Python: how registers, constants and parts of registers are read as a type, and how results are kept."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class Values:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def read(self, instruction: Instruction, operand: Operand, kind: str) -> str:
-        """Python for the value as this type."""
+    def read(self, instruction: Instruction, operand: Operand, kind: str, wide: bool = False) -> str:
+        """Python for the value as this type; `wide` where a part of a larger register may be read."""
         if not isinstance(operand, str):
             raise instruction.unknown(f"{operand} is not known here")
         if operand.startswith("%"):
@@ -83,10 +83,10 @@ class Values:
                 if special[1] not in SPECIAL or kind != "u32":
                     raise instruction.unknown(f"{operand} is not known here")
                 return f"X.special('{special[1]}', '{special[2]}', idx)"
-            return self._register(instruction, operand, kind)
+            return self._register(instruction, operand, kind, wide)
         return self.constant(instruction, operand, kind)
 
-    def _register(self, instruction: Instruction, operand: str, kind: str) -> str:
+    def _register(self, instruction: Instruction, operand: str, kind: str, wide: bool) -> str:
         have, name = self.entry.type_of(operand), operand[1:]
         if have is None:
             raise instruction.unknown(f"{operand} is not declared")
@@ -96,7 +96,7 @@ class Values:
             return name
         if size_of(have) == size_of(kind):
             return name if numpy_of(have) == numpy_of(kind) else f"{name}.view({numpy_of(kind)})"
-        if size_of(have) < size_of(kind) or "f" in (have[0], kind[0]):
+        if not wide or size_of(have) < size_of(kind) or "f" in (have[0], kind[0]):
             raise instruction.unknown(f"{operand} is .{have}, not .{kind}")
         part = f"{name}.astype(U{size_of(kind)})"
         return f"{part}.view({numpy_of(kind)})" if kind[0] == "s" else part
@@ -137,8 +137,8 @@ class Values:
 
     # --- results ------------------------------------------------------------------------------------------------------
 
-    def keep(self, instruction: Instruction, operand: Operand, kind: str, value: str) -> str:
-        """Python that keeps a result of this type in a register, widened as the type says."""
+    def keep(self, instruction: Instruction, operand: Operand, kind: str, value: str, wide: bool = False) -> str:
+        """Python that keeps a result of this type in a register, which may be wider then."""
         if not isinstance(operand, str) or not operand.startswith("%"):
             raise instruction.unknown(f"{operand} is no register")
         have = self.entry.type_of(operand)
@@ -150,7 +150,7 @@ class Values:
             raise instruction.unknown(f"{operand} is .{have}, not .{kind}")
         if size_of(have) == size_of(kind):
             return f"{operand[1:]} = ({value}).view({numpy_of(have)})"
-        if "f" in (have[0], kind[0]):
+        if not wide or "f" in (have[0], kind[0]):
             raise instruction.unknown(f"{operand} is .{have}, not .{kind}")
         if kind[0] == "s":
             return f"{operand[1:]} = ({value}).astype(I{size_of(have)}).view({numpy_of(have)})"
