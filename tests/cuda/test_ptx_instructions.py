@@ -78,7 +78,9 @@ def test_two_integers(name):
     assert found.tolist() == [e & ((1 << wide) - 1) for e in expected if e is not None]
 
 
-@pytest.mark.parametrize(("name", "bits"), [("shl.b32", 32), ("shr.u32", 32), ("shr.s32", 32), ("shl.b64", 64), ("shr.u64", 64)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("shl.b32", 32), ("shr.u32", 32), ("shr.s32", 32), ("shl.b64", 64), ("shr.u64", 64)]
+)
 @pytest.mark.parametrize("constant", [False, True])
 def test_shifts(name, bits, constant):
     """By the width and more, zeros, or signs, are left."""
@@ -126,7 +128,10 @@ def test_pairs_of_registers():
     b = integers(32)
     halves = "mov.b32 {{%rs1, %rs2}}, {a}; mov.b32 {d}, {{%rs2, %rs1}};"
     assert each(halves, "u4", b).tolist() == [n >> 16 | (n & 0xFFFF) << 16 for n in b.tolist()]
-    assert each("mov.b64 {{%r1, %r2}}, {a}; mov.b32 {d}, %r2;", "u4", np.float64([1, -2])).tolist() == [0x3FF00000, 0xC0000000]
+    assert each("mov.b64 {{%r1, %r2}}, {a}; mov.b32 {d}, %r2;", "u4", np.float64([1, -2])).tolist() == [
+        0x3FF00000,
+        0xC0000000,
+    ]
 
 
 # --- comparisons and choices ------------------------------------------------------------------------------------------
@@ -381,7 +386,9 @@ def test_gross_approximations_of_float64(name, power):
     error = np.abs(found / x**power - 1)
     assert 2**-20 < error.max() < 2**-17
     same = each(f"{name}.approx.ftz.f64 {{d}}, {{a}};", "f8", (x.view("u8") | 0xFFFFFFFF).view("f8"))
-    assert np.array_equal(same, each(f"{name}.approx.ftz.f64 {{d}}, {{a}};", "f8", (x.view("u8") >> 32 << 32).view("f8")))
+    assert np.array_equal(
+        same, each(f"{name}.approx.ftz.f64 {{d}}, {{a}};", "f8", (x.view("u8") >> 32 << 32).view("f8"))
+    )
     ends = each(f"{name}.approx.ftz.f64 {{d}}, {{a}};", "f8", np.array([0, -0.0, np.inf, 1e-310, np.nan]))
     assert ends[:4].tolist() == [np.inf, -np.inf, 0, np.inf]
     assert ends.view("u8")[4] == 0x7FFFFFFF00000000

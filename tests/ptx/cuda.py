@@ -36,7 +36,7 @@ def installed(
     """CuPy arrays' kernels run as PTX on a small device of that compute capability.
 
     Nothing of fastbn is replaced: it asks the device's attributes and the driver's occupancy, compiles by
-    `cupy.RawKernel` and launches on the current stream. With its `tuning` small arrays go every way; {} is fastbn's own.
+    `cupy.RawKernel` and launches on the current stream. Its `tuning` sends small arrays every way; {} is fastbn's own.
     """
     import cupy
     from cupy.cuda import runtime

@@ -175,8 +175,8 @@ class Driver:
 
         def run() -> tuple[list[Any], list[Any]]:
             launch = Launch(
-                f.program, grid[0], block[0], params, f.static_shared + shared, self.allocations, f.cluster, cooperative,
-                self.schedule,
+                f.program, grid[0], block[0], params, f.static_shared + shared, self.allocations,
+                f.cluster, cooperative, self.schedule,
             )  # fmt: skip
             try:
                 launch.run()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ HEADER = """.version 8.8
     .param .align 8 .b8 kernel_param_0[64]
 )
 """
-DECLARED = ".reg .pred %p<99>; .reg .b16 %rs<99>; .reg .b32 %r<99>; .reg .f32 %f<99>; .reg .b64 %rd<99>; .reg .f64 %fd<99>;"
+PREFIXES = {"p": "pred", "rs": "b16", "r": "b32", "f": "f32", "rd": "b64", "fd": "f64"}
+DECLARED = " ".join(f".reg .{kind} %{prefix}<99>;" for prefix, kind in PREFIXES.items())
 
 REGISTERS = {"u2": "rs", "i2": "rs", "u4": "r", "i4": "r", "u8": "rd", "i8": "rd", "f4": "f", "f8": "fd"}
 """By NumPy's types."""
@@ -62,8 +62,8 @@ def each(instruction: str, result: Any, *inputs: Any) -> np.ndarray:
     """
     given = [np.array(x) for x in np.broadcast_arrays(*map(np.atleast_1d, inputs))]
     count = -(-given[0].size // 32) * 32
-    dtype = np.dtype(result)
-    out = np.zeros(count, np.uint32 if dtype == bool else dtype)
+    truth, dtype = result is bool, np.dtype(result)
+    out = np.zeros(count, np.uint32 if truth else dtype)
     arrays, lines, names = [], [], {}
     for k, (name, x) in enumerate(zip("abc", given, strict=False)):
         values = np.zeros(count, np.uint32 if x.dtype == bool else x.dtype)
@@ -77,14 +77,14 @@ def each(instruction: str, result: Any, *inputs: Any) -> np.ndarray:
             register = f"%p{10 + k}"
         names[name] = register
     register, store = _moved("st", out.dtype, 20, 90)
-    if dtype == bool:
+    if truth:
         store = f"selp.u32 {register}, 1, 0, %p20; {store}"
         names["d"] = "%p20"
     else:
         names["d"] = register
     execute("\n".join([*lines, instruction.format(**names), store]), out, *arrays, threads=count)
     found = out[: given[0].size].reshape(given[0].shape)
-    return found.astype(bool) if dtype == bool else found
+    return found.astype(bool) if truth else found
 
 
 def _moved(how: str, dtype: Any, number: int, pointer: int) -> tuple[str, str]:
@@ -92,11 +92,7 @@ def _moved(how: str, dtype: Any, number: int, pointer: int) -> tuple[str, str]:
     kind = dtype.kind + str(dtype.itemsize)
     register = f"%{REGISTERS[kind]}{number}"
     form = f"{'f' if kind[0] == 'f' else 'u'}{8 * dtype.itemsize}"
-    at = f"mul.wide.u32 %rd{number + 40}, %r90, {dtype.itemsize}; add.s64 %rd{number + 40}, %rd{number + 40}, %rd{pointer};"
-    place = f"[%rd{number + 40}]"
-    return register, f"{at} {how}.global.{form} " + ", ".join((register, place) if how == "ld" else (place, register)) + ";"
-
-
-def forms(code: str) -> set[str]:
-    """Names of instructions in a text."""
-    return set(re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.]*)\s*[^:]*;", code, re.MULTILINE))
+    at = f"%rd{number + 40}"
+    operands = (register, f"[{at}]") if how == "ld" else (f"[{at}]", register)
+    find = f"mul.wide.u32 {at}, %r90, {dtype.itemsize}; add.s64 {at}, {at}, %rd{pointer};"
+    return register, f"{find} {how}.global.{form} {', '.join(operands)};"

@@ -89,7 +89,9 @@ class Machine:
         if schedule == 0 or self.blocks == 1:
             return None
         order = np.arange(self.blocks)
-        return order if schedule == 1 else order[::-1] if schedule == 2 else np.random.default_rng(schedule).permutation(order)
+        if schedule > 2:
+            return np.random.default_rng(schedule).permutation(order)
+        return order if schedule == 1 else order[::-1]
 
     # --- which threads go on ------------------------------------------------------------------------------------------
 
