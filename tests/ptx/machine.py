@@ -21,6 +21,7 @@ from tests.ptx.values import PARAMETERS, SHARED
 MOST_THREADS = 4096  # of blocks that do not wait for one another, run together
 MOST_STEPS = 1 << 16  # blocks of instructions, of a launch
 MOST_NAPS = 3  # of all threads, without anything that one could wait for
+OF_BLOCK, OF_CLUSTER = 0, 1
 WARP = 32
 EVERYONE = 0xFFFFFFFF
 
@@ -74,8 +75,9 @@ class Machine:
         self.asleep: dict[int, Any] = {}
         self.at_barrier = np.full(self.lanes, -1)
         """The block of instructions behind the barrier where a thread waits."""
-        self.barrier_of = np.zeros(self.lanes, np.int8)  # 1 the block's, 2 the cluster's
-        self.waiting = np.zeros(blocks, int)
+        self.barrier_of = np.zeros(self.lanes, np.int8)  # OF_BLOCK or OF_CLUSTER
+        self.waiting = np.zeros((2, blocks), int)
+        """Threads of each block, at barriers of the block and of the cluster."""
         self.arrived = np.zeros(self.lanes, bool)
         self.exited = np.zeros(self.lanes, bool)
         self.progress = 0
@@ -144,7 +146,7 @@ class Machine:
     def _waiting(self) -> str:
         """What threads wait for, of an error."""
         found = []
-        for kind, what in ((1, "at a barrier"), (2, "at the cluster's barrier")):
+        for kind, what in ((OF_BLOCK, "at a barrier"), (OF_CLUSTER, "at the cluster's barrier")):
             stuck = np.nonzero((self.barrier_of == kind) & (self.at_barrier >= 0))[0]
             if stuck.size:
                 line = self.program.blocks[self.at_barrier[stuck[0]] - 1].last.line
@@ -205,16 +207,15 @@ class Machine:
         """Threads come to a barrier; the last one of a block or cluster lets all go on."""
         if cluster and not self.arrived[idx].all():
             raise PtxError(f"line {block.last.line}: {self.name(idx, 0)} waits at a barrier where it has not arrived")
-        self.at_barrier[idx] = after
-        self.barrier_of[idx] = 2 if cluster else 1
-        self.waiting += np.bincount(self.block_of[idx], minlength=self.blocks)
-        size = self.launch.cluster if cluster else 1
-        done = (self.waiting.reshape(-1, size) == self.threads).all(1).repeat(size)
+        kind, size = (OF_CLUSTER, self.launch.cluster) if cluster else (OF_BLOCK, 1)
+        self.at_barrier[idx], self.barrier_of[idx] = after, kind
+        self.waiting[kind] += np.bincount(self.block_of[idx], minlength=self.blocks)
+        if (self.waiting.all(0) & (self.waiting.sum(0) == self.threads)).any():
+            raise PtxError(f"line {block.last.line}: threads of a block wait at different barriers")
+        done = (self.waiting[kind].reshape(-1, size) == self.threads).all(1).repeat(size)
         if not done.any():
             return
         free = self.lane[done[self.block_of]]
-        if (self.barrier_of[free] != (2 if cluster else 1)).any():
-            raise PtxError(f"line {block.last.line}: threads of a block wait at different barriers")
         places = self.at_barrier[free].reshape(-1, WARP)
         if (odd := places != places[:, :1]).any():
             lane = free[odd.reshape(-1).argmax()]
@@ -222,7 +223,7 @@ class Machine:
             raise PtxError(f"line {block.last.line}: {who} waits at another barrier than its warp")
         self.order.barrier(np.nonzero(done)[0], size)
         self.progress += 1
-        self.waiting[done] = 0
+        self.waiting[kind, done] = 0
         to = self.at_barrier[free]
         self.at_barrier[free] = -1
         self.arrived[free] = False

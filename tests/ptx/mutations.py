@@ -82,13 +82,17 @@ def settings_of(run: Run) -> dict[str, Any]:
     return {**run.settings, "tuning": {"items_per_thread": 2} | run.settings.get("tuning", {})}
 
 
-def passes(run: Run, architecture: int, change: Callable[[str, str], str] | None = None) -> str | None:
-    """None where a run is as it should be, otherwise what was noticed."""
+SCHEDULES = (0, 1)  # all blocks together; one after the other, as far as each can go
+
+
+def noticed(run: Run, architecture: int, change: Callable[[str, str], str] | None = None) -> str | None:
+    """What is wrong with a run in one of the orders; None where nothing is."""
     with cuda.installed(architecture, **settings_of(run), change=change) as driver:
-        try:
-            run(driver, 0)
-        except (AssertionError, PtxError) as error:
-            return str(error).strip() or type(error).__name__
+        for schedule in SCHEDULES:
+            try:
+                run(driver, schedule)
+            except (AssertionError, PtxError) as error:
+                return str(error).strip() or type(error).__name__
     return None
 
 
@@ -123,13 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for name in options.run:
         for kind in options.kind or KINDS:
-            noticed, missed = 0, []
-            for mutation in list(mutations(RUNS[name], options.arch, [kind]))[:: options.every]:
-                found = passes(RUNS[name], options.arch, mutation.change)
-                noticed += found is not None
-                if found is None:
-                    missed.append(mutation)
-            print(f"{name} | {kind} | {noticed} of {noticed + len(missed)} noticed", flush=True)
+            every = list(mutations(RUNS[name], options.arch, [kind]))[:: options.every]
+            missed = [m for m in every if noticed(RUNS[name], options.arch, m.change) is None]
+            print(f"{name} | {kind} | {len(every) - len(missed)} of {len(every)} noticed", flush=True)
             for mutation in missed:
                 print(f"    {mutation.kernel} {mutation.line}: {mutation.text}", flush=True)
 

@@ -1,0 +1,192 @@
+"""The matrix by what NVRTC compiles, for compute capability 8.0 and 9.0: a part of it, and all as slow tests."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn.cuda import plans
+from tests.cases import checks
+from tests.conftest import missing
+from tests.cuda import running
+from tests.cuda.harness import ON_A_DEVICE
+from tests.cuda.runs import RUNS
+from tests.on_cupy import OnCupy
+from tests.ptx import cuda, mutations
+from tests.simt import host_cupy
+from tests.support import DTYPES, LAYOUTS, OPTIONS, make_case
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=cuda.ARCHITECTURES, ids="sm_{}".format)
+def cuda_device(request):
+    """In the place of kernels that g++ compiles: all that asks for a device runs PTX."""
+    reason = cuda.available()
+    if reason is not None:
+        missing(request, reason)
+    with cuda.installed(request.param) as driver:
+        yield driver
+
+
+@pytest.fixture
+def on_cupy(cuda_device, monkeypatch):
+    monkeypatch.setattr(checks, "fastbn", OnCupy())
+    monkeypatch.setattr(checks, "SAME_BITS", False)
+
+
+CHOSEN = ("NCHW", "NHWC", "NCHW short rows")  # contiguous along the row, along channels, across rows
+
+
+def part(*options):
+    """Of layouts, dtypes and options for each compute capability; every dtype and option occurs with either."""
+    cases = []
+    for layout, dtype, name in itertools.product(ON_A_DEVICE, DTYPES, options):
+        marks = [slow]
+        if layout in CHOSEN:
+            i, j = CHOSEN.index(layout), list(DTYPES).index(dtype)
+            marks = [] if (i + j) % 2 == 0 and name == options[(i + j // 2) % len(options)] else [slow]
+        cases.append(pytest.param(layout, dtype, name, marks=marks))
+    return pytest.mark.parametrize(("layout", "dtype", "options"), cases)
+
+
+@pytest.mark.usefixtures("on_cupy")
+class TestMatrix:
+    @part(*checks.TRAINING)
+    def test_training(self, layout, dtype, options):
+        checks.check_backward(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+
+    @part("affine residual relu", "plain")
+    def test_frozen(self, layout, dtype, options):
+        checks.check_frozen(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+
+    @part("plain", "where")
+    def test_parts(self, layout, dtype, options):
+        checks.check_parts(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+
+    @part("plain", "where")
+    def test_moments(self, layout, dtype, options):
+        checks.check_moments(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+
+    @part("plain", "where")
+    def test_statistics(self, layout, dtype, options):
+        checks.check_statistics(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+
+    def test_running_statistics(self):
+        running.check_bits(OnCupy(), "float64", "float32")
+        running.check_bits(OnCupy(), "bfloat16", "float16", "float32")
+        running.check_rounding(OnCupy())
+
+
+# --- ways through the kernels -----------------------------------------------------------------------------------------
+
+EACH_WAY = (
+    "forward, cluster",
+    "backward, cooperative, runs",
+    "backward, two passes",
+    "training, cooperative, float64, small",
+)
+
+
+def by_run():
+    cases = []
+    for architecture, name in itertools.product(cuda.ARCHITECTURES, RUNS):
+        if RUNS[name].strategy == "cluster" and architecture < 90:
+            continue
+        chosen = name in EACH_WAY and (architecture == 90) == (name in EACH_WAY[::2] or "cluster" in name)
+        marks = [] if chosen else [slow]
+        cases.append(pytest.param(architecture, name, marks=marks, id=f"sm_{architecture}-{name}"))
+    return pytest.mark.parametrize(("architecture", "name"), cases)
+
+
+@by_run()
+def test_each_way(request, architecture, name):
+    """All that plans choose between, with blocks together, one by one, from the last, and in an order at random."""
+    if (reason := cuda.available()) is not None:
+        missing(request, reason)
+    run = RUNS[name]
+    with cuda.installed(architecture, **mutations.settings_of(run)) as driver:
+        for schedule in range(4):
+            run(driver, schedule)
+
+
+@pytest.mark.parametrize("layout", CHOSEN)
+@pytest.mark.parametrize("architecture", [80, pytest.param(90, marks=slow)], ids="sm_{}".format)
+def test_the_plans_of_a_whole_device(request, monkeypatch, architecture, layout):
+    """With fastbn's own tuning, which no other test here has, and all of the device's shared memory."""
+    if (reason := cuda.available()) is not None:
+        missing(request, reason)
+    monkeypatch.setattr(checks, "fastbn", OnCupy())
+    monkeypatch.setattr(checks, "SAME_BITS", False)
+    shared = {80: 163 << 10, 90: 227 << 10}[architecture]
+    with cuda.installed(architecture, {80: 108, 90: 132}[architecture], shared, tuning={}) as driver:
+        checks.check_backward(make_case(LAYOUTS[layout], "float32", OPTIONS["affine residual relu"]))
+        assert {step.kernel for step in driver.launches} == {"forward", "backward"}
+
+
+@pytest.mark.usefixtures("on_cupy")
+class TestBits:
+    @pytest.mark.parametrize("strategy", ["cooperative", "two passes"])
+    def test_are_the_same_whichever_block_comes_first(self, cuda_device, monkeypatch, strategy):
+        monkeypatch.setitem(plans.FORCED, "strategy", strategy)
+        case, found = make_case(LAYOUTS["NHWC many rows"], "float32"), []
+        try:
+            for schedule in range(5):
+                cuda_device.schedule = schedule
+                y, saved = OnCupy().batch_norm(case.x, **case.keywords)
+                found.append((y.tobytes(), OnCupy().batch_norm_backward(case.dy, saved).x.tobytes()))
+        finally:
+            cuda_device.schedule = 0
+        assert len({step.grid for step in cuda_device.launches} - {1}) > 0
+        assert len(set(found)) == 1
+
+    def test_subnormal_numbers_are_zeros(self, cuda_device):
+        """As docs/gpu.md says of float32, whose kernels CuPy compiles so."""
+        x = np.float32([[1e-40, -1e-39, 1.5]]).repeat(4, 0)
+        ones = np.ones(3)
+        y = OnCupy().batch_norm_inference(x, np.zeros(3), ones, eps=0.0, channel_axis=1)
+        assert y[0].tolist() == [0, 0, 1.5]
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_halves_are_rounded_to_nearest(self, dtype):
+        assert rounded_to_nearest(dtype)
+
+
+def rounded_to_nearest(dtype):
+    """Whether results are the halves nearest to the formula's, but where float32 cannot decide."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((50, 8)).astype(DTYPES[dtype])
+    gamma = rng.uniform(0.5, 2, 8)
+    y = OnCupy().batch_norm_inference(x, np.zeros(8), np.ones(8), gamma, eps=0.0, channel_axis=1)
+    exact = x.astype(float) * gamma
+    step = np.spacing(np.abs(y)) if dtype == "float16" else np.abs(y.astype(float)) * 2.0**-7
+    return bool((np.abs(y.astype(float) - exact) <= 0.501 * step.astype(float)).all())
+
+
+def test_these_checks_notice_what_they_are_for(request):
+    """Instructions that keep subnormal numbers, and conversions that cut off."""
+    if (reason := cuda.available()) is not None:
+        missing(request, reason)
+    x = np.float32([[1e-40, -1e-39, 1.5]]).repeat(4, 0)
+    with cuda.installed(90, change=lambda _, ptx: ptx.replace(".ftz.f32", ".f32").replace(".ftz.f64.f32", ".f64.f32")):
+        y = OnCupy().batch_norm_inference(x, np.zeros(3), np.ones(3), eps=0.0, channel_axis=1)
+        assert y[0, 0] != 0
+    for dtype, name in (("float16", "f16"), ("bfloat16", "bf16")):
+        with cuda.installed(90, change=lambda _, ptx, n=name: ptx.replace(f"cvt.rn.{n}.f32", f"cvt.rz.{n}.f32")):
+            assert not rounded_to_nearest(dtype)
+
+
+def test_on_cupy_arrays_as_users_have_them(request):
+    """The public functions, without the way of the other tests to CuPy arrays and back."""
+    if (reason := cuda.available()) is not None:
+        missing(request, reason)
+    x = np.random.default_rng(0).standard_normal((6, 5, 7)).astype(np.float32)
+    with cuda.installed(80) as driver:
+        mean, var = fastbn.mean_var(host_cupy.to_cupy(x), axis=(0, 2))
+        nan = host_cupy.to_numpy(fastbn.nanmean(host_cupy.to_cupy(np.where(x > 1, np.nan, x)), axis=(0, 2)))
+        mean, var = map(host_cupy.to_numpy, (mean, var))
+        assert {step.kernel for step in driver.launches} == {"strided_statistics"}
+    np.testing.assert_allclose(mean, x.mean((0, 2), dtype=float), atol=1e-6)
+    np.testing.assert_allclose(var, x.var((0, 2), dtype=float), rtol=1e-5)
+    np.testing.assert_allclose(nan, np.nanmean(np.where(x > 1, np.nan, x.astype(float)), (0, 2)), atol=1e-6)
