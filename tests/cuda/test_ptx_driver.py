@@ -9,6 +9,8 @@ import pytest
 import fastbn
 from fastbn.cuda import launch, plans
 from tests.conftest import missing
+from tests.cuda_compile import options_of_cupy
+from tests.ptx import compiled as compile_kernels
 from tests.ptx import cuda
 from tests.ptx.driver import DriverError
 from tests.ptx.handwritten import text
@@ -44,7 +46,8 @@ class Written:
 
     def __init__(self, driver, body="", directives="", registers=32):
         self.program = program(text(body, directives))
-        self.driver, self.name, self.macros, self.registers = driver, "kernel", {}, registers
+        self.driver, self.name, self.macros = driver, "kernel", {}
+        self.registers = self.most_registers = registers
         self.static_shared, self.cluster = self.program.entry.static_shared, self.program.entry.cluster or 1
         self.most_dynamic = 48 << 10
 
@@ -71,7 +74,7 @@ REFUSED = {
     "no room": ({"registers": 255}, {"block": 256, "cooperative": True, "grid": 4}, "cooperative grid of 4 .* for 3"),
     "a cluster without room": (
         {"directives": ".explicitcluster\n.reqnctapercluster 8, 1, 1", "registers": 255}, {"grid": 8, "block": 256},
-        "no block, or no cluster of blocks, has room",
+        "clusters of 8 blocks, there is room for 3",
     ),
 }  # fmt: skip
 
@@ -134,7 +137,19 @@ def test_the_device_is_asked_and_the_launches_are_its(driver):
     assert launch.device(0).architecture == driver.architecture
     assert [step.kernel for step in driver.launches] == ["forward", "backward"]
     assert all(f.program.entry.target == driver.architecture for f in driver.functions.values())
-    assert all(0 < f.registers <= 255 for f in driver.functions.values())
+    assert all(0 < f.registers <= f.most_registers for f in driver.functions.values())
+
+
+def test_registers_and_text_are_of_the_same_compilation(device):
+    """ptxas keeps within what `__launch_bounds__` promise, and CuPy's machine code is of the text that is executed."""
+    options = (*launch.OPTIONS, "-DTHREADS=128")
+    launch.function(0, "update_running", (("THREADS", 128),))
+    (f,) = device.functions.values()
+    ptx, log = compile_kernels.compiled(
+        launch.source("update_running"), (*options, *options_of_cupy(90), "-Xptxas", "-v")
+    )
+    assert ptx == f.program.text
+    assert f"Used {f.registers} registers" in log
 
 
 def test_the_group_of_a_cooperative_launch_has_room(driver, monkeypatch):
@@ -148,7 +163,7 @@ def test_the_group_of_a_cooperative_launch_has_room(driver, monkeypatch):
     assert step.cooperative
     assert step.grid <= room
     monkeypatch.setitem(driver.attributes, "MultiProcessorCount", 0)
-    with pytest.raises(DriverError, match="no block"):
+    with pytest.raises(DriverError, match="there is room for 0"):
         fastbn.batch_norm(x, **given)
 
 

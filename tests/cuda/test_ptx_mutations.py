@@ -68,13 +68,13 @@ def test_barriers_of_cooperative_launches():
     assert len(missed) < len(every) / 2
 
 
-# Many of these change nothing: a branch to careful arithmetic that comes to the same, "below 0" as "at most 0", numbers
+# Many of these change nothing: a branch to careful arithmetic that comes to the same, numbers
 # of a tile that is the first one. Of those that are left most must be noticed.
-MOST = {"branch turned": 0.6, "load beside": 0.6, "comparison changed": 0.3, "sum as difference": 0.5}
+MOST = {"branch turned": 0.6, "load beside": 0.6, "sum as difference": 0.5}
 
 
 @pytest.mark.parametrize("kind", MOST)
-@pytest.mark.parametrize("every", [pytest.param(6, id="some"), pytest.param(1, id="all", marks=slow)])
+@pytest.mark.parametrize("every", [pytest.param(12, id="some"), pytest.param(1, id="all", marks=slow)])
 def test_most_are_noticed(kind, every):
     chosen = of_run("forward, block, rows, all", 90, kind)[::every]
     missed = unnoticed("forward, block, rows, all", 90, chosen)

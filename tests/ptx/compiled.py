@@ -1,14 +1,12 @@
-"""Kernels as NVRTC compiles them for a GPU: the PTX text and what ptxas found, kept on disk."""
+"""Kernels as NVRTC compiles them for a GPU: the PTX text and registers, kept on disk."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tempfile
 from functools import lru_cache
-from typing import NamedTuple
 
 from tests import cuda_compile
 from tests.simt import simt
@@ -29,36 +27,47 @@ def available() -> str | None:
     return None
 
 
-class Compiled(NamedTuple):
-    ptx: str
-    registers: int
-    """Of a thread, in the machine code of the same compilation."""
+@lru_cache(maxsize=1024)
+def ptx(source: str, options: tuple[str, ...], architecture: int) -> str:
+    """The text, as CuPy's options make it. That of the machine code is the same: a test compares."""
+    return _kept("ptx", source, (*options, *cuda_compile.for_ptx(cuda_compile.options_of_cupy(architecture))))
 
 
 @lru_cache(maxsize=1024)
-def compiled(source: str, options: tuple[str, ...], architecture: int) -> Compiled:
-    """What CuPy compiles of this source with these options: the machine code's PTX."""
+def registers(source: str, options: tuple[str, ...], architecture: int) -> int:
+    """Of a thread, in the machine code; ptxas takes as long as the compiler."""
+    every = (*options, *cuda_compile.options_of_cupy(architecture), "-Xptxas", "-v")
+    found = re.search(r"Used (\d+) registers", log := _kept("log", source, every))
+    if found is None:
+        raise simt.CompileError(f"ptxas said nothing of registers:\n{log}")
+    return int(found[1])
+
+
+def _kept(what: str, source: str, options: tuple[str, ...]) -> str:
+    """The PTX or the log of a compilation, from disk where it was done before."""
     from cupy_backends.cuda.libs import nvrtc
 
-    every = (*options, *cuda_compile.options_of_cupy(architecture), "-Xptxas", "-v")
-    key = hashlib.sha256(repr((source, every, nvrtc.getVersion())).encode()).hexdigest()[:32]
-    file = simt.cache() / f"{key}.ptx.json"
+    key = hashlib.sha256(repr((source, options, nvrtc.getVersion())).encode()).hexdigest()[:32]
+    file = simt.cache() / f"{key}.{what}"
     if file.exists():
-        return Compiled(*json.loads(file.read_text()))
+        return file.read_text()
+    text, log = compiled(source, options)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as whole:
+        whole.write(text if what == "ptx" else log)
+    os.replace(whole.name, file)  # at once: other processes may look for it
+    return file.read_text()
+
+
+def compiled(source: str, options: tuple[str, ...]) -> tuple[str, str]:
+    """PTX and log of a compilation."""
+    from cupy_backends.cuda.libs import nvrtc
+
     program = nvrtc.createProgram(source, "kernel.cu", [], [])
     try:
-        nvrtc.compileProgram(program, every)
-        ptx, log = nvrtc.getPTX(program), nvrtc.getProgramLog(program)
+        nvrtc.compileProgram(program, options)
+        text, log = nvrtc.getPTX(program), nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
         raise simt.CompileError(f"{error}\n{nvrtc.getProgramLog(program)}") from error
     finally:
         nvrtc.destroyProgram(program)
-    text = (ptx if isinstance(ptx, str) else ptx.decode()).rstrip("\0")
-    found = re.search(r"Used (\d+) registers", log)
-    if found is None:
-        raise simt.CompileError(f"ptxas said nothing of registers:\n{log}")
-    result = Compiled(text, int(found[1]))
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as whole:
-        json.dump(result, whole)
-    os.replace(whole.name, file)  # at once: other processes may look for it
-    return result
+    return (text if isinstance(text, str) else text.decode()).rstrip("\0"), log

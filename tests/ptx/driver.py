@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tests.ptx import program
-from tests.ptx.compiled import compiled
+from tests.ptx import compiled, program
 from tests.ptx.machine import Launch
 from tests.ptx.memory import Allocations
 from tests.ptx.streams import Streams
@@ -21,6 +20,7 @@ RESERVED_SHARED = 1 << 10  # of each block, from compute capability 8.0 on
 SHARED_STEP, REGISTER_STEP = 128, 256  # in which shared memory, and registers of a warp, are given
 MOST_BLOCKS = {80: 32, 90: 32}  # of a multiprocessor
 PARTITIONS = 4  # of a multiprocessor, each with warps and registers of its own
+REGISTERS, MOST_REGISTERS = 65536, 255  # of a multiprocessor; of a thread
 WARP = 32
 
 
@@ -46,9 +46,8 @@ class Function:
     def __init__(self, driver: Driver, source: str, name: str, options: tuple[str, ...]) -> None:
         self.driver, self.name = driver, name
         self.macros = {k: int(v) for k, v in (o[2:].split("=") for o in options if o.startswith("-D"))}
-        built = compiled(source, options, driver.architecture)
-        self.program = program.program(driver.change(name, built.ptx))
-        self.registers = built.registers
+        self.program = program.program(driver.change(name, compiled.ptx(source, options, driver.architecture)))
+        self._registers = lambda: compiled.registers(source, options, driver.architecture)
         entry = self.program.entry
         if entry.name != name:
             raise DriverError(f"there is no kernel {name}, but {entry.name}")
@@ -58,6 +57,18 @@ class Function:
         self.most_dynamic = DEFAULT_SHARED - self.static_shared
         self.ptr = 1 + len(driver.functions)
         driver.functions[self.ptr] = self
+
+    @property
+    def registers(self) -> int:
+        """Of a thread."""
+        return self._registers()
+
+    @property
+    def most_registers(self) -> int:
+        """What ptxas had to keep to for blocks of this size, or what it took."""
+        threads = self.program.entry.max_threads
+        most = REGISTERS // (threads[0] * self.program.entry.min_blocks) if threads else MOST_REGISTERS
+        return min(most, MOST_REGISTERS) if threads else self.registers
 
     def __call__(
         self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_mem: int = 0,
@@ -151,17 +162,19 @@ class Driver:
             refuse(f"blocks of {threads} threads, the device has {has['MaxThreadsPerBlock']}")
         if entry.max_threads is not None and threads > entry.max_threads[0]:
             refuse(f"blocks of {threads} threads, made for {entry.max_threads[0]}")
-        if f.registers * threads > has["MaxRegistersPerBlock"]:
-            refuse(f"{threads} threads of {f.registers} registers, the device has {has['MaxRegistersPerBlock']}")
+        if f.most_registers * threads > has["MaxRegistersPerBlock"]:
+            refuse(f"{threads} threads of {f.most_registers} registers, the device has {has['MaxRegistersPerBlock']}")
         if not 0 <= shared <= f.most_dynamic:
             refuse(f"{shared} bytes of shared memory, the function's attribute allows {f.most_dynamic}")
         if len(params) != entry.parameter_bytes:
             refuse(f"{len(params)} bytes of parameters, the kernel takes {entry.parameter_bytes}")
         if blocks % f.cluster:
             refuse(f"a grid of {blocks} blocks has no clusters of {f.cluster}")
+        if not cooperative and f.cluster == 1:
+            return
         room = self.blocks_of(f, threads, shared) * has["MultiProcessorCount"]
-        if room == 0 or f.cluster > room:
-            refuse("no block, or no cluster of blocks, has room on the device")
+        if f.cluster > room:
+            refuse(f"clusters of {f.cluster} blocks, there is room for {room}")
         if cooperative and blocks > room:
             refuse(f"a cooperative grid of {blocks} blocks, there is room for {room}")
 

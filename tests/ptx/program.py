@@ -45,6 +45,9 @@ class Block:
         self.collective = any(i.opcode in ("shfl", "vote") for i in code[start:end])
         self.negated = bool(last.predicate) and str(last.predicate).startswith("!")
         self.conditional = last.predicate is not None
+        self.reads: dict[str, None] = {}
+        self.writes: dict[str, None] = {}
+        """Registers that come from other blocks, and those that are set, in order."""
         self.runs = 0
         """How often it was executed, by any threads."""
         self.target = -1
@@ -83,12 +86,11 @@ class Program:
         self.slots: dict[str, int] = {}
         """Places of registers that go from block to block."""
         for block in self.blocks:
-            known: set[str] = set()
             for i in code[block.start : block.end]:
-                for register in taken(i):
-                    if register not in known:
-                        self.slots.setdefault(register, len(self.slots))
-                known.update(written(i))
+                block.reads.update(dict.fromkeys(r for r in taken(i) if r not in block.writes))
+                block.writes.update(dict.fromkeys(written(i)))
+            for register in block.reads:
+                self.slots.setdefault(register, len(self.slots))
         self.slot_types = [TYPES[self._type(register)] for register in self.slots]
         self._environment = environment()
 
@@ -118,17 +120,11 @@ class Program:
 
     def source(self, block: Block) -> str:
         """Python of a block's function."""
-        reads: dict[str, None] = {}
-        writes: dict[str, None] = {}
-        lines: list[str] = []
-        for i in self.entry.code[block.start : block.end]:
-            reads.update(dict.fromkeys(r for r in taken(i) if r not in writes))
-            writes.update(dict.fromkeys(written(i)))
-            lines += self._emitted(i)
-        out = [r for r in writes if r in self.slots]
+        lines = [line for i in self.entry.code[block.start : block.end] for line in self._emitted(i)]
+        out = [r for r in block.writes if r in self.slots]
         head = ["def block(R, X, idx):", "    n = X.lanes if idx is None else idx.size"]
-        if reads:
-            whole = [f"{r[1:]} = R[{self.slots[r]}]" for r in reads]
+        if block.reads:
+            whole = [f"{r[1:]} = R[{self.slots[r]}]" for r in block.reads]
             head += ["    if idx is None:", *(f"        {line}" for line in whole)]
             head += ["    else:", *(f"        {line}[idx]" for line in whole)]
         tail = []

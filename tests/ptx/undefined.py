@@ -31,11 +31,11 @@ class Undefined:
         """What the instructions that just ran have made of such values."""
         code = block.program.entry.code[block.start : block.end]
         everyone = slice(None) if idx is None else idx
-        here = {register: where[everyone] for register, where in self.held.items() if where[everyone].any()}
+        here = {r: where for r in self.held.keys() & block.reads if (where := self.held[r][everyone]).any()}
         if here or self.loaded:
             for i in code:
                 self._step(i, here, idx)
-        for register in {r for i in code for r in written(i)} & block.program.slots.keys():
+        for register in block.writes.keys() & ({*self.held} | {*here}) & block.program.slots.keys():
             found = here.get(register)
             if register in self.held or (found is not None and found.any()):
                 where = self.held.setdefault(register, np.zeros(self.machine.lanes, bool))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import struct
-from typing import Any
 
 from tests.ptx.text import Address, Entry, Instruction, Operand
 
@@ -159,12 +158,11 @@ class Values:
 
 def registers(operand: Operand) -> list[str]:
     """Those that an operand names."""
-    parts: Any = operand if isinstance(operand, tuple) and not isinstance(operand, Address) else (operand,)
-    found = []
-    for part in parts:
-        text = part.base if isinstance(part, Address) else str(part)
-        found += [name for name in text.split("|") if re.fullmatch(r"%[a-z]+\d+", name)]
-    return found
+    if isinstance(operand, Address):
+        operand = operand.base
+    elif isinstance(operand, tuple):
+        return [name for name in operand if name[0] == "%"]
+    return [name for name in operand.split("|") if name[0] == "%" and "." not in name]
 
 
 WITHOUT_RESULT = ("st", "bra", "bar", "barrier", "membar", "nanosleep", "ret", "trap")
