@@ -229,6 +229,22 @@ def bfi(v: Values, i: Instruction, parts: list[str]) -> list[str]:
     ]
 
 
+def prmt(v: Values, i: Instruction, parts: list[str]) -> list[str]:
+    """Bytes of two registers, each chosen by four bits, the highest of which fills the byte with its sign."""
+    _expect(i, 4, parts == ["b32"])
+    select = v.known(i.operands[3])
+    if select is None:
+        raise i.unknown("bytes are permuted by constants alone")
+    a, b = (v.read(i, operand, "b32") for operand in i.operands[1:3])
+    terms = []
+    for k in range(4):
+        nibble = select >> 4 * k & 15
+        byte = f"({(a, b)[nibble >> 2 & 1]} >> U4({nibble % 4 * 8}) & U4(255))"
+        byte = f"(({byte} >> U4(7)) * U4(255))" if nibble & 8 else byte
+        terms.append(f"({byte} << U4({8 * k}))")
+    return [v.keep(i, i.operands[0], "b32", " | ".join(terms))]
+
+
 # --- choices ----------------------------------------------------------------------------------------------------------
 
 ORDERED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -338,6 +354,6 @@ EMIT: dict[str, Emit] = {
     "abs": _sign("abs({})"), "neg": _sign("-({})"),
     "min": _extreme("smallest", "minimum"), "max": _extreme("largest", "maximum"),
     "and": _logic("&"), "or": _logic("|"), "xor": _logic("^"), "not": invert,
-    "shl": _shift("<<"), "shr": _shift(">>"), "bfind": bfind, "brev": brev, "bfi": bfi,
+    "shl": _shift("<<"), "shr": _shift(">>"), "bfind": bfind, "brev": brev, "bfi": bfi, "prmt": prmt,
     "setp": setp, "selp": selp, "mov": mov, "cvt": cvt, "cvta": cvta,
 }  # fmt: skip
