@@ -96,6 +96,7 @@ def test_launches_at_the_limits(device):
 
 def test_occupancy(device):
     """Of blocks by registers, threads and shared memory, whichever ends first."""
+    device.attributes["MaxBlocksPerMultiprocessor"] = 32
     for registers, threads, shared, expected in (
         (32, 256, 0, 8),  # 2048 threads
         (64, 256, 0, 4),

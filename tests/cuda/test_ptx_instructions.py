@@ -112,10 +112,15 @@ def test_bits():
 
 def test_dot_products_of_parts():
     a, b, c = integers(32), integers(32)[::-1], integers(32)
-    parts = {
-        "dp4a.s32.s32": lambda x, y: sum(signed(x >> 8 * k, 8) * signed(y >> 8 * k, 8) for k in range(4)),
-        "dp2a.lo.s32.s32": lambda x, y: sum(signed(x >> 16 * k, 16) * signed(y >> 8 * k, 8) for k in range(2)),
-    }
+    read = {"s32": signed, "u32": lambda n, bits: n & ((1 << bits) - 1)}
+    parts = {}
+    for p, q in itertools.product(read, read):
+        one, other = read[p], read[q]
+        parts[f"dp4a.{p}.{q}"] = lambda x, y, f=one, g=other: sum(f(x >> 8 * k, 8) * g(y >> 8 * k, 8) for k in range(4))
+        for first, half in enumerate(("lo", "hi")):
+            parts[f"dp2a.{half}.{p}.{q}"] = lambda x, y, f=one, g=other, h=16 * first: sum(
+                f(x >> 16 * k, 16) * g(y >> h + 8 * k, 8) for k in range(2)
+            )
     for name, dot in parts.items():
         expected = [dot(x, y) + z & 0xFFFFFFFF for x, y, z in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)]
         assert each(f"{name} {{d}}, {{a}}, {{b}}, {{c}};", "u4", a, b, c).tolist() == expected
@@ -297,6 +302,9 @@ def test_signs_and_extremes():
     several = (a != 0) | (b != 0)
     assert_same(each("min.f64 {d}, {a}, {b};", "f8", a[several], b[several]), np.fmin(a, b)[several])
     assert_same(each("max.f64 {d}, {a}, {b};", "f8", a[several], b[several]), np.fmax(a, b)[several])
+    single, zero = floats("f4"), np.float32(0)
+    positive = np.where(np.isnan(single), zero, np.maximum(flushed(single), zero)) + zero
+    assert_same(each("max.ftz.f32 {d}, {a}, 0f00000000;", "f4", single), positive)
     with np.errstate(all="ignore"):
         assert_same(each("div.rn.f64 {d}, {a}, {b};", "f8", a, b), a / b)
 
@@ -419,7 +427,7 @@ REFUSED = [
     "shfl.sync.up.b32 %r1|%p1, %r1, 1, 0, -1;", "shfl.sync.bfly.b32 %r1|%p1, %r1, 1, 7183, -1;",
     "vote.sync.any.pred %p1, %p2, -1;", "@%p1 add.s32 %r1, %r1, 1;", "bra nowhere;", "call foo;",
     "shl.u32 %r1, %r1, 1;", "mul.s32 %r1, %r1, %r1;", "mul.wide.u64 %rd1, %rd1, %rd1;", "div.approx.f32 %f1, %f1, %f1;",
-    "lop3.b32 %r1, %r1, %r1, %r1, 1;", ".local .b8 stack[16];", "{ .reg .b32 %t<2>; }", "min.ftz.f32 %f1, %f1, %f1;",
+    "lop3.b32 %r1, %r1, %r1, %r1, 1;", ".local .b8 stack[16];", "{ .reg .b32 %t<2>; }", "min.NaN.f32 %f1, %f1, %f1;",
     "cvta.global.u64 %rd1, %rd1;", "cvta.to.shared.u64 %rd1, %rd1;", "bfi.b32 %r1, %r1, %r1, %r2, 3;",
 ]  # fmt: skip
 

@@ -124,7 +124,7 @@ def test_the_plans_of_a_whole_device(request, monkeypatch, architecture, layout)
     monkeypatch.setattr(checks, "fastbn", OnCupy())
     monkeypatch.setattr(checks, "SAME_BITS", False)
     shared = {80: 163 << 10, 90: 227 << 10}[architecture]
-    with cuda.installed(architecture, {80: 108, 90: 132}[architecture], shared, tuning={}) as driver:
+    with cuda.installed(architecture, {80: 108, 90: 132}[architecture], shared, {}, 32) as driver:
         checks.check_backward(make_case(LAYOUTS[layout], "float32", OPTIONS["affine residual relu"]))
         assert {step.kernel for step in driver.launches} == {"forward", "backward"}
 

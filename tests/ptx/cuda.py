@@ -31,12 +31,14 @@ def available() -> str | None:
 @contextlib.contextmanager
 def installed(
     architecture: int = 90, processors: int = 3, shared: int = 16 << 10, tuning: dict[str, Any] | None = None,
-    change: Callable[[str, str], str] | None = None,
+    blocks: int = 2, change: Callable[[str, str], str] | None = None,
+    change_source: Callable[[str, str], str] | None = None,
 ) -> Iterator[Driver]:  # fmt: skip
     """CuPy arrays' kernels run as PTX on a small device of that compute capability.
 
     Nothing of fastbn is replaced: it asks the device's attributes and the driver's occupancy, compiles by
     `cupy.RawKernel` and launches on the current stream. Its `tuning` sends small arrays every way; {} is fastbn's own.
+    A multiprocessor has at most so many blocks. The changes are of a kernel's PTX and of its text.
     """
     import cupy
     from cupy.cuda import runtime
@@ -46,10 +48,10 @@ def installed(
     attributes = host_cupy.ATTRIBUTES | {
         "ComputeCapabilityMajor": architecture // 10, "ComputeCapabilityMinor": architecture % 10,
         "MultiProcessorCount": processors, "MaxSharedMemoryPerBlockOptin": shared,
+        "MaxBlocksPerMultiprocessor": blocks,
     }  # fmt: skip
     driver = Driver(architecture, attributes)
-    if change is not None:
-        driver.change = change
+    driver.change, driver.change_source = change or driver.change, change_source or driver.change_source
     small = SMALL | ({} if architecture >= 90 else {"cluster": 1})
     streams = driver.streams
     with pytest.MonkeyPatch.context() as patch, host_cupy.installed():

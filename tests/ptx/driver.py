@@ -18,7 +18,6 @@ from tests.ptx.text import PtxError
 DEFAULT_SHARED = 48 << 10  # of a block, unless a function's attribute says more
 RESERVED_SHARED = 1 << 10  # of each block, from compute capability 8.0 on
 SHARED_STEP, REGISTER_STEP = 128, 256  # in which shared memory, and registers of a warp, are given
-MOST_BLOCKS = {80: 32, 90: 32}  # of a multiprocessor
 PARTITIONS = 4  # of a multiprocessor, each with warps and registers of its own
 REGISTERS, MOST_REGISTERS = 65536, 255  # of a multiprocessor; of a thread
 WARP = 32
@@ -117,14 +116,15 @@ class Driver:
         self.functions: dict[int, Function] = {}
         self.launches: list[Launched] = []
         self.change: Callable[[str, str], str] = lambda name, ptx: ptx
-        """Of a kernel's PTX, for tests that break it."""
+        self.change_source: Callable[[str, str], str] = lambda name, source: source
+        """Of a kernel's PTX and of its text, for tests that break it."""
         self.instructions = 0
         self.schedule = 0
         """Of blocks: `machine.Launch.schedule`."""
 
     def raw_kernel(self, source: str, name: str, options: tuple[str, ...] = ()) -> RawKernel:
         """In place of `cupy.RawKernel`."""
-        return RawKernel(self, source, name, options)
+        return RawKernel(self, self.change_source(name, source), name, options)
 
     def occupancy(self, function: int, threads: int, shared: int) -> int:
         """cuOccupancyMaxActiveBlocksPerMultiprocessor."""
@@ -141,7 +141,7 @@ class Driver:
             warps_with_registers // warps,
             has["MaxThreadsPerMultiProcessor"] // WARP // warps,
             has["MaxSharedMemoryPerMultiprocessor"] // of_block,
-            MOST_BLOCKS[self.architecture],
+            has["MaxBlocksPerMultiprocessor"],
         )
 
     def check(

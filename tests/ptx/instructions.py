@@ -113,19 +113,20 @@ def _division(function: str) -> Emit:
     return emit
 
 
-def _dot(parts_of: tuple[tuple[int, str], tuple[int, str]], count: int, modifiers: list[str]) -> Emit:
-    """Sums of products of signed parts: of `a` and of `b` parts of so many bits."""
+def _dot(count: int) -> Emit:
+    """Sums of so many products: of a's parts by b's bytes, the lower or the upper ones where b has more."""
 
     def emit(v: Values, i: Instruction, parts: list[str]) -> list[str]:
-        _expect(i, 4, parts == modifiers)
+        first = 2 if count == 2 and parts[0] == "hi" else 0
+        kinds = parts if count == 4 else parts[1:]
+        _expect(i, 4, len(kinds) == 2, {*kinds} <= {"s32", "u32"}, count == 4 or parts[0] in ("lo", "hi"))
         a, b, c = (v.read(i, operand, "u32") for operand in i.operands[1:])
+        bits = 32 // count
         terms = []
         for k in range(count):
-            pair = [
-                f"({x} >> U4({k * bits})).astype({kind}).astype(I4)"
-                for x, (bits, kind) in zip((a, b), parts_of, strict=True)
-            ]
-            terms.append(" * ".join(pair))
+            x = f"({a} >> U4({k * bits})).astype({kinds[0][0].upper().replace('S', 'I')}{bits // 8}).astype(I4)"
+            y = f"({b} >> U4({(first + k) * 8})).astype({kinds[1][0].upper().replace('S', 'I')}1).astype(I4)"
+            terms.append(f"{x} * {y}")
         return [v.keep(i, i.operands[0], "s32", f"{c}.view(I4) + {' + '.join(terms)}")]
 
     return emit
@@ -162,12 +163,13 @@ def rsqrt(v: Values, i: Instruction, parts: list[str]) -> list[str]:
 
 def _extreme(of_floats: str, of_integers: str) -> Emit:
     def emit(v: Values, i: Instruction, parts: list[str]) -> list[str]:
-        _expect(i, 3, len(parts) == 1)
-        kind = parts[0]
-        if kind not in (*INTEGERS, "f64"):
-            raise i.unknown()
+        flush, kind = parts == ["ftz", "f32"], parts[-1]
+        _expect(i, 3, flush or len(parts) == 1, kind in (*INTEGERS, "f32", "f64"))
+        if kind[0] == "f":
+            a, b = _floats(v, i, kind, flush)
+            return [v.keep(i, i.operands[0], kind, f"{of_floats}({a}, {b})")]
         a, b = (v.read(i, operand, kind) for operand in i.operands[1:])
-        return [v.keep(i, i.operands[0], kind, f"{of_floats if kind == 'f64' else of_integers}({a}, {b})")]
+        return [v.keep(i, i.operands[0], kind, f"{of_integers}({a}, {b})")]
 
     return emit
 
@@ -349,8 +351,7 @@ def cvta(v: Values, i: Instruction, parts: list[str]) -> list[str]:
 EMIT: dict[str, Emit] = {
     "add": _arithmetic("+", "add"), "sub": _arithmetic("-", "add"), "mul": mul, "mad": mad, "fma": fma,
     "div": _division("divided"), "rem": _division("remainder"), "rcp": rcp, "rsqrt": rsqrt,
-    "dp4a": _dot(((8, "I1"), (8, "I1")), 4, ["s32", "s32"]),
-    "dp2a": _dot(((16, "I2"), (8, "I1")), 2, ["lo", "s32", "s32"]),
+    "dp4a": _dot(4), "dp2a": _dot(2),
     "abs": _sign("abs({})"), "neg": _sign("-({})"),
     "min": _extreme("smallest", "minimum"), "max": _extreme("largest", "maximum"),
     "and": _logic("&"), "or": _logic("|"), "xor": _logic("^"), "not": invert,
