@@ -220,14 +220,29 @@ def test_what_nobody_has_written():
         "cvt.u64.u32 %rd7, %r6; add.s64 %rd8, %rd90, %rd7; ld.global.u8 %rs1, [%rd90]; ld.param.u64 %rd9, [%rd7];",
         "shfl.sync.bfly.b32 %r7|%p2, %r6, 1, 31, -1;",
     ):  # fmt: skip
-        with pytest.raises(PtxError, match=r"depends on shared memory that nobody has written|parameters"):
+        with pytest.raises(PtxError, match=r"depends on memory that nobody has written|parameters"):
             execute(f"{read}\n{use}", out, shared=256)
     half = f"setp.lt.u32 %p3, %r91, 16;\n@!%p3 bra LEFT;\n{read}\nLEFT: @%p3 bra DONE;\n"
     half += f"{OUT} st.global.u32 [%rd1], %r6;\nDONE:"
     execute(half, out, shared=256)  # those that read do nothing with it
     half = half.replace("@%p3 bra DONE", "@!%p3 bra DONE")
-    with pytest.raises(PtxError, match=r"st.global.u32 by thread 0 of block 0: depends on shared memory"):
+    with pytest.raises(PtxError, match=r"st.global.u32 by thread 0 of block 0: depends on memory"):
         execute(half, out, shared=256)
+
+
+def test_new_memory():
+    """Is filled with bits that no result has; an array may hold any others."""
+    out, new = np.zeros(32), np.full(64, 0xFFFFFFFF, np.uint32).view(np.float64)
+    place = "mul.wide.u32 %rd1, %r90, 8; add.s64 %rd2, %rd91, %rd1; add.s64 %rd3, %rd90, %rd1;"
+    body = f"{place} ld.global.f64 %fd1, [%rd2]; add.f64 %fd2, %fd1, %fd1;\nst.global.f64 [%rd3], %fd2;"
+    new[:7] = np.nan
+    with pytest.raises(
+        PtxError, match=r"st.global.f64 by thread 7 of block 0: depends on memory that nobody has written"
+    ):
+        execute(body, out, new)
+    new[7:] = 1
+    execute(body, out, new)
+    assert out[7:].tolist() == [2] * 25
 
 
 STUCK = {

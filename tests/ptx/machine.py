@@ -436,6 +436,11 @@ class Machine:
                     out[k] = values[first + k]
                 else:
                     out[k][some] = values[first + k]
+        if dtype.kind == "f":
+            poison = np.iinfo(f"u{dtype.itemsize}").max
+            unset = np.logical_or.reduce([values.view(f"u{dtype.itemsize}") == poison for values in out])
+            if unset.any():
+                self.undefined.loaded[line] = unset
         return out
 
     def store_global(self, base: Array, offset: int, dtype: Any, given: Any, idx: Any, line: int) -> None:

@@ -1,7 +1,8 @@
 """Values that nobody has set, followed until something depends on them.
 
 Threads without a channel read what shared memory happens to hold, and do nothing with it: no fault. A branch, an
-address, a stored or shuffled value that depends on such a read is one.
+address, a stored or shuffled value that depends on such a read is one. In global memory floats of the bits that new
+memory is filled with are such values.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Undefined:
             used = any(register in here for address in addresses for register in registers(address))
             if used or i.opcode in ("st", "atom", "bra", "shfl", "vote"):
                 Access(i.name, i.line, lambda at: self.machine.name(idx, at)).fail(
-                    depends, "depends on shared memory that nobody has written"
+                    depends, "depends on memory that nobody has written"
                 )
         if i.line in self.loaded and i.opcode == "ld":
             depends = self.loaded[i.line]
