@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -88,7 +88,7 @@ class Access:
     def __init__(self, what: str, line: int, thread: Callable[[int], str]) -> None:
         self.what, self.line, self.thread = what, line, thread
 
-    def fail(self, wrong: Array, why: str) -> None:
+    def fail(self, wrong: Array, why: str) -> NoReturn:
         """Raise for the first thread of which something is wrong."""
         at = int(np.argmax(wrong.reshape(len(wrong), -1).any(1)))
         raise PtxError(f"line {self.line}: {self.what} by {self.thread(at)}: {why}")
