@@ -273,24 +273,24 @@ def test_all_of_a_call_is_on_the_current_stream(device, monkeypatch, strategy):
 
 
 @pytest.mark.parametrize("strategy", [None, "cooperative", "two passes"])
-def test_calls_are_captured_and_replayed(driver, monkeypatch, strategy):
+def test_calls_are_captured_and_replayed(device, monkeypatch, strategy):
     """The graph computes from what the arrays hold when it runs."""
     monkeypatch.setitem(plans.FORCED, "strategy", strategy)
     x, dy, given = arguments("NHWC many rows", "plain")
     fastbn.batch_norm_backward(dy, fastbn.batch_norm(x, **given)[1])
-    before = len(driver.launches)
-    stream = driver.streams.Stream(non_blocking=True)
+    before = len(device.launches)
+    stream = device.streams.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
         y, saved = fastbn.batch_norm(x, **given)
         grads = fastbn.batch_norm_backward(dy, saved)
         graph = stream.end_capture()
-    assert len(driver.launches) == before
+    assert len(device.launches) == before
     assert np.isnan(host_cupy.to_numpy(y)).all()
     for seed in range(2):
         host_cupy.to_numpy(x)[...] = np.random.default_rng(seed).standard_normal(x.shape)
         graph.launch(stream)
-        with cuda_of_now(driver):
+        with cuda_of_now(device):
             again, saved_now = fastbn.batch_norm(x, **given)
             expected = fastbn.batch_norm_backward(dy, saved_now)
         assert np.array_equal(host_cupy.to_numpy(y), host_cupy.to_numpy(again))

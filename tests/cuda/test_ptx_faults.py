@@ -13,7 +13,7 @@ from tests.cuda.runs import RUNS
 from tests.ptx import cuda, mutations
 from tests.ptx.text import PtxError
 
-BY_DEFAULT = 24  # each so-manieth
+BY_DEFAULT = 48  # each so-manieth
 ORDERS = range(4)
 
 

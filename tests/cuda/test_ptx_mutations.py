@@ -74,7 +74,7 @@ MOST = {"branch turned": 0.6, "load beside": 0.6, "sum as difference": 0.5}
 
 
 @pytest.mark.parametrize("kind", MOST)
-@pytest.mark.parametrize("every", [pytest.param(12, id="some"), pytest.param(1, id="all", marks=slow)])
+@pytest.mark.parametrize("every", [pytest.param(15, id="some"), pytest.param(1, id="all", marks=slow)])
 def test_most_are_noticed(kind, every):
     chosen = of_run("forward, block, rows, all", 90, kind)[::every]
     missed = unnoticed("forward, block, rows, all", 90, chosen)
