@@ -14,8 +14,7 @@ from tests.cuda import running
 from tests.cuda.harness import ON_A_DEVICE
 from tests.cuda.runs import RUNS
 from tests.on_cupy import OnCupy
-from tests.ptx import __main__ as commands
-from tests.ptx import cuda, handwritten, mutations
+from tests.ptx import cuda, forms, handwritten, mutations
 from tests.simt import host_cupy
 from tests.support import DTYPES, LAYOUTS, OPTIONS, Layout, make_case
 
@@ -146,7 +145,7 @@ def test_every_instruction_of_some_variants_is_known(request, architecture, kern
     if (reason := cuda.available()) is not None:
         missing(request, reason)
     variant = next(v for v in cuda_variants.chosen(architecture, full=False) if v.kernel == kernel)
-    names, unknown = commands.count(commands.text_of(variant, architecture))
+    names, unknown = forms.count(forms.text_of(variant, architecture))
     assert names["ld.param.u64"] > 1
     assert unknown == []
 
@@ -157,13 +156,13 @@ def test_every_instruction_is_known(request, capsys, architecture):
     """Of all that is compiled for a compute capability: the command prints it."""
     if (reason := cuda.available()) is not None:
         missing(request, reason)
-    assert commands.main(["--arch", str(architecture), "--full"]) == 0
+    assert forms.main(["--arch", str(architecture), "--full"]) == 0
     assert "strided_statistics" in capsys.readouterr().out
 
 
 def test_what_is_not_known_is_counted():
     text = handwritten.text("add.s32 %r1, %r1, %r1; sin.approx.f32 %f1, %f1;")
-    names, unknown = commands.count(text)
+    names, unknown = forms.count(text)
     assert names["add.s32"] == names["sin.approx.f32"] == 1
     assert [message.partition(": ")[2] for message in unknown] == [
         "sin.approx.f32 %f1, %f1: this instruction is not known"

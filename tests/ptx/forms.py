@@ -1,6 +1,6 @@
 """What the interpreter runs: how often each opcode stands in the kernels' compiled text, and what of it is not known.
 
-    python -m tests.ptx --arch 80 90
+    python -m tests.ptx.forms --arch 80 90
 
 compiles what `tests.cuda_variants` chooses of all that plans ask for, --full with the widest kernels. Fails where an
 instruction is not known.
@@ -40,7 +40,7 @@ def count(text: str) -> tuple[Counter[str], list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.ptx.forms", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=[*ARCHITECTURES])
     parser.add_argument("--full", action="store_true", help="also every option of the widest kernels")
     parser.add_argument("--kernel", action="append", help="only this kernel; may be repeated")
