@@ -43,7 +43,7 @@ ALL = [
     (80, "moments, rows", "store beside", []),
     (90, "backward, block, rows", "store beside", [slow]),
     (90, "forward, cooperative", "store beside", [slow]),
-    (90, "forward, block, rows, all", "store dropped", [slow]),
+    (90, "backward, block, rows", "store dropped", [slow]),
 ]  # fmt: skip
 
 
