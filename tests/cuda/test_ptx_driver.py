@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cuda import launch, plans
 from tests.conftest import missing
 from tests.cuda_compile import options_of_cupy
 from tests.ptx import compiled as compile_kernels
@@ -19,6 +18,10 @@ from tests.ptx.streams import StreamError
 from tests.ptx.text import PtxError
 from tests.simt import host_cupy
 from tests.support import LAYOUTS, OPTIONS, make_case
+
+pytest.importorskip("cupy")
+
+from fastbn.cuda import launch, plans
 
 
 @pytest.fixture(autouse=True)

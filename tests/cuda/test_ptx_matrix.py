@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cuda import plans
 from tests import cuda_variants
 from tests.cases import checks
 from tests.conftest import missing
@@ -17,6 +16,10 @@ from tests.on_cupy import OnCupy
 from tests.ptx import cuda, forms, handwritten, mutations
 from tests.simt import host_cupy
 from tests.support import DTYPES, LAYOUTS, OPTIONS, Layout, make_case
+
+pytest.importorskip("cupy")
+
+from fastbn.cuda import plans
 
 slow = pytest.mark.slow
 
@@ -233,8 +236,10 @@ def test_on_cupy_arrays_as_users_have_them(request):
     with cuda.installed(80) as driver:
         mean, var = fastbn.mean_var(host_cupy.to_cupy(x), axis=(0, 2))
         nan = host_cupy.to_numpy(fastbn.nanmean(host_cupy.to_cupy(np.where(x > 1, np.nan, x)), axis=(0, 2)))
+        weighted = host_cupy.to_numpy(fastbn.average(host_cupy.to_cupy(x), (0, 2), host_cupy.to_cupy(np.abs(x))))
         mean, var = map(host_cupy.to_numpy, (mean, var))
-        assert {step.kernel for step in driver.launches} == {"strided_statistics"}
+        assert {step.kernel for step in driver.launches} == {"strided_statistics", "statistics"}
     np.testing.assert_allclose(mean, x.mean((0, 2), dtype=float), atol=1e-6)
     np.testing.assert_allclose(var, x.var((0, 2), dtype=float), rtol=1e-5)
+    np.testing.assert_allclose(weighted, np.average(x.astype(float), (0, 2), np.abs(x)), atol=1e-6)
     np.testing.assert_allclose(nan, np.nanmean(np.where(x > 1, np.nan, x.astype(float)), (0, 2)), atol=1e-6)
