@@ -154,7 +154,10 @@ def _unordered(how: str, threads: Array) -> str:
 
 
 class Stamps:
-    """Of one allocation in global memory, for one launch: who wrote and who read each byte."""
+    """Of one allocation in global memory, for one launch: who wrote and who read each byte.
+
+    Of several readers without an order none is kept: a write after them is not asked for.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
