@@ -27,7 +27,7 @@ ADD = 0.45  # us of numpy.add, to which goals in microseconds refer
 NAMES = (
     "batch_norm", "batch_norm_backward", "batch_norm_inference", "batch_norm, where", "mean", "var", "std", "mean_var",
     "nanmean", "nanvar", "nanstd", "average", "moments", "merge", "update_running", "update_running, out", "population",
-    "normalize", "grad_sums", "grad_input", "fold", "Saved.frozen",
+    "normalize", "grad_sums", "grad_input", "fold", "Saved.frozen", "BatchNorm, a step",
 )  # fmt: skip
 """Of `rows`, which asv wants to know before anything runs."""
 
@@ -49,7 +49,7 @@ def rows() -> dict[str, Row]:
     mask, kernel = np.arange(SHAPE[0] * SHAPE[2]).reshape(SHAPE[0], 1, -1) % 3 > 0, np.ones((SHAPE[1], 8, 3, 3))
     _, saved = fastbn.batch_norm(x, gamma, beta)
     batch, rstd, (_, dgamma, dbeta, _) = saved.moments, saved.rstd, fastbn.batch_norm_backward(dy, saved)
-    numbers = x.ravel()
+    numbers, norm = x.ravel(), fastbn.BatchNorm(SHAPE[1])
     peers = torchs(x, dy, mean, var, gamma, beta)
     return {
         "batch_norm": Row(lambda: fastbn.batch_norm(x, gamma, beta), *peers["forward"], share=0.6),
@@ -81,6 +81,7 @@ def rows() -> dict[str, Row]:
         ),
         "fold": Row(lambda: fastbn.fold(kernel, beta, mean, var, gamma, beta), us=15),
         "Saved.frozen": Row(lambda: fastbn.Saved.frozen(x, mean, var, gamma)),
+        "BatchNorm, a step": Row(lambda: (norm.forward(x), norm.backward(dy))),
     }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ napoleon_use_param = False  # types are phrases, "array, optional", and no names
 napoleon_use_rtype = False
 nitpick_ignore_regex = [
     ("py:exc", r"[A-Z]\w+"),  # Python's own exceptions; its pages lie on another server
-    ("py:(class|exc)", r"(numpy|torch|collections|typing|dask)\..*|tuple|object"),
+    ("py:(class|exc)", r"(numpy|torch|collections|typing|dask)\..*|tuple|object|array"),
 ]
 
 # --- HTML -------------------------------------------------------------------------------------------------------------

@@ -139,8 +139,8 @@ def folded(network: Network) -> Network:
     layers: list[Any] = []
     for layer in network.layers:
         if isinstance(layer, BatchNorm):
-            dense, statistics = copy(layers[-1]), (layer.mean, layer.var, layer.gamma, layer.beta)
-            dense.weight, dense.bias = fastbn.fold(dense.weight, None, *statistics, axis=-1)
+            dense = copy(layers[-1])
+            dense.weight, dense.bias = layer.fold_into(dense.weight, axis=-1)
             dense.names = ("weight", "bias")
             layers[-1] = dense
         else:

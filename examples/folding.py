@@ -72,7 +72,7 @@ def set_population(network: Network, batches: Sequence[Array]) -> None:
     moments = []
     for batch in batches:
         network.forward(batch, training=True)
-        moments.append([layer.saved.moments for layer in layers])
+        moments.append([layer.moments for layer in layers])
     for layer, of_batches in zip(layers, zip(*moments, strict=True), strict=True):
         layer.mean, layer.var = fastbn.population(of_batches)
 
@@ -82,7 +82,7 @@ def folded(network: Network) -> Network:
     layers = [copy(layer) for layer in network.layers]
     for layer, bn in pairwise(layers):
         if isinstance(bn, BatchNorm):
-            layer.weight, layer.bias = fastbn.fold(layer.weight, None, bn.mean, bn.var, bn.gamma, bn.beta, axis=1)
+            layer.weight, layer.bias = bn.fold_into(layer.weight, axis=1)
             layer.names = "weight", "bias"
     return Network(layer for layer in layers if not isinstance(layer, BatchNorm))
 

@@ -1,4 +1,4 @@
-"""Layers of the gallery's networks, in NumPy; batch norm by fastbn's public functions alone.
+"""Layers of the gallery's networks, in NumPy; batch norm is `fastbn.BatchNorm`.
 
 A layer has ``forward(x, training)`` and, for the input of its last forward pass, ``backward(dy)``, which returns dx and
 leaves the gradients of its parameters in ``gradients``. Channels are the last axis: (samples, units) and
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,8 +75,8 @@ class Convolution(Dense):
         return padded[:, 1:-1, 1:-1]
 
 
-class BatchNorm(Layer):
-    """Ioffe & Szegedy, algorithms 1 and 2: the batch's statistics in training, running ones otherwise.
+class BatchNorm(fastbn.BatchNorm, Layer):
+    """fastbn's layer, of the last axis, told with each pass whether it trains.
 
     `gather` synchronises processes, as in `fastbn.batch_norm`. With ``activation="relu"`` the two are one kernel.
     """
@@ -85,24 +84,16 @@ class BatchNorm(Layer):
     names = ("gamma", "beta")
 
     def __init__(self, channels: int, activation: Any = None, gather: Callable[..., Any] | None = None) -> None:
-        self.gamma, self.mean, self.beta, self.var = (np.full(channels, v, np.float32) for v in (1, 0, 0, 1))
+        super().__init__(channels, channel_axis=-1)
         self.activation, self.gather = activation, gather
 
     def forward(self, x: Array, training: bool) -> Array:
-        options: dict[str, Any] = {"channel_axis": -1, "activation": self.activation}
-        if not training:
-            y = fastbn.batch_norm_inference(x, self.mean, self.var, self.gamma, self.beta, **options)
-            self.saved = partial(fastbn.Saved.frozen, x, self.mean, self.var, self.gamma, y=y, **options)
-            return y
-        y, self.saved = fastbn.batch_norm(x, self.gamma, self.beta, gather=self.gather, **options)
-        fastbn.update_running(self.mean, self.var, self.saved.moments, out=(self.mean, self.var))
-        return y
+        self.train(training)
+        return super().forward(x, activation=self.activation, gather=self.gather)
 
     def backward(self, dy: Array) -> Array:
-        saved = self.saved() if callable(self.saved) else self.saved  # of inference only where a backward pass asks
-        gather = self.gather if saved.gathered else None
-        dx, dgamma, dbeta, _ = fastbn.batch_norm_backward(dy, saved, gather=gather)
-        self.gradients = {"gamma": dgamma, "beta": dbeta}
+        dx = super().backward(dy)
+        self.gradients = {"gamma": self.dgamma, "beta": self.dbeta}
         return dx
 
 
@@ -128,7 +119,8 @@ class Whitening(BatchNorm):
 
     def __init__(self, features: int, eps: float, constants: bool = False) -> None:
         super().__init__(features)
-        self.cov, self.eps, self.constants = np.eye(features, dtype=np.float32), eps, constants
+        self.mean, self.cov = np.zeros(features, np.float32), np.eye(features, dtype=np.float32)
+        self.eps, self.constants = eps, constants
 
     def forward(self, x: Array, training: bool) -> Array:
         given = () if training else (self.mean, self.cov)

@@ -2,6 +2,7 @@
 
 from fastbn import threads as threads
 from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_inference
+from fastbn.layer import BatchNorm
 from fastbn.merging import Moments, merge, population, update_running
 from fastbn.nan_reductions import nanmean, nanstd, nanvar
 from fastbn.primitives import fold, grad_input, grad_sums, normalize
@@ -11,6 +12,7 @@ from fastbn.saved import Gradients, Saved
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchNorm",
     "Gradients",
     "Moments",
     "Saved",

@@ -25,6 +25,10 @@ class Backend(Protocol):
     def xp(self) -> Any:
         """The library of the arrays."""
 
+    @property
+    def LEAST_PIECE(self) -> int:  # noqa: N802 (a constant of a module)
+        """Bytes of a piece of an array that are worth a launch of its own (`fastbn.pieces`)."""
+
     # --- kernels ---
 
     def moments(self, x: Operand, weight: Operand | None) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ samples, variances where it is constant and eps is 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,15 @@ def batch_rstd(count: Any, m2: Any, eps: float) -> Any:
     """The same of a batch's moments, with the biased variance."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return reciprocal_std(m2 / count, eps)
+
+
+def rstd_with(xp: Any, rstd: Any, eps: float) -> Any:
+    """With eps, from an rstd without; the variance may be beyond float64."""
+    if eps == 0.0:
+        return rstd
+    with np.errstate(over="ignore", invalid="ignore"):
+        added = rstd * rstd * eps
+        return xp.where(added == np.inf, 1.0 / math.sqrt(eps), rstd / xp.sqrt(1.0 + added))
 
 
 def unit_of(rstd: Any, itemsize: int) -> Any:

@@ -38,8 +38,8 @@ def batch_norm(
     Parameters
     ----------
     x : array
-        float16, bfloat16, float32 or float64, of any layout. Channels-first, channels-last, Fortran order and slices of
-        whole channels or samples are read where they lie; other slices are copied once.
+        float16, bfloat16, float32 or float64, of any layout. Channels-first, channels-last, Fortran order and slices
+        are read where they lie, if rows are contiguous; other views are copied, large ones a piece at a time.
     gamma, beta : array, optional
         Scale and shift, of any float dtype, that broadcast to the shape of the channel axes; 1 and 0 by default.
     channel_axis : int or tuple of ints
@@ -47,8 +47,7 @@ def batch_norm(
     eps : float
         Added to the variance, in its units; finite and >= 0.
     where : array of bool, optional
-        Which elements the statistics count; broadcasts to `x`, with size 1 on the channel axes. `y` is written
-        everywhere.
+        Which elements the statistics count; broadcasts to `x`. `y` is written everywhere.
     weights : array, optional
         How often the statistics count each element; finite, >= 0, shaped like `where`. Both given, they multiply.
     residual : array, optional

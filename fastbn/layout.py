@@ -9,8 +9,12 @@ four groups: batch and channel are kept, outer and inner are reduced, and absent
     NHWC, channel_axis=(0, 3)     (N, HW, C, 1)       instance norm
 
 The order is derived once, from ``x``, and applied to every array of the call. Folding an array is a transpose and a
-reshape, which copies only what cannot be viewed: an array whose strides do not allow it (a spatial slice), or axes
-that alternate more often than the four groups do.
+reshape. Kernels walk the groups by strides of their own, so the groups need not lie in this order: where the axes of a
+group do not fold into one, as in a spatial slice, they are two groups if two are left::
+
+    NCHW, channel_axis=(0, 1), x[:, :, 1:-1, 1:-1]    (1, H, NC, W)
+
+`fastbn.pieces` takes apart what has more.
 """
 
 from __future__ import annotations
@@ -80,7 +84,26 @@ def layout_of(shape: Shape, strides: Shape, kept: frozenset[int]) -> Layout:
     """The layout of an array of this shape and these strides whose axes ``kept`` are kept."""
     # Broadcast axes (stride 0) go outermost: there they cost nothing, inside they would break contiguous runs.
     order = sorted(range(len(shape)), key=lambda axis: -abs(strides[axis]) if strides[axis] else -math.inf)
+    order, sizes = _grouped(order, shape, strides, kept)
+    kept_axes = sorted(kept)
+    kept_order = tuple(kept_axes.index(axis) for axis in order if axis in kept)
+    return Layout(
+        order=tuple(order),
+        folded=sizes if 0 not in shape else _empty(shape, kept),
+        kept_shape=tuple(shape[axis] for axis in kept_axes),
+        kept_order=None if kept_order == tuple(range(len(kept_order))) else kept_order,
+        kept=kept,
+    )
+
+
+def _grouped(order: list[int], shape: Shape, strides: Shape, kept: frozenset[int]) -> tuple[list[int], Shape]:
+    """Axes in the order of the four groups, and the groups' sizes."""
     runs = _runs(order, shape, kept)
+    views = _runs(order, shape, kept, strides)
+    if len(views) > len(runs) and (groups := _in_any_order(views, kept)) is not None:
+        placed = {axis for group in groups for axis in group}
+        order = [axis for axis in order if axis not in placed] + [axis for group in groups for axis in group]
+        return order, tuple(math.prod(shape[axis] for axis in group) for group in groups)
     if len(runs) > 4 or (len(runs) == 4 and runs[0][0] not in kept):
         fastest_is_kept = runs[-1][0] in kept
         order.sort(key=lambda axis: (axis in kept) == fastest_is_kept)
@@ -89,29 +112,39 @@ def layout_of(shape: Shape, strides: Shape, kept: frozenset[int]) -> Layout:
     # Absent groups: an array that ends in kept axes has no inner group, one that starts with reduced ones no batch.
     if runs and runs[-1][0] in kept:
         sizes.append(1)
-    folded = (1,) * (4 - len(sizes)) + tuple(sizes)
-    kept_axes = sorted(kept)
-    kept_order = tuple(kept_axes.index(axis) for axis in order if axis in kept)
-    return Layout(
-        order=tuple(order),
-        folded=folded if 0 not in shape else _empty(shape, kept),
-        kept_shape=tuple(shape[axis] for axis in kept_axes),
-        kept_order=None if kept_order == tuple(range(len(kept_order))) else kept_order,
-        kept=kept,
-    )
+    return order, (1,) * (4 - len(sizes)) + tuple(sizes)
 
 
-def _runs(order: list[int], shape: Shape, kept: frozenset[int]) -> list[list[int]]:
-    """Neighbouring axes of one kind, together; axes of size 1 belong anywhere and are left out."""
+def _runs(order: list[int], shape: Shape, kept: frozenset[int], strides: Shape | None = None) -> list[list[int]]:
+    """Neighbouring axes of one kind, together; given strides, only those that one stride walks.
+
+    Axes of size 1 belong anywhere and are left out.
+    """
     runs: list[list[int]] = []
     for axis in order:
         if shape[axis] == 1:
             continue
-        if runs and (runs[-1][0] in kept) == (axis in kept):
+        last = runs[-1][-1] if runs else None
+        if (
+            last is not None
+            and (last in kept) == (axis in kept)
+            and (strides is None or strides[last] == shape[axis] * strides[axis])
+        ):
             runs[-1].append(axis)
         else:
             runs.append([axis])
     return runs
+
+
+def _in_any_order(views: list[list[int]], kept: frozenset[int]) -> tuple[list[int], ...] | None:
+    """Batch, outer, channel and inner of runs that are views each, however they alternate; None if there are more."""
+    of_kept = [run for run in views if run[0] in kept]
+    reduced = [run for run in views if run[0] not in kept]
+    inner = reduced.pop() if views[-1][0] not in kept else []
+    if len(of_kept) > 2 or len(reduced) > 1:
+        return None
+    channel = of_kept.pop() if of_kept else []
+    return (of_kept or [[]])[0], (reduced or [[]])[0], channel, inner
 
 
 def _empty(shape: Shape, kept: frozenset[int]) -> Shape:

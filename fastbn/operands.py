@@ -22,6 +22,8 @@ class Operand(NamedTuple):
     device: int = 0
     offset: int = 0
     """Of its first element on a device, from a multiple of 16 bytes."""
+    of: int = 0
+    """Elements of the array that it is a part of, if it is one."""
 
     @property
     def size(self) -> int:

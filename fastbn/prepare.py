@@ -20,6 +20,7 @@ from fastbn.formulas import batch_rstd, reciprocal_std
 from fastbn.layout import Layout, Shape, layout_of
 from fastbn.merging import Moments, merge
 from fastbn.operands import Affine, Numbers
+from fastbn.pieces import kernels_for
 from fastbn.saved import Gradients, Saved
 from fastbn.ways import Way, Ways, arriving
 
@@ -45,17 +46,17 @@ def batch_norm(
         beta_type, to_beta = ways.parameter("beta", beta)
         residual = validation.like("residual", residual, x)
         out, gather = validation.output("out", out, x), validation.hook(gather)
-        weight_, weigh = ways.weight(where, weights, shared=True)
-        make = backend.allocator(x)
+        weight_, weigh = ways.weight(where, weights)
+        kernels, make = kernels_for(ways, weight_, x, residual, out), backend.allocator(x)
         (x_, to_x), (residual_, to_residual) = ways.data(x), ways.optional(residual)
         y_, to_y = ways.result(x, out)
         if gather is None:
-            run = backend.forward(x_, weight_, y_, residual_, gamma_type, beta_type, eps, relu)
+            run = kernels.forward(x_, weight_, y_, residual_, gamma_type, beta_type, eps, relu)
         else:
-            moments, float64 = backend.moments(x_, weight_), backend.xp.dtype(float)
+            moments, float64 = kernels.moments(x_, weight_), backend.xp.dtype(float)
             parameters = Affine(float64, float64, gamma_type, beta_type)
             run = _over_ranks(
-                backend, layout, moments, backend.normalize(x_, y_, residual_, parameters, None, relu), eps
+                backend, layout, moments, kernels.normalize(x_, y_, residual_, parameters, None, relu), eps
             )
     shaped, arrive = ways.shaped(), arriving(to_x, None, to_gamma, to_beta, to_residual, to_y)
     has_residual, gathered = residual is not None, gather is not None
@@ -144,17 +145,18 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         count_type, to_count = ways.vector(None if frozen else saved.count)
         weight_, to_weight = ways.combined_weight(saved.weight)
         make, has_residual = backend.allocator(x), saved.has_residual
+        kernels = kernels_for(ways, weight_, x, dy, y, out)
         (x_, to_x), (dy_, to_dy), (y_, to_y) = ways.data(x), ways.data(dy), ways.optional(y)
         dx_, to_dx = ways.result(x, out)
         residual_, to_residual = ways.result(x, None) if has_residual else (None, None)
         numbers = Numbers(mean_type, rstd_type, gamma_type, count_type, dmean_type, dvar_type)
         if gather is None:
-            run = backend.backward(dy_, x_, y_, weight_, numbers, frozen, dx_, residual_)
+            run = kernels.backward(dy_, x_, y_, weight_, numbers, frozen, dx_, residual_)
         else:
             sums = (backend.xp.dtype(float),) * 2
             run = _summed_over_ranks(
-                backend, layout, backend.grad_sums(dy_, x_, y_, weight_, mean_type, rstd_type),
-                backend.grad_input(dy_, x_, y_, weight_, numbers, sums, dx_, residual_),
+                backend, layout, kernels.grad_sums(dy_, x_, y_, weight_, mean_type, rstd_type),
+                kernels.grad_input(dy_, x_, y_, weight_, numbers, sums, dx_, residual_),
             )  # fmt: skip
     shaped, gathered = ways.shaped(), gather is not None
     arrive = arriving(
@@ -230,11 +232,11 @@ def normalize(
         gamma_type, to_gamma = ways.parameter("gamma", gamma)
         beta_type, to_beta = ways.parameter("beta", beta)
         residual, out = validation.like("residual", residual, x), validation.output("out", out, x)
-        make = backend.allocator(x)
+        kernels, make = kernels_for(ways, None, x, residual, out), backend.allocator(x)
         (x_, to_x), (residual_, to_residual) = ways.data(x), ways.optional(residual)
         y_, to_y = ways.result(x, out)
         parameters = Affine(mean_type, spread_type, gamma_type, beta_type)
-        run = backend.normalize(x_, y_, residual_, parameters, eps, relu)
+        run = kernels.normalize(x_, y_, residual_, parameters, eps, relu)
     arrive = arriving(to_x, to_residual, to_y, to_mean, to_spread, to_gamma, to_beta)
 
     def call(x: Any, mean: Any, spread: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> Any:
@@ -269,9 +271,10 @@ def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any, c
         ways = Ways(backend, layout, x)
         mean_type, to_mean = ways.parameter("mean", mean)
         rstd_type, to_rstd = ways.parameter("rstd", rstd)
-        weight_, weigh = ways.weight(where, weights, shared=True)
+        weight_, weigh = ways.weight(where, weights)
+        kernels = kernels_for(ways, weight_, x, dy)
         (dy_, to_dy), (x_, to_x) = ways.data(dy), ways.data(x)
-        run = backend.grad_sums(dy_, x_, None, weight_, mean_type, rstd_type)
+        run = kernels.grad_sums(dy_, x_, None, weight_, mean_type, rstd_type)
     shaped, arrive = ways.shaped(), arriving(to_dy, to_x, None, None, to_mean, to_rstd)
 
     def call(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any) -> tuple[Any, Any]:
@@ -309,12 +312,12 @@ def grad_input(
             count_type, to_count = float64, partial(_filled, xp, layout.folded[0] * layout.folded[2])
         else:
             count_type, to_count = ways.parameter("count", count)
-        weight_, weigh = ways.weight(where, weights, shared=True)
-        make = backend.allocator(x)
+        weight_, weigh = ways.weight(where, weights)
+        kernels, make = kernels_for(ways, weight_, x, dy, out), backend.allocator(x)
         (dy_, to_dy), (x_, to_x) = ways.data(dy), ways.data(x)
         dx_, to_dx = ways.result(x, out)
         numbers = Numbers(mean_type, rstd_type, gamma_type, count_type)
-        run = backend.grad_input(dy_, x_, None, weight_, numbers, (dgamma_type, dbeta_type), dx_, None)
+        run = kernels.grad_input(dy_, x_, None, weight_, numbers, (dgamma_type, dbeta_type), dx_, None)
     arrive = arriving(
         to_dy, to_x, None, None, to_mean, to_rstd, to_gamma, to_count, None, None, to_dgamma, to_dbeta, to_dx, None
     )

@@ -12,8 +12,10 @@ import numpy as np
 
 from fastbn import direct_reductions, reductions_by_moments, validation
 from fastbn.arrays import device_of, one_kind
-from fastbn.backend import backend_of
+from fastbn.backend import Backend, backend_of
+from fastbn.layout import layout_of
 from fastbn.merging import Moments
+from fastbn.pieces import is_cut
 from fastbn.reduction_arguments import Call, Once, Options, check_nan_form, kept_axes, operand
 
 
@@ -86,7 +88,7 @@ def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
         backend = backend_of(one_kind({"x": x}, where=where, weights=weights))
         validation.combined_weight(backend.xp, where, weights, x.shape)
         found = None
-        if not _is_batch_norms(x, (where, weights), kept):
+        if not _is_batch_norms(backend, x, (where, weights), kept):
             found = direct_reductions.moments(x, where, weights, kept)
         if found is None:
             return backend.on_its_device(reductions_by_moments.moments(x, where, weights, kept), x)
@@ -101,10 +103,12 @@ def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
     return backend.on_its_device(call, x)
 
 
-def _is_batch_norms(x: Any, selection: tuple[Any, ...], kept: frozenset[int]) -> bool:
-    """Whether `fastbn.batch_norm` takes such arrays: its moments are the same, bit by bit."""
+def _is_batch_norms(backend: Backend, x: Any, selection: tuple[Any, ...], kept: frozenset[int]) -> bool:
+    """Whether `fastbn.batch_norm` takes such arrays as a whole: its moments are the same, bit by bit."""
     given = [operand("where", a, x) for a in selection if a is not None]
-    return validation.is_float(x.dtype) and all(a.shape[axis] == 1 for a in given for axis in kept)
+    if not validation.is_float(x.dtype) or any(a.shape[axis] != 1 for a in given for axis in kept):
+        return False
+    return bool(given) or not is_cut(backend, layout_of(x.shape, x.strides, kept), x)
 
 
 # --- what is NumPy's --------------------------------------------------------------------------------------------------

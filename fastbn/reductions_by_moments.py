@@ -111,7 +111,7 @@ def table(x: Any, kept: frozenset[int], wide: bool, where: Any, weights: Any) ->
     seen = backend.xp.empty_like(x, dtype=float) if widened else x
     layout = layout_of(seen.shape, seen.strides, kept)
     ways = Ways(backend, layout, seen)
-    weight_, weigh = ways.weight(operand("where", where, x), operand("weights", weights, x), shared=False)
+    weight_, weigh = ways.weight(operand("where", where, x), operand("weights", weights, x))
     x_, to_x = ways.data(seen)
     run = backend.moments(x_, weight_)
     if weigh is None and to_x is None and not widened:

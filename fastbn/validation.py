@@ -26,6 +26,17 @@ def is_float(dtype: Any) -> bool:
     return known
 
 
+def float_dtype(name: str, dtype: Any) -> Any:
+    """A dtype on which kernels compute, from what NumPy makes one of."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not is_float(found):
+        raise TypeError(f"{name}: expected one of {', '.join(FLOATS)}, got {dtype!r}")
+    return found
+
+
 def data(name: str, array: Any) -> Any:
     """An array of data: one of the float dtypes. A memmap is seen as the plain array it is."""
     if not is_float(array.dtype):
@@ -87,6 +98,22 @@ def static_axes(channel_axis: Any) -> int | tuple[int, ...]:
         return tuple(map(index, channel_axis))
 
 
+def sizes(name: str, numbers: Any, channel_axis: Any) -> Shape:
+    """The shape of channels: a size for each of the channel axes."""
+    try:
+        shape = tuple(map(index, numbers if isinstance(numbers, (tuple, list)) else (numbers,)))
+    except TypeError:
+        raise TypeError(f"{name}: expected an int or a tuple of ints, got {numbers!r}") from None
+    try:
+        axes = static_axes(channel_axis)
+    except TypeError:
+        raise TypeError(f"channel_axis: expected an int or a tuple of ints, got {channel_axis!r}") from None
+    count = 1 if isinstance(axes, int) else len(axes)
+    if len(shape) != count or min(shape, default=1) < 1:
+        raise ValueError(f"{name}: expected sizes >= 1, one for each of {count} channel axes, got {numbers!r}")
+    return shape
+
+
 def layout_for(x: Any, channel_axis: Any, name: str = "channel_axis") -> Layout:
     """The layout of x with these kept axes."""
     return layout_of(x.shape, x.strides, channel_axes(x.ndim, channel_axis, name))
@@ -111,14 +138,14 @@ def parameter(name: str, array: Any, layout: Layout) -> Any:
     return array
 
 
-def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape, shared: frozenset[int] = frozenset()) -> Any:
-    """Where * weights with the dimensions of x, and size 1 on the axes ``shared``: None, bool or float64."""
+def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape) -> Any:
+    """Where * weights with the dimensions of x: None, bool or float64."""
     if where is not None:
         if where.dtype != bool:
             raise TypeError(f"where: expected dtype bool, got {where.dtype}")
-        where = _spread("where", where, shape, shared)
+        where = _spread("where", where, shape)
     if weights is not None:
-        weights = _spread("weights", sensible_weights(xp, weights), shape, shared).astype(xp.float64)
+        weights = _spread("weights", sensible_weights(xp, weights), shape).astype(xp.float64)
     if where is None or weights is None:
         return where if weights is None else weights
     return xp.where(where, weights, 0.0)
@@ -133,13 +160,10 @@ def sensible_weights(xp: Any, weights: Any) -> Any:
     return weights
 
 
-def _spread(name: str, array: Any, shape: Shape, shared: frozenset[int]) -> Any:
-    """The array with the dimensions of x, which it broadcasts to with size 1 on the axes ``shared``."""
-    expected = tuple(1 if axis in shared else size for axis, size in enumerate(shape))
-    if not _broadcasts(array.shape, expected):
-        # Sums of the backward pass know one weight for all channels of a position.
-        only = " (size 1 on the channel axes; only moments and mean_var take x's full shape)" if shared else ""
-        raise ValueError(f"{name}: expected a shape that broadcasts to {expected}{only}, got {array.shape}")
+def _spread(name: str, array: Any, shape: Shape) -> Any:
+    """The array with the dimensions of x, to which it broadcasts."""
+    if not _broadcasts(array.shape, shape):
+        raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {array.shape}")
     return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
 
 

@@ -24,14 +24,15 @@ def arriving(*ways: Way) -> Callable[..., Any] | None:
 class Ways:
     """From the arrays of calls, which share x's layout, to the backend's kernels and back. No array is kept."""
 
-    def __init__(self, backend: Backend, layout: Layout, x: Any) -> None:
-        self.backend, self.layout, self.shape = backend, layout, x.shape
+    def __init__(self, backend: Backend, layout: Layout, x: Any, of: int = 0) -> None:
+        self.backend, self.layout, self.shape, self._of = backend, layout, x.shape, of
         self.device, _ = backend.place(x)
+        self.whole = False  # whether arrays are left to `fastbn.pieces`
 
     def _operand(self, view: Any, fresh: bool = False) -> Operand:
         """A folded array where it lies."""
         device, offset = self.backend.place(view)
-        return Operand(view.shape, view.strides, view.dtype, fresh, device, 0 if fresh else offset)
+        return Operand(view.shape, view.strides, view.dtype, fresh, device, 0 if fresh else offset, self._of)
 
     def optional(self, a: Any) -> tuple[Operand | None, Way]:
         """`data` that may be absent."""
@@ -39,6 +40,8 @@ class Ways:
 
     def data(self, a: Any, fresh: bool = False) -> tuple[Operand, Way]:
         """An array that is read: it is copied where kernels cannot walk it."""
+        if self.whole:
+            return self._operand(a, fresh), None
         view = self.backend.folded_view(self.layout, a)
         if view is not None and self.backend.reads(view):
             return self._operand(view, fresh), None
@@ -71,18 +74,14 @@ class Ways:
             return dtype, None
         return dtype, lambda p: xp.ascontiguousarray(layout.laid_out(xp, p), dtype=dtype).reshape(-1)
 
-    def weight(self, where: Any, weights: Any, shared: bool) -> tuple[Operand | None, Any]:
-        """``where * weights``, and what makes of them their product and how kernels see it.
-
-        It is ``shared`` by all channels, or may be x's shape.
-        """
+    def weight(self, where: Any, weights: Any) -> tuple[Operand | None, Any]:
+        """``where * weights``, and what makes of them their product and how kernels see it."""
         if where is None and weights is None:
             return None, None
         layout, xp, shape = self.layout, self.backend.xp, self.shape
-        alike = layout.kept if shared else frozenset[int]()
 
         def way(where: Any, weights: Any) -> tuple[Any, Any]:
-            combined = validation.combined_weight(xp, where, weights, shape, alike)
+            combined = validation.combined_weight(xp, where, weights, shape)
             return combined, layout.fold_weight(xp, combined, shape)
 
         return self._operand(way(where, weights)[1]), way

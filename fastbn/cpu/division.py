@@ -7,12 +7,13 @@ follows from shape and strides alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fastbn.cpu import sizes, team
 from fastbn.cpu.memory import Nontemporal
 from fastbn.cpu.program import Argument, Program
-from fastbn.cpu.records import Chunks, Shape, Strides, Tiles
+from fastbn.cpu.records import Chunks, Shape, Strides, Tiles, Walk
 
 Kind = str
 Kinds = tuple[Kind | None, ...]  # of vectors of parameters; None for one that has its default
@@ -71,13 +72,35 @@ class Problem:
         return {name: self.program.strided(self.program.array(name), self.strides[name]) for name in names}
 
     def halved(self) -> Problem:
-        """With the only row of each channel as two, which are read faster than one; else as it is."""
+        """With the only row of each channel as two, which are read faster than one; else as it is.
+
+        Rows that follow each other come from two halves in turn.
+        """
         batch, outer, channel, inner = self.shape
+        if self.rows_are_neighbours():
+            half = (outer + 1) // 2
+            return self._lying(self.shape, lambda s: s._replace(outer=half * s.outer, twice=s.outer))
         if outer > 1 or inner < 2 * sizes.CHUNK or inner % (2 * sizes.CHUNK) > 0:
             return self
         half = inner // 2
-        strides = {name: None if s is None else s._replace(outer=half) for name, s in self.strides.items()}
-        return Problem(self.program, Shape(batch, 2, channel, half), self.kind, self.num_threads, strides)
+        return self._lying(Shape(batch, 2, channel, half), lambda s: s._replace(outer=half, twice=2 * half))
+
+    def rows_are_neighbours(self) -> bool:
+        """Whether rows of one channel follow each other, as in a part of an image."""
+        _batch, outer, channel, inner = self.shape
+        first = next(s for s in self.strides.values() if s is not None)
+        return outer > 1 and inner > 1 and (channel == 1 or abs(first.channel) > abs(first.outer))
+
+    def exchanged(self) -> Problem:
+        """With the channels' axis as outer, and the other way round."""
+        batch, outer, channel, inner = self.shape
+        shape = Shape(batch, channel, outer, inner)
+        return self._lying(shape, lambda s: Strides(s.batch, s.channel, s.outer, twice=2 * s.channel))
+
+    def _lying(self, shape: Shape, otherwise: Callable[[Strides], Strides]) -> Problem:
+        """The same values, seen with other strides."""
+        strides = {name: None if s is None else otherwise(s) for name, s in self.strides.items()}
+        return Problem(self.program, shape, self.kind, self.num_threads, strides)
 
     def workspace(self, count: int) -> Argument:
         return self.program.temporary(count, self.compute)
@@ -149,24 +172,53 @@ def tile_width(channels: int, size: int, itemsize: int, most: int) -> int:
     return min(max(1, channels), -(-max(1, most // size) // lines) * lines)
 
 
-def chunks_of(shape: Shape) -> Chunks:
-    return Chunks(*sizes.chunk_grid(shape.outer, shape.inner))
+def chunks_of(problem: Problem) -> Chunks:
+    """The largest chunks; whole pairs of rows from two halves."""
+    rows, columns = sizes.chunk_grid(problem.shape.outer, problem.shape.inner)
+    in_halves = any(s.twice != 2 * s.outer for s in problem.given(*problem.strides))
+    return Chunks(rows - rows % 2 if in_halves else rows, columns)
+
+
+def segment_count(shape: Shape, chunks: Chunks) -> int:
+    """Segments of a channel's slab."""
+    return -(-(-(-shape.outer // chunks.rows) * -(-shape.inner // chunks.columns)) // sizes.SEGMENT)
 
 
 class InOrder:
-    """A division of `inner_reduction`'s elementwise passes: equal parts of the values in the order of memory."""
+    """A division of `inner_reduction`'s elementwise passes: equal parts of the values in the order of memory.
 
-    def __init__(self, problem: Problem, strides: list[Strides]) -> None:
-        batch, outer, channel, inner = problem.shape
-        run = max(1, inner)  # values side by side in all arrays
-        for axis, n in (("channel", channel), ("outer", outer), ("batch", batch)):
-            if any(n > 1 and getattr(s, axis) != run for s in strides):
+    Parameters
+    ----------
+    problem : Problem
+    read, written : sequence of str
+        Names of arrays.
+    """
+
+    def __init__(self, problem: Problem, read: Sequence[str], written: Sequence[str]) -> None:
+        # Rows of one channel may follow each other (a slice of an image): these axes are then exchanged.
+        exchanged = problem.shape.channel > 1 and problem.rows_are_neighbours()
+        self.problem = problem.exchanged() if exchanged else problem
+        batch, outer, channel, inner = self.problem.shape
+        run, inputs, outputs = max(1, inner), self.problem.given(*read), self.problem.given(*written)
+        for axis, n in ((2, channel), (1, outer), (0, batch)):
+            if any(n > 1 and s[axis] != run for s in (*inputs, *outputs)):
                 break
             run *= n
-        self.run, self.tasks = run, sizes.piece_count(problem.shape)
+        apart = run == inner and all(s.channel == inner for s in outputs) and all(s.channel >= inner for s in inputs)
+        run *= channel if apart else 1
+        self.tasks = sizes.piece_count(problem.shape)
         rows = -(-self.tasks // problem.num_threads) // max(1, -(-inner // sizes.PIECE)) + 2  # of a thread, at most
-        channels = rows if outer == 1 else (rows // max(1, outer * channel) + 2) * channel
-        self.pitch = min(batch * channel, channels) + sizes.PAD  # between rows of a thread's table
+        if exchanged or outer == 1:  # the rows of one kept index are neighbours
+            of_one = channel if exchanged else 1
+            values, kept, most = of_one * inner, 1, rows // of_one + 2
+        else:
+            values, kept = outer * channel * inner, channel
+            most = (rows // max(1, outer * channel) + 2) * channel
+        self.pitch = min(problem.kept, most) + sizes.PAD
+        self.walk = Walk(
+            run=run, apart=int(apart), pitch=self.pitch, values=values, kept=kept, batch=problem.shape.channel,
+            outer=int(exchanged), channel=int(not exchanged),
+        )  # fmt: skip
 
 
 class Tiled:

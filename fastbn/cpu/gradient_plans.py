@@ -20,6 +20,7 @@ from fastbn.cpu.division import (
     chunks_of,
     coalescing,
     is_outer,
+    segment_count,
     table_of,
     tile_width,
 )
@@ -67,11 +68,11 @@ def _add_grad_sums(
         )  # fmt: skip
     else:
         problem = problem.halved()
-        segments = kept * sizes.segment_count(problem.shape.outer, problem.shape.inner)
+        segments = kept * segment_count(problem.shape, chunks_of(problem))
         count = len(SegmentSums._fields) * segments
         given: dict[str, Any] = {
             "shape": problem.of_shape,
-            "chunks": p.record(chunks_of(problem.shape)),
+            "chunks": p.record(chunks_of(problem)),
             "parameters": parameters,
         }
         partials = p.scratch(count, "f8*")
@@ -125,27 +126,29 @@ def _gradient_parameters(problem: Problem, parameters: Kinds) -> tuple[Argument,
 def _add_grad_input(problem: Problem, distances: Argument, frozen: bool) -> None:
     """Frozen statistics have no gradients, so that dx does not depend on x."""
     p, shape, itemsize = problem.program, problem.shape, problem.itemsize
-    arrays = problem.arrays("dy", "x", "y", "weight", "dx", "dresidual") | {"shape": problem.of_shape}
-    strides = problem.given("dy", "y", "dx", "dresidual")
-    arrays["x"] = _live(problem, frozen)
-    strides += [] if frozen else problem.given("x")
+    names = "dy", "x", "y", "weight", "dx", "dresidual"
+    read, written = ["dy", "y"] if frozen else ["dy", "x", "y"], ["dx", "dresidual"]
+    strides = problem.given(*read, *written)
     if shape.inner < LINE and is_outer(shape, strides, problem.weighted):
         coalesced = coalescing(shape, itemsize, strides, problem.weighted)
         width = tile_width(
             shape.channel * coalesced, shape.inner, itemsize, ROW // 2
         )  # with five numbers a column, not three
         tiled = Tiled(problem, coalesced, width, workspace=sizes.LINEAR)
+        arrays = problem.arrays(*names) | {"x": _live(problem, frozen), "shape": problem.of_shape}
         p.launch(
             "outer_gradients.grad_input", tiled.tasks, **arrays, tiles=p.record(tiled.tiles), distances=distances,
             workspace=problem.workspace(tiled.workspace),
             nontemporal=problem.nontemporal(tiled.whole_lines(problem.given("dx", "dresidual"))),
         )  # fmt: skip
     else:
-        order = InOrder(problem, strides + problem.given("weight"))
+        order = InOrder(problem, [*read, "weight"], written)
+        arrays = order.problem.arrays(*names) | {"x": _live(order.problem, frozen)}
+        arrays |= {"shape": order.problem.of_shape, "walk": p.record(order.walk)}
         p.launch(
-            "inner_gradients.grad_input", order.tasks, **arrays, run=order.run, pitch=order.pitch, distances=distances,
+            "inner_gradients.grad_input", order.tasks, **arrays, distances=distances,
             workspace=problem.workspace(sizes.LINEAR * problem.num_threads * order.pitch),
-            nontemporal=problem.nontemporal_rows(order.run),
+            nontemporal=problem.nontemporal_rows(order.walk.run),
         )  # fmt: skip
 
 
@@ -179,7 +182,7 @@ def backward(
         problem = problem.halved()
         p.launch(
             "inner_gradients.backward", kept, **problem.arrays("dy", "x", "y", "weight", "dx", "dresidual"),
-            live=_live(problem, frozen), shape=problem.of_shape, chunks=p.record(chunks_of(problem.shape)),
+            live=_live(problem, frozen), shape=problem.of_shape, chunks=p.record(chunks_of(problem)),
             parameters=table, mixed=mixed, sums=sums,
             workspace=problem.workspace(sizes.LINEAR * num_threads * sizes.PAD),
             nontemporal=problem.nontemporal_rows(problem.shape.inner),

@@ -68,8 +68,11 @@ def strides_of(o: Operand | None) -> Strides | None:
     _, outer, channel, inner = o.shape
     whole = zip(o.strides, dense(o.shape, o.dtype).strides, o.shape, strict=True)
     if 0 in o.shape or all(s == d or n == 1 for s, d, n in whole):
-        return Strides(outer * channel * inner, channel * inner, inner)
-    return Strides(*(s // o.dtype.itemsize if n > 1 else 0 for s, n in zip(o.strides[:3], o.shape, strict=False)))
+        return Strides(outer * channel * inner, channel * inner, inner, 2 * channel * inner)
+    batch, outer, channel = (
+        s // o.dtype.itemsize if n > 1 else 0 for s, n in zip(o.strides, o.shape[:3], strict=False)
+    )
+    return Strides(batch, outer, channel, twice=2 * outer)
 
 
 def strides_of_weight(o: Operand | None) -> tuple[Strides | None, str | None]:
@@ -77,7 +80,9 @@ def strides_of_weight(o: Operand | None) -> tuple[Strides | None, str | None]:
     if o is None:
         return None, None
     batch, outer, channel, inner = o.shape
-    strides = Strides(outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1))
+    strides = Strides(
+        outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1), twice=2 * channel * inner
+    )
     return strides, kind_of(o.dtype)
 
 
@@ -164,7 +169,7 @@ PLAIN = Nontemporal.NONE  # asking a class for it takes a call 40 ns
 def nontemporal_stores(*operands: Operand | None) -> Callable[..., Nontemporal] | None:
     """What decides it for the results of a call, from the arrays; None where they are small."""
     for o in operands:
-        if o is not None and o.size * o.dtype.itemsize < CACHE_SHARE * (OWN_TIMES if o.fresh else 1):
+        if o is not None and max(o.size, o.of) * o.dtype.itemsize < CACHE_SHARE * (OWN_TIMES if o.fresh else 1):
             return None
 
     def allowed(*arrays: Array | None) -> Nontemporal:

@@ -33,6 +33,7 @@ from fastbn.cpu.division import (
     coalescing,
     is_outer,
     option,
+    segment_count,
     table_of,
     tile_width,
 )
@@ -66,9 +67,9 @@ def _add_moments(problem: Problem, table: Argument, eps: Argument) -> None:
         division, own["workspace"] = {"tiles": p.record(tiled.tiles)}, problem.workspace(tiled.workspace)
     else:
         problem = problem.halved()
-        tasks = kept * sizes.segment_count(problem.shape.outer, problem.shape.inner)
+        tasks = kept * segment_count(problem.shape, chunks_of(problem))
         family, count = "inner_reduction", len(Part._fields) * tasks
-        division = {"chunks": p.record(chunks_of(problem.shape))}
+        division = {"chunks": p.record(chunks_of(problem))}
     given: dict[str, Any] = problem.arrays("x", "weight") | {"shape": problem.of_shape} | division
     given |= {"origins": _add_origins(problem), "partials": p.scratch(count, "f8*")}
     p.launch(f"{family}.moments_of_segments", tasks, **given, **own)
@@ -107,8 +108,8 @@ def _add_normalize(
     problem: Problem, table: Argument, eps: Argument | float, given_rstd: bool, relu: bool
 ) -> None:  # fmt: skip
     p, shape, itemsize = problem.program, problem.shape, problem.itemsize
-    strides = problem.given("x", "y", "residual")
-    given = problem.arrays("x", "y", "residual") | {"shape": problem.of_shape}
+    names = "x", "y", "residual"
+    strides, given = problem.given(*names), problem.arrays(*names) | {"shape": problem.of_shape}
     numbers: dict[str, Any] = {"table": table, "eps": eps, "given_rstd": given_rstd}
     if shape.inner < LINE and is_outer(shape, strides):
         coalesced = coalescing(shape, itemsize, strides)
@@ -120,11 +121,12 @@ def _add_normalize(
             nontemporal=problem.nontemporal(tiled.whole_lines(problem.given("y"))),
         )  # fmt: skip
     else:
-        order = InOrder(problem, strides)
+        order = InOrder(problem, ["x", "residual"], ["y"])
+        given = order.problem.arrays(*names) | {"shape": order.problem.of_shape, "walk": p.record(order.walk)}
         p.launch(
-            "inner_reduction.normalize", order.tasks, **given, run=order.run, pitch=order.pitch, **numbers,
+            "inner_reduction.normalize", order.tasks, **given, **numbers,
             workspace=problem.workspace(sizes.AFFINE * problem.num_threads * order.pitch), relu=option(relu),
-            nontemporal=problem.nontemporal_rows(order.run),
+            nontemporal=problem.nontemporal_rows(order.walk.run),
         )  # fmt: skip
 
 
@@ -162,7 +164,7 @@ def forward(
         origins = _add_origins(problem)
         p.launch(
             "inner_reduction.forward", kept, **problem.arrays("x", "weight", "y", "residual"), shape=problem.of_shape,
-            chunks=p.record(chunks_of(problem.shape)), origins=origins, table=table, eps=eps,
+            chunks=p.record(chunks_of(problem)), origins=origins, table=table, eps=eps,
             workspace=problem.workspace(sizes.AFFINE * num_threads * sizes.PAD), relu=option(relu),
             nontemporal=problem.nontemporal_rows(problem.shape.inner),
         )  # fmt: skip

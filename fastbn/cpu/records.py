@@ -26,6 +26,8 @@ class Strides(NamedTuple):
     batch: int
     outer: int
     channel: int
+    twice: int
+    """From a row to the next but one: two steps along outer, or one where rows come from two halves in turn."""
 
 
 class Chunks(NamedTuple):
@@ -43,7 +45,25 @@ class Tiles(NamedTuple):
     height: int
 
 
-INTEGERS = {record.__name__: record for record in (Shape, Strides, Chunks, Tiles)}
+class Walk(NamedTuple):
+    """A division of `inner_reduction`'s elementwise passes, which go through rows in the order of memory."""
+
+    run: int
+    """Values side by side in all arrays that are written."""
+    apart: int
+    """1 where rows of a run lie apart, behind each other, in arrays that are read."""
+    pitch: int
+    """Between rows of a thread's table."""
+    values: int
+    """So many after another belong to ``kept`` kept indices."""
+    kept: int
+    batch: int
+    """Steps of the kept index along batch (which are the channels), outer and channel."""
+    outer: int
+    channel: int
+
+
+INTEGERS = {record.__name__: record for record in (Shape, Strides, Chunks, Tiles, Walk)}
 
 
 # --- arrays in kernels ------------------------------------------------------------------------------------------------
@@ -56,13 +76,15 @@ class Array(NamedTuple):
     batch: Any
     outer: Any
     channel: Any
+    twice: Any
 
 
 class Rows(NamedTuple):
-    """A pointer to the first value of rows that are a step apart; None instead of an absent array's."""
+    """A pointer to the first value of rows, and the steps to the next and the next but one; None if they are absent."""
 
     values: Any
     step: Any
+    twice: Any
 
 
 # --- tables, in float64: a number of each kept index in each row ------------------------------------------------------

@@ -21,12 +21,6 @@ def chunk_grid(outer: int, inner: int) -> tuple[int, int]:
     return rows, -(-inner // (16 * pieces)) * 16
 
 
-def segment_count(outer: int, inner: int) -> int:
-    """Segments of a channel's slab."""
-    rows, columns = chunk_grid(outer, inner)
-    return -(-(-(-outer // rows) * -(-inner // columns)) // SEGMENT)
-
-
 def piece_count(shape: records.Shape) -> int:
     """Pieces of rows in the whole array, in the order of memory."""
     return shape.batch * shape.outer * shape.channel * -(-shape.inner // PIECE)

@@ -1,4 +1,4 @@
-"""Masks and weights of x's full shape, so that each channel has its own: `moments` and `mean_var`, of either kind.
+"""Masks and weights of x's full shape, so that each channel has its own: batch norm, `moments` and `mean_var`.
 
 Held by the oracle, by numpy.ma, `numpy.average` and fractions; what is left out is NaN.
 """
@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import fastbn
+from fastbn import reference
 from tests.cases import checks
-from tests.cases.checks import check_moments
-from tests.support import DTYPES, LAYOUTS, make_case
+from tests.cases.checks import check_backward, check_moments, check_parts
+from tests.support import DTYPES, LAYOUTS, Options, make_case
 
 OWN = ("where", "weights", "where weights")
 
@@ -122,14 +123,87 @@ def test_an_image_and_its_channels():
     assert fastbn.moments(image).mean.shape == (8,)
 
 
-def test_batch_norm_says_where_full_masks_are_taken():
-    x = np.ones((2, 3, 4), np.float32)
-    for name, value in (("where", x > 0), ("weights", x)):
-        for function in (fastbn.batch_norm, lambda x, **w: fastbn.grad_input(x, x, *np.ones((5, 3)), 8, **w)):
-            with pytest.raises(
-                ValueError, match=rf"^{name}: .*\(2, 1, 4\) .*only moments and mean_var .* \(2, 3, 4\)$"
-            ):
-                function(x, **{name: value})
+# --- batch norm -------------------------------------------------------------------------------------------------------
+
+
+def training_case(layout, dtype, given, seed=3, **options):
+    """A case whose channels each count other values: of 0 to 3 in weight, and all finite."""
+    case = make_case(LAYOUTS[layout], dtype, Options(affine=True, **options), seed)
+    rng = np.random.default_rng(seed)
+    arrays = {"where": rng.random(case.layout.shape) < 0.7, "weights": rng.integers(0, 4, case.layout.shape) * 0.3}
+    for array in arrays.values():  # each channel has some
+        array[tuple(slice(None) if axis in case.layout.kept else 0 for axis in range(array.ndim))] = 1
+    case.keywords |= {name: arrays[name] for name in given.split()}
+    return case
+
+
+@pytest.fixture
+def other_bits(monkeypatch):
+    """`moments` of such masks has a kernel of its own."""
+    monkeypatch.setattr(checks, "SAME_BITS", False)
+
+
+DTYPES_OF_BOUNDS = pytest.mark.parametrize(  # the float64 oracle rounds as often as float64 kernels
+    "dtype",
+    ["float32", pytest.param("float16", marks=pytest.mark.slow), pytest.param("bfloat16", marks=pytest.mark.slow)],
+)
+
+
+@pytest.mark.parametrize("given", OWN)
+@DTYPES_OF_BOUNDS
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training(layout, dtype, given, other_bits):
+    check_backward(training_case(layout, dtype, given, relu="where" in given, residual=given == "where"))
+
+
+@pytest.mark.parametrize("given", OWN)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts(layout, given):
+    check_parts(training_case(layout, "float32", given))
+
+
+@pytest.mark.parametrize("given", OWN)
+@pytest.mark.parametrize("layout", ON_A_DEVICE)
+def test_training_of_cupy(layout, given, cuda_arrays, monkeypatch, other_bits):
+    monkeypatch.setattr(checks, "fastbn", cuda_arrays)
+    check_backward(training_case(layout, "float32", given, relu="where" in given))
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NHWC wide", "NCHW short rows"])
+def test_what_is_left_out_may_be_anything(layout, kind):
+    """Where a channel's mask is False and dy 0, NaN in x changes nothing and has no gradient."""
+    case = training_case(layout, "float64", "where")
+    where, dy = case.keywords["where"], np.where(case.keywords["where"], case.dy, 0.0)
+    _, saved = kind.batch_norm(case.x, case.gamma, case.beta, **case.keywords)
+    expected = kind.batch_norm_backward(dy, saved)
+    hidden = np.where(where, case.x, np.nan)
+    y, saved = kind.batch_norm(hidden, case.gamma, case.beta, **case.keywords)
+    found = kind.batch_norm_backward(dy, saved)
+    assert (np.isnan(y) == ~where).all()
+    for mine, other in zip(found[:3], expected[:3], strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "instance NHWC"])
+def test_a_shared_mask_is_one_that_each_channel_has(layout, kind):
+    case = training_case(layout, "float64", "")
+    mask = np.random.default_rng(0).random(case.layout.weight_shape) < 0.6
+    given = case.x, case.gamma, case.beta
+    results = []
+    for where in (mask, np.array(np.broadcast_to(mask, case.x.shape))):
+        y, saved = kind.batch_norm(*given, where=where, **case.keywords)
+        results.append((y, *kind.batch_norm_backward(case.dy, saved)[:3]))
+    for shared, own in zip(*results, strict=True):
+        np.testing.assert_allclose(own, shared, rtol=1e-11, atol=1e-12)
+
+
+def test_the_check_sees_gradients_of_the_next_channels_mask():
+    case = training_case("NHWC", "float32", "where")
+    rolled = case.keywords | {"where": np.roll(case.keywords["where"], 1, axis=-1)}
+    forward = reference.batch_norm(case.x, case.gamma, case.beta, **case.keywords)
+    y, saved = fastbn.batch_norm(case.x, case.gamma, case.beta, **rolled)
+    with pytest.raises(AssertionError):
+        checks.check_gradients(case, y, saved, forward, fastbn.batch_norm_backward(case.dy, saved))
 
 
 # --- mean_var ---------------------------------------------------------------------------------------------------------

@@ -63,6 +63,8 @@ def test_public_names():
 
 
 SIGNATURES = {
+    "BatchNorm": "(channels, *, channel_axis=1, eps=1e-05, rate=0.1, correction=1, affine=True, dtype='float32', "
+    "xp=None)",
     "mean": "(x, axis=None, dtype=None, out=None, keepdims=False, *, where=True)",
     "var": "(x, axis=None, dtype=None, out=None, ddof=0, keepdims=False, *, where=True, mean=None, correction=None)",
     "mean_var": "(x, axis=None, *, correction=0, keepdims=False, where=True, weights=None)",

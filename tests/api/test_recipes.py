@@ -1,4 +1,4 @@
-"""The recipes of `examples/recipes.py`, beside what they stand for."""
+"""The recipes of `examples/recipes.py` and `examples/training.py`, beside what they stand for."""
 
 import doctest
 import importlib.util
@@ -8,17 +8,26 @@ import numpy as np
 import pytest
 
 import fastbn
+from tests.support import DTYPES
 
-pytest.importorskip("sklearn")
+
+def imported(name):
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def recipes():
-    path = Path(__file__).parents[2] / "examples" / "recipes.py"
-    spec = importlib.util.spec_from_file_location("recipes", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    pytest.importorskip("sklearn")
+    return imported("recipes")
+
+
+@pytest.fixture
+def training():
+    return imported("training")
 
 
 def test_their_own_examples(recipes):
@@ -94,3 +103,192 @@ def test_dlpack(recipes):
             continue
     for producer in made:
         np.testing.assert_array_equal(recipes.moments_of(producer).mean, fastbn.moments(x).mean)
+
+
+# --- training loops ---------------------------------------------------------------------------------------------------
+
+
+def test_their_own_examples_of_training(training):
+    result = doctest.testmod(training, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert (result.failed, result.attempted) == (0, 3)
+
+
+def by_formula(x, gamma, beta, axes, shape, eps=1e-5):
+    """Group norm of x in this shape, whose `axes` have a mean together; gamma and beta broadcast to x."""
+    grouped = x.reshape(shape)
+    mean, var = grouped.mean(axis=axes, keepdims=True), grouped.var(axis=axes, keepdims=True)
+    return ((grouped - mean) / np.sqrt(var + eps)).reshape(x.shape) * gamma + beta
+
+
+NORMS = {  # shape of x, channel axis, groups (None: layer norm), axes that have a mean together in another shape
+    "group": ((3, 6, 2, 4), 1, 2, (2, 3, 4), (3, 2, 3, 2, 4)),
+    "group of a sequence": ((4, 6, 5), 1, 3, (2, 3), (4, 3, 2, 5)),
+    "group without positions": ((5, 6), 1, 2, 2, (5, 2, 3)),
+    "one group": ((3, 4, 5), 1, 1, (1, 2), (3, 4, 5)),
+    "a group a channel": ((3, 4, 5), 1, 4, 2, (3, 4, 5)),
+    "layer": ((5, 7), -1, None, -1, (5, 7)),
+    "layer of sequences": ((2, 3, 7), -1, None, -1, (2, 3, 7)),
+}
+
+
+def case_of(name, dtype="float64"):
+    """The pair of functions of a norm, its arrays, and the same by its formula."""
+    shape, axis, groups, *grouping = NORMS[name]
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal(shape) * 2 + 3).astype(dtype), rng.standard_normal(shape).astype(dtype)
+    gamma, beta = rng.standard_normal((2, shape[axis])).astype("float32" if dtype != "float64" else dtype)
+    gamma[0] = 0  # nothing divides by it
+    spread = [1] * len(shape)
+    spread[axis] = -1
+
+    def formula(x, gamma, beta):
+        return by_formula(x, gamma.reshape(spread), beta.reshape(spread), *grouping)
+
+    return (() if groups is None else (groups,)), x, dy, gamma, beta, formula
+
+
+def functions_of(training, name):
+    kind = "layer_norm" if NORMS[name][2] is None else "group_norm"
+    return getattr(training, kind), getattr(training, f"{kind}_backward")
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(training, name):
+    """The formula; and of its sum with dy, central differences in every element of x, gamma and beta."""
+    groups, x, dy, gamma, beta, formula = case_of(name)
+    forward, backward = functions_of(training, name)
+    y, saved = forward(x, *groups, gamma, beta)
+    np.testing.assert_allclose(y, formula(x, gamma, beta), rtol=0, atol=1e-12)
+    kept = dy.copy()
+    for array, gradient in zip((x, gamma, beta), backward(dy, saved), strict=True):
+        assert gradient.shape == array.shape
+        expected = np.empty_like(array)
+        for i in np.ndindex(array.shape):
+            value, step = array[i], 1e-5
+            array[i] = value + step
+            above = (formula(x, gamma, beta) * dy).sum()
+            array[i] = value - step
+            expected[i] = (above - (formula(x, gamma, beta) * dy).sum()) / (2 * step)
+            array[i] = value
+        assert np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
+    np.testing.assert_array_equal(dy, kept)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 2e-6), ("float16", 4e-3), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize("name", ["group", "layer of sequences"])
+def test_norms_of_other_dtypes(training, name, dtype, close):
+    """Of the same values in float64; layer norm rounds xhat and its products."""
+    groups, x, dy, gamma, beta, formula = case_of(name, DTYPES[dtype])
+    forward, backward = functions_of(training, name)
+    y, saved = forward(x, *groups, gamma, beta)
+    expected, wide = forward(x.astype(float), *groups, gamma.astype(float), beta.astype(float))
+    np.testing.assert_allclose(expected, formula(x.astype(float), gamma, beta), rtol=0, atol=1e-6)
+    for ours, exact in zip((y, *backward(dy, saved)), (expected, *backward(dy.astype(float), wide)), strict=True):
+        assert ours.dtype in (x.dtype, np.float64)
+        np.testing.assert_allclose(ours.astype(float), exact, rtol=0, atol=close * np.abs(exact).max())
+    assert y.dtype == x.dtype
+
+
+@pytest.mark.parametrize("name", ["group", "layer"])
+def test_norms_on_cupy_arrays(training, name, cuda_device, monkeypatch):
+    """With ``import cupy as np``, as the recipes say."""
+    import cupy
+
+    from tests.simt import host_cupy
+
+    groups, *arrays, formula = case_of(name)
+    forward, backward = functions_of(training, name)
+    y, saved = forward(arrays[0], *groups, *arrays[2:])
+    expected = y, *backward(arrays[1], saved)
+    monkeypatch.setattr(training, "np", cupy)
+    x, dy, gamma, beta = map(host_cupy.to_cupy, arrays)
+    y, saved = forward(x, *groups, gamma, beta)
+    for ours, theirs in zip((y, *backward(dy, saved)), expected, strict=True):
+        assert type(ours) is cupy.ndarray
+        np.testing.assert_allclose(host_cupy.to_numpy(ours), theirs, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(host_cupy.to_numpy(y), formula(arrays[0], *arrays[2:]), rtol=0, atol=1e-12)
+
+
+def test_norms_beside_pytorchs(training):
+    torch = pytest.importorskip("torch")
+    for name, call in (
+        ("group", torch.nn.functional.group_norm),
+        ("layer of sequences", torch.nn.functional.layer_norm),
+    ):
+        groups, x, dy, gamma, beta, _ = case_of(name)
+        forward, backward = functions_of(training, name)
+        tensors = [torch.from_numpy(a).requires_grad_() for a in (x, gamma, beta)]
+        theirs = call(tensors[0], *(groups or (x.shape[-1:],)), *tensors[1:])
+        theirs.backward(torch.from_numpy(dy))
+        y, saved = forward(x, *groups, gamma, beta)
+        expected = theirs.detach(), *(t.grad for t in tensors)
+        for ours, tensor in zip((y, *backward(dy, saved)), expected, strict=True):
+            np.testing.assert_allclose(ours, tensor.numpy(), rtol=0, atol=1e-12)
+
+
+def test_groups_that_do_not_divide_the_channels(training):
+    with pytest.raises(ValueError, match="groups: expected a divisor of 3 channels, got 2"):
+        training.group_norm(np.ones((2, 3, 2)), 2, np.ones(3), np.zeros(3))
+
+
+def norms_of(dtype, seed):
+    """Two layers that were trained."""
+    norms = {"bn1": fastbn.BatchNorm(3, dtype=DTYPES[dtype]), "bn10": fastbn.BatchNorm(2, affine=False)}
+    rng = np.random.default_rng(seed)
+    for norm in norms.values():
+        norm.forward(rng.standard_normal((5, *norm.mean.shape), np.float32))
+        if norm.gamma is not None:
+            norm.gamma += rng.standard_normal(3).astype(norm.gamma.dtype)
+    return norms
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ending", ["npz", "safetensors"])
+def test_checkpoints(training, tmp_path, ending, dtype):
+    """What is loaded has the bits of what was saved, whatever it was."""
+    if ending == "safetensors":
+        pytest.importorskip("safetensors")
+    path, norms, others = tmp_path / f"norms.{ending}", norms_of(dtype, 0), norms_of(dtype, 1)
+    training.save(path, norms)
+    training.load(path, others)
+    for name, norm in norms.items():
+        for key, array in others[name].state().items():
+            np.testing.assert_array_equal(array, norm.state()[key])
+            assert array.dtype == norm.state()[key].dtype
+    with pytest.raises(ValueError, match=r"got no \['weight', 'bias'"):
+        training.load(path, {"bn2": fastbn.BatchNorm(3)})
+
+
+def test_checkpoints_of_cupy_arrays(training, tmp_path, cuda_device):
+    """They are the host's in the file, and for layers of either kind."""
+    import cupy
+
+    from tests.simt import host_cupy
+
+    norm = fastbn.BatchNorm(3, xp=cupy)
+    norm.forward(host_cupy.to_cupy(np.random.default_rng(0).standard_normal((5, 3))))
+    training.save(tmp_path / "norms.npz", {"norm": norm})
+    for xp in (np, cupy):
+        other = fastbn.BatchNorm(3, xp=xp)
+        training.load(tmp_path / "norms.npz", {"norm": other})
+        state = {key: a if xp is np else host_cupy.to_numpy(a) for key, a in other.state().items()}
+        for key, array in norm.state().items():
+            np.testing.assert_array_equal(state[key], host_cupy.to_numpy(array))
+
+
+def test_checkpoints_of_pytorchs_models(training, tmp_path):
+    """A .safetensors file goes both ways."""
+    torch, safetensors = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    model(torch.from_numpy(np.random.default_rng(0).standard_normal((5, 4), np.float32)))
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    norm = fastbn.BatchNorm(3)
+    training.load(tmp_path / "model.safetensors", {"1": norm})
+    np.testing.assert_array_equal(norm.mean, model[1].running_mean.numpy())
+    norm.forward(np.random.default_rng(1).standard_normal((5, 3), np.float32))
+    training.save(tmp_path / "norms.safetensors", {"1": norm})
+    missing, unexpected = model.load_state_dict(safetensors.load_file(tmp_path / "norms.safetensors"), strict=False)
+    assert (sorted(missing), unexpected) == (["0.bias", "0.weight"], [])
+    np.testing.assert_array_equal(model[1].running_var.numpy(), norm.var.astype(np.float32))
+    assert model[1].num_batches_tracked == 2

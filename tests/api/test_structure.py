@@ -32,7 +32,7 @@ def test_a_circle_is_found(tmp_path, back, expected):
 
 
 PREPARED = ("prepare", "prepare_reductions", "direct_reductions", "reductions_by_moments")
-PUBLIC = ("functional", "primitives", "reductions", "nan_reductions")
+PUBLIC = ("functional", "primitives", "reductions", "nan_reductions", "layer")
 LIMITS = {
     "backends know no public type": (("cpu", "cuda"), ("saved", "merging", "call", "backend", *PREPARED, *PUBLIC)),
     "the ground imports nothing above": (

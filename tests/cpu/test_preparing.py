@@ -25,7 +25,7 @@ def test_two_threads_prepare_one(monkeypatch):
 
     monkeypatch.setattr(program, "_built_in", slowly)
     shape, x = Shape(1, 64, 8, 1), np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
-    prepared = plans.moments.__wrapped__(shape, "f4*", Strides(512, 8, 1), None, None, 2)
+    prepared = plans.moments.__wrapped__(shape, "f4*", Strides(512, 8, 1, 16), None, None, 2)
     tables = np.empty((2, 4, 8))
     other = threading.Thread(target=prepared, args=(x, None, tables[1], 0.0))
     other.start()

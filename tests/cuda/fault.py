@@ -12,3 +12,5 @@ class Fault(NamedTuple):
     wrong: str
     run: str
     """What finds it, under one of the schedules."""
+    rule: str = ""
+    """Of the model of memory, which finds it in every schedule: `race`, or `first-level cache`. Else results do."""

@@ -151,7 +151,11 @@ FAULTS = [
     ),
     Fault(
         "distances from an element of weight 0", "statistics",
-        "if (!some && exact > 0) {", "if (!some) {", "moments, rows, outliers without weight",
+        "if (!some && w[k][j] > 0) {", "if (!some) {", "moments, rows, outliers without weight",
+    ),
+    Fault(
+        "weights that are 0 as factors", "statistics",
+        "if (!some && w[k][j] > 0) {", "if (!some && exact > 0) {", "moments, columns, some weights next to 0",
     ),
     Fault(
         "weights not multiplied", "statistics",

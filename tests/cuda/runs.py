@@ -168,6 +168,12 @@ def weights_of_each_channel(case):
     case.keywords["weights"] = (np.random.default_rng(2).random(case.x.shape) < 0.7).astype(float)
 
 
+def some_weights_next_to_0(case):
+    """Too small for float32 and for any result, of all elements that some threads have."""
+    weights = case.keywords["weights"]
+    case.keywords["weights"] = np.where(np.arange(weights.size).reshape(weights.shape) < 64, 2.0**-130, weights)
+
+
 def outliers_first(case):
     """Every thread starts each of its chunks of eight vectors far from all other elements.
 
@@ -224,6 +230,7 @@ RUNS = {
     ),
     "moments, columns": Run(moments, COLUMNS),
     "moments, columns, weights": Run(moments, COLUMNS, "weights relu", settings={"tuning": {"items_per_thread": 4}}),
+    "moments, columns, some weights next to 0": Run(moments, COLUMNS, "weights relu", alter=some_weights_next_to_0),
     "moments, columns, weights of each channel": Run(moments, COLUMNS, alter=weights_of_each_channel),
     "moments, columns, NaN": Run(moments, COLUMNS, alter=nan_in_the_first_channel),
     "moments, columns, infinities": Run(moments, COLUMNS, alter=infinities),
@@ -247,6 +254,9 @@ RUNS = {
     "forward, cooperative": Run(forward, COLUMNS, strategy="cooperative"),
     "forward, cooperative, blocks take several tiles": Run(forward, MANY_ROWS, strategy="cooperative"),
     "forward, cooperative, groups take several tiles": Run(forward, MANY_ROWS, strategy="cooperative", settings=HALF),
+    "forward, cooperative, wide columns": Run(
+        forward, WIDE_COLUMNS, dtype="float16", strategy="cooperative", settings={"tuning": {"along_channels": 128}}
+    ),
     "forward, two passes": Run(forward, COLUMNS, strategy="two passes"),
     "forward, two passes, float64, far from 0": Run(
         check_far_from_0, COLUMNS, dtype="float64", strategy="two passes", mean=0.0
@@ -263,9 +273,13 @@ RUNS = {
     "backward, block, columns, weights": Run(
         backward, COLUMNS, "where weights residual", strategy="block", settings=TWICE, alter=without_weight(1e30)
     ),
+    "backward, cluster": Run(backward, ROWS, strategy="cluster"),
     "backward, cooperative": Run(backward, COLUMNS, strategy="cooperative"),
     "backward, cooperative, narrow columns": Run(backward, NARROW_COLUMNS, strategy="cooperative"),
     "backward, cooperative, few narrow columns": Run(backward, FEW_NARROW_COLUMNS, strategy="cooperative"),
+    "backward, cooperative, tall columns": Run(
+        backward, TALL_COLUMNS, strategy="cooperative", settings={"shared": 32 << 10, "tuning": {"along_channels": 128}}
+    ),
     "backward, cooperative, blocks take several tiles": Run(backward, MANY_ROWS, strategy="cooperative"),
     "backward, cooperative, runs": Run(backward, RUNS_OF_ROWS, "affine residual relu", strategy="cooperative"),
     "backward, two passes": Run(backward, COLUMNS, strategy="two passes"),

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import pytest
 
 from tests.conftest import missing
-from tests.cuda.faults import FAULTS, found
+from tests.cuda.faults import FAULTS, MEMORY_FAULTS, found
 from tests.cuda.runs import RUNS, Run
 from tests.simt import cuda
 
@@ -38,4 +38,4 @@ def test_fault_is_found(fault):
 
 
 def test_every_run_finds_something():
-    assert {fault.run for fault in FAULTS} == RUNS.keys()
+    assert {fault.run for fault in FAULTS + MEMORY_FAULTS} == RUNS.keys()

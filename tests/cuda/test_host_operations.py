@@ -43,6 +43,24 @@ def test_in_place_operators(host, name):
         getattr(operator, name)(to_cupy(np.ones(2, np.int32)), 1.5)
 
 
+def test_subnormal_numbers_are_flushed(host, cupy):
+    """As CuPy compiles kernels: of float32 and bfloat16, read and written; what only moves them keeps them."""
+    for dtype, least in (("float32", 0.0), ("bfloat16", 0.0), ("float16", 2.0**-24), ("float64", 2.0**-1074)):
+        small = np.array([least or 2.0**-130, -1.0, 2.0], DTYPES[dtype])
+        a = to_cupy(small)
+        kept = small[0] if least else 0
+        assert to_numpy(a + a)[0] == 2 * kept
+        assert to_numpy(a.astype(np.float64))[0] == kept
+        assert to_numpy(cupy.maximum(a, 0))[0] == kept
+        assert to_numpy(a.copy())[0] == small[0] != 0
+        assert to_numpy(cupy.where(to_cupy(small > 0), a, a))[0] == small[0]
+        c = to_cupy(small.copy())
+        c *= 0.5
+        assert to_numpy(c)[0] == (small * 0.5)[0] * (kept != 0)
+    assert to_numpy(to_cupy(np.array([2.0**-130])).astype(np.float32))[0] == 0
+    assert to_numpy(to_cupy(np.full(8, 2.0**-130, np.float32)).sum()) == 0
+
+
 def test_operators_of_integers_and_bools(host):
     a, mask = np.arange(1, 9), np.arange(8) % 3 == 0
     for operate in (operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift):

@@ -324,6 +324,21 @@ def test_subnormal_numbers_count_as_0(cuda_arrays):
     np.testing.assert_allclose(cuda_arrays.moments(x).mean, x.astype(float).mean(0), rtol=1e-7)
 
 
+def test_subnormal_weights_count_as_0(planned, cuda_arrays):
+    """Of float32 and bfloat16, as conversions are compiled; beside float32 data also float64 ones that are 0 there."""
+    x = np.arange(64.0, dtype=np.float32).reshape(32, 2)
+    for dtype, least, counts in (
+        ("float32", -130, False), ("bfloat16", -130, False), ("float64", -130, False), ("float16", -24, True),
+    ):  # fmt: skip
+        weights = np.where(np.arange(32) % 4 == 0, np.ldexp(1.0, least), 1.0).astype(DTYPES[dtype])
+        assert weights[0] > 0
+        for strategy in ("block", "two passes"):
+            planned(strategy)
+            _, saved = cuda_arrays.batch_norm(x, weights=weights[:, None])
+            seen = weights.astype(float) if counts else np.where(weights == 1, 1.0, 0.0)
+            np.testing.assert_allclose(saved.mean, (seen @ x) / seen.sum(), rtol=1e-12)
+
+
 # --- what is masked out -----------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,8 @@ emulated.launches  # what ran
 
 import contextlib
 import functools
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -52,6 +54,8 @@ class Emulated:
     change: Callable[[str, str], str] = lambda kernel, text: text
     """Of a kernel's text, for tests that break it."""
     launches: list[Launched] = field(default_factory=list)
+    model: str | None = os.environ.get("FASTBN_SIMT_MODEL")
+    """One of `simt.MODELS`."""
     records: int = 0
     """Accesses to memory, at most, that are recorded of a launch."""
     accesses: list[Any] = field(default_factory=list)
@@ -62,7 +66,9 @@ class Emulated:
         from fastbn.cuda import launch
 
         text = self.change(kernel, launch.source(kernel, hardware=False))
-        compiled = simt.compile_kernel(text, kernel, dict(macros), simt.RECORDING if self.records else ())
+        flags = [*(simt.RECORDING if self.records else ()), *(simt.MODELLED if self.model else ())]
+        device = self.change("device.cuh", launch.INCLUDE.joinpath("device.cuh").read_text())
+        compiled = simt.compile_kernel(text, kernel, dict(macros), [*flags, cluster_barrier(device)])
         cluster = dict(macros).get("CLUSTER", 1)
 
         def run(grid, block, args, shared_mem=0, stream=None, enable_cooperative_groups=False):
@@ -74,6 +80,7 @@ class Emulated:
             launch = functools.partial(
                 compiled.launch,
                 grid[0], block[0], argument.tobytes(), shared_mem, enable_cooperative_groups, cluster, self.schedule,
+                self.model,
             )  # fmt: skip
             if self.records:
                 self.accesses.append(compiled.recorded(self.records, launch))
@@ -81,6 +88,23 @@ class Emulated:
                 launch()
 
         return run
+
+
+CLUSTER_BARRIER = {
+    "barrier.cluster.arrive": "simt_cluster_arrive(true)",
+    "barrier.cluster.arrive.release": "simt_cluster_arrive(true)",
+    "barrier.cluster.arrive.relaxed": "simt_cluster_arrive(false)",
+    "barrier.cluster.wait": "simt_cluster_wait()",
+    "barrier.cluster.wait.acquire": "simt_cluster_wait()",
+}
+
+
+def cluster_barrier(device: str) -> str:
+    """The flag by which kernels have the cluster's barrier of this text of device.cuh, which the execution replaces."""
+    body = device.split("void cluster_barrier() {")[1].split("\n}")[0]
+    steps = [step.strip() for asm in re.findall(r'"(\w[^"]*)"', body) for step in asm.replace("\\n\\t", "").split(";")]
+    calls = [CLUSTER_BARRIER[step] for step in steps if step and step != "memory"]
+    return f"-DSIMT_CLUSTER_BARRIER={', '.join(calls or ['(void)0'])}"
 
 
 @contextlib.contextmanager

@@ -68,23 +68,43 @@ inline T* aligned(T* address) {
     return address;
 }
 
+// Stores the result of a call, which the compiler does not announce (simt.py).
+template <class To, class From>
+inline void assign(To& to, const From& value) {
+    to = value;
+}
+
 }  // namespace simt
 
 // ---- memory
 
 inline unsigned char* dynamic_shared() { return simt_self->shared; }
 
+// Loads and stores that the compiler announces are plain or volatile; others announce themselves where it does, right
+// before the load.
+#ifdef __SANITIZE_THREAD__
+#define SIMT_SILENT __attribute__((no_sanitize("thread")))
+#define SIMT_ACCESS(address, use) simt_access(address, sizeof *(address), use, __builtin_return_address(0))
+#else
+#define SIMT_SILENT
+#define SIMT_ACCESS(address, use) (void)0
+#endif
+
 template <class T>
-inline T __ldg(const T* address) {
-    return *simt::aligned(address);
+SIMT_SILENT inline T __ldg(const T* address) {
+    simt::aligned(address);
+    SIMT_ACCESS(address, simt::reads | simt::never_written);
+    return *address;
 }
 template <class T>
 inline T __ldcs(const T* address) {
     return *simt::aligned(address);
 }
 template <class T>
-inline T __ldcg(const T* address) {
-    return *simt::aligned(address);
+SIMT_SILENT inline T __ldcg(const T* address) {
+    simt::aligned(address);
+    SIMT_ACCESS(address, simt::reads | simt::past_first_level);
+    return *address;
 }
 template <class T>
 inline void __stcs(T* address, typename simt::Same<T>::type value) {
@@ -99,12 +119,22 @@ inline void __stcg(T* address, typename simt::Same<T>::type value) {
     *simt::aligned(address) = value;
 }
 
-inline void __threadfence() { __asm__ volatile("" ::: "memory"); }
-inline void __threadfence_block() { __asm__ volatile("" ::: "memory"); }
+inline void __threadfence() { simt_fence(true); }
+inline void __threadfence_block() { simt_fence(false); }
 
 // All others may run between an atomic operation and what follows, or kernels would depend on who came last.
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
-    const unsigned before = *simt::aligned(address);
+SIMT_SILENT inline unsigned atomicAdd(unsigned* address, unsigned value) {
+    simt::aligned(address);
+    SIMT_ACCESS(address, simt::reads | simt::writes | simt::strong_in_device);
+    const unsigned before = *address;
+    *address = before + value;
+    simt_atomic(value != 0);
+    return before;
+}
+SIMT_SILENT inline unsigned atomicAdd_block(unsigned* address, unsigned value) {
+    simt::aligned(address);
+    SIMT_ACCESS(address, simt::reads | simt::writes | simt::strong_in_block);
+    const unsigned before = *address;
     *address = before + value;
     simt_atomic(value != 0);
     return before;
@@ -118,7 +148,17 @@ inline void backoff() { simt_spin(); }
 // ---- barriers and the collectives of warps
 
 inline void __syncthreads() { simt_block_barrier(); }
-inline void cluster_barrier() { simt_cluster_barrier(); }
+#ifndef SIMT_CLUSTER_BARRIER  // what device.cuh has
+#define SIMT_CLUSTER_BARRIER simt_cluster_arrive(true), simt_cluster_wait()
+#endif
+inline void cluster_barrier() { SIMT_CLUSTER_BARRIER; }
+
+// As cluster.map_shared_rank of cooperative groups: the same place in the shared memory of another block.
+template <class T>
+inline T* map_shared_rank(T* address, unsigned rank) {
+    const size_t offset = simt::bit_cast<size_t>(address) - simt::bit_cast<size_t>(simt_self->shared);
+    return simt::bit_cast<T*>(simt::bit_cast<size_t>(simt_shared_of(rank)) + offset);
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu) { simt_syncwarp(mask); }
 inline unsigned __ballot_sync(unsigned mask, int predicate) { return simt_vote(simt::ballot, mask, predicate); }
 inline int __any_sync(unsigned mask, int predicate) { return simt_vote(simt::any, mask, predicate) != 0; }
@@ -292,7 +332,8 @@ namespace simt {
 
 template <class Params>
 inline void call(void (*kernel)(Params), const void* params) {
-    kernel(*static_cast<const Params*>(params));
+    const Params copy = *static_cast<const Params*>(params);
+    kernel(copy);
 }
 
 template <class Params>

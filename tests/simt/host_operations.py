@@ -35,6 +35,17 @@ def _host(value: Any) -> Any:
     return value
 
 
+def _flushed(value: Any) -> Any:
+    """An array in which subnormal numbers of float32 and bfloat16 are 0, as CuPy compiles its kernels (`-ftz=true`).
+
+    Those of float16, which become float32 first, and of float64 count.
+    """
+    if getattr(getattr(value, "dtype", None), "name", "") not in ("float32", "bfloat16"):
+        return value
+    tiny = np.abs(value) < np.finfo(np.float32).tiny
+    return np.where(tiny, np.copysign(value.dtype.type(0), value), value) if tiny.any() else value
+
+
 def _device(value: Any) -> Any:
     """A result of NumPy's in an allocation of its own: contiguous, as kernels write; an array where NumPy's is none."""
     import cupy
@@ -84,6 +95,10 @@ class Ufunc:
             if not isinstance(array, (cupy.ndarray, bool, int, float, complex, np.generic)):
                 raise TypeError(f"Unsupported type {type(array)}")
         inputs = [self._readable(array) for array in args[: original.nin]]
+        dtypes = {array.dtype for array in (*inputs, *given) if hasattr(array, "dtype")}
+        computes = self.short != "where" and (self.short != "copy" or len(dtypes) > 1)
+        if computes:
+            inputs = [_flushed(array) for array in inputs]
         if given:
             options["out"] = tuple(None if array is None else _host(array) for array in outs)
         if not isinstance(self.compute, np.ufunc) and given:
@@ -91,6 +106,11 @@ class Ufunc:
         options |= {key: _host(value) for key, value in (("where", _where), ("dtype", dtype)) if value is not None}
         with _silent():
             result = self.compute(*inputs, **options)
+            if computes and given:
+                for array in given:
+                    np.copyto(_host(array), _flushed(_host(array)), where=options.get("where", True))
+            elif computes:
+                result = tuple(map(_flushed, result)) if isinstance(result, tuple) else _flushed(result)
         if np.size(result[0] if isinstance(result, tuple) else result):
             operations[self.short] += 1
         if not given:
@@ -214,7 +234,7 @@ def _method(name: str, names: str) -> Any:
     def method(self: Any, *args: Any, **keywords: Any) -> Any:
         given = _bound(signature, name, args, keywords)
         out = given.get("out")
-        value, arguments = to_numpy(self), {key: _host(argument) for key, argument in given.items()}
+        value, arguments = _flushed(to_numpy(self)), {key: _host(argument) for key, argument in given.items()}
         half = name in ("sum", "prod", "mean", "var", "std") and value.dtype.itemsize == 2 and value.dtype.kind in "fV"
         if half:  # CuPy sums them in float32
             wanted, out_view = arguments.pop("dtype", None) or value.dtype, arguments.pop("out", None)
@@ -225,6 +245,7 @@ def _method(name: str, names: str) -> Any:
             result = np.ptp(value, **arguments) if name == "ptp" else getattr(value, name)(**arguments)
             if half:
                 result = _copy(result.astype(wanted), out_view)
+            result = _flushed(result)
         return result if result is None else _device(result) if out is None else out
 
     return method

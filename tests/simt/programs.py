@@ -35,8 +35,8 @@ def text(body, *arrays, before=""):
         }}"""
 
 
-def execute(body, *arrays, grid=1, block=32, size=0, macros=None, before="", **options):
-    kernel = simt.compile_kernel(text(body, *arrays, before=before), "kernel", macros or {})
+def execute(body, *arrays, grid=1, block=32, size=0, macros=None, before="", flags=(), **options):
+    kernel = simt.compile_kernel(text(body, *arrays, before=before), "kernel", macros or {}, flags)
     pointers = [array.ctypes.data for array in arrays]
     kernel.launch(grid, block, np.array([*pointers, size], np.uint64).data, **options)
     return arrays[0]

@@ -19,13 +19,27 @@ struct Thread {
 enum Collective : unsigned { syncwarp, ballot, any, all, shuffle, shuffle_xor, shuffle_down, shuffle_up };
 constexpr unsigned eight_bytes = 8;  // added to a shuffle
 
+// What an access to memory is. Strong ones are those of PTX, in their scope.
+enum Use : unsigned {
+    reads = 1,
+    writes = 2,
+    strong_in_block = 4,
+    strong_in_device = 8,
+    past_first_level = 16,  // ld.cg
+    never_written = 32      // ld.global.nc
+};
+
 }  // namespace simt
 
 #pragma GCC visibility push(default)
 extern "C" {
 extern simt::Thread* simt_self;  // the thread that runs
 void simt_block_barrier();
-void simt_cluster_barrier();
+void simt_cluster_arrive(bool releases);
+void simt_cluster_wait();  // acquires
+unsigned char* simt_shared_of(unsigned rank);  // of that block of the cluster
+void simt_fence(bool of_device);               // else of the block
+void simt_access(const void* address, unsigned bytes, unsigned use, const void* instruction);
 void simt_syncwarp(unsigned mask);
 unsigned simt_vote(unsigned collective, unsigned mask, bool predicate);  // the lanes whose predicate holds
 unsigned long long simt_shuffle(unsigned collective, unsigned mask, unsigned long long bits, unsigned source);

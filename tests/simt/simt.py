@@ -2,7 +2,7 @@
 
 `emulation.h` says what the text may use, `runtime.cpp` in which order threads run: an integer, the schedule, chooses
 it. Of two accesses to memory that no barrier orders, each comes first in one of schedules 0 and 1; from 2 on the order
-is random. The same launch takes the same order again.
+is random. The same launch takes the same order again. Accesses may be held against PTX's model of memory: see `MODELS`.
 
 Sanitizers find accesses outside of arrays and of shared memory, misaligned ones, and undefined behaviour; they report
 and end the process:
@@ -17,6 +17,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -81,10 +82,12 @@ class Kernel:
         cooperative: bool = False,
         cluster: int = 1,
         schedule: int = 0,
+        model: str | None = None,
     ) -> None:
         """Run `grid` blocks of `block` threads, with `shared` bytes of shared memory each.
 
         All blocks are resident together if `cooperative`, otherwise those of a cluster; clusters run one by one.
+        `model` is one of `MODELS`, for kernels that were compiled with `MODELLED`.
         """
         raw = memoryview(params).tobytes()
         if len(raw) != self._params_size:
@@ -96,8 +99,9 @@ class Kernel:
         if shared < 0 or schedule < 0:
             raise ValueError(f"shared memory ({shared}) and schedule ({schedule}) are not negative")
         resident = grid if cooperative else cluster
-        message = ctypes.create_string_buffer(500)
+        message = ctypes.create_string_buffer(2000)
         with LAUNCHING:
+            self._library.simt_model(ctypes.c_uint(MODELS[model]))
             error = self._library.simt_launch(  # of the scheduler that this kernel is linked to
                 self._library.simt_entry,
                 raw,
@@ -112,7 +116,26 @@ class Kernel:
                 ctypes.c_size_t(len(message)),
             )
         if error:
-            raise SimtError(f"{self.name}: {message.value.decode()}")
+            raise SimtError(f"{self.name}: {self._with_lines(message.value.decode())}")
+
+    def _with_lines(self, message: str) -> str:
+        """A message in which lines of the kernel, and of those that called them, stand for instructions."""
+        offsets = re.findall(r"\{([0-9a-f]+)\}", message)
+        tool = shutil.which("addr2line")
+        if not offsets or tool is None:
+            return message
+        command = [tool, "-e", self._library._name, *offsets]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        lines = dict(zip(offsets, (Path(line.split(" ")[0]).name for line in found), strict=True))
+
+        def described(calls: re.Match[str]) -> str:
+            names = [lines[offset] for offset in re.findall(r"[0-9a-f]+", calls[0])]
+            ours = [name.startswith(("emulation.h", "<stdin>")) for name in names]
+            start = ours.index(False) if False in ours else 0
+            end = ours.index(True, start) if True in ours[start:] else len(names)
+            return " < ".join(names[start:end])
+
+        return re.sub(r"\{[0-9a-f]+\}( < \{[0-9a-f]+\})*", described, message)
 
     def recorded(self, capacity: int, launch: Callable[[], None]) -> np.ndarray:
         """What `launch` does to memory outside of the threads' own and shared memory: an `ACCESS` each, in order.
@@ -135,7 +158,11 @@ class Kernel:
 ACCESS = np.dtype(
     [("instruction", "u8"), ("address", "u8"), ("block", "u4"), ("thread", "u4"), ("bytes", "u4"), ("writes", "u4")]
 )
-RECORDING = ("-fsanitize=thread",)  # the compiler calls a function at every access; runtime.cpp has it
+RECORDING = ("-fsanitize=thread",)  # the compiler calls a function at every access; accesses.h has it
+MODELS = {None: 0, "checked": 1, "stale": 2}
+"""How threads see memory: what others write at once; the same, where accesses that PTX does not order are errors
+(races.h); or old values, wherever PTX allows them (stale.h)."""
+MODELLED = (*RECORDING, "--param=tsan-distinguish-volatile=1", "-g1", "-gdwarf-4")
 
 LAUNCHING = threading.Lock()  # calls leave Python's lock, and the scheduler's state is one
 
@@ -150,7 +177,9 @@ def compile_kernel(text: str, name: str, macros: Mapping[str, object], flags: Se
     reason = available()
     if reason is not None:
         raise CompileError(reason)
-    runtime = built("runtime", (HERE / "runtime.cpp").read_text(), RUNTIME_FLAGS)
+    if announces := "-fsanitize=thread" in flags:
+        text, flags = ASSIGNMENT.sub(r"\1simt::assign(\2, \3);", text), (*flags, "-fdump-tree-optimized=/dev/stdout")
+    runtime = built("runtime", (HERE / "runtime.cpp").read_text(), RUNTIME_FLAGS, ("-x", "none", "-ldl"))
     source = "\n".join(
         [
             '#include "emulation.h"',
@@ -164,14 +193,26 @@ def compile_kernel(text: str, name: str, macros: Mapping[str, object], flags: Se
     # The scheduler lies beside the kernel, and launches also one that calls nothing of it.
     # It brings the system's libraries, which to search would be a third of a compilation.
     link = ("-x", "none", "-nodefaultlibs", "-Wl,--no-as-needed", str(runtime), "-Wl,-rpath,$ORIGIN", "-lgcc")
-    return Kernel(name, built(name, source, (*KERNEL_FLAGS, *flags), link))
+    return Kernel(name, built(name, source, (*KERNEL_FLAGS, *flags), link, UNANNOUNCED if announces else None))
 
 
-def built(name: str, source: str, flags: Sequence[str], link: Sequence[str] = ()) -> Path:
-    """The shared object of this source, compiled unless there is one."""
+# GCC does not announce that the result of a call is stored, where it comes in memory: a function stores it, whose own
+# accesses are announced. What the compiler prints of its work shows whether such a store, or a load of an argument, is
+# left.
+ASSIGNMENT = re.compile(r"(^ *|[;{)] )(\w+(?:\(\)|\[[^\]]*\]|\.\w+)*) = ((?=[^;]*\()(?![^;]* = )[^;]*);", re.MULTILINE)
+UNANNOUNCED = re.compile(
+    r"^ +(?:\S*(?:->|\*|MEM)\S* = [\w:~<>, ]+ \(.*\);|.*[\w>] \((?:.*, )?(?:\*|MEM|[^&\s,(]\S*->).*\);.*)$",
+    re.MULTILINE,
+)
+
+
+def built(
+    name: str, source: str, flags: Sequence[str], link: Sequence[str] = (), refused: re.Pattern[str] | None = None
+) -> Path:
+    """The shared object of this source, compiled unless there is one. The compiler prints nothing that is refused."""
     command = [compiler(), *FLAGS, *flags, *shlex.split(os.environ.get("FASTBN_SIMT_FLAGS", "")), f"-I{HERE}"]
     headers = [path.read_text() for path in sorted(HERE.glob("*.h"))]
-    identity = repr((command, compiler_version(), platform.machine(), headers, source, link))
+    identity = repr((command, compiler_version(), platform.machine(), headers, source, link, refused))
     target = cache() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     if target.exists():
         return target
@@ -181,6 +222,8 @@ def built(name: str, source: str, flags: Sequence[str], link: Sequence[str] = ()
         done = subprocess.run([*command, *arguments], input=source, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise CompileError(f"{name} does not compile\n{done.stderr}")
+        if refused and (line := refused.search(done.stdout)):
+            raise CompileError(f"{name}: this access would not be announced: {line[0].strip()}")
         os.replace(output, target)  # whole at once: other processes may look for it, or have just put theirs there
     return target
 

@@ -79,7 +79,7 @@ def pitch_of(tiles, size):
 def rows_of_tile(array, batch, row, column, coalesced):
     """The rows of a tile from its first value on, so many taken as one."""
     step = array.outer * coalesced
-    return Rows(advance(array.values, batch * array.batch + row * step + column), step)
+    return Rows(advance(array.values, batch * array.batch + row * step + column), step, 2 * step)
 
 
 @inline

@@ -49,13 +49,19 @@ def start_of_channel(array, t, shape):
 @inline
 def rows_of(array, t, shape):
     """The rows of kept index t."""
-    return Rows(advance(array.values, start_of_channel(array, t, shape)), array.outer)
+    return Rows(advance(array.values, start_of_channel(array, t, shape)), array.outer, array.twice)
+
+
+@inline
+def start_of_row(rows, row):
+    """Where a row begins."""
+    return (row >> 1) * rows.twice + (row & 1) * rows.step
 
 
 @inline
 def rows_from(rows, row, column):
-    """What is left of them from a value on."""
-    return Rows(advance(rows.values, row * rows.step + column), rows.step)
+    """What is left of them from a value on; the row is even, or all steps are equal."""
+    return Rows(advance(rows.values, start_of_row(rows, row) + column), rows.step, rows.twice)
 
 
 @inline
@@ -134,8 +140,8 @@ def find_origins(thread, first, last, x, weight, shape, origins):
         origins[t] = 0.0
         for k in range(shape.outer * shape.inner):
             r, i = k // shape.inner, k % shape.inner
-            number = value(rows.values, r * rows.step + i)
-            if value(weights.values, r * weights.step + i) != 0.0 and np.isfinite(number):
+            number = value(rows.values, start_of_row(rows, r) + i)
+            if value(weights.values, start_of_row(weights, r) + i) != 0.0 and np.isfinite(number):
                 origins[t] = number
                 break
 
@@ -164,10 +170,10 @@ def careful_moments(x, weight, shape, n, origin):
     for look in range(3):
         for k in range(shape.outer * shape.inner):
             r, i = k // shape.inner, k % shape.inner
-            w = 1.0 if weight is None else value(weight.values, r * weight.step + i)
+            w = 1.0 if weight is None else value(weight.values, start_of_row(weight, r) + i)
             if w == 0.0:
                 continue
-            v = value(x.values, r * x.step + i)
+            v = value(x.values, start_of_row(x, r) + i)
             if look == 0:
                 largest = max(largest, abs(v)) if np.isfinite(v) else largest
                 infinite += 0.0 if np.isfinite(v) else v

@@ -20,7 +20,7 @@ from numba.core.registry import cpu_target
 
 from fastbn.cpu.code import machine_for
 from fastbn.cpu.kernels.llvm import INTEGER_ARRAYS
-from fastbn.cpu.records import INTEGERS, Array
+from fastbn.cpu.records import INTEGERS, Array, Strides
 
 llvm.initialize_native_asmparser()  # for `flags`; Numba, that has no assembly of its own, leaves it out
 
@@ -41,7 +41,7 @@ KINDS = {
     "none": types.none,
 } | {name: types.NamedUniTuple(types.int64, len(record._fields), record) for name, record in INTEGERS.items()}
 KINDS |= {
-    f"{kind.rstrip('*')}[]": types.NamedTuple([KINDS[kind], *[types.int64] * 3], Array)
+    f"{kind.rstrip('*')}[]": types.NamedTuple([KINDS[kind], *[types.int64] * len(Strides._fields)], Array)
     for kind in ("u1*", "u2*", "i2*", "f4*", "f8*", "none")
 }
 KINDS |= {name: types.CPointer(integer) for name, integer in INTEGER_ARRAYS.items()}

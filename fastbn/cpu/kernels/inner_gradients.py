@@ -30,23 +30,31 @@ from fastbn.cpu.kernels.common import (
     put,
     rows_from,
     rows_of,
+    start_of_row,
     write_distances,
     write_linear,
 )
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.inner_reduction import (
     NARROW,
+    ONE_ROW,
     SINGLE,
     Place,
     chunk_at,
     chunk_count,
+    gap_of,
+    kept_at,
     kept_range,
+    load_across,
     misaligned,
     piece_start,
+    place_behind,
     place_of,
     row_after,
+    row_in_turn,
     segment_count,
     values_from,
+    values_in_run,
 )
 from fastbn.cpu.kernels.simd import (
     advance,
@@ -87,6 +95,15 @@ class Inputs(NamedTuple):
     weight: Any
 
 
+class Gaps(NamedTuple):
+    """Values between their rows, where rows of the results have none."""
+
+    dy: Any
+    x: Any
+    y: Any
+    weight: Any
+
+
 class Results(NamedTuple):
     """Pointers to where their gradients go."""
 
@@ -105,31 +122,31 @@ def slabs_of(dy, x, y, weight, t, shape):
 @inline
 def dz_at(slabs, row, column):
     """A vector of dz."""
-    dy = load(slabs.dy.values, row * slabs.dy.step + column, FULL)
-    return zero_where_not_positive(load(slabs.y.values, row * slabs.y.step + column, FULL), dy)
+    dy = load(slabs.dy.values, start_of_row(slabs.dy, row) + column, FULL)
+    return zero_where_not_positive(load(slabs.y.values, start_of_row(slabs.y, row) + column, FULL), dy)
 
 
 @inline
 def dz_at_end(slabs, row, column, n):
     """Its first n lanes."""
-    dy = load_first(slabs.dy.values, row * slabs.dy.step + column, n, FULL)
-    return zero_where_not_positive(load_first(slabs.y.values, row * slabs.y.step + column, n, FULL), dy)
+    dy = load_first(slabs.dy.values, start_of_row(slabs.dy, row) + column, n, FULL)
+    return zero_where_not_positive(load_first(slabs.y.values, start_of_row(slabs.y, row) + column, n, FULL), dy)
 
 
 @inline
 def distance_at(slabs, row, column, dz, hi, unit):
     """A vector of (x - hi) * unit; 0 where neither weight nor dz counts the element."""
     x, weight = slabs.x, slabs.weight
-    distance = (load(x.values, row * x.step + column, FULL) - hi) * unit
-    return zero_where_uncounted(load(weight.values, row * weight.step + column, dz), dz, distance)
+    distance = (load(x.values, start_of_row(x, row) + column, FULL) - hi) * unit
+    return zero_where_uncounted(load(weight.values, start_of_row(weight, row) + column, dz), dz, distance)
 
 
 @inline
 def distance_at_end(slabs, row, column, n, dz, hi, unit):
     """Its first n lanes."""
     x, weight = slabs.x, slabs.weight
-    distance = (load_first(x.values, row * x.step + column, n, FULL) - hi) * unit
-    return zero_where_uncounted(load_first(weight.values, row * weight.step + column, n, dz), dz, distance)
+    distance = (load_first(x.values, start_of_row(x, row) + column, n, FULL) - hi) * unit
+    return zero_where_uncounted(load_first(weight.values, start_of_row(weight, row) + column, n, dz), dz, distance)
 
 
 @inline
@@ -241,6 +258,30 @@ def write_vector(inputs, results, i, width, linear, nontemporal):
 
 
 @inline
+def weight_across(weight, i, n, gap, dz):
+    """As `inner_reduction.load_across`, in the type of dz."""
+    return blended(n, converted(load(weight, i, dz), dz), converted(load(weight, i + gap, dz), dz))
+
+
+@inline
+def write_vector_across(inputs, results, i, n, gaps, linear, nontemporal):
+    """The same with n values of one row and the first ones of the next."""
+    dz = zero_where_not_positive(load_across(inputs.y, i, n, gaps.y), load_across(inputs.dy, i, n, gaps.dy))
+    weight = weight_across(inputs.weight, i, n, gaps.weight, dz)
+    put(results.dx, i, input_gradient(dz, load_across(inputs.x, i, n, gaps.x), weight, linear), nontemporal)
+    store(results.dresidual, i, dz)
+
+
+@inline
+def behind_gaps(inputs, gaps):
+    """The inputs from where they go on behind a row."""
+    return Inputs(
+        advance(inputs.dy, gaps.dy), advance(inputs.x, gaps.x), advance(inputs.y, gaps.y),
+        advance(inputs.weight, gaps.weight),
+    )  # fmt: skip
+
+
+@inline
 def grad_input_end(inputs, results, start, end, linear):
     """Less than a vector of values, at either end of a row: by short vectors, then one by one."""
     narrow, single = narrowed_linear(inputs.dy, linear, NARROW), narrowed_linear(inputs.dy, linear, SINGLE)
@@ -254,7 +295,7 @@ def grad_input_end(inputs, results, start, end, linear):
 
 
 @inline
-def grad_input_run(inputs, results, table, t, place, count, shape, nontemporal):
+def grad_input_run(inputs, results, gaps, table, t, place, count, shape, walk, nontemporal):
     """As `inner_reduction.normalize_run`, with a table of `Linear`."""
     n = lanes(inputs.dy, FULL)
     outer, channel = place.outer, place.channel
@@ -262,7 +303,7 @@ def grad_input_run(inputs, results, table, t, place, count, shape, nontemporal):
     i, edge = 0, min(shape.inner - place.column, count)
     while i < count:
         linear = linear_in_all_lanes(inputs.dy, table, t)
-        t, outer, channel = row_after(t, outer, channel, shape)
+        t, outer, channel = row_after(t, outer, channel, shape, walk)
         if i < lead:
             grad_input_end(inputs, results, i, min(lead, edge), linear)
             i = min(lead, edge)
@@ -275,36 +316,38 @@ def grad_input_run(inputs, results, table, t, place, count, shape, nontemporal):
                 i = edge
             elif i < edge:
                 both = blended_linear(edge - i, linear, linear_in_all_lanes(inputs.dy, table, t))
-                write_vector(inputs, results, i, FULL, both, nontemporal)
+                write_vector_across(inputs, results, i, edge - i, gaps, both, nontemporal)
                 i += n
+        inputs = behind_gaps(inputs, gaps)
         edge = min(edge + shape.inner, count)
 
 
 @kernel
 def grad_input(
-    thread, first, last, dy, x, y, weight, dx, dresidual, shape, run, pitch, distances, workspace, nontemporal
+    thread, first, last, dy, x, y, weight, dx, dresidual, shape, walk, distances, workspace, nontemporal
 ):  # fmt: skip
     """``dx`` (and ``dresidual = dz``), in the order of memory, as `inner_reduction.normalize`."""
     start, end = piece_start(first, shape.inner), piece_start(last, shape.inner)
-    linear = table_rows(Linear, advance(workspace, LINEAR * thread * pitch), pitch)
-    t, t_end = kept_range(start, end, shape)
-    write_linear(linear, table_rows(Distances, distances, shape.batch * shape.channel), t, t_end - t)
+    linear = table_rows(Linear, advance(workspace, LINEAR * thread * walk.pitch), walk.pitch)
+    t, t_end = kept_range(start, end, walk)
+    write_linear(linear, table_rows(Distances, distances, shape.batch * walk.batch), t, t_end - t)
+    place = place_of(start, shape)
+    gaps = Gaps(gap_of(dy, shape, walk), gap_of(x, shape, walk), gap_of(y, shape, walk), gap_of(weight, shape, walk))
     while start < end:
-        place = place_of(start, shape)
-        count = min(end, (start // run + 1) * run) - start
+        count = values_in_run(start, end, place, shape, walk)
         inputs = Inputs(
             values_from(dy, place), values_from(x, place), values_from(y, place), values_from(weight, place)
         )
         results = Results(values_from(dx, place), values_from(dresidual, place))
-        at = place.batch * shape.channel + place.channel - t
-        grad_input_run(inputs, results, linear, at, place, count, shape, nontemporal)
+        grad_input_run(inputs, results, gaps, linear, kept_at(place, walk) - t, place, count, shape, walk, nontemporal)
         start += count
+        place = place_behind(start, place, shape, walk)
 
 
 @inline
 def row_of(rows, r):
     """A pointer to its values."""
-    return advance(rows.values, r * rows.step)
+    return advance(rows.values, start_of_row(rows, r))
 
 
 @kernel
@@ -333,7 +376,19 @@ def backward(
         one = linear_of(slabs.x.values, d.mean, d.scale, d.offset, d.slope, d.unit)
         linear.scale[0], linear.hi[0], linear.slope[0] = one.scale, one.hi, one.slope
         linear.offset[0], linear.unit[0] = one.offset, one.unit
-        for r in range(shape.outer):
+        for k in range(shape.outer):
+            r = row_in_turn(k, shape)
             inputs = Inputs(row_of(slabs.dy, r), row_of(of_live, r), row_of(slabs.y, r), row_of(slabs.weight, r))
             results = Results(row_of(of_dx, r), row_of(of_dresidual, r))
-            grad_input_run(inputs, results, linear, 0, Place(0, r, t, 0), shape.inner, shape, nontemporal)
+            grad_input_run(
+                inputs,
+                results,
+                Gaps(0, 0, 0, 0),
+                linear,
+                0,
+                Place(0, r, t, 0),
+                shape.inner,
+                shape,
+                ONE_ROW,
+                nontemporal,
+            )

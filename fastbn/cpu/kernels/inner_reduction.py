@@ -42,6 +42,7 @@ from fastbn.cpu.kernels.common import (
     put,
     rows_from,
     rows_of,
+    start_of_row,
     write_affine,
     write_moments,
 )
@@ -68,11 +69,12 @@ from fastbn.cpu.kernels.simd import (
     total,
     zero_where_zero,
 )
-from fastbn.cpu.records import Affine, Moments, Parameters, Part
+from fastbn.cpu.records import Affine, Moments, Parameters, Part, Walk
 from fastbn.cpu.sizes import AFFINE, PAD, PIECE, SEGMENT
 
 WIDE = 128  # bytes of a vector where weights cost precision: fewer additions a lane
 NARROW, SINGLE = 32, 4  # bytes at the ends of rows, where masked stores would be slow on AMD processors
+ONE_ROW = Walk(0, 0, 0, 0, 0, 0, 0, 0)  # after which none follows
 AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise passes 5 % faster
 
 
@@ -96,6 +98,13 @@ class Place(NamedTuple):
     outer: Any
     channel: Any
     column: Any
+
+
+class Gaps(NamedTuple):
+    """Values between the rows of arrays that are read, where rows of those that are written have none."""
+
+    x: Any
+    residual: Any
 
 
 @inline
@@ -141,6 +150,37 @@ def place_of(position, shape):
 
 
 @inline
+def place_after(place, shape):
+    """Where the row behind that of a place begins."""
+    if place.channel + 1 < shape.channel:
+        return Place(place.batch, place.outer, place.channel + 1, 0)
+    if place.outer + 1 < shape.outer:
+        return Place(place.batch, place.outer + 1, 0, 0)
+    return Place(place.batch + 1, 0, 0, 0)
+
+
+@inline
+def values_in_run(position, end, place, shape, walk):
+    """How many values side by side in all arrays follow from a position on, before the end."""
+    if walk.run == shape.inner:
+        return min(end - position, shape.inner - place.column)
+    return min(end, (position // walk.run + 1) * walk.run) - position
+
+
+@inline
+def place_behind(position, place, shape, walk):
+    """The place of a position where a run begins, given a place in the run before."""
+    return place_after(place, shape) if walk.run == shape.inner else place_of(position, shape)
+
+
+@inline
+def row_in_turn(k, shape):
+    """Of a channel's rows: each other one, then those between, so that halves are written one after the other."""
+    half = (shape.outer + 1) >> 1
+    return 2 * k if k < half else 2 * (k - half) + 1
+
+
+@inline
 def values_from(array, place):
     """The values from a place on."""
     start = place.batch * array.batch + place.outer * array.outer + place.channel * array.channel + place.column
@@ -148,22 +188,26 @@ def values_from(array, place):
 
 
 @inline
-def kept_range(start, end, shape):
-    """The kept indices, first and last + 1, that values between two positions may belong to."""
-    rows = shape.outer * shape.channel if shape.outer > 1 else 1
-    kept = shape.channel if shape.outer > 1 else 1
-    size = rows * shape.inner
-    return start // size * kept, -(-end // size) * kept
+def kept_at(place, walk):
+    """The kept index of a place."""
+    return place.batch * walk.batch + place.outer * walk.outer + place.channel * walk.channel
 
 
 @inline
-def row_after(t, outer, channel, shape):
+def kept_range(start, end, walk):
+    """The kept indices, first and last + 1, that values between two positions may belong to."""
+    return start // walk.values * walk.kept, -(-end // walk.values) * walk.kept
+
+
+@inline
+def row_after(t, outer, channel, shape, walk):
     """Kept index, outer and channel of the row that follows in memory; a division would be slow."""
     if channel + 1 < shape.channel:
-        return t + 1, outer, channel + 1
+        return t + walk.channel, outer, channel + 1
+    t -= channel * walk.channel
     if outer + 1 < shape.outer:
-        return t + 1 - shape.channel, outer + 1, 0
-    return t + 1, 0, 0
+        return t + walk.outer, outer + 1, 0
+    return t - outer * walk.outer + walk.batch, 0, 0
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -182,7 +226,7 @@ def unweighted_sums(x, rows, columns, shift):
     t1, t2 = s1, s2
     pairs, whole = rows - rows % 2, columns - columns % n
     for r in range(0, pairs, 2):
-        row = r * x.step
+        row = start_of_row(x, r)
         for i in range(row, row + whole, n):
             e = load(x.values, i, FULL) - q
             s1 = s1 + e
@@ -192,7 +236,7 @@ def unweighted_sums(x, rows, columns, shift):
             t2 = fma(e, e, t2)
     for r in range(pairs if whole == columns else 0, rows):
         for c in range(whole if r < pairs else 0, columns, n):
-            e = first_lanes(load_first(x.values, r * x.step + c, columns - c, FULL) - q, columns - c)
+            e = first_lanes(load_first(x.values, start_of_row(x, r) + c, columns - c, FULL) - q, columns - c)
             s1 = s1 + e
             s2 = fma(e, e, s2)
     return np.float64(rows * columns), total(s1 + t1), total(s2 + t2)
@@ -208,10 +252,10 @@ def weighted_sums(x, weight, rows, columns, shift):
     count = load_first(weight.values, 0, 0, s1)
     for r in range(rows):
         for i in range(0, columns, n):
-            stored = load_first(weight.values, r * weight.step + i, min(n, columns - i), s1)
+            stored = load_first(weight.values, start_of_row(weight, r) + i, min(n, columns - i), s1)
             count = count + stored
             w = converted(stored, s1)
-            e = load_first(x.values, r * x.step + i, min(n, columns - i), WIDE) - q
+            e = load_first(x.values, start_of_row(x, r) + i, min(n, columns - i), WIDE) - q
             e = zero_where_zero(w, e)
             s1 = s1 + w * e
             s2 = fma(w * e, e, s2)
@@ -334,11 +378,23 @@ def normalize_vectors(x, y, residual, start, end, affine, relu, nontemporal):
 
 
 @inline
-def normalize_run(x, y, residual, table, t, place, count, shape, relu, nontemporal):
-    """``count`` values that lie side by side in each array, from a place on; t is its row's index in the table.
+def gap_of(array, shape, walk):
+    """Values between two rows of a run."""
+    return (array.channel - shape.inner) * walk.apart
 
-    A vector may go on from one channel to the next: whole lines in the order of memory are what nontemporal stores
-    need, and so rows of 49 values are as fast as a copy.
+
+@inline
+def load_across(array, i, n, gap):
+    """A vector of n values of one row and the first ones of the next; both rows are longer than a vector."""
+    return blended(n, load(array, i, FULL), load(array, i + gap, FULL))
+
+
+@inline
+def normalize_run(x, y, residual, gaps, table, t, place, count, shape, walk, relu, nontemporal):
+    """``count`` values that lie side by side in y, from a place on; t is its row's index in the table.
+
+    A vector may go on from one row to the next: whole lines in the order of memory are what nontemporal stores need,
+    and so rows of 49 values are as fast as a copy.
     """
     n = lanes(x, FULL)
     outer, channel = place.outer, place.channel
@@ -346,7 +402,7 @@ def normalize_run(x, y, residual, table, t, place, count, shape, relu, nontempor
     i, edge = 0, min(shape.inner - place.column, count)
     while i < count:
         affine = affine_in_all_lanes(x, table, t)
-        t, outer, channel = row_after(t, outer, channel, shape)
+        t, outer, channel = row_after(t, outer, channel, shape, walk)
         if i < lead:
             normalize_end(x, y, residual, i, min(lead, edge), affine, relu)
             i = min(lead, edge)
@@ -362,32 +418,35 @@ def normalize_run(x, y, residual, table, t, place, count, shape, relu, nontempor
                     blended(edge - i, affine.scale, following.scale),
                     blended(edge - i, affine.bias, following.bias),
                 )
-                put(y, i, normalized(load(x, i, FULL), load(residual, i, FULL), both, relu), nontemporal)
+                added = load_across(residual, i, edge - i, gaps.residual)
+                put(y, i, normalized(load_across(x, i, edge - i, gaps.x), added, both, relu), nontemporal)
                 i += n
+        x = advance(x, gaps.x)
+        residual = advance(residual, gaps.residual)
         edge = min(edge + shape.inner, count)
 
 
 @kernel
 def normalize(
-    thread, first, last, x, y, residual, shape, run, pitch, table, eps, given_rstd, workspace, relu, nontemporal
+    thread, first, last, x, y, residual, shape, walk, table, eps, given_rstd, workspace, relu, nontemporal
 ):  # fmt: skip
-    """All values in the order of memory, of which a run lies side by side in all arrays.
+    """All values in the order of memory. Where rows of one channel follow each other, outer and channel are exchanged.
 
-    The table is of `Parameters`; in the workspace, a thread's part has an `Affine` of the channels that it meets, in
-    rows a pitch apart.
+    The table is of `Parameters`; in the workspace, a thread's part has an `Affine` of the channels that it meets.
     """
     start, end = piece_start(first, shape.inner), piece_start(last, shape.inner)
-    affine = table_rows(Affine, advance(workspace, AFFINE * thread * pitch), pitch)
-    t, t_end = kept_range(start, end, shape)
-    write_affine(affine, table_rows(Parameters, table, shape.batch * shape.channel), t, t_end - t, eps, given_rstd)
+    affine = table_rows(Affine, advance(workspace, AFFINE * thread * walk.pitch), walk.pitch)
+    t, t_end = kept_range(start, end, walk)
+    write_affine(affine, table_rows(Parameters, table, shape.batch * walk.batch), t, t_end - t, eps, given_rstd)
+    place, gaps = place_of(start, shape), Gaps(gap_of(x, shape, walk), gap_of(residual, shape, walk))
     while start < end:
-        place = place_of(start, shape)
-        count = min(end, (start // run + 1) * run) - start
+        count = values_in_run(start, end, place, shape, walk)
         normalize_run(
-            values_from(x, place), values_from(y, place), values_from(residual, place), affine,
-            place.batch * shape.channel + place.channel - t, place, count, shape, relu, nontemporal,
+            values_from(x, place), values_from(y, place), values_from(residual, place), gaps, affine,
+            kept_at(place, walk) - t, place, count, shape, walk, relu, nontemporal,
         )  # fmt: skip
         start += count
+        place = place_behind(start, place, shape, walk)
 
 
 @kernel
@@ -405,9 +464,10 @@ def forward(
         one = affine_of(x.values, moments.mean[t], moments.rstd[t], moments.gamma[t], moments.beta[t])
         affine.hi[0], affine.scale[0], affine.bias[0] = one.hi, one.scale, one.bias
         of_y, of_residual = rows_of(y, t, shape), rows_of(residual, t, shape)
-        for r in range(shape.outer):
+        for k in range(shape.outer):
+            r = row_in_turn(k, shape)
             normalize_run(
-                advance(rows.values, r * rows.step), advance(of_y.values, r * of_y.step),
-                advance(of_residual.values, r * of_residual.step), affine, 0, Place(0, r, t, 0), shape.inner, shape,
-                relu, nontemporal,
+                advance(rows.values, start_of_row(rows, r)), advance(of_y.values, start_of_row(of_y, r)),
+                advance(of_residual.values, start_of_row(of_residual, r)), Gaps(0, 0), affine, 0, Place(0, r, t, 0),
+                shape.inner, shape, ONE_ROW, relu, nontemporal,
             )  # fmt: skip

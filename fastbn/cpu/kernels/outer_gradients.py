@@ -73,12 +73,13 @@ from fastbn.cpu.sizes import COLUMN_SUMS, LINEAR, ROW_CHUNK, SUMS
 
 
 class Inputs(NamedTuple):
-    """Rows of a tile."""
+    """Rows of a tile; weights of a row are ``across`` apart, which is 0 where columns share one."""
 
     dy: Any
     x: Any
     y: Any
     weight: Any
+    across: Any
 
 
 class Results(NamedTuple):
@@ -93,7 +94,7 @@ def inputs_from(inputs, row):
     """What is left of them from a row on."""
     return Inputs(
         rows_from(inputs.dy, row, 0), rows_from(inputs.x, row, 0), rows_from(inputs.y, row, 0),
-        rows_from(inputs.weight, row, 0),
+        rows_from(inputs.weight, row, 0), inputs.across,
     )  # fmt: skip
 
 
@@ -108,32 +109,44 @@ def dz_at(inputs, row, c, part):
 
 
 @inline
-def distance_at(inputs, row, c, part, weight, dz, hi, unit):
-    """A vector of (x - hi) * unit, or its first lanes; 0 where neither weight nor dz counts the element."""
-    x = part_of(inputs.x.values, row * inputs.x.step + c, part)
-    return zero_where_uncounted(weight, dz, (x - hi) * unit)
+def own_weights(weight, at, part, like):
+    """A vector of weights from a place on, or its first lanes, in the type of a vector."""
+    return converted(load(weight, at, like) if part is None else load_first(weight, at, part, like), like)
 
 
 @inline
-def add_two_rows(inputs, row, far, weight, far_weight, part, sums, c):
+def weight_at(inputs, row, c, part, like):
+    """The weights of a vector of columns, or its first lanes."""
+    if inputs.across == 0:
+        return splat(inputs.dy.values, value(inputs.weight.values, row * inputs.weight.step), FULL)
+    return own_weights(inputs.weight.values, row * inputs.weight.step + c, part, like)
+
+
+@inline
+def distance_at(inputs, row, c, part, dz, hi, unit):
+    """A vector of (x - hi) * unit, or its first lanes; 0 where neither weight nor dz counts the element."""
+    x = part_of(inputs.x.values, row * inputs.x.step + c, part)
+    return zero_where_uncounted(weight_at(inputs, row, c, part, dz), dz, (x - hi) * unit)
+
+
+@inline
+def add_two_rows(inputs, row, far, part, sums, c):
     """Add one vector of columns, or a part, of two rows to the sums."""
     hi, unit = load(sums.hi, c, FULL), load(sums.unit, c, FULL)
     dz, far_dz = dz_at(inputs, row, c, part), dz_at(inputs, far, c, part)
     store(sums.s1, c, load(sums.s1, c, FULL) + (dz + far_dz))
-    distance = distance_at(inputs, row, c, part, weight, dz, hi, unit)
-    far_distance = distance_at(inputs, far, c, part, far_weight, far_dz, hi, unit)
+    distance = distance_at(inputs, row, c, part, dz, hi, unit)
+    far_distance = distance_at(inputs, far, c, part, far_dz, hi, unit)
     store(sums.s2, c, load(sums.s2, c, FULL) + fma(dz, distance, far_dz * far_distance))
 
 
 @inline
 def add_row(inputs, row, columns, sums):
     """Add one row to the sums, by parts of vectors."""
-    x = inputs.x.values
-    weight = splat(x, value(inputs.weight.values, row * inputs.weight.step), FULL)
-    for c in range(0, columns, lanes(x, FULL)):
+    for c in range(0, columns, lanes(inputs.x.values, FULL)):
         dz = dz_at(inputs, row, c, columns - c)
         hi, unit = load(sums.hi, c, FULL), load(sums.unit, c, FULL)
-        distance = distance_at(inputs, row, c, columns - c, weight, dz, hi, unit)
+        distance = distance_at(inputs, row, c, columns - c, dz, hi, unit)
         store(sums.s1, c, load(sums.s1, c, FULL) + dz)
         store(sums.s2, c, fma(dz, distance, load(sums.s2, c, FULL)))
 
@@ -151,12 +164,10 @@ def segment_grad_sums(inputs, rows, cells, size, dbeta, dgamma, sums):
         fill(sums.s2, columns, 0.0)
         end = min(first + ROW_CHUNK // 2, half)
         for r in range(first, end):
-            near = splat(x, value(inputs.weight.values, r * inputs.weight.step), FULL)
-            far = splat(x, value(inputs.weight.values, (half + r) * inputs.weight.step), FULL)
             for c in range(0, whole, n):
-                add_two_rows(inputs, r, half + r, near, far, None, sums, c)
+                add_two_rows(inputs, r, half + r, None, sums, c)
             if whole < columns:
-                add_two_rows(inputs, r, half + r, near, far, columns - whole, sums, whole)
+                add_two_rows(inputs, r, half + r, columns - whole, sums, whole)
         if rows % 2 > 0 and end == half:
             add_row(inputs, rows - 1, columns, sums)
         cell_totals(sums.s1, cells, size, dbeta)
@@ -195,7 +206,8 @@ def grad_sums_of_segments(
             rows_of_tile(dy, task.batch, task.row, task.cell * size, coalesced),
             rows_of_tile(x, task.batch, task.row, task.cell * size, coalesced),
             rows_of_tile(y, task.batch, task.row, task.cell * size, coalesced),
-            rows_of_tile(weight, task.batch, task.row, 0, 1),
+            rows_of_tile(weight, task.batch, task.row, task.cell * weight.channel, 1),
+            weight.channel,
         )
         dgamma = advance(dbeta, results.together)
         segment_grad_sums(inputs, task.end - task.row, task.cells, size, dbeta, dgamma, sums)
@@ -293,17 +305,18 @@ def grad_input_rows(inputs, results, rows, columns, end_columns, linear, nontemp
     for r in range(rows):
         width = end_columns if r == rows - 1 else columns
         whole = width - width % n
-        weight = splat(dy.values, value(inputs.weight.values, r * inputs.weight.step), FULL)
         for c in range(0, whole, n):
             prefetch(dy.values, r * dy.step + c + ahead)
             prefetch(x.values, r * x.step + c + ahead)
             dz = dz_at(inputs, r, c, None)
+            weight = weight_at(inputs, r, c, None, dz)
             v = input_gradient(dz, load(x.values, r * x.step + c, FULL), weight, linear_at(linear, c))
             put(dx.values, r * dx.step + c, v, nontemporal)
             put_if_there(dresidual.values, r * dresidual.step + c, dz, nontemporal)
         if whole < width:
             c, part = whole, width - whole
             dz = dz_at(inputs, r, c, part)
+            weight = weight_at(inputs, r, c, part, dz)
             v = input_gradient(dz, load_first(x.values, r * x.step + c, part, FULL), weight, linear_at(linear, c))
             store_first(dx.values, r * dx.step + c, part, v)
             store_first(dresidual.values, r * dresidual.step + c, part, dz)
@@ -352,7 +365,8 @@ def grad_input(
         spread_all_linear(dy.values, given, batch * channels, task.cell, channels, task.cells, size, linear)
         inputs = Inputs(
             rows_of_tile(dy, batch, row, column, coalesced), rows_of_tile(x, batch, row, column, coalesced),
-            rows_of_tile(y, batch, row, column, coalesced), rows_of_tile(weight, batch, row, 0, 1),
+            rows_of_tile(y, batch, row, column, coalesced),
+            rows_of_tile(weight, batch, row, task.cell * weight.channel, 1), weight.channel,
         )  # fmt: skip
         results = Results(
             rows_of_tile(dx, batch, row, column, coalesced), rows_of_tile(dresidual, batch, row, column, coalesced)
@@ -400,8 +414,8 @@ def backward(
     for k in range(first, last):
         tile = task_at(k, 1, channels, tiles)
         t, cells, wide = tile.batch * channels + tile.cell, tile.cells, tile.cells * size
-        no_weight = Rows(None, 0)
-        inputs = Inputs(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), no_weight)
+        no_weight = Rows(None, 0, 0)
+        inputs = Inputs(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), no_weight, 0)
         spread_hi_and_unit(x.values, given, t, 0, cells, cells, size, columns)
         for c in range(cells):
             out.dgamma[t + c] = out.dbeta[t + c] = 0.0
@@ -410,6 +424,6 @@ def backward(
             segment_grad_sums(inputs_from(inputs, row), high, cells, size, dbeta, dgamma, columns)
             add_to_sums(t, cells, dbeta, dgamma, out)
         finish_tile(x.values, t, cells, size, given, live.values is None, mixed, out, linear)
-        of_live = Inputs(inputs.dy, rows_of(live, t, shape), inputs.y, no_weight)
+        of_live = Inputs(inputs.dy, rows_of(live, t, shape), inputs.y, no_weight, 0)
         results = Results(rows_of(dx, t, shape), rows_of(dresidual, t, shape))
         grad_input_rows(of_live, results, rows, wide, wide, linear, nontemporal, wide)

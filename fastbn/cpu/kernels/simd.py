@@ -174,6 +174,8 @@ def first_lanes(typing, v, n):
 @intrinsic
 def blended(typing, n, a, b):
     """The first n lanes of a, then those of b."""
+    if a == types.none:
+        return _absent(types.none, types.intp, a, b)
 
     def codegen(context, builder, sig, args):
         return builder.select(lanes_below(builder, args[0], a.lanes), args[1], args[2])

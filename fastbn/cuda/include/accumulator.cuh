@@ -42,7 +42,7 @@ struct Weights {  // of a chunk
     __device__ __forceinline__ bool selects(int k, int j) const { return w[k][j] > 0; }
     __device__ __forceinline__ real times(int k, int j, real value) const { return w[k][j] * value; }
 
-    // Whether there are any; then `first` is the first element that has one.
+    // Whether there are any; then `first` is the first element that has one: as a factor, in its type.
     __device__ __forceinline__ bool load(const Chunk& chunk, real& first) {
         bool some = false;
         sum = 0;
@@ -54,7 +54,7 @@ struct Weights {  // of a chunk
                 const double exact = chunk.weight_at(k, j);
                 w[k][j] = static_cast<real>(exact);
                 sum += exact;
-                if (!some && exact > 0) {
+                if (!some && w[k][j] > 0) {
                     first = chunk.at(k, j);
                     some = true;
                 }

@@ -1,0 +1,186 @@
+"""Batch norm of views that do not fold: in pieces, without copies, as of arrays in one piece."""
+
+import itertools
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import call, cpu, pieces
+from tests.cases import checks
+from tests.cases.views import VIEWS
+from tests.support import DTYPES, OPTIONS, Layout, make_case, spatial_slice
+
+
+@pytest.fixture
+def in_small_pieces(monkeypatch):
+    """Arrays as small as those of the matrix are cut; the pieces that were made."""
+    made, make = [], pieces.Pieces.__init__
+
+    def noted(self, *arguments):
+        made.append(arguments)
+        make(self, *arguments)
+
+    monkeypatch.setattr(pieces.Pieces, "__init__", noted)
+    monkeypatch.setattr(pieces, "LITTLE", 2048)
+    monkeypatch.setattr(pieces, "AT_LEAST", 2)
+    monkeypatch.setattr(cpu, "LEAST_PIECE", 1024)
+    call.forget()
+    yield made
+    call.forget()
+
+
+def by_view(*options):
+    """Every view with float32, and with one other dtype; the rest is slow."""
+    cases = []
+    for i, (view, dtype, name) in enumerate(itertools.product(VIEWS, DTYPES, options)):
+        chosen = dtype == "float32" or dtype == list(DTYPES)[i % len(DTYPES)]
+        cases.append(pytest.param(VIEWS[view], dtype, name, marks=() if chosen else pytest.mark.slow))
+    return pytest.mark.parametrize(("layout", "dtype", "options"), cases)
+
+
+@by_view("plain", "affine residual relu")
+def test_training(layout, dtype, options, in_small_pieces):
+    checks.check_backward(make_case(layout, dtype, OPTIONS[options]))
+
+
+@by_view("affine residual relu")
+def test_frozen(layout, dtype, options, in_small_pieces):
+    checks.check_frozen(make_case(layout, dtype, OPTIONS[options]))
+
+
+@by_view("plain")
+def test_parts(layout, dtype, options, in_small_pieces):
+    checks.check_parts(make_case(layout, dtype, OPTIONS[options]))
+
+
+@by_view("where weights residual")
+def test_weighted(layout, dtype, options, in_small_pieces):
+    checks.check_backward(make_case(layout, dtype, OPTIONS[options]))
+    assert not in_small_pieces  # weights are laid out for whole arrays
+
+
+@pytest.mark.parametrize("layout", VIEWS.values(), ids=VIEWS)
+def test_moments_are_those_of_the_forward_pass(layout, in_small_pieces):
+    case = make_case(layout, "float32")
+    _, saved = fastbn.batch_norm(case.x, **case.keywords)
+    moments = fastbn.moments(case.x, **case.keywords)
+    for mine, others in zip(saved.moments, moments, strict=True):
+        np.testing.assert_array_equal(mine, others)
+
+
+@pytest.mark.parametrize("view", ["NCHW", "NHWC"])
+def test_over_ranks(view, in_small_pieces):
+    case = make_case(VIEWS[view], "float64", OPTIONS["affine residual relu"])
+    given = {**case.keywords, **case.epilogue}
+    both = (np.concatenate([a, a]) for a in (case.x, case.dy))
+    x, dy = both
+    y, saved = fastbn.batch_norm(case.x, case.gamma, case.beta, gather=lambda v: np.stack([v, v]), **given)
+    given["residual"] = np.concatenate([given["residual"]] * 2)
+    expected, of_both = fastbn.batch_norm(x, case.gamma, case.beta, **given)
+    half = len(case.x)
+    np.testing.assert_allclose(y, expected[:half], rtol=1e-12, atol=1e-12)
+    gradients = fastbn.batch_norm_backward(case.dy, saved, gather=lambda v: np.stack([v, v]))
+    whole = fastbn.batch_norm_backward(dy, of_both)
+    np.testing.assert_allclose(gradients.x, whole.x[:half], rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(2 * gradients.gamma, whole.gamma, rtol=1e-11)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("numbers", [[np.inf, 1.0], [np.nan], [1e200, -1e200], [1e-200, 3e-200], [2.0]], ids=str)
+def test_numbers_beyond_the_range(numbers, eps, in_small_pieces):
+    layout = VIEWS["NHWC"]
+    x = layout.place(np.random.default_rng(0).standard_normal(layout.shape))
+    x[1, 2, 3, : len(numbers)] = numbers
+    x[..., 5] = np.resize(numbers, layout.shape[:-1])
+    y, saved = fastbn.batch_norm(x, channel_axis=-1, eps=eps)
+    expected, of_copy = fastbn.batch_norm(x.copy(), channel_axis=-1, eps=eps)
+    np.testing.assert_allclose(saved.mean, of_copy.mean, rtol=1e-13)
+    np.testing.assert_allclose(saved.rstd, of_copy.rstd, rtol=1e-12)
+    np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_out_is_written_alone(in_small_pieces):
+    """What lies between the rows of `out` stays as it was, and out may be x."""
+    layout = VIEWS["NCHW"]
+    case = make_case(layout, "float32", OPTIONS["affine residual relu"])
+    expected, _ = fastbn.batch_norm(case.x, case.gamma, case.beta, **case.keywords)
+    whole = np.full((5, 6, 11, 25), 7.0, np.float32)
+    out = whole[:, :, 1:-1, 2:-2]
+    result, _ = fastbn.batch_norm(case.x, case.gamma, case.beta, out=out, **case.keywords)
+    assert result is out
+    np.testing.assert_array_equal(out, expected)
+    out[...] = 7.0
+    assert (whole == 7.0).all()
+    fastbn.batch_norm(case.x, case.gamma, case.beta, out=case.x, **case.keywords)
+    np.testing.assert_array_equal(case.x, expected)
+
+
+def test_one_array_of_a_call_is_a_view(in_small_pieces):
+    """Where x folds but dy does not, and the other way round."""
+    case = make_case(Layout((5, 6, 9, 21)), "float64")
+    view = VIEWS["NCHW"].place(case.dy)
+    _, saved = fastbn.batch_norm(case.x)
+    expected = fastbn.batch_norm_backward(case.dy, saved)
+    for mine, other in zip(fastbn.batch_norm_backward(view, saved)[:3], expected[:3], strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-12, atol=1e-13)
+    np.testing.assert_array_equal(fastbn.batch_norm(case.x, residual=view)[1].mean, saved.mean)
+
+
+def cut_of(x, *others, axis=1):
+    kept = frozenset(a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
+    return pieces.cut_of(cpu, kept, [x, *others])
+
+
+def test_what_is_cut():
+    images = np.empty((32, 16, 62, 62), np.float32)[:, :, 3:-3, 3:-3]
+    cut = cut_of(images)
+    assert (cut.axes, cut.kept) == ((), {0, 1})  # in one piece
+    cut = cut_of(np.empty((32, 62, 62, 16), np.float32)[:, 3:-3, 3:-3], axis=3)
+    assert (cut.axes, cut.kept) == ((0,), {1, 3})
+    assert cut_of(images[:1, :, :8]) is None  # it is small
+    assert pieces.is_cut(cpu, fastbn.layout.layout_of(images.shape, images.strides, frozenset({1})), images)
+    whole = np.empty((32, 16, 56, 56), np.float32)
+    assert not pieces.is_cut(cpu, fastbn.layout.layout_of(whole.shape, whole.strides, frozenset({1})), whole)
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1), (2,)])
+@pytest.mark.parametrize("step", [1, 2, 3, 100])
+def test_pieces_are_the_array(axes, step):
+    shape = (4, 5, 6)
+    seen = np.zeros(shape, int)
+    for index in pieces.Cut(axes, step, frozenset(), ()).indices(shape):
+        seen[index] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("view", ["NCHW", "NHWC", "NCDHW", "steps"])
+def test_no_copies(view):
+    """Beside the results, a forward and a backward pass take 4 % of x at most."""
+    rng = np.random.default_rng(0)
+    views = {
+        "NCHW": (np.s_[:, :, 2:-2, 2:-2], (16, 16, 76, 76), 1),
+        "NHWC": (np.s_[:, 2:-2, 2:-2], (16, 76, 76, 16), -1),
+        "NCDHW": (np.s_[:, :, 1:-1, 1:-1, 1:-1], (4, 16, 18, 36, 74), 1),
+        "steps": (np.s_[:, :, ::2], (16, 16, 150, 72), 1),
+    }
+    index, shape, axis = views[view]
+    x = rng.standard_normal(shape, np.float32)[index]
+    y, dx = np.empty_like(x), np.empty_like(x)
+    for _ in range(2):  # first calls compile
+        tracemalloc.start()
+        _, saved = fastbn.batch_norm(x, out=y, channel_axis=axis)
+        fastbn.batch_norm_backward(x, saved, out=dx)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 0.04 * x.nbytes
+
+
+@pytest.mark.parametrize(("axis", "folded"), [((0, 1), (1, 5, 24, 7)), ((0, 1, 2), (24, 1, 5, 7))])
+def test_groups_that_fold_need_no_pieces(axis, folded):
+    x = spatial_slice((4, 6, 5, 7), np.dtype("f4"))
+    view = cpu.folded_view(fastbn.layout.layout_of(x.shape, x.strides, frozenset(axis)), x)
+    assert view is not None
+    assert cpu.reads(view)
+    assert view.shape == folded
