@@ -16,7 +16,7 @@ import numpy as np
 from tests.ptx import floats
 from tests.ptx.instructions import EMIT
 from tests.ptx.text import Address, Entry, Instruction, parsed
-from tests.ptx.values import SHARED, Values, numpy_of, registers, size_of, taken, written
+from tests.ptx.values import Values, numpy_of, taken, written
 
 ENDS = {
     "ret": "exit", "trap": "trap", "bar.sync": "barrier", "nanosleep.u32": "sleep",
@@ -279,6 +279,3 @@ def _reversed_bits(a: Any) -> Any:
 def program(text: str) -> Program:
     """Of a text, made once."""
     return Program(text)
-
-
-__all__ = ["SHARED", "Block", "Program", "program", "registers", "size_of"]
