@@ -46,6 +46,12 @@ def pytest_addoption(parser):
         "--require-cuda-harness", action="store_true", help="fail where CUDA kernels cannot be compiled or executed"
     )
     parser.addoption("--require-browser", action="store_true", help="fail where published pages cannot be opened")
+    parser.addoption(
+        "--ptx",
+        type=int,
+        choices=(80, 90),
+        help="run CuPy arrays' kernels by the PTX compiled for a compute capability",
+    )
     parser.addoption("--require-cuda", action="store_true", help="run the matrix of CuPy arrays on a GPU, or fail")
 
 
@@ -59,12 +65,14 @@ def missing(request, reason, option="--require-cuda-harness"):
 @pytest.fixture(scope="module")
 def cuda_device(request):
     """Kernels for CuPy arrays are executed on the CPU. What was launched is in the result."""
-    from tests.simt import cuda
+    from tests import ptx, simt
 
+    architecture = request.config.getoption("ptx")
+    cuda = importlib.import_module(f"{(ptx if architecture else simt).__name__}.cuda")
     reason = cuda.available()
     if reason is not None:
         missing(request, reason)
-    with cuda.installed() as emulated:
+    with cuda.installed(architecture) if architecture else cuda.installed() as emulated:
         yield emulated
 
 

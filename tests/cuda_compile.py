@@ -157,7 +157,7 @@ def compiled(variant: Variant, architecture: int, text: str | None = None) -> Co
     if code is not None:
         accesses = [_widths(code, name) for name in ("LDG", "STG", "LDL", "STL")]
     else:  # the disassembler has forgotten this architecture
-        ptx, _ = _compile(text, (*options, *_for_ptx(options_of_cupy(architecture))), "ptx")
+        ptx, _ = _compile(text, (*options, *for_ptx(options_of_cupy(architecture))), "ptx")
         code = ptx if isinstance(ptx, str) else ptx.decode()
         accesses = [_ptx_widths(code, name) for name in ("ld.global", "st.global", "ld.local", "st.local")]
     divisions = [name for name in re.findall(r"CALL\.\S+ ([^;]*)", code) if re.search("div|rem|rcp|sqrt", name)]
@@ -218,7 +218,8 @@ def _ptx_widths(code: str, instruction: str) -> dict[int, int]:
     return dict(widths)
 
 
-def _for_ptx(options: tuple[str, ...]) -> tuple[str, ...]:
+def for_ptx(options: tuple[str, ...]) -> tuple[str, ...]:
+    """The same options, for PTX alone."""
     return tuple(option.replace("-arch=sm_", "-arch=compute_") for option in options)
 
 
@@ -272,7 +273,7 @@ def sizeof_params_is(kernel: str, nbytes: int) -> bool:
     sizes["SUMS"] = 1
     options = (f"-D{name}={sizes.get(name, 0)}" for name in (*sizes, *others))
     try:
-        _compile(text, (*launch.OPTIONS, *options, *_for_ptx(options_of_cupy(80))), "ptx")
+        _compile(text, (*launch.OPTIONS, *options, *for_ptx(options_of_cupy(80))), "ptx")
     except compiler.CompileException as error:
         if "another size" in str(error):
             return False

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.cuda.harness import Counted
-from tests.simt import cuda, host_cupy
+from tests.simt import cuda, host_cupy, host_memory
 
 
 @pytest.fixture
@@ -44,6 +44,8 @@ def buffers(cuda_device):
         buffer = np.full(size + 512, host_cupy.POISON, np.uint8)
         found.append(weakref.ref(buffer))
         start = buffer.ctypes.data + -buffer.ctypes.data % 512
+        for watcher in host_memory.WATCHERS:
+            watcher(start, size, buffer)
         return pointer(cupy.cuda.UnownedMemory(start, size, buffer, cupy.cuda.runtime.getDevice()), 0)
 
     before = cupy.cuda.get_allocator()

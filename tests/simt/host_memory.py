@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ of size 0 run no kernel and are not counted."""
 
 allocations: list[int] = []
 """Bytes of every allocation since then; these are no operations."""
+
+WATCHERS: list[Callable[[int, int, Any], None]] = []
+"""Told of memory that kernels may use: its address, bytes, and the object whose end it does not outlive."""
 
 ALIGNMENT = 512  # of CuPy's memory pools
 POISON = 0xFF  # NaN in every float dtype
@@ -73,6 +77,8 @@ def to_cupy(array: np.ndarray, device: int = 0) -> Any:
         if not low <= first <= end <= high:  # strides made by hand
             low, high = first, end
         memory = cupy.cuda.UnownedMemory(low, high - low, owner, device)
+        for watcher in WATCHERS:
+            watcher(low, high - low, owner)
     pointer = _pointer_type()(memory, array.ctypes.data - memory.ptr)
     return cupy.ndarray(array.shape, array.dtype, pointer, array.strides)
 
@@ -86,6 +92,8 @@ def allocate(size: int) -> Any:
         return _pointer_type()(cupy.cuda.UnownedMemory(0, 0, None, 0), 0)
     buffer = np.full(size + ALIGNMENT, POISON, np.uint8)
     memory = cupy.cuda.UnownedMemory(buffer.ctypes.data + -buffer.ctypes.data % ALIGNMENT, size, buffer, 0)
+    for watcher in WATCHERS:
+        watcher(memory.ptr, size, buffer)
     return _pointer_type()(memory, 0)
 
 
