@@ -178,13 +178,30 @@ def segment_grad_sums(inputs, rows, cells, size, dbeta, dgamma, sums):
 
 
 @inline
+def write_hi_and_unit(x, given, t, count, sums):
+    """Of ``count`` indices from t on, a column each; up to whole vectors are written."""
+    n = lanes(given.mean, FULL)
+    for i in range(0, count, n):
+        mean = load_first(given.mean, t + i, min(n, count - i), FULL)
+        rstd = load_first(given.rstd, t + i, min(n, count - i), FULL)
+        hi = load(sums.hi, i, mean)  # for its type
+        store(sums.hi, i, converted(mean, hi))
+        store(sums.unit, i, converted(unit_of(x, rstd), hi))
+
+
+@inline
 def spread_hi_and_unit(x, given, first, j, channels, cells, size, sums):
     """Of the cells from j on, in all their columns; ``first`` is channel 0's kept index."""
     c = j % channels
-    for i in range(cells):
-        spread(sums.hi, i * size, rounded(x, given.mean[first + c]), size)
-        spread(sums.unit, i * size, unit_of(x, given.rstd[first + c]), size)
-        c = c + 1 if c + 1 < channels else 0
+    if size == 1 and c + min(cells, channels) <= channels:
+        write_hi_and_unit(x, given, first + c, min(cells, channels), sums)
+        repeat(sums.hi, channels, cells)
+        repeat(sums.unit, channels, cells)
+    else:
+        for i in range(cells):
+            spread(sums.hi, i * size, rounded(x, given.mean[first + c]), size)
+            spread(sums.unit, i * size, unit_of(x, given.rstd[first + c]), size)
+            c = c + 1 if c + 1 < channels else 0
 
 
 @kernel
