@@ -5,6 +5,7 @@ All that is computed, public functions compute: a layer of another kind is writt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -35,7 +36,8 @@ class BatchNorm:
         Added to the variance, in its units; finite and >= 0.
     rate : float or None
         Weight of the new batch in the running statistics, in [0, 1]: PyTorch's ``momentum``, where Keras, Flax and ONNX
-        weight the old. None: the running statistics are the average of all batches, each weighing the same.
+        weight the old. None: the running statistics are the average of all batches, each weighing the same; one in
+        which a channel has too few values counts for it as what the channel had before.
     correction : float
         Of the running variance, ``m2 / (count - correction)``: 1 as in PyTorch, 0 as in Keras, Flax and ONNX.
     affine : bool
@@ -76,8 +78,8 @@ class BatchNorm:
     Channels with no more than `correction` values in a batch keep their running statistics. Otherwise
     ``y = act(gamma (x - mean) / sqrt(var + eps) + beta + residual)``.
 
-    `forward` keeps `x`, and with relu `y`, until `backward` has used them or the next `forward`; in between neither
-    they nor the layer's arrays may change. Copies and pickles of a layer are without: they begin with a forward pass.
+    `forward` keeps `x`, `where`, and with relu `y`, until `backward` has used them or the next `forward`; in between
+    neither they nor the layer's arrays may change. Copies and pickles of a layer are without: they begin with a forward pass.
 
     Instance norm has no statistics to keep: ``batch_norm(x, gamma, beta, channel_axis=(0, 1))``.
 
@@ -121,6 +123,8 @@ class BatchNorm:
             raise TypeError(f"xp: expected numpy or cupy, got {xp!r}")
         if rate is not None and not 0 <= validation.real("rate", rate) <= 1:
             raise ValueError(f"rate: expected None or a number in [0, 1], got {rate}")
+        if not math.isfinite(validation.real("correction", correction)):
+            raise ValueError(f"correction: expected a finite number, got {correction}")
         dtype, shape = validation.float_dtype("dtype", dtype), validation.sizes("channels", channels, channel_axis)
         self.channel_axis = validation.static_axes(channel_axis)
         self.eps, self.rate, self.correction = validation.epsilon(eps), rate, validation.real("correction", correction)
@@ -246,9 +250,11 @@ class BatchNorm:
         make_saved, gather = self._saved
         dx, dgamma, dbeta, self.dresidual = batch_norm_backward(dy, make_saved(), gather=gather, out=out)
         self._saved = None  # so that x is not kept alive beside the next one
-        if self.gamma is not None:
-            with device_of(self.gamma), np.errstate(over="ignore"):  # what float16 cannot hold
-                self.dgamma, self.dbeta = dgamma.astype(self.gamma.dtype), dbeta.astype(self.beta.dtype)
+        with device_of(self.mean), np.errstate(over="ignore"):  # what float16 cannot hold
+            if self.gamma is not None:
+                self.dgamma = dgamma.astype(self.gamma.dtype)
+            if self.beta is not None:
+                self.dbeta = dbeta.astype(self.beta.dtype)
         return dx
 
     def state(self) -> dict[str, Any]:

@@ -48,9 +48,13 @@ class Cut(NamedTuple):
             yield tuple(index)
 
 
-def kernels_for(ways: Ways, weight: Operand | None, x: Any, *others: Any) -> Backend | Pieces:
-    """The backend, or what calls it in pieces, for arrays of x's shape or None; ``ways`` then leaves these whole."""
-    backend, arrays = ways.backend, [x, *(a for a in others if a is not None)]
+def kernels_for(ways: Ways, weight: Operand | None, read: Sequence[Any], written: Sequence[Any]) -> Backend | Pieces:
+    """The backend, or what calls it in pieces; ``ways`` then leaves arrays whole.
+
+    The first of the arrays is x; one that is None is absent, or written into a new array.
+    """
+    backend, x = ways.backend, read[0]
+    arrays = [a for a in read if a is not None] + [backend.alike(x) if a is None else a for a in written]
     if weight is not None or all(_walks(backend, ways.layout, a) for a in arrays):
         return backend
     cut = cut_of(backend, ways.layout.kept, arrays)
@@ -69,7 +73,7 @@ def cut_of(backend: Backend, kept: frozenset[int], arrays: Sequence[Any]) -> Cut
     """How arrays of one shape are cut; None where they are so small that copying them costs little."""
     x = arrays[0]
     size, least = x.size * x.dtype.itemsize, backend.LEAST_PIECE
-    if size < AT_LEAST * least or not all(_is_native(a) for a in arrays):
+    if size < AT_LEAST * least or not (x.dtype.isnative and getattr(x.flags, "aligned", True)):
         return None
     order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
     for n in range(x.ndim):
@@ -110,18 +114,14 @@ def _copied(x: Any, kept: frozenset[int], order: list[int], least: int) -> Cut:
     return Cut(tuple(axes), max(1, least // max(1, of_one)), kept, x.strides)
 
 
-def _is_native(a: Any) -> bool:
-    return bool(a.dtype.isnative and getattr(a.flags, "aligned", True))
-
-
 def _walks(backend: Backend, layout: Layout, a: Any) -> bool:
     """Whether kernels read and write an array where it lies."""
     view = backend.folded_view(layout, a)
     return view is not None and backend.reads(view)
 
 
-Numbered = Callable[..., Any]
-"""``run(read, vectors, written)`` of one piece, each of them a list."""
+OfPiece = Callable[..., Any]
+"""``run(read, vectors, written)`` of one piece: lists of arrays, parameters and arrays."""
 
 
 class Pieces:
@@ -138,7 +138,7 @@ class Pieces:
     def normalize(
         self, x: Operand, y: Operand, residual: Operand | None, parameters: Affine, eps: float | None, relu: bool
     ) -> Callable[..., None]:
-        def prepare(x: Operand, residual: Operand | None, y: Operand) -> Numbered:
+        def prepare(x: Operand, residual: Operand | None, y: Operand) -> OfPiece:
             run = self._backend.normalize(x, y, residual, parameters, eps, relu)
             return lambda read, vectors, written: run(*read, *written, *vectors)
 
@@ -168,7 +168,7 @@ class Pieces:
     def grad_sums(
         self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, mean: Any, rstd: Any
     ) -> Callable[..., tuple[Any, Any]]:
-        def prepare(dy: Operand, x: Operand, y: Operand | None) -> Numbered:
+        def prepare(dy: Operand, x: Operand, y: Operand | None) -> OfPiece:
             run = self._backend.grad_sums(dy, x, y, None, mean, rstd)
             return lambda read, vectors, written: run(*read, None, *vectors)
 
@@ -179,7 +179,7 @@ class Pieces:
         self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers,
         sums: tuple[Any, Any], dx: Operand, dresidual: Operand | None,
     ) -> Callable[..., None]:  # fmt: skip
-        def prepare(dy: Operand, x: Operand, y: Operand | None, dx: Operand, dresidual: Operand | None) -> Numbered:
+        def prepare(dy: Operand, x: Operand, y: Operand | None, dx: Operand, dresidual: Operand | None) -> OfPiece:
             run = self._backend.grad_input(dy, x, y, None, numbers, sums, dx, dresidual)
             return lambda read, vectors, written: run(*read, None, *vectors, *written)
 
@@ -208,7 +208,7 @@ class Pieces:
 
             return run
 
-        def prepare(dy: Operand, x: Operand, y: Operand | None, dx: Operand, dresidual: Operand | None) -> Numbered:
+        def prepare(dy: Operand, x: Operand, y: Operand | None, dx: Operand, dresidual: Operand | None) -> OfPiece:
             run = self._backend.backward(dy, x, y, None, numbers, True, dx, dresidual)
             return lambda read, vectors, written: run(*read, None, *vectors, *written)
 
@@ -218,25 +218,30 @@ class Pieces:
     # --- what the pieces have in common ---
 
     def _moments(self, of_x: Operand, eps: float) -> Callable[..., tuple[Any, ...]]:
-        """Of the whole array."""
+        """Of the whole array, with the bits that x by itself has."""
         backend, layout, xp = self._backend, self._layout, self._backend.xp
-        prepared: list[Any] = []
+        walked: list[Callable[..., Any]] = []
+        in_any_strides: list[Callable[..., Any]] = []
 
-        def as_they_lie(x: Any) -> Any:
-            if _walks(backend, layout, x):  # what is not walked is another array: bits are those of x by itself
-                return None
-            if not prepared:
-                prepared.append(direct_reductions.moments(x, None, None, layout.kept))
-            return None if prepared[0] is None else prepared[0](x, None, None)
+        def prepare(x: Any) -> None:
+            if _walks(backend, layout, x):  # it is another array that is not
+                walked.append(backend.moments(Ways(backend, layout, x).data(x)[0], None))
+            elif (found := direct_reductions.moments(x, None, None, layout.kept)) is not None:
+                in_any_strides.append(found)
 
         def run(x: Any, weight: Any) -> tuple[Any, ...]:
-            moments = as_they_lie(x)
-            if moments is None:  # squares left the range of float64: rare enough for a copy
-                folded = xp.ascontiguousarray(layout.fold(x))
-                count, mean, m2, rstd = backend.moments(dense(layout.folded, x.dtype, of_x.device), None)(folded, None)
+            if not walked and not in_any_strides:
+                prepare(x)
+            if walked:
+                count, mean, m2, rstd = walked[0](x, None)
                 return count, mean, m2, rstd_with(xp, rstd, eps)
-            count, mean, m2 = (layout.vector(xp, a) for a in moments)
-            return count, mean, m2, batch_rstd(count, m2, eps)
+            if in_any_strides and (moments := in_any_strides[0](x, None, None)) is not None:
+                count, mean, m2 = (layout.vector(xp, a) for a in moments)
+                return count, mean, m2, batch_rstd(count, m2, eps)
+            # Squares left the range of float64: rare enough for a copy.
+            folded = xp.ascontiguousarray(layout.fold(x))
+            count, mean, m2, rstd = backend.moments(dense(layout.folded, x.dtype, of_x.device), None)(folded, None)
+            return count, mean, m2, rstd_with(xp, rstd, eps)
 
         return run
 
@@ -261,10 +266,10 @@ class OfEachPiece:
     ``prepare(*operands)`` is called once for all pieces that lie alike.
     """
 
-    def __init__(self, backend: Backend, layout: Layout, cut: Cut, prepare: Callable[..., Numbered]) -> None:
+    def __init__(self, backend: Backend, layout: Layout, cut: Cut, prepare: Callable[..., OfPiece]) -> None:
         self._backend, self._layout, self._cut, self._prepare = backend, layout, cut, prepare
         self._varies = any(axis in layout.kept for axis in cut.axes)  # whether parameters do from piece to piece
-        self._prepared: dict[Any, tuple[Layout, Any, Numbered]] = {}
+        self._prepared: dict[Any, tuple[Layout, Any, OfPiece]] = {}
 
     def __call__(
         self, read: Sequence[Any], vectors: Sequence[Any], written: Sequence[Any]
@@ -286,7 +291,7 @@ class OfEachPiece:
                     layout.unfold(a, view)
             yield index, layout, result
 
-    def _run_for(self, views: list[Any], first: int, size: int) -> tuple[Layout, Any, Numbered]:
+    def _run_for(self, views: list[Any], first: int, size: int) -> tuple[Layout, Any, OfPiece]:
         key = tuple(None if a is None else (a.shape, self._backend.place(a)) for a in views)
         found = self._prepared.get(key)
         if found is None:

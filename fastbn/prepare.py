@@ -47,7 +47,7 @@ def batch_norm(
         residual = validation.like("residual", residual, x)
         out, gather = validation.output("out", out, x), validation.hook(gather)
         weight_, weigh = ways.weight(where, weights)
-        kernels, make = kernels_for(ways, weight_, x, residual, out), backend.allocator(x)
+        kernels, make = kernels_for(ways, weight_, [x, residual], [out]), backend.allocator(x)
         (x_, to_x), (residual_, to_residual) = ways.data(x), ways.optional(residual)
         y_, to_y = ways.result(x, out)
         if gather is None:
@@ -145,7 +145,7 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         count_type, to_count = ways.vector(None if frozen else saved.count)
         weight_, to_weight = ways.combined_weight(saved.weight)
         make, has_residual = backend.allocator(x), saved.has_residual
-        kernels = kernels_for(ways, weight_, x, dy, y, out)
+        kernels = kernels_for(ways, weight_, [x, dy, y], [out])
         (x_, to_x), (dy_, to_dy), (y_, to_y) = ways.data(x), ways.data(dy), ways.optional(y)
         dx_, to_dx = ways.result(x, out)
         residual_, to_residual = ways.result(x, None) if has_residual else (None, None)
@@ -232,7 +232,7 @@ def normalize(
         gamma_type, to_gamma = ways.parameter("gamma", gamma)
         beta_type, to_beta = ways.parameter("beta", beta)
         residual, out = validation.like("residual", residual, x), validation.output("out", out, x)
-        kernels, make = kernels_for(ways, None, x, residual, out), backend.allocator(x)
+        kernels, make = kernels_for(ways, None, [x, residual], [out]), backend.allocator(x)
         (x_, to_x), (residual_, to_residual) = ways.data(x), ways.optional(residual)
         y_, to_y = ways.result(x, out)
         parameters = Affine(mean_type, spread_type, gamma_type, beta_type)
@@ -272,7 +272,7 @@ def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any, c
         mean_type, to_mean = ways.parameter("mean", mean)
         rstd_type, to_rstd = ways.parameter("rstd", rstd)
         weight_, weigh = ways.weight(where, weights)
-        kernels = kernels_for(ways, weight_, x, dy)
+        kernels = kernels_for(ways, weight_, [x, dy], [])
         (dy_, to_dy), (x_, to_x) = ways.data(dy), ways.data(x)
         run = kernels.grad_sums(dy_, x_, None, weight_, mean_type, rstd_type)
     shaped, arrive = ways.shaped(), arriving(to_dy, to_x, None, None, to_mean, to_rstd)
@@ -308,12 +308,13 @@ def grad_input(
         dgamma_type, to_dgamma = ways.parameter("dgamma", dgamma)
         dbeta_type, to_dbeta = ways.parameter("dbeta", dbeta)
         to_count: Way
+        constant = isinstance(count, Real)
         if isinstance(count, Real):
             count_type, to_count = float64, partial(_filled, xp, layout.folded[0] * layout.folded[2])
         else:
             count_type, to_count = ways.parameter("count", count)
         weight_, weigh = ways.weight(where, weights)
-        kernels, make = kernels_for(ways, weight_, x, dy, out), backend.allocator(x)
+        kernels, make = kernels_for(ways, weight_, [x, dy], [out]), backend.allocator(x)
         (dy_, to_dy), (x_, to_x) = ways.data(dy), ways.data(x)
         dx_, to_dx = ways.result(x, out)
         numbers = Numbers(mean_type, rstd_type, gamma_type, count_type)
@@ -330,7 +331,7 @@ def grad_input(
             x = plain(x)
         if out is None:
             dx = make(x)
-        elif ways.askew(out, dy, x, mean, rstd, gamma, dgamma, dbeta, where, weights):
+        elif ways.askew(out, dy, x, mean, rstd, gamma, dgamma, dbeta, None if constant else count, where, weights):
             without = dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, None
             out[...] = grad_input(*without, axes)(*without)
             return out

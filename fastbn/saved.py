@@ -22,7 +22,8 @@ class Gradients(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What `batch_norm` saves for `batch_norm_backward`. It refers to x and y, so these must not change in between.
+    """What `batch_norm` saves for `batch_norm_backward`. It refers to x, y, gamma and
+    `where`, so these must not change in between.
 
     `arrays` and `from_arrays` take it apart into arrays and a hashable rest, as frameworks want to store it.
     """
@@ -131,7 +132,7 @@ class Saved(NamedTuple):
         var = xp.broadcast_to(validation.parameter("var", var, layout), layout.kept_shape).astype(xp.float64)
         if gamma is not None:
             validation.parameter("gamma", gamma, layout)
-        rstd = reciprocal_std(var, eps)
+        rstd = xp.asarray(reciprocal_std(var, eps))  # of no axes it would be a number
         y = y if relu else None
         channel_axis = validation.static_axes(channel_axis)
         return cls(x, y, gamma, None, None, mean, rstd, None, channel_axis, activation, False, False)

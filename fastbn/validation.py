@@ -29,7 +29,7 @@ def is_float(dtype: Any) -> bool:
 def float_dtype(name: str, dtype: Any) -> Any:
     """A dtype on which kernels compute, from what NumPy makes one of."""
     try:
-        found = np.dtype(dtype)
+        found = None if dtype is None else np.dtype(dtype)  # which makes float64 of None
     except TypeError:
         found = None
     if found is None or not is_float(found):
@@ -109,6 +109,8 @@ def sizes(name: str, numbers: Any, channel_axis: Any) -> Shape:
     except TypeError:
         raise TypeError(f"channel_axis: expected an int or a tuple of ints, got {channel_axis!r}") from None
     count = 1 if isinstance(axes, int) else len(axes)
+    if not isinstance(axes, int) and len(set(axes)) < count:
+        raise ValueError(f"channel_axis: expected different axes, got {channel_axis!r}")
     if len(shape) != count or min(shape, default=1) < 1:
         raise ValueError(f"{name}: expected sizes >= 1, one for each of {count} channel axes, got {numbers!r}")
     return shape

@@ -7,6 +7,7 @@ from fastbn.cpu import records
 # --- rows: a channel's rows one after the other -----------------------------------------------------------------------
 
 CHUNK = 1024  # values: 32 float32 additions per lane (rounding below 1e-6), and L1 holds it for a second look
+CHUNK_ROWS = 32  # at most: of rows shorter than a vector each is one addition per lane
 SEGMENT = 64  # chunks
 PIECE = 16384  # values of a row at most between places where elementwise work may be divided
 PAD = 16  # values behind each table of channels, and each array of work: whole vectors are read and written
@@ -15,7 +16,7 @@ PAD = 16  # values behind each table of channels, and each array of work: whole 
 def chunk_grid(outer: int, inner: int) -> tuple[int, int]:
     """Rows and columns of a chunk: whole rows while two fit, else pieces of two rows, or of the only one."""
     if 2 * inner <= CHUNK:
-        return CHUNK // max(inner, 1), max(inner, 1)
+        return min(CHUNK // max(inner, 1), CHUNK_ROWS), max(inner, 1)
     rows = min(2, outer)
     pieces = max(1, round(rows * inner / CHUNK))
     return rows, -(-inner // (16 * pieces)) * 16

@@ -718,3 +718,33 @@ def test_settings_changed_later_are_checked():
     with pytest.raises(ValueError, match=r"rate: expected a number in \[0, 1\], got 2"):
         norm.forward(x)
     assert_unchanged(norm, before)
+
+
+def test_no_channel_axes():
+    """One number of each kind."""
+    norm, x = fastbn.BatchNorm((), channel_axis=()), np.arange(8, dtype=np.float32)
+    y = norm.forward(x)
+    assert abs(y.mean()) < 1e-6
+    norm.backward(x)
+    norm.eval().forward(x)
+    assert norm.backward(x).shape == x.shape
+
+
+def test_settings_that_are_refused_early():
+    for given, message in (
+        ({"correction": float("nan")}, "^correction: expected a finite number"),
+        ({"channel_axis": (1, 1)}, "^channel_axis: expected different axes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastbn.BatchNorm((2, 2) if "channel_axis" in given else 2, **given)
+    with pytest.raises(TypeError, match=r"^dtype: expected one of .* got None"):
+        fastbn.BatchNorm(2, dtype=None)
+
+
+def test_gamma_without_beta():
+    norm, x = fastbn.BatchNorm(2), np.random.default_rng(0).standard_normal((4, 2)).astype(np.float32)
+    norm.beta = None
+    norm.forward(x)
+    norm.backward(x)
+    assert norm.dbeta is None
+    assert norm.dgamma.shape == (2,)

@@ -184,3 +184,71 @@ def test_groups_that_fold_need_no_pieces(axis, folded):
     assert view is not None
     assert cpu.reads(view)
     assert view.shape == folded
+
+
+def image_parts(shape=(16, 32, 66, 66)):
+    """Images without their border, whose samples and channels kernels walk as they lie, and views that none walks."""
+    x = np.random.default_rng(0).standard_normal(shape, np.float32)[:, :, 1:-1, 1:-1]
+    every_second = np.ones((*x.shape[:-1], 2 * x.shape[-1]), np.float32)[..., ::2]
+    return x, every_second
+
+
+def beside_results(call):
+    """Bytes that a warm call takes beside its first result."""
+    call()
+    tracemalloc.start()
+    result = call()[0]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak - result.nbytes
+
+
+def test_x_that_is_walked_beside_a_residual_that_is_not():
+    x, residual = image_parts()
+    _, alone = fastbn.batch_norm(x, channel_axis=(0, 1))
+    _, saved = fastbn.batch_norm(x, channel_axis=(0, 1), residual=residual)
+    for mine, other in zip(saved.moments, alone.moments, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert beside_results(lambda: fastbn.batch_norm(x, channel_axis=(0, 1), residual=residual)) < 0.06 * x.nbytes
+
+
+def test_x_that_is_cut_beside_a_residual_that_is_not_aligned():
+    x, _ = image_parts((8, 16, 72, 72))
+    buffer = np.zeros(4 * x.size + 1, np.uint8)
+    residual = buffer[1:].view(np.float32).reshape(x.shape)
+    _, alone = fastbn.batch_norm(x)
+    _, saved = fastbn.batch_norm(x, residual=residual)
+    np.testing.assert_array_equal(saved.mean, alone.mean)
+    np.testing.assert_array_equal(saved.moments.m2, fastbn.moments(x).m2)
+
+
+def test_results_of_broadcast_arrays():
+    """The order of whose axes is another one than that of the array."""
+    x = np.broadcast_to(np.random.default_rng(0).random((64, 96, 42), np.float32)[:, :, None, 1:-1], (64, 96, 8, 40))
+    y, _ = fastbn.batch_norm(x, channel_axis=0)
+    np.testing.assert_allclose(y, fastbn.batch_norm(x.copy(), channel_axis=0)[0], rtol=1e-5, atol=1e-6)
+    assert beside_results(lambda: fastbn.batch_norm(x, channel_axis=0)) < 0.2 * x.nbytes
+
+
+def test_a_count_that_is_overwritten():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 6, 40, 128)).astype(np.float32)[..., ::2]
+    dy, names = rng.standard_normal(x.shape).astype(np.float32), ("mean", "rstd", "gamma", "dgamma", "dbeta", "count")
+    given = {name: (rng.random(6) + 1).astype(np.float32) for name in names}
+    expected = fastbn.grad_input(dy, x, **given)
+    out = np.empty(x.shape, np.float32)
+    out[0, 0, 0, :6] = given["count"]
+    found = fastbn.grad_input(dy, x, **{**given, "count": out[0, 0, 0, :6]}, out=out)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("inner", [2, 3, 4, 5, 7, 11, 15, 18, 31])
+def test_equal_values_in_short_rows(inner):
+    """Whose roundings add up: an image of one colour, seen without its last channel."""
+    image = np.zeros((8, 128, 128, inner + 1), np.float32)
+    image[..., :-1] = np.linspace(0.1, 2.3, inner, dtype=np.float32)
+    x = image[..., :-1]
+    _, saved = fastbn.batch_norm(x, channel_axis=0)
+    exact = x[0].astype(float)
+    np.testing.assert_allclose(saved.mean, exact.mean(), rtol=1e-7)
+    np.testing.assert_allclose(saved.moments.var(), exact.var(), rtol=1e-6)

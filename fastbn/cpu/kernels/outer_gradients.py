@@ -115,38 +115,45 @@ def own_weights(weight, at, part, like):
 
 
 @inline
-def weight_at(inputs, row, c, part, like):
+def first_weight(inputs, row):
+    """In all lanes: that of the row, if its columns share one."""
+    return splat(inputs.dy.values, value(inputs.weight.values, row * inputs.weight.step), FULL)
+
+
+@inline
+def weight_at(inputs, row, c, part, shared, like):
     """The weights of a vector of columns, or its first lanes."""
     if inputs.across == 0:
-        return splat(inputs.dy.values, value(inputs.weight.values, row * inputs.weight.step), FULL)
+        return shared
     return own_weights(inputs.weight.values, row * inputs.weight.step + c, part, like)
 
 
 @inline
-def distance_at(inputs, row, c, part, dz, hi, unit):
+def distance_at(inputs, row, c, part, shared, dz, hi, unit):
     """A vector of (x - hi) * unit, or its first lanes; 0 where neither weight nor dz counts the element."""
     x = part_of(inputs.x.values, row * inputs.x.step + c, part)
-    return zero_where_uncounted(weight_at(inputs, row, c, part, dz), dz, (x - hi) * unit)
+    return zero_where_uncounted(weight_at(inputs, row, c, part, shared, dz), dz, (x - hi) * unit)
 
 
 @inline
-def add_two_rows(inputs, row, far, part, sums, c):
+def add_two_rows(inputs, row, far, weight, far_weight, part, sums, c):
     """Add one vector of columns, or a part, of two rows to the sums."""
     hi, unit = load(sums.hi, c, FULL), load(sums.unit, c, FULL)
     dz, far_dz = dz_at(inputs, row, c, part), dz_at(inputs, far, c, part)
     store(sums.s1, c, load(sums.s1, c, FULL) + (dz + far_dz))
-    distance = distance_at(inputs, row, c, part, dz, hi, unit)
-    far_distance = distance_at(inputs, far, c, part, far_dz, hi, unit)
+    distance = distance_at(inputs, row, c, part, weight, dz, hi, unit)
+    far_distance = distance_at(inputs, far, c, part, far_weight, far_dz, hi, unit)
     store(sums.s2, c, load(sums.s2, c, FULL) + fma(dz, distance, far_dz * far_distance))
 
 
 @inline
 def add_row(inputs, row, columns, sums):
     """Add one row to the sums, by parts of vectors."""
+    weight = first_weight(inputs, row)
     for c in range(0, columns, lanes(inputs.x.values, FULL)):
         dz = dz_at(inputs, row, c, columns - c)
         hi, unit = load(sums.hi, c, FULL), load(sums.unit, c, FULL)
-        distance = distance_at(inputs, row, c, columns - c, dz, hi, unit)
+        distance = distance_at(inputs, row, c, columns - c, weight, dz, hi, unit)
         store(sums.s1, c, load(sums.s1, c, FULL) + dz)
         store(sums.s2, c, fma(dz, distance, load(sums.s2, c, FULL)))
 
@@ -164,10 +171,11 @@ def segment_grad_sums(inputs, rows, cells, size, dbeta, dgamma, sums):
         fill(sums.s2, columns, 0.0)
         end = min(first + ROW_CHUNK // 2, half)
         for r in range(first, end):
+            near, far = first_weight(inputs, r), first_weight(inputs, half + r)
             for c in range(0, whole, n):
-                add_two_rows(inputs, r, half + r, None, sums, c)
+                add_two_rows(inputs, r, half + r, near, far, None, sums, c)
             if whole < columns:
-                add_two_rows(inputs, r, half + r, columns - whole, sums, whole)
+                add_two_rows(inputs, r, half + r, near, far, columns - whole, sums, whole)
         if rows % 2 > 0 and end == half:
             add_row(inputs, rows - 1, columns, sums)
         cell_totals(sums.s1, cells, size, dbeta)
@@ -321,19 +329,19 @@ def grad_input_rows(inputs, results, rows, columns, end_columns, linear, nontemp
     n = lanes(dy.values, FULL)
     for r in range(rows):
         width = end_columns if r == rows - 1 else columns
-        whole = width - width % n
+        whole, shared = width - width % n, first_weight(inputs, r)
         for c in range(0, whole, n):
             prefetch(dy.values, r * dy.step + c + ahead)
             prefetch(x.values, r * x.step + c + ahead)
             dz = dz_at(inputs, r, c, None)
-            weight = weight_at(inputs, r, c, None, dz)
+            weight = weight_at(inputs, r, c, None, shared, dz)
             v = input_gradient(dz, load(x.values, r * x.step + c, FULL), weight, linear_at(linear, c))
             put(dx.values, r * dx.step + c, v, nontemporal)
             put_if_there(dresidual.values, r * dresidual.step + c, dz, nontemporal)
         if whole < width:
             c, part = whole, width - whole
             dz = dz_at(inputs, r, c, part)
-            weight = weight_at(inputs, r, c, part, dz)
+            weight = weight_at(inputs, r, c, part, shared, dz)
             v = input_gradient(dz, load_first(x.values, r * x.step + c, part, FULL), weight, linear_at(linear, c))
             store_first(dx.values, r * dx.step + c, part, v)
             store_first(dresidual.values, r * dresidual.step + c, part, dz)
