@@ -79,7 +79,8 @@ class BatchNorm:
     ``y = act(gamma (x - mean) / sqrt(var + eps) + beta + residual)``.
 
     `forward` keeps `x`, `where`, and with relu `y`, until `backward` has used them or the next `forward`; in between
-    neither they nor the layer's arrays may change. Copies and pickles of a layer are without: they begin with a forward pass.
+    neither they nor the layer's arrays may change. Copies and pickles of a layer are without: they begin with a
+    forward pass.
 
     Instance norm has no statistics to keep: ``batch_norm(x, gamma, beta, channel_axis=(0, 1))``.
 
