@@ -16,7 +16,14 @@ from typing import NamedTuple
 from tests.cuda_compile import disassembly
 from tests.cuda_variants import CHIPS, Variant, planned
 
-RARE = (("add_carefully(chunk, weights, start);", "origin = start;"), (" || constant(chunk, weights, start)", ""))
+RARE = (
+    (" && !constant(chunk, weights, start))\n            add_carefully(chunk.again(), start);", ") origin = start;"),
+    ("            flush_carefully(again);", "            origin = start;"),
+    ("    if (v == tile.start() && count > 0)\n", "    if (false)\n"),
+    ("shift = origin;", "shift = static_cast<real>(threadIdx.x);"),
+)
+FLUSH = "    if (count == ITEMS_PER_THREAD && last_of_group) flush("
+"""Once in so many chunks as CHUNKS_OF_GROUP says."""
 
 
 def without_rare(text: str) -> str:
@@ -24,6 +31,16 @@ def without_rare(text: str) -> str:
     for rare, common in RARE:
         text = text.replace(rare, common)
     return text
+
+
+def without_flush(text: str) -> str:
+    """Likewise, and of groups only the last is added to what all come to."""
+    return without_rare(text).replace(FLUSH, "    if (false) flush(")
+
+
+def chunks_of_group(variant: Variant) -> int:
+    """As CHUNKS_OF_GROUP of accumulator.cuh says."""
+    return max(1, 32 // (variant["ITEMS_PER_THREAD"] * (1 if variant["ALONG_CHANNELS"] else variant["VECTOR"])))
 
 
 class Loop(NamedTuple):
@@ -62,8 +79,16 @@ def innermost_loops(code: str) -> Iterator[Loop]:
             yield Loop(tuple(t for t in instructions[start : end + 1] if not re.search(r"\bNOP\b", t)))
 
 
-def for_16_bytes(variant: Variant, architecture: int, change: Callable[[str], str] = without_rare) -> float:
+def for_16_bytes(variant: Variant, architecture: int) -> float:
     """Instructions of a thread for 16 bytes of x: in the loop that reads, and in the one that writes."""
+    chunks = chunks_of_group(variant)
+    with_flush = _in_loops(variant, architecture, without_rare)
+    if chunks == 1:
+        return with_flush
+    return with_flush / chunks + _in_loops(variant, architecture, without_flush) * (1 - 1 / chunks)
+
+
+def _in_loops(variant: Variant, architecture: int, change: Callable[[str], str]) -> float:
     bits, items = variant.vector_bits, variant["ITEMS_PER_THREAD"]
     loads, stores = variant.transfers
     total = 0

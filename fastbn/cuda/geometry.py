@@ -161,6 +161,22 @@ def share_of(geometry: Geometry, splits: int) -> int:
     return -(-share // line) * line
 
 
+MOST_NEAR = 1 << 31
+"""Vectors in whose number a channel's last one has to lie behind its first, for kernels to count them in 32 bits."""
+
+
+def steps_of(problem: Problem, geometry: Geometry) -> int:
+    """How a channel's vectors lie in all arrays, STEPS of tile.cuh: 1 at equal distances, 2 in rows without gaps, 0 else."""
+    outer, inner, rows = problem.shape[1], problem.shape[3], geometry.row_vectors
+    for _, operand in problem.operands:
+        _, step, _, along = operand.strides
+        if outer > 1 and (step % geometry.vector or not 0 <= step // geometry.vector * outer < MOST_NEAR):
+            return 0
+        if rows > 1 and (geometry.along_channels or along != 1 or (outer > 1 and step < inner)):
+            return 0
+    return 0 if geometry.vectors >= MOST_NEAR else 1 if rows == 1 else 2
+
+
 # --- registers and shared memory --------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from fastbn.cuda.geometry import (
     power,
     scratch_bytes,
     share_of,
+    steps_of,
     threads_of,
     work_of,
 )
@@ -120,6 +121,7 @@ def _macros(work: Work, kernel: str, threads: int, items: int, cluster: int = 1)
         ("THREADS", threads),
         ("ITEMS_PER_THREAD", items),
         ("WIDE", int(geometry.vectors >= WIDE_FROM)),
+        ("STEPS", steps_of(problem, geometry)),
         *((name, value if name in launch.OPTIONAL[kernel] else 0) for name, value in options.items()),
         ("CLUSTER", cluster),
         ("MIN_BLOCKS", blocks),

@@ -24,19 +24,22 @@ KERNEL backward(const Params p) {
         for (int ch = 0; ch < CHANNELS; ++ch) sums[ch] = Sums{0, 0};
         Items x, dz;
         Index v = tile.start();
-        int count = tile.within(v), chunk = 0;
-        while (true) {
+        int chunk = 0;
+        const auto take = [&](int count) {
             load(x, p.x, p.x_strides, p, tile, v, count);
             load_dz(dz, p, tile, v, count);
             add_sums(sums, x, dz, count, xhat, p, tile, v);
-            const int next = tile.within(v + ITEMS_PER_THREAD * ROWS);
-            if (next == 0) break;  // the last chunk stays in registers
+        };
+        while (tile.whole(v)) {
+            take(ITEMS_PER_THREAD);
+            if (v + CHUNK >= tile.last) break;  // the last chunk stays in registers
             keep(kept, 2 * chunk, x);
             keep(kept, 2 * chunk + 1, dz);
-            v += ITEMS_PER_THREAD * ROWS;
-            count = next;
+            v += CHUNK;
             ++chunk;
         }
+        const int count = tile.within(v);
+        if (count < ITEMS_PER_THREAD) take(count);
         sum_block(sums);
         if (p.splits > 1) {
             write_sums(p, tile, split);
@@ -52,13 +55,12 @@ KERNEL backward(const Params p) {
         __syncthreads();
         Linear linear[CHANNELS];
         fetch_numbers(tile, linear_of_channels(), linear);
-        while (true) {
-            write_dx(x, dz, p, tile, v, count, xhat, linear);
-            if (chunk-- == 0) break;
-            v -= ITEMS_PER_THREAD * ROWS;
-            count = ITEMS_PER_THREAD;
+        write_dx(x, dz, p, tile, v, count, xhat, linear);
+        while (chunk-- > 0) {
+            v -= CHUNK;
             fetch(x, kept, 2 * chunk);
             fetch(dz, kept, 2 * chunk + 1);
+            write_dx(x, dz, p, tile, v, ITEMS_PER_THREAD, xhat, linear);
         }
     }
 }

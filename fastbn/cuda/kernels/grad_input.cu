@@ -30,11 +30,13 @@ KERNEL grad_input(const Params p) {
     set_xhat(p, tile, xhat);
     Linear linear[CHANNELS];
     fetch_numbers(tile, linear_of_channels(), linear);
-    for (Index v = tile.start(); tile.within(v); v += ITEMS_PER_THREAD * ROWS) {
+    const auto take = [&](Index v, int count) {
         Items x, dz;
-        const int count = tile.within(v);
         if (!p.frozen) load(x, p.x, p.x_strides, p, tile, v, count);
         load_dz(dz, p, tile, v, count);
         write_dx(x, dz, p, tile, v, count, xhat, linear);
-    }
+    };
+    Index v = tile.start();
+    for (; tile.whole(v); v += CHUNK) take(v, ITEMS_PER_THREAD);
+    if (const int count = tile.within(v)) take(v, count);
 }
