@@ -174,7 +174,7 @@ def steps_of(problem: Problem, geometry: Geometry) -> int:
             return 0
         if rows > 1 and (geometry.along_channels or along != 1 or (outer > 1 and step < inner)):
             return 0
-    return 0 if geometry.vectors >= MOST_NEAR else 1 if rows == 1 else 2
+    return 1 if rows == 1 else 2
 
 
 # --- registers and shared memory --------------------------------------------------------------------------------------
