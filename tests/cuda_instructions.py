@@ -18,11 +18,15 @@ from tests.cuda_variants import CHIPS, Variant, planned
 
 RARE = (
     (" && !constant(chunk, weights, start))\n            add_carefully(chunk.again(), start);", ") origin = start;"),
-    ("            flush_carefully(again);", "            origin = start;"),
+    ("if (!constant()) flush_carefully(again);", ""),
     ("    if (v == tile.start() && count > 0)\n", "    if (false)\n"),
     ("shift = origin;", "shift = static_cast<real>(threadIdx.x);"),
+    ("p.frozen", "false"),
 )
-FLUSH = "    if (count == ITEMS_PER_THREAD && last_of_group) flush("
+FLUSHES = (
+    ("    if (count == ITEMS_PER_THREAD && last_of_group) flush(", "    if (false) flush("),
+    ("    if ((v - tile.first) / CHUNK % CHUNKS_OF_GROUP == CHUNKS_OF_GROUP - 1)\n", "    if (false)\n"),
+)
 """Once in so many chunks as CHUNKS_OF_GROUP says."""
 
 
@@ -35,12 +39,16 @@ def without_rare(text: str) -> str:
 
 def without_flush(text: str) -> str:
     """Likewise, and of groups only the last is added to what all come to."""
-    return without_rare(text).replace(FLUSH, "    if (false) flush(")
+    text = without_rare(text)
+    for flush, never in FLUSHES:
+        text = text.replace(flush, never)
+    return text
 
 
 def chunks_of_group(variant: Variant) -> int:
-    """As CHUNKS_OF_GROUP of accumulator.cuh says."""
-    return max(1, 32 // (variant["ITEMS_PER_THREAD"] * (1 if variant["ALONG_CHANNELS"] else variant["VECTOR"])))
+    """As CHUNKS_OF_GROUP of accumulator.cuh and gradients.cuh says."""
+    group = 32 if variant.kernel in ("statistics", "forward") else 16
+    return max(1, group // (variant["ITEMS_PER_THREAD"] * (1 if variant["ALONG_CHANNELS"] else variant["VECTOR"])))
 
 
 class Loop(NamedTuple):
@@ -51,7 +59,8 @@ class Loop(NamedTuple):
     def accesses(self, name: str, bits: int) -> int:
         """How often it loads (LDG) or stores (STG) so many bits."""
         width = rf"\.{bits}\b" if bits > 32 else r"\.U16\b" if bits == 16 else r"(?!.*\.(U16|64|128)\b)"
-        return sum(bool(re.search(rf"\b{name}\b.*?{width}", text.partition(" desc")[0])) for text in self.instructions)
+        own = [text.partition(" desc")[0] for text in self.instructions if "LDG" not in text or "STRONG" not in text]
+        return sum(bool(re.search(rf"\b{name}\b.*?{width}", text)) for text in own)
 
 
 def listing(code: str) -> tuple[list[str], dict[str, int]]:
@@ -93,8 +102,7 @@ def _in_loops(variant: Variant, architecture: int, change: Callable[[str], str])
     loads, stores = variant.transfers
     total = 0
     for loop in innermost_loops(disassembly(variant, architecture, change)):
-        reads, writes = loop.accesses("LDG", bits) >= max(loads, 1), loop.accesses("STG", bits) >= max(stores, 1)
-        if reads or writes:
+        if loop.accesses("LDG", bits) == max(loads, 1) or loop.accesses("STG", bits) == max(stores, 1):
             total += len(loop.instructions)
     return total / items * (128 / bits)
 
@@ -120,7 +128,7 @@ def full(architecture: int) -> Iterator[Variant]:
         plain = not any(variant[name] for name in ("WEIGHT", "RELU", "RESIDUAL", "WIDE")) and variant["CLUSTER"] == 1
         key = (variant.kernel, variant["DTYPE"], variant["ALONG_CHANNELS"], variant["RUN"] > 0)
         wide = not variant["RUN"] or variant["RUN"] == 49
-        if plain and wide and any(variant.transfers) and variant["THREADS"] == 256 and key not in seen:
+        if plain and wide and variant["STEPS"] and any(variant.transfers) and variant["THREADS"] == 256 and key not in seen:
             seen.add(key)
             yield variant
 

@@ -290,8 +290,25 @@ struct Accumulator {
 
 #if ONE_SWEEP
     real shift, sum, sum_of_squares;  // of the distances of a group's elements from the shift
+#if DTYPE > 0
+    unsigned bits;  // of these distances: without any, as in channels that a relu has left nothing of, all are 0
+#endif
 
-    __device__ __forceinline__ void clear_group() { sum = sum_of_squares = 0; }
+    __device__ __forceinline__ void clear_group() {
+        sum = sum_of_squares = 0;
+#if DTYPE > 0
+        bits = 0;
+#endif
+    }
+
+    // Whether all elements so far are the origin, so that there is nothing to add.
+    __device__ __forceinline__ bool constant() const {
+#if DTYPE > 0
+        return squares == 0 && bits << 1 == 0 && shift == origin;
+#else
+        return false;  // nothing underflows
+#endif
+    }
 
     // One chunk, to the group.
     __device__ __forceinline__ void sum_up(const Chunk& chunk) {
@@ -305,6 +322,9 @@ struct Accumulator {
                     const real d = chunk.at(k, j) - shift;
                     part = j > 0 ? part + d : d;
                     part_of_squares = j > 0 ? fma(d, d, part_of_squares) : d * d;
+#if DTYPE > 0
+                    bits |= __float_as_uint(d);
+#endif
                 }
                 total = k > 0 ? total + part : part;
                 squares_of_all = k > 0 ? squares_of_all + part_of_squares : part_of_squares;
@@ -330,16 +350,18 @@ struct Accumulator {
         const real middle = sum * inverse, m2 = sum_of_squares - sum * middle;
         const real start = origin == origin ? origin : shift;
         const double distance = (static_cast<double>(shift) - start) + middle;
-        if (add_part(weight, start, distance, m2))
+        if (add_part(weight, start, distance, m2)) {
             shift += middle;
-        else
-            flush_carefully(again);
+        } else {
+            if (!(origin == origin) && is_finite(shift)) origin = shift;
+            if (!constant()) flush_carefully(again);
+        }
         clear_group();
     }
 
     __device__ __forceinline__ void flush_carefully(const Again& again) {
         real first = origin;
-        again.each([&](real value, real) { first = first == first ? first : value; });
+        if (!(first == first)) again.each([&](real value, real) { first = first == first ? first : value; });
         add_carefully(again, first);
         shift = is_finite(first) ? first : 0;
     }

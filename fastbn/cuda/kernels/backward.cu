@@ -18,17 +18,17 @@ KERNEL backward(const Params p) {
     for (unsigned at = blockIdx.x / splits; at < p.tiles; at += gridDim.x / splits) {
         const Tile tile(p, at, split);
         Xhat xhat[CHANNELS];
-        Sums sums[CHANNELS];
+        Gathered gathered[CHANNELS];
         set_xhat(p, tile, xhat);
 #pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) sums[ch] = Sums{0, 0};
+        for (int ch = 0; ch < CHANNELS; ++ch) gathered[ch].clear();
         Items x, dz;
         Index v = tile.start();
         int chunk = 0;
         const auto take = [&](int count) {
             load(x, p.x, p.x_strides, p, tile, v, count);
             load_dz(dz, p, tile, v, count);
-            add_sums(sums, x, dz, count, xhat, p, tile, v);
+            add_sums(gathered, x, dz, count, xhat, p, tile, v);
         };
         while (tile.whole(v)) {
             take(ITEMS_PER_THREAD);
@@ -40,7 +40,7 @@ KERNEL backward(const Params p) {
         }
         const int count = tile.within(v);
         if (count < ITEMS_PER_THREAD) take(count);
-        sum_block(sums);
+        sum_block(gathered, xhat);
         if (p.splits > 1) {
             write_sums(p, tile, split);
             group_barrier(p, ++round);

@@ -12,7 +12,7 @@ __device__ __forceinline__ Linear given_linear(const Params& p, i64 at) {
     const double scale = parameter(p.gamma, p.gamma_type, at, 1.0);
     const double offset = parameter(p.offset, p.offset_type, at, 0.0);
     const double slope = parameter(p.slope, p.slope_type, at, 0.0);
-    const double per_distance = power_of_two(-distance_exponent(mean, unit));
+    const double per_distance = power_of_two(-distance_exponent(mean, unit, NEAR_RSTD));
     Linear linear;
     linear.set(exponent_of(unit), {scale, offset, slope * per_distance});
     return linear;
