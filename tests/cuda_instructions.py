@@ -128,7 +128,14 @@ def full(architecture: int) -> Iterator[Variant]:
         plain = not any(variant[name] for name in ("WEIGHT", "RELU", "RESIDUAL", "WIDE")) and variant["CLUSTER"] == 1
         key = (variant.kernel, variant["DTYPE"], variant["ALONG_CHANNELS"], variant["RUN"] > 0)
         wide = not variant["RUN"] or variant["RUN"] == 49
-        if plain and wide and variant["STEPS"] and any(variant.transfers) and variant["THREADS"] == 256 and key not in seen:
+        if (
+            plain
+            and wide
+            and variant["STEPS"]
+            and any(variant.transfers)
+            and variant["THREADS"] == 256
+            and key not in seen
+        ):
             seen.add(key)
             yield variant
 

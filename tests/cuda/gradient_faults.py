@@ -14,8 +14,19 @@ FAULTS = [
     ),
     Fault(
         "dgamma without rstd", "grad_sums",
-        "(xhat.centre.distance(element(x[k], j)) * xhat.rstd)", "xhat.centre.distance(element(x[k], j))",
-        "parts, rows",
+        "(sums.dgamma + product) * xhat.rstd", "(sums.dgamma + product)", "parts, rows",
+    ),
+    Fault(
+        "sums: the last group left out", "grad_sums",
+        "sums.dbeta + plain\n", "sums.dbeta\n", "parts, rows",
+    ),
+    Fault(
+        "sums: groups go on", "grad_sums",
+        "sums.dgamma += product;\n        clear_group();", "sums.dgamma += product;", "parts, many splits",
+    ),
+    Fault(
+        "sums: distances far from 1 beside small gradients", "backward",
+        "#define NEAR_RSTD 4 ", "#define NEAR_RSTD ORDINARY_RSTD ", "training, block, rows, small deviations",
     ),
     Fault(
         "relu passes gradients at 0", "backward",
@@ -102,7 +113,7 @@ FAULTS = [
     ),
     Fault(
         "dx: frozen statistics move", "backward",
-        "                if (!p.frozen) {", "                {", "frozen, NaN",
+        "if (!FROZEN) {", "{", "frozen, NaN",
     ),
     Fault(
         "dx: weights not multiplied", "backward",
@@ -126,7 +137,7 @@ FAULTS = [
     ),
     Fault(
         "sums with what weighs nothing", "grad_sums",
-        "skipped(p, tile, v + k * ROWS, j, g) ? 0 : term", "term", "training, two passes, masked out",
+        "if (!skipped(p, tile, v + k * ROWS, j, g))", "", "training, two passes, masked out",
     ),
     Fault(
         "sums without the gradients of what weighs nothing", "backward",

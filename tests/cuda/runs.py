@@ -75,6 +75,8 @@ class Run:
     """Of the device."""
     wide: bool = False
     """Whether vectors are counted in 64 bits."""
+    any_strides: bool = False
+    """Whether addresses are made as of arrays of any strides."""
     mean: float = 3.0
 
     def device(self, **more: Any) -> Any:
@@ -84,7 +86,7 @@ class Run:
         )
 
     def __call__(self, emulated: cuda.Emulated, schedule: int) -> None:
-        from fastbn.cuda import plans
+        from fastbn.cuda import geometry, plans
 
         case = make_case(self.layout, self.dtype, OPTIONS[self.options], mean=self.mean)
         self.alter(case)
@@ -99,6 +101,8 @@ class Run:
             patch.setitem(plans.FORCED, "strategy", self.strategy)
             if self.wide:
                 patch.setattr(plans, "WIDE_FROM", 0)
+            if self.any_strides:
+                patch.setattr(geometry, "MOST_NEAR", 0)
             self.check(case)
 
 
@@ -129,6 +133,12 @@ def check_scaled(exponent):
         scales.check_training(case, x, dy, exponent, along)
 
     return check
+
+
+def check_small_gradients(case):
+    """Beside small deviations: their products leave float32's range."""
+    x, _, _ = scales.put_at_scale(case, -28)
+    scales.check_training(case, x, scales.scaled(case.dy, -110), -28, -110)
 
 
 def check_running_statistics(case):
@@ -197,6 +207,10 @@ def huge(case):
     case.x *= case.dtype.type(1e30)  # whose square is infinite in float32
 
 
+def tiny(case):
+    case.x *= case.dtype.type(1e-30)  # whose square is 0 in float32
+
+
 ROWS = Layout((3, 3, 9, 60))  # a channel is three rows of 135 vectors
 MANY_ROWS = Layout((2, 7, 9, 60))
 ONE_ROW = Layout((1, 1, 4096))
@@ -220,6 +234,10 @@ frozen, parts = checks.check_frozen, checks.check_parts
 RUNS = {
     "moments, rows": Run(moments, ROWS),
     "moments, rows, 64 bits": Run(moments, ROWS, wide=True),
+    "moments, rows, any strides": Run(moments, ROWS, any_strides=True),
+    "moments, columns, far from 0": Run(moments, COLUMNS, mean=2e4),
+    "moments, rows of halves": Run(moments, ROWS, dtype="float16"),
+    "moments, columns, tiny": Run(moments, COLUMNS, alter=tiny),
     "moments, rows, float64, far from 0": Run(moments, ROWS, dtype="float64", mean=2e4),
     "moments, rows, far from 0": Run(moments, ROWS, mean=2e4),
     "moments, rows, huge": Run(moments, ROWS, alter=huge),
@@ -285,6 +303,7 @@ RUNS = {
     "backward, two passes": Run(backward, COLUMNS, strategy="two passes"),
     "training, block, rows, small": Run(check_scaled(-110), ROWS, strategy="block", settings=TWICE),
     "training, block, runs, small": Run(check_scaled(-110), RUNS_OF_ROWS, strategy="block", settings=TWICE),
+    "training, block, rows, small deviations": Run(check_small_gradients, ROWS, strategy="block", settings=TWICE),
     "training, block, rows, large": Run(check_scaled(123), ROWS, strategy="block", settings=TWICE),
     "training, block, columns, large, affine": Run(
         check_scaled(123), COLUMNS, "affine residual relu", strategy="block", settings=TWICE, alter=symmetric
@@ -312,6 +331,7 @@ RUNS = {
         frozen, FEW_WIDE_COLUMNS, dtype="float16", settings={"tuning": {"along_channels": 128}}
     ),
     "frozen": Run(frozen, NARROW_COLUMNS),
+    "frozen, rows": Run(frozen, ROWS),
     "frozen, runs": Run(frozen, RUNS_OF_ROWS),
     "frozen, NaN": Run(frozen, NARROW_COLUMNS, alter=nan_in_the_first_channel),
     "frozen, float16 parameters": Run(frozen, NARROW_COLUMNS, "where"),
