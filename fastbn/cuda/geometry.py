@@ -166,7 +166,7 @@ MOST_NEAR = 1 << 31
 
 
 def steps_of(problem: Problem, geometry: Geometry) -> int:
-    """How a channel's vectors lie in all arrays, STEPS of tile.cuh: 1 at equal distances, 2 in rows without gaps, 0 else."""
+    """STEPS of tile.cuh, how a channel's vectors lie in all arrays: 1 at equal distances, 2 in rows without gaps, else 0."""
     outer, inner, rows = problem.shape[1], problem.shape[3], geometry.row_vectors
     for _, operand in problem.operands:
         _, step, _, along = operand.strides

@@ -56,7 +56,7 @@ FAULTS = [
     ),
     Fault(
         "vectors of a chunk side by side", "statistics",
-        "static_cast<u64>(step) * (k * ROWS)", "static_cast<u64>(step) * k", "moments, columns",
+        "static_cast<u64>(step) * (k * ROWS)", "static_cast<u64>(step) * k", "moments, long columns",
     ),
     Fault(
         "whole chunks of one vector more", "statistics",
@@ -146,7 +146,8 @@ FAULTS = [
     # accumulator.cuh
     Fault(
         "distances from 0", "statistics",
-        "first = chunk.first();\n        return !RUN", "first = 0;\n        return !RUN", "moments, rows, float64, far from 0",
+        "first = chunk.first();\n        return !RUN", "first = 0;\n        return !RUN",
+        "moments, rows, float64, far from 0",
     ),
     Fault(
         "E[x^2] - E[x]^2", "statistics",
@@ -182,13 +183,13 @@ FAULTS = [
     ),
     Fault(
         "groups: the last one of whole chunks", "statistics",
-        "chunk * ITEMS_PER_THREAD + count) %", "chunk * ITEMS_PER_THREAD) %", "moments, rows of halves",
+        "chunk * ITEMS_PER_THREAD + count) %", "chunk * ITEMS_PER_THREAD) %", "moments, long columns",
     ),
     Fault(
         "groups: sums go on", "statistics",
         "        clear_group();\n    }\n\n    __device__ __forceinline__ void flush_carefully",
         "    }\n\n    __device__ __forceinline__ void flush_carefully",
-        "moments, rows of halves",
+        "moments, long columns",
     ),
     Fault(
         "groups: squares that underflow", "statistics",

@@ -22,7 +22,7 @@ FAULTS = [
     ),
     Fault(
         "sums: groups go on", "grad_sums",
-        "sums.dgamma += product;\n        clear_group();", "sums.dgamma += product;", "parts, many splits",
+        "sums.dgamma += product;\n        clear_group();", "sums.dgamma += product;", "parts, long columns",
     ),
     Fault(
         "sums: distances far from 1 beside small gradients", "backward",

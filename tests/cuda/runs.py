@@ -220,12 +220,14 @@ FEW_NARROW_COLUMNS = Layout((24, 15))
 WIDE_COLUMNS = Layout((40, 72))
 FEW_WIDE_COLUMNS = Layout((3, 72))  # blocks have fewer threads than tiles channels
 TALL_COLUMNS = Layout((301, 32))  # one tile, of which four blocks merge eight pieces
+LONG_COLUMNS = Layout((1501, 16))  # threads of one warp have several groups of chunks, each of them two vectors
 RUNS_OF_ROWS = Layout((11, 32, 5, 5))  # vectors of 16 bytes run from one row into the next
 BATCHES = Layout((3, 50, 4), (0, 2))
 
 HALF = {"shared": 4 << 10}  # shared memory for half of a channel
 TWICE = {"shared": 32 << 10, "tuning": {"items_per_thread": 4}}  # two vectors of each array where there are two arrays
 ONE_WARP = {"tuning": {"threads": 32, "along_channels": 128}}
+FEW_SPLITS = {"tuning": {"threads": 32, "passes": 1, "items_per_thread": 4}}
 MANY_SPLITS = {"tuning": {"threads": 32, "passes": 16}}  # more than a block that merges them has rows of threads
 
 moments, forward, backward = checks.check_moments, checks.check_forward, checks.check_backward
@@ -236,7 +238,6 @@ RUNS = {
     "moments, rows, 64 bits": Run(moments, ROWS, wide=True),
     "moments, rows, any strides": Run(moments, ROWS, any_strides=True),
     "moments, columns, far from 0": Run(moments, COLUMNS, mean=2e4),
-    "moments, rows of halves": Run(moments, ROWS, dtype="float16"),
     "moments, columns, tiny": Run(moments, COLUMNS, alter=tiny),
     "moments, rows, float64, far from 0": Run(moments, ROWS, dtype="float64", mean=2e4),
     "moments, rows, far from 0": Run(moments, ROWS, mean=2e4),
@@ -253,6 +254,7 @@ RUNS = {
     "moments, columns, NaN": Run(moments, COLUMNS, alter=nan_in_the_first_channel),
     "moments, columns, infinities": Run(moments, COLUMNS, alter=infinities),
     "moments, narrow columns": Run(moments, NARROW_COLUMNS),
+    "moments, long columns": Run(moments, LONG_COLUMNS, settings=FEW_SPLITS),
     "moments, many splits": Run(moments, NARROW_COLUMNS, settings=MANY_SPLITS),
     "moments, wide columns": Run(moments, WIDE_COLUMNS, dtype="float16", settings={"tuning": {"along_channels": 128}}),
     "moments, runs": Run(moments, RUNS_OF_ROWS, dtype="float16", settings={"tuning": {"threads": 128}}),
@@ -337,6 +339,7 @@ RUNS = {
     "frozen, float16 parameters": Run(frozen, NARROW_COLUMNS, "where"),
     "running statistics": Run(check_running_statistics, COLUMNS),
     "parts, rows": Run(parts, ROWS),
+    "parts, long columns": Run(parts, LONG_COLUMNS, settings=FEW_SPLITS),
     "parts, many splits": Run(parts, NARROW_COLUMNS, settings=MANY_SPLITS),
     "parts, columns": Run(parts, COLUMNS, "where", settings=TWICE),
 }
