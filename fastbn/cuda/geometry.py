@@ -166,7 +166,7 @@ MOST_NEAR = 1 << 31
 
 
 def steps_of(problem: Problem, geometry: Geometry) -> int:
-    """STEPS of tile.cuh, how a channel's vectors lie in all arrays: 1 at equal distances, 2 in rows without gaps, else 0."""
+    """STEPS of tile.cuh, of all arrays: 1 where vectors lie at equal distances, 2 in rows without gaps, 0 elsewhere."""
     outer, inner, rows = problem.shape[1], problem.shape[3], geometry.row_vectors
     for _, operand in problem.operands:
         _, step, _, along = operand.strides
