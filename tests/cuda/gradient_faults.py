@@ -21,6 +21,10 @@ FAULTS = [
         "sums.dbeta + plain\n", "sums.dbeta\n", "parts, rows",
     ),
     Fault(
+        "sums of nothing times an rstd that is NaN", "backward",
+        "return Sums{any ? (", "return Sums{true ? (", "training, block, nothing selected",
+    ),
+    Fault(
         "sums: groups go on", "grad_sums",
         "sums.dgamma += product;\n        clear_group();", "sums.dgamma += product;", "parts, long columns",
     ),
@@ -137,7 +141,7 @@ FAULTS = [
     ),
     Fault(
         "sums with what weighs nothing", "grad_sums",
-        "if (!skipped(p, tile, v + k * ROWS, j, g))", "", "training, two passes, masked out",
+        "if (!skipped(p, tile, v + k * ROWS, j, g)) {", "{", "training, two passes, masked out",
     ),
     Fault(
         "sums without the gradients of what weighs nothing", "backward",

@@ -141,6 +141,13 @@ def check_small_gradients(case):
     scales.check_training(case, x, scales.scaled(case.dy, -110), -28, -110)
 
 
+def check_nothing_selected(case):
+    """Without a gradient there is none, although there is neither a mean nor an rstd."""
+    _, saved = checks.fastbn.batch_norm(case.x, where=np.zeros(case.x.shape, bool))
+    grads = checks.fastbn.batch_norm_backward(0 * case.dy, saved)
+    assert not any(gradient.any() for gradient in grads[:3])
+
+
 def check_running_statistics(case):
     """Of any case, since they are made of numbers of channels alone."""
     running.check_bits(checks.fastbn, "float64", "float32")
@@ -328,6 +335,7 @@ RUNS = {
         strategy="block",
         settings=TWICE,
     ),
+    "training, block, nothing selected": Run(check_nothing_selected, ROWS, strategy="block", settings=TWICE),
     "training, two passes, masked out": Run(check_masked_out, ROWS, strategy="two passes"),
     "inference, more channels than threads": Run(
         frozen, FEW_WIDE_COLUMNS, dtype="float16", settings={"tuning": {"along_channels": 128}}

@@ -92,9 +92,11 @@ __device__ __forceinline__ bool skipped(const Params& p, const Tile& tile, Index
 struct Gathered {
     Sums sums;
     real plain, product;
+    bool any;  // positions that are not skipped: without, rstd may be NaN
 
     __device__ __forceinline__ void clear() {
         sums = Sums{0, 0};
+        any = !WEIGHT;
         clear_group();
     }
 
@@ -107,9 +109,7 @@ struct Gathered {
     }
 
     __device__ __forceinline__ Sums whole(const Xhat& xhat) const {
-        return Sums{
-            (sums.dgamma + product) * xhat.rstd, sums.dbeta + plain
-        };
+        return Sums{any ? (sums.dgamma + product) * xhat.rstd : 0, sums.dbeta + plain};
     }
 };
 
@@ -148,8 +148,10 @@ __device__ __forceinline__ void add_sums(
                 for (int j = from; j < from + DEPTH; ++j) {
                     const real g = element(dz[k], j), distance = xhat[ch].centre.distance(element(x[k], j));
                     part = j > from ? part + g : g;
-                    if (!skipped(p, tile, v + k * ROWS, j, g))
+                    if (!skipped(p, tile, v + k * ROWS, j, g)) {
                         part_product = j > from ? fma(g, distance, part_product) : g * distance;
+                        gathered[ch].any = true;
+                    }
                 }
                 plain = k > 0 ? plain + part : part;
                 product = k > 0 ? product + part_product : part_product;
