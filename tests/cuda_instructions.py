@@ -88,23 +88,25 @@ def innermost_loops(code: str) -> Iterator[Loop]:
             yield Loop(tuple(t for t in instructions[start : end + 1] if not re.search(r"\bNOP\b", t)))
 
 
+def loops_over_vectors(variant: Variant, code: str) -> list[Loop]:
+    """Those that load, and those that store, all vectors of a chunk."""
+    bits, (loads, stores) = variant.vector_bits, variant.transfers
+    return [
+        loop
+        for loop in innermost_loops(code)
+        if loop.accesses("LDG", bits) == max(loads, 1) or loop.accesses("STG", bits) == max(stores, 1)
+    ]
+
+
 def for_16_bytes(variant: Variant, architecture: int) -> float:
     """Instructions of a thread for 16 bytes of x: in the loop that reads, and in the one that writes."""
+
+    def of(change: Callable[[str], str]) -> int:
+        return sum(len(x.instructions) for x in loops_over_vectors(variant, disassembly(variant, architecture, change)))
+
     chunks = chunks_of_group(variant)
-    with_flush = _in_loops(variant, architecture, without_rare)
-    if chunks == 1:
-        return with_flush
-    return with_flush / chunks + _in_loops(variant, architecture, without_flush) * (1 - 1 / chunks)
-
-
-def _in_loops(variant: Variant, architecture: int, change: Callable[[str], str]) -> float:
-    bits, items = variant.vector_bits, variant["ITEMS_PER_THREAD"]
-    loads, stores = variant.transfers
-    total = 0
-    for loop in innermost_loops(disassembly(variant, architecture, change)):
-        if loop.accesses("LDG", bits) == max(loads, 1) or loop.accesses("STG", bits) == max(stores, 1):
-            total += len(loop.instructions)
-    return total / items * (128 / bits)
+    total = of(without_rare) / chunks + (of(without_flush) * (1 - 1 / chunks) if chunks > 1 else 0)
+    return total / variant["ITEMS_PER_THREAD"] * (128 / variant.vector_bits)
 
 
 def unordered(code: str) -> list[str]:

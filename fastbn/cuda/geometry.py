@@ -188,7 +188,7 @@ def threads_of(geometry: Geometry, vectors: int, most: int) -> int:
 def _items_per_thread(problem: Problem, tuning: Tuning, along: bool, vector: int, arrays: int) -> int:
     """Vectors of each array that a thread holds in registers."""
     items = max(1, tuning.items_per_thread // arrays)
-    if along and vector * problem.itemsize >= 16:
+    if along and vector > 4:
         items = max(1, items // 2)  # each channel of a thread takes registers of its own
     return min(items, 2) if problem.weight else items
 
