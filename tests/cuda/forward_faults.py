@@ -201,16 +201,12 @@ FAULTS = [
         "v - waiting * ROWS}", "v - waiting * ROWS + ROWS}", "moments, columns, tiny",
     ),
     Fault(
-        "elements of weight 0 not left out", "statistics",
-        "return w[k][j] > 0;", "return true;", "moments, rows, NaN without weight",
+        "elements of weight 0 not left out where squares overflow", "statistics",
+        "tile.holds(channel, j) && weight > 0", "tile.holds(channel, j)", "moments, rows, huge, NaN without weight",
     ),
     Fault(
         "distances from an element of weight 0", "statistics",
         "if (!some && w[k][j] > 0) {", "if (!some) {", "moments, rows, outliers without weight",
-    ),
-    Fault(
-        "weights that are 0 as factors", "statistics",
-        "if (!some && w[k][j] > 0) {", "if (!some && exact > 0) {", "moments, columns, some weights next to 0",
     ),
     Fault(
         "weights not multiplied", "statistics",
@@ -224,7 +220,7 @@ FAULTS = [
     ),
     Fault(
         "last infinity alone", "statistics",
-        "away = odd ? away + infinite : infinite;", "away = infinite;", "moments, columns, infinities",
+        "away = odd ? away + infinite : infinite;", "away = infinite;", "moments, long columns, infinities",
     ),
     Fault(
         "squares that overflow", "statistics",

@@ -18,7 +18,7 @@ FAULTS = [
     ),
     Fault(
         "sums: the last group left out", "grad_sums",
-        "sums.dbeta + plain\n", "sums.dbeta\n", "parts, rows",
+        "sums.dbeta + plain};", "sums.dbeta};", "parts, rows",
     ),
     Fault(
         "sums of nothing times an rstd that is NaN", "backward",

@@ -166,10 +166,15 @@ def nan_in_the_first_channel(case):
     case.x[0, 0] = np.nan
 
 
-def infinities(case):
-    """Of both signs in one channel, for the same thread; of one in another."""
-    case.x[[0, 16], 1] = np.inf, -np.inf
-    case.x[3, 2] = np.inf
+def infinities_of_two_groups(case):
+    """Of the same thread, where it has eight rows of threads beside it, and 256 rows to a group."""
+    case.x[0, 1] = np.inf
+    case.x[256:480:8, 1] = -np.inf
+
+
+def huge_beside_nan(case):
+    huge(case)
+    without_weight(np.nan)(case)
 
 
 def without_weight(value):
@@ -183,12 +188,6 @@ def without_weight(value):
 
 def weights_of_each_channel(case):
     case.keywords["weights"] = (np.random.default_rng(2).random(case.x.shape) < 0.7).astype(float)
-
-
-def some_weights_next_to_0(case):
-    """Too small for float32 and for any result, of all elements that some threads have."""
-    weights = case.keywords["weights"]
-    case.keywords["weights"] = np.where(np.arange(weights.size).reshape(weights.shape) < 64, 2.0**-130, weights)
 
 
 def outliers_first(case):
@@ -249,17 +248,18 @@ RUNS = {
     "moments, rows, float64, far from 0": Run(moments, ROWS, dtype="float64", mean=2e4),
     "moments, rows, far from 0": Run(moments, ROWS, mean=2e4),
     "moments, rows, huge": Run(moments, ROWS, alter=huge),
-    "moments, rows, NaN without weight": Run(moments, ROWS, "where", alter=without_weight(np.nan)),
+    "moments, rows, huge, NaN without weight": Run(moments, ROWS, "where", alter=huge_beside_nan),
     "moments, rows, outliers without weight": Run(moments, ROWS, "where", alter=without_weight(1e15)),
     "moments, outliers first": Run(
         moments, ONE_ROW, alter=outliers_first, settings={"tuning": {"items_per_thread": 8}}
     ),
     "moments, columns": Run(moments, COLUMNS),
     "moments, columns, weights": Run(moments, COLUMNS, "weights relu", settings={"tuning": {"items_per_thread": 4}}),
-    "moments, columns, some weights next to 0": Run(moments, COLUMNS, "weights relu", alter=some_weights_next_to_0),
     "moments, columns, weights of each channel": Run(moments, COLUMNS, alter=weights_of_each_channel),
     "moments, columns, NaN": Run(moments, COLUMNS, alter=nan_in_the_first_channel),
-    "moments, columns, infinities": Run(moments, COLUMNS, alter=infinities),
+    "moments, long columns, infinities": Run(
+        moments, LONG_COLUMNS, settings=FEW_SPLITS, alter=infinities_of_two_groups
+    ),
     "moments, narrow columns": Run(moments, NARROW_COLUMNS),
     "moments, long columns": Run(moments, LONG_COLUMNS, settings=FEW_SPLITS),
     "moments, many splits": Run(moments, NARROW_COLUMNS, settings=MANY_SPLITS),

@@ -28,7 +28,7 @@
 
 #include "moments.cuh"
 
-#define ONE_SWEEP (!WEIGHT && !RUN && (DTYPE <= 1 || (DTYPE == 2 && ALONG_CHANNELS)))
+#define ONE_SWEEP (!WEIGHT && (DTYPE <= 1 || (DTYPE == 2 && ALONG_CHANNELS)))
 #define GROUP 32  // elements of a channel, at least, that one sweep sums before it adds in float64
 #define CHUNKS_OF_GROUP (GROUP / (ITEMS_PER_THREAD * DEPTH) > 1 ? GROUP / (ITEMS_PER_THREAD * DEPTH) : 1)
 
@@ -341,8 +341,10 @@ struct Accumulator {
         for (int k = 0; k < (ALONG_CHANNELS ? ITEMS_PER_THREAD : 1); ++k)
             if (k < chunk.count)
 #pragma unroll
-                for (int j = 0; j < DEPTH; ++j) total += chunk.at(k, j) - first;
-        shift = first + total * reciprocal(static_cast<real>(ALONG_CHANNELS ? chunk.count : DEPTH));
+                for (int j = 0; j < DEPTH; ++j)
+                    if (!RUN || chunk.holds(j)) total += chunk.at(k, j) - first;
+        const int taken = ALONG_CHANNELS ? chunk.count : max(1, chunk.tile.depth(chunk.channel));
+        shift = first + total * reciprocal(static_cast<real>(taken));
     }
 
     // The group, of n elements.
@@ -380,7 +382,7 @@ struct Accumulator {
 };
 
 // A chunk of vectors, to each of the thread's channels what it has of them.
-#if RUN
+#if RUN && !ONE_SWEEP
 // Both at once, as each element is of one: apart, their loops cost a third more than one channel's loads of 2 bytes.
 __device__ __forceinline__ void add_chunk(
     Accumulator (&accumulators)[CHANNELS], const Items& items, int count, const Params& p, const Tile& tile, Index v
@@ -429,11 +431,45 @@ __device__ __forceinline__ void add_chunk(
 __device__ __forceinline__ void flush(
     Accumulator (&accumulators)[CHANNELS], int waiting, const Params& p, const Tile& tile, Index v
 ) {
-    const real weight = static_cast<real>(waiting * DEPTH), inverse = reciprocal(weight);
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) {
+        const real weight = static_cast<real>(waiting * tile.depth(ch));
+        if (RUN && weight == 0) continue;
+        accumulators[ch].flush(Again{waiting, ch, p, tile, v - waiting * ROWS}, weight, reciprocal(weight));
+    }
+}
+
+#if RUN
+// A chunk to the groups of both channels at once, as each element is of one.
+__device__ __forceinline__ void sum_up(
+    Accumulator (&accumulators)[CHANNELS], const Items& items, int count, const Tile& tile
+) {
+    const real shift[CHANNELS] = {accumulators[0].shift, accumulators[1].shift};
+    real total[CHANNELS] = {0, 0}, squares[CHANNELS] = {0, 0};
+#pragma unroll
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k)
+        if (k < count) {
+            real part[CHANNELS] = {0, 0}, part_of_squares[CHANNELS] = {0, 0};
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const real d = element(items[k], j) - tile.of_element(shift, j);
+                tile.add(part, j, d);
+                tile.add(part_of_squares, j, d * d);
+#if DTYPE > 0
+                accumulators[0].bits |= __float_as_uint(d);
+#endif
+            }
+#pragma unroll
+            for (int ch = 0; ch < CHANNELS; ++ch) total[ch] += part[ch], squares[ch] += part_of_squares[ch];
+        }
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch)
-        accumulators[ch].flush(Again{waiting, ch, p, tile, v - waiting * ROWS}, weight, inverse);
+        accumulators[ch].sum += total[ch], accumulators[ch].sum_of_squares += squares[ch];
+#if DTYPE > 0
+    accumulators[1].bits = accumulators[0].bits;  // of both
+#endif
 }
+#endif
 
 __device__ __forceinline__ void add_chunk(
     Accumulator (&accumulators)[CHANNELS], const Items& items, int count, const Params& p, const Tile& tile, Index v
@@ -441,8 +477,12 @@ __device__ __forceinline__ void add_chunk(
     if (v == tile.start() && count > 0)
 #pragma unroll
         for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].set_shift(Chunk{items, count, ch, p, tile, v});
+#if RUN
+    sum_up(accumulators, items, count, tile);
+#else
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].sum_up(Chunk{items, count, ch, p, tile, v});
+#endif
     const bool last_of_group = (v - tile.first) / CHUNK % CHUNKS_OF_GROUP == CHUNKS_OF_GROUP - 1;
     if (count == ITEMS_PER_THREAD && last_of_group) flush(accumulators, CHUNKS_OF_GROUP * count, p, tile, v + CHUNK);
 }
