@@ -174,7 +174,11 @@ FAULTS = [
     ),
     Fault(
         "runs: errors from the first channel's middle", "statistics",
-        " - tile.of_element(middle, j);", " - middle[0];", "moments, runs",
+        " - tile.of_element(middle, j);", " - middle[0];", "moments, runs of float32",
+    ),
+    Fault(
+        "runs: distances from the first channel's shift", "statistics",
+        " - tile.of_element(shift, j);", " - shift[0];", "moments, runs",
     ),
     Fault(
         "runs: elements of whole vectors counted", "statistics",

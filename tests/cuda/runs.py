@@ -265,6 +265,7 @@ RUNS = {
     "moments, many splits": Run(moments, NARROW_COLUMNS, settings=MANY_SPLITS),
     "moments, wide columns": Run(moments, WIDE_COLUMNS, dtype="float16", settings={"tuning": {"along_channels": 128}}),
     "moments, runs": Run(moments, RUNS_OF_ROWS, dtype="float16", settings={"tuning": {"threads": 128}}),
+    "moments, runs of float32": Run(moments, RUNS_OF_ROWS, settings={"tuning": {"threads": 128}}),
     "moments, batches": Run(moments, BATCHES),
     "forward, block, rows": Run(forward, ROWS, strategy="block", settings=TWICE),
     "forward, block, rows, all": Run(forward, ROWS, "affine residual relu", strategy="block", settings=TWICE),

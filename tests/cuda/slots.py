@@ -2,12 +2,12 @@
 
     python -m tests.cuda.slots --device H200 B200
 
-No GPU has measured any of it. For each launch, instructions of a thread for a vector (tests/cuda_instructions.py: loops as
-disassembled, what comes once in a group of chunks by its share) times vectors, over what the device's schedulers issue:
-four instructions of a warp for each clock and multiprocessor. FP64 likewise: arithmetic and comparisons over the rate of
-the FP64 units, conversions from and to float64 over that of theirs. Both as shares of the time that the device's memory
-takes for the arrays' bytes. Bytes in flight are those that all blocks of a multiprocessor, as many as registers and the
-grid allow, have loads out for at once.
+No GPU has measured any of it. For each launch, instructions of a thread for a vector (tests/cuda_instructions.py: loops
+as disassembled, what comes once in a group of chunks by its share) times vectors, over what the device's schedulers
+issue: four instructions of a warp for each clock and multiprocessor. FP64 likewise: arithmetic and comparisons over the
+rate of the FP64 units, conversions from and to float64 over that of theirs. Both as shares of the time that the
+device's memory takes for the arrays' bytes. Bytes in flight are those that all blocks of a multiprocessor, as many as
+registers, shared memory and the grid allow, have loads out for at once.
 
 Left out: what a block does once (its merge, its numbers), and that a thread's last chunk has conditions.
 """
@@ -28,7 +28,7 @@ from tests.cuda_variants import Variant
 
 
 class Rates(NamedTuple):
-    """GHz at boost; for each clock and multiprocessor, threads' FP64 operations, and conversions from and to float64."""
+    """GHz; for each clock and multiprocessor, threads' FP64 operations, and conversions from and to float64."""
 
     clock: float
     doubles: int
