@@ -391,7 +391,8 @@ __device__ __forceinline__ void add_chunk(
     const Chunk chunks[CHANNELS] = {{items, count, 0, p, tile, v}, {items, count, 1, p, tile, v}};
     Weights weights[CHANNELS];
     real first[CHANNELS], inverse[CHANNELS], middle[CHANNELS], distances[CHANNELS] = {0, 0};
-    Errors errors[CHANNELS] = {{0, 0}, {0, 0}};
+    real sums[CHANNELS] = {0, 0}, squares[CHANNELS] = {0, 0};
+    real places[VECTOR] = {}, errors_of_places[VECTOR] = {}, squares_of_places[VECTOR] = {};
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) {
         weights[ch].load(chunks[ch], first[ch]);
@@ -399,32 +400,29 @@ __device__ __forceinline__ void add_chunk(
     }
 #pragma unroll
     for (int k = 0; k < ITEMS_PER_THREAD; ++k)
-        if (k < count) {
-            real part[CHANNELS] = {0, 0};
+        if (k < count)
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) tile.add(part, j, element(items[k], j) - tile.of_element(first, j));
-#pragma unroll
-            for (int ch = 0; ch < CHANNELS; ++ch) distances[ch] += part[ch];
-        }
+            for (int j = 0; j < VECTOR; ++j) places[j] += element(items[k], j) - tile.of_element(first, j);
+    tile.fold(distances, places);
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) middle[ch] = distances[ch] * inverse[ch];
 #pragma unroll
     for (int k = 0; k < ITEMS_PER_THREAD; ++k)
-        if (k < count) {
-            real sum[CHANNELS] = {0, 0}, squares[CHANNELS] = {0, 0};
+        if (k < count)
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 const real e = (element(items[k], j) - tile.of_element(first, j)) - tile.of_element(middle, j);
-                tile.add(sum, j, e);
-                tile.add(squares, j, e * e);
+                errors_of_places[j] += e;
+                squares_of_places[j] += e * e;
             }
-#pragma unroll
-            for (int ch = 0; ch < CHANNELS; ++ch) errors[ch].sum += sum[ch], errors[ch].squares += squares[ch];
-        }
+    tile.fold(sums, errors_of_places);
+    tile.fold(squares, squares_of_places);
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch)
         if (tile.depth(ch) > 0)
-            accumulators[ch].add_sums(chunks[ch], weights[ch], first[ch], middle[ch], inverse[ch], errors[ch]);
+            accumulators[ch].add_sums(
+                chunks[ch], weights[ch], first[ch], middle[ch], inverse[ch], Errors{sums[ch], squares[ch]}
+            );
 }
 #elif ONE_SWEEP
 // The channels' groups, of `waiting` vectors before v.
@@ -446,22 +444,21 @@ __device__ __forceinline__ void sum_up(
 ) {
     const real shift[CHANNELS] = {accumulators[0].shift, accumulators[1].shift};
     real total[CHANNELS] = {0, 0}, squares[CHANNELS] = {0, 0};
+    real places[VECTOR] = {}, squares_of_places[VECTOR] = {};
 #pragma unroll
     for (int k = 0; k < ITEMS_PER_THREAD; ++k)
-        if (k < count) {
-            real part[CHANNELS] = {0, 0}, part_of_squares[CHANNELS] = {0, 0};
+        if (k < count)
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 const real d = element(items[k], j) - tile.of_element(shift, j);
-                tile.add(part, j, d);
-                tile.add(part_of_squares, j, d * d);
+                places[j] = k > 0 ? places[j] + d : d;
+                squares_of_places[j] = k > 0 ? fma(d, d, squares_of_places[j]) : d * d;
 #if DTYPE > 0
                 accumulators[0].bits |= __float_as_uint(d);
 #endif
             }
-#pragma unroll
-            for (int ch = 0; ch < CHANNELS; ++ch) total[ch] += part[ch], squares[ch] += part_of_squares[ch];
-        }
+    tile.fold(total, places);
+    tile.fold(squares, squares_of_places);
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch)
         accumulators[ch].sum += total[ch], accumulators[ch].sum_of_squares += squares[ch];

@@ -120,19 +120,18 @@ __device__ __forceinline__ void add_sums(
 ) {
 #if RUN
     real plain[CHANNELS] = {0, 0}, product[CHANNELS] = {0, 0};
+    real places[VECTOR] = {}, products[VECTOR] = {};
 #pragma unroll
     for (int k = 0; k < ITEMS_PER_THREAD; ++k)
-        if (k < count) {
-            real part[CHANNELS] = {0, 0}, part_product[CHANNELS] = {0, 0};
+        if (k < count)
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const real g = element(dz[k], j);
-                tile.add(part, j, g);
-                tile.add(part_product, j, g * tile.of_element(xhat, j).centre.distance(element(x[k], j)));
+                const real g = element(dz[k], j), distance = tile.of_element(xhat, j).centre.distance(element(x[k], j));
+                places[j] = k > 0 ? places[j] + g : g;
+                products[j] = k > 0 ? fma(g, distance, products[j]) : g * distance;
             }
-#pragma unroll
-            for (int ch = 0; ch < CHANNELS; ++ch) plain[ch] += part[ch], product[ch] += part_product[ch];
-        }
+    tile.fold(plain, places);
+    tile.fold(product, products);
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) gathered[ch].plain += plain[ch], gathered[ch].product += product[ch];
 #else
