@@ -3,7 +3,8 @@
     python -m tests.cuda_instructions --arch 90
 
 Loops that load or store whole vectors count as they stand, all vectors of a chunk and every predicated instruction,
-without what only data at the ends of their type's range need: the ways past `add_carefully` and `constant`.
+without what only data at the ends of their type's range need, or frozen statistics, or a thread's first chunk; what
+comes once in a group of chunks by its share.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ class Loop(NamedTuple):
         width = rf"\.{bits}\b" if bits > 32 else r"\.U16\b" if bits == 16 else r"(?!.*\.(U16|64|128)\b)"
         own = [text.partition(" desc")[0] for text in self.instructions if "LDG" not in text or "STRONG" not in text]
         return sum(bool(re.search(rf"\b{name}\b.*?{width}", text)) for text in own)
+
+    def has(self, name: str) -> bool:
+        """Whether an instruction of this name is in it."""
+        return any(re.search(rf"\b{name}\b", text) for text in self.instructions)
 
 
 def listing(code: str) -> tuple[list[str], dict[str, int]]:
