@@ -10,7 +10,7 @@ FAULTS = [
     ),
     Fault(
         "dx: low part of the mean", "backward",
-        "fma(x, unit, -high) - low;", "fma(x, unit, -high);", "backward, block, rows, far from 0",
+        "moved = low == 0 ? 0 : slope_ * low;", "moved = 0;", "backward, block, rows, far from 0",
     ),
     Fault(
         "dgamma without rstd", "grad_sums",

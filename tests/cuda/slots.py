@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -70,15 +70,15 @@ def counted(loop: tuple[str, ...]) -> Counts:
 
 def for_a_vector(variant: Variant, architecture: int) -> Counts:
     """In the loop that reads, and in the one that writes."""
-    every, rare = (
-        [sum(n) for n in zip(*(counted(loop.instructions) for loop in loops), strict=True)]
-        for loops in (
-            loops_over_vectors(variant, disassembly(variant, architecture, change))
-            for change in (without_rare, without_flush)
-        )
-    )
-    share, items = 1 / chunks_of_group(variant), variant["ITEMS_PER_THREAD"]
-    return Counts(*((a * share + b * (1 - share)) / items for a, b in zip(every, rare, strict=True)))
+    chunks, items = chunks_of_group(variant), variant["ITEMS_PER_THREAD"]
+
+    def of(change: Callable[[str], str]) -> list[float]:
+        loops = loops_over_vectors(variant, disassembly(variant, architecture, change))
+        return [sum(numbers) for numbers in zip(*(counted(loop.instructions) for loop in loops), strict=True)]
+
+    every = of(without_rare)
+    most = of(without_flush) if chunks > 1 else every
+    return Counts(*((a / chunks + b * (1 - 1 / chunks)) / items for a, b in zip(every, most, strict=True)))
 
 
 class Cost(NamedTuple):

@@ -21,7 +21,7 @@ MOST = {
     ("backward", "float32", "runs"): 74, ("backward", "float16", "runs"): 175,
     ("normalize", "float32", "runs"): 20, ("normalize", "float16", "runs"): 46,
 }  # fmt: skip
-"""For 16 bytes, sm_90, NVRTC 13.0; runs of rows of 49 elements. Of float16 columns two vectors of four channels are 16."""
+"""For 16 bytes, sm_90, NVRTC 13.0; runs are of rows of 49 elements."""
 WAYS = {
     "rows": {"ALONG_CHANNELS": False, "RUN": False},
     "columns": {"ALONG_CHANNELS": True, "RUN": False},

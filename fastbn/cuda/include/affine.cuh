@@ -15,7 +15,8 @@ struct Affine {
         const int exponent = distance_exponent(of.mean, of.rstd);
         centre.set(of.mean, of.rest, exponent);
         scale = static_cast<real>(of.rstd * power_of_two(-exponent) * parameter(p.gamma, p.gamma_type, at, 1.0));
-        shift = static_cast<real>(parameter(p.beta, p.beta_type, at, 0.0));
+        const double moved = static_cast<double>(centre.low) * static_cast<double>(scale);
+        shift = static_cast<real>(parameter(p.beta, p.beta_type, at, 0.0) - (centre.low == 0 ? 0 : moved));
     }
 };
 

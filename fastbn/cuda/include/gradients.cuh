@@ -36,8 +36,11 @@ struct Sums {
 struct Linear {  // dx of a channel: unit (scale dz - w (offset + slope distance))
     real scale, offset, slope, unit;
 
-    // From scale, offset and slope in the unit 2^exponent. Its own unit is as near to 1 as their range allows.
-    __device__ __forceinline__ void set(int exponent, const double (&coefficients)[3]) {
+    // From scale, offset and slope in the unit 2^exponent, of distances from a centre. Its own unit is as near to 1 as
+    // their range allows.
+    __device__ __forceinline__ void set(int exponent, double scale_, double offset_, double slope_, const Xhat& xhat) {
+        const double low = xhat.centre.low, moved = low == 0 ? 0 : slope_ * low;
+        const double coefficients[3] = {scale_, offset_ - moved, slope_};
         int least = MOST_EXPONENT, most = LEAST_EXPONENT;
 #pragma unroll
         for (int i = 0; i < 3; ++i) {
@@ -109,7 +112,8 @@ struct Gathered {
     }
 
     __device__ __forceinline__ Sums whole(const Xhat& xhat) const {
-        return Sums{any ? (sums.dgamma + product) * xhat.rstd : 0, sums.dbeta + plain};
+        const double dbeta = sums.dbeta + plain, low = xhat.centre.low;
+        return Sums{any ? (sums.dgamma + product - (low == 0 ? 0 : low * dbeta)) * xhat.rstd : 0, dbeta};
     }
 };
 
@@ -284,7 +288,7 @@ __device__ __forceinline__ void add_piece(const Params& p, const Tile& tile, i64
     __syncthreads();  // as in merge_piece
 }
 
-__device__ __forceinline__ Linear linear_of(const Params& p, i64 at, const Sums& sums) {
+__device__ __forceinline__ Linear linear_of(const Params& p, i64 at, const Sums& sums, const Xhat& xhat) {
     const double rstd = parameter(p.spread, p.spread_type, at, 1.0);
     const int exponent = max(0, min(exponent_of(rstd), 1022));
     const double per_unit = power_of_two(-exponent);
@@ -301,7 +305,7 @@ __device__ __forceinline__ Linear linear_of(const Params& p, i64 at, const Sums&
         slope = (scale * (rstd * per_distance) * sums.dgamma - 2.0 * dvar * per_unit * per_distance) * share;
     }
     Linear linear;
-    linear.set(exponent, {scale, offset, slope});
+    linear.set(exponent, scale, offset, slope, xhat);
     return linear;
 }
 

@@ -50,7 +50,7 @@ KERNEL backward(const Params p) {
         for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS) {
             const i64 place = tile.kept(p, q);
             const Sums whole = p.splits > 1 ? read_gradients(p, place) : write_gradients(p, place, summed_channels()[q]);
-            linear_of_channels()[q] = linear_of(p, place, whole);
+            linear_of_channels()[q] = linear_of(p, place, whole, xhat_of_channels()[q]);
         }
         __syncthreads();
         Linear linear[CHANNELS];

@@ -6,7 +6,7 @@
 
 #include "gradients.cuh"
 
-__device__ __forceinline__ Linear given_linear(const Params& p, i64 at) {
+__device__ __forceinline__ Linear given_linear(const Params& p, i64 at, const Xhat& xhat) {
     const double mean = parameter(p.mean, p.mean_type, at, 0.0);
     const double unit = parameter(p.spread, p.spread_type, at, 1.0);
     const double scale = parameter(p.gamma, p.gamma_type, at, 1.0);
@@ -14,7 +14,7 @@ __device__ __forceinline__ Linear given_linear(const Params& p, i64 at) {
     const double slope = parameter(p.slope, p.slope_type, at, 0.0);
     const double per_distance = power_of_two(-distance_exponent(mean, unit, NEAR_RSTD));
     Linear linear;
-    linear.set(exponent_of(unit), {scale, offset, slope * per_distance});
+    linear.set(exponent_of(unit), scale, offset, slope * per_distance, xhat);
     return linear;
 }
 
@@ -22,12 +22,14 @@ KERNEL grad_input(const Params p) {
     unsigned at, split;
     find_work(p, at, split);
     const Tile tile(p, at, split);
-    for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS) {
-        const i64 kept = tile.kept(p, q);
-        linear_of_channels()[q] = p.summed ? linear_of(p, kept, read_gradients(p, kept)) : given_linear(p, kept);
-    }
     Xhat xhat[CHANNELS];
     set_xhat(p, tile, xhat);
+    for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS) {
+        const i64 kept = tile.kept(p, q);
+        const Xhat& of = xhat_of_channels()[q];
+        linear_of_channels()[q] = p.summed ? linear_of(p, kept, read_gradients(p, kept), of) : given_linear(p, kept, of);
+    }
+    __syncthreads();
     Linear linear[CHANNELS];
     fetch_numbers(tile, linear_of_channels(), linear);
     const auto take = [&](Index v, int count) {
