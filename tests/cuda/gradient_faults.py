@@ -208,7 +208,7 @@ FAULTS = [
     ),
     Fault(
         "runs: one channel's coefficients", "forward",
-        "return j < cut ? channels[0] : channels[1];", "return channels[0];", "forward, block, runs",
+        "[i] = j < cut ? one[i] : two[i];", "[i] = one[i];", "forward, block, runs",
     ),
     Fault(
         "runs: the next channel's coefficients", "forward",
