@@ -1,6 +1,7 @@
 // y = act((x - mean) * rstd * gamma + beta + residual), of vectors in registers.
 //
-// The mean is subtracted in two partials, since x*s + (beta - mean*s) is 7.5e-4 off where the mean is 10^4 deviations.
+// The mean's high part is subtracted first, since x*s + (beta - mean*s) is 7.5e-4 off where the mean is 10^4 deviations;
+// its low part, below 2^-24 of it, is in the shift.
 
 #pragma once
 

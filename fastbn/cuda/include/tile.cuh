@@ -11,7 +11,7 @@
 //   ITEMS_PER_THREAD  vectors of one array that a thread has in registers, all their loads in flight together
 //   WIDE              1: a channel has 2^31 vectors or more
 //   STEPS             how a channel's vectors lie in all arrays, where 32 bits count them: 1 at equal distances, 2 in rows
-//                     without gaps, 0 in any other way: an address takes 3, 6 and 15 instructions
+//                     without gaps, 0 in any other way: an address takes 1, 5 and 12 instructions
 //   WEIGHT            0 none, 1 bool, 2 float64
 //   RELU, RESIDUAL    0 or 1
 //   CLUSTER           blocks of a cluster, 1 without
