@@ -174,6 +174,11 @@ FAULTS = [
         "shift = first + total * reciprocal", "shift = 0 * total * reciprocal", "moments, columns, far from 0",
     ),
     Fault(
+        "groups: distances from the first element", "statistics",
+        "shift = first + total * reciprocal", "shift = first + 0 * total * reciprocal",
+        "moments, long columns of halves, outliers first",
+    ),
+    Fault(
         "groups: squares of distances from the shift", "statistics",
         "m2 = sum_of_squares - sum * middle", "m2 = sum_of_squares", "moments, columns",
     ),

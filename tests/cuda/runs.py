@@ -199,6 +199,12 @@ def outliers_first(case):
     case.x.reshape(-1, 8, 64, 4)[:, 0, :, 0] = 17811.176
 
 
+def outliers_in_first_rows(case):
+    """Every thread of the first blocks starts far from all other elements."""
+    case.x[...] = 0
+    case.x[:8] = 333.3
+
+
 def symmetric(case):
     """Channels whose mean is next to nothing."""
     half = len(case.x) // 2
@@ -257,6 +263,13 @@ RUNS = {
     "moments, columns, weights": Run(moments, COLUMNS, "weights relu", settings={"tuning": {"items_per_thread": 4}}),
     "moments, columns, weights of each channel": Run(moments, COLUMNS, alter=weights_of_each_channel),
     "moments, columns, NaN": Run(moments, COLUMNS, alter=nan_in_the_first_channel),
+    "moments, long columns of halves, outliers first": Run(
+        moments,
+        LONG_COLUMNS,
+        dtype="float16",
+        settings={"tuning": {"threads": 32, "passes": 1, "items_per_thread": 8}},
+        alter=outliers_in_first_rows,
+    ),
     "moments, long columns, infinities": Run(
         moments, LONG_COLUMNS, settings=FEW_SPLITS, alter=infinities_of_two_groups
     ),

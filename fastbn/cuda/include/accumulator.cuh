@@ -30,7 +30,10 @@
 
 #define ONE_SWEEP (!WEIGHT && (DTYPE <= 1 || (DTYPE == 2 && ALONG_CHANNELS)))
 #define GROUP 32  // elements of a channel, at least, that one sweep sums before it adds in float64
-#define CHUNKS_OF_GROUP (GROUP / (ITEMS_PER_THREAD * DEPTH) > 1 ? GROUP / (ITEMS_PER_THREAD * DEPTH) : 1)
+#define CHUNKS (GROUP / (ITEMS_PER_THREAD * DEPTH))
+// Eight at most: where a thread's first element lies far from all others so does the shift, and squares from there are
+// larger than M2: 8 times with two elements to a shift and 32 to a group, where the variance was off by 1.2e-6.
+#define CHUNKS_OF_GROUP (CHUNKS > 8 ? 8 : CHUNKS > 1 ? CHUNKS : 1)
 
 // The elements of one of a thread's channels in some vectors, from memory: seldom, and not to be unrolled.
 struct Again {
