@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from fastbn.cuda.problems import Problem, Tuning, tuning_of
+from fastbn.cuda.problems import BFLOAT16, Problem, Tuning, tuning_of
 
 
 def vector_of(problem: Problem, axis: int, most: int) -> int:
@@ -196,7 +196,9 @@ def _items_per_thread(problem: Problem, tuning: Tuning, along: bool, vector: int
 def items_of(work: Work, arrays: int) -> int:
     problem, tuning, geometry = work
     items = _items_per_thread(problem, tuning, geometry.along_channels, geometry.vector, arrays)
-    return max(1, items // 2) if geometry.run and problem.residual else items  # beside two channels, eight spill
+    converted = problem.dtype == BFLOAT16 and problem.device.architecture < 80  # by other instructions
+    beside = geometry.run and (problem.residual or converted)
+    return max(1, items // 2) if beside else items  # beside two channels, eight spill
 
 
 class Scratch(NamedTuple):

@@ -29,6 +29,8 @@
 #include "moments.cuh"
 
 #define ONE_SWEEP (!WEIGHT && (DTYPE <= 1 || (DTYPE == 2 && ALONG_CHANNELS)))
+// Whether there are registers for what tells channels of one number; without, their elements are taken again.
+#define BITS (DTYPE == 2 || (DTYPE == 1 && __CUDA_ARCH__ >= 800))
 #define GROUP 32  // elements of a channel, at least, that one sweep sums before it adds in float64
 #define CHUNKS (GROUP / (ITEMS_PER_THREAD * DEPTH))
 // Eight at most: where a thread's first element lies far from all others so does the shift, and squares from there are
@@ -293,23 +295,23 @@ struct Accumulator {
 
 #if ONE_SWEEP
     real shift, sum, sum_of_squares;  // of the distances of a group's elements from the shift
-#if DTYPE > 0
+#if BITS
     unsigned bits;  // of these distances: without any, as in channels that a relu has left nothing of, all are 0
 #endif
 
     __device__ __forceinline__ void clear_group() {
         sum = sum_of_squares = 0;
-#if DTYPE > 0
+#if BITS
         bits = 0;
 #endif
     }
 
     // Whether all elements so far are the origin, so that there is nothing to add.
     __device__ __forceinline__ bool constant() const {
-#if DTYPE > 0
+#if BITS
         return squares == 0 && bits << 1 == 0 && shift == origin;
 #else
-        return false;  // nothing underflows
+        return false;  // of float16 nothing underflows
 #endif
     }
 
@@ -325,7 +327,7 @@ struct Accumulator {
                     const real d = chunk.at(k, j) - shift;
                     part = j > 0 ? part + d : d;
                     part_of_squares = j > 0 ? fma(d, d, part_of_squares) : d * d;
-#if DTYPE > 0
+#if BITS
                     bits |= __float_as_uint(d);
 #endif
                 }
@@ -456,7 +458,7 @@ __device__ __forceinline__ void sum_up(
                 const real d = element(items[k], j) - tile.of_element(shift, j);
                 places[j] = k > 0 ? places[j] + d : d;
                 squares_of_places[j] = k > 0 ? fma(d, d, squares_of_places[j]) : d * d;
-#if DTYPE > 0
+#if BITS
                 accumulators[0].bits |= __float_as_uint(d);
 #endif
             }
@@ -465,7 +467,7 @@ __device__ __forceinline__ void sum_up(
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch)
         accumulators[ch].sum += total[ch], accumulators[ch].sum_of_squares += squares[ch];
-#if DTYPE > 0
+#if BITS
     accumulators[1].bits = accumulators[0].bits;  // of both
 #endif
 }
