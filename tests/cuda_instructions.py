@@ -3,7 +3,8 @@
     python -m tests.cuda_instructions --arch 90
 
 Loops that load or store whole vectors count as they stand, all vectors of a chunk and every predicated instruction,
-without what only data at the ends of their type's range need: the ways past `add_carefully` and `constant`.
+without what only data at the ends of their type's range need, or frozen statistics, or a thread's first chunk; what
+comes once in a group of chunks by its share.
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ from typing import NamedTuple
 from tests.cuda_compile import disassembly
 from tests.cuda_variants import CHIPS, Variant, planned
 
-RARE = (("add_carefully(chunk, weights, start);", "origin = start;"), (" || constant(chunk, weights, start)", ""))
+RARE = (
+    (" && !constant(chunk, weights, start))\n            add_carefully(chunk.again(), start);", ") origin = start;"),
+    ("if (!constant()) flush_carefully(again);", ""),
+    ("    if (v == tile.start() && count > 0)\n", "    if (false)\n"),
+    ("shift = origin;", "shift = static_cast<real>(threadIdx.x);"),
+    ("p.frozen", "false"),
+)
+FLUSHES = (
+    ("    if (count == ITEMS_PER_THREAD && last_of_group) flush(", "    if (false) flush("),
+    ("    if ((v - tile.first) / CHUNK % CHUNKS_OF_GROUP == CHUNKS_OF_GROUP - 1)\n", "    if (false)\n"),
+)
+"""Once in so many chunks as CHUNKS_OF_GROUP says."""
 
 
 def without_rare(text: str) -> str:
@@ -24,6 +36,20 @@ def without_rare(text: str) -> str:
     for rare, common in RARE:
         text = text.replace(rare, common)
     return text
+
+
+def without_flush(text: str) -> str:
+    """Likewise, and of groups only the last is added to what all come to."""
+    text = without_rare(text)
+    for flush, never in FLUSHES:
+        text = text.replace(flush, never)
+    return text
+
+
+def chunks_of_group(variant: Variant) -> int:
+    """As CHUNKS_OF_GROUP of accumulator.cuh and gradients.cuh says."""
+    group = 32 if variant.kernel in ("statistics", "forward") else 16
+    return max(1, group // (variant["ITEMS_PER_THREAD"] * (1 if variant["ALONG_CHANNELS"] else variant["VECTOR"])))
 
 
 class Loop(NamedTuple):
@@ -34,7 +60,12 @@ class Loop(NamedTuple):
     def accesses(self, name: str, bits: int) -> int:
         """How often it loads (LDG) or stores (STG) so many bits."""
         width = rf"\.{bits}\b" if bits > 32 else r"\.U16\b" if bits == 16 else r"(?!.*\.(U16|64|128)\b)"
-        return sum(bool(re.search(rf"\b{name}\b.*?{width}", text.partition(" desc")[0])) for text in self.instructions)
+        own = [text.partition(" desc")[0] for text in self.instructions if "LDG" not in text or "STRONG" not in text]
+        return sum(bool(re.search(rf"\b{name}\b.*?{width}", text)) for text in own)
+
+    def has(self, name: str) -> bool:
+        """Whether an instruction of this name is in it."""
+        return any(re.search(rf"\b{name}\b", text) for text in self.instructions)
 
 
 def listing(code: str) -> tuple[list[str], dict[str, int]]:
@@ -62,16 +93,25 @@ def innermost_loops(code: str) -> Iterator[Loop]:
             yield Loop(tuple(t for t in instructions[start : end + 1] if not re.search(r"\bNOP\b", t)))
 
 
-def for_16_bytes(variant: Variant, architecture: int, change: Callable[[str], str] = without_rare) -> float:
+def loops_over_vectors(variant: Variant, code: str) -> list[Loop]:
+    """Those that load, and those that store, all vectors of a chunk."""
+    bits, (loads, stores) = variant.vector_bits, variant.transfers
+    return [
+        loop
+        for loop in innermost_loops(code)
+        if loop.accesses("LDG", bits) == max(loads, 1) or loop.accesses("STG", bits) == max(stores, 1)
+    ]
+
+
+def for_16_bytes(variant: Variant, architecture: int) -> float:
     """Instructions of a thread for 16 bytes of x: in the loop that reads, and in the one that writes."""
-    bits, items = variant.vector_bits, variant["ITEMS_PER_THREAD"]
-    loads, stores = variant.transfers
-    total = 0
-    for loop in innermost_loops(disassembly(variant, architecture, change)):
-        reads, writes = loop.accesses("LDG", bits) >= max(loads, 1), loop.accesses("STG", bits) >= max(stores, 1)
-        if reads or writes:
-            total += len(loop.instructions)
-    return total / items * (128 / bits)
+
+    def of(change: Callable[[str], str]) -> int:
+        return sum(len(x.instructions) for x in loops_over_vectors(variant, disassembly(variant, architecture, change)))
+
+    chunks = chunks_of_group(variant)
+    total = of(without_rare) / chunks + (of(without_flush) * (1 - 1 / chunks) if chunks > 1 else 0)
+    return total / variant["ITEMS_PER_THREAD"] * (128 / variant.vector_bits)
 
 
 def unordered(code: str) -> list[str]:
@@ -95,7 +135,14 @@ def full(architecture: int) -> Iterator[Variant]:
         plain = not any(variant[name] for name in ("WEIGHT", "RELU", "RESIDUAL", "WIDE")) and variant["CLUSTER"] == 1
         key = (variant.kernel, variant["DTYPE"], variant["ALONG_CHANNELS"], variant["RUN"] > 0)
         wide = not variant["RUN"] or variant["RUN"] == 49
-        if plain and wide and any(variant.transfers) and variant["THREADS"] == 256 and key not in seen:
+        if (
+            plain
+            and wide
+            and variant["STEPS"]
+            and any(variant.transfers)
+            and variant["THREADS"] == 256
+            and key not in seen
+        ):
             seen.add(key)
             yield variant
 

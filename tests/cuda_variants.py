@@ -139,10 +139,14 @@ def _problems(architecture: int) -> Iterator[Any]:
         lasts = itertools.product((1, 2, 4, 8, 16, 32, 64), reduced)
         shapes = [(True, channels, n) for channels, n in lasts] + [(False, 64, n) for n in reduced]
         for (along, channels, n), off, weight in itertools.product(shapes, offs, (0, 2)):
-            strides = (0, 0, 1, channels) if along else (0, 0, n, 1)
+            shape = (1, n, channels, 1) if along else (1, 1, channels, n)
+            strides = (0, channels, 1, 0) if along else (0, 0, n, 1)
+            if n == 1 << 12:  # two reduced axes, between which there is a gap
+                strides = (0, channels * (n + 1), 1, channels) if along else (0, 64 * n, n + 8, 1)
+                shape = (1, 2, channels, n)
             operands = (("x", problems.Operand(strides, off)),)
             yield problems.Problem(
-                device, (1, 1, channels, n), dtype, itemsize, operands, weight, strides, (), relu=False, residual=False
+                device, shape, dtype, itemsize, operands, weight, strides, (), relu=False, residual=False
             )
         for samples, n, residual in itertools.product((1, 32, 1 << 14), ROWS, (False, True)):
             operands = (("x", problems.Operand((0, 64 * n, n, 1), 0)),)

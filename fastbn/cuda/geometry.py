@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from fastbn.cuda.problems import Problem, Tuning, tuning_of
+from fastbn.cuda.problems import BFLOAT16, Problem, Tuning, tuning_of
 
 
 def vector_of(problem: Problem, axis: int, most: int) -> int:
@@ -161,6 +161,22 @@ def share_of(geometry: Geometry, splits: int) -> int:
     return -(-share // line) * line
 
 
+MOST_NEAR = 1 << 31
+"""Vectors in whose number a channel's last one has to lie behind its first, for kernels to count them in 32 bits."""
+
+
+def steps_of(problem: Problem, geometry: Geometry) -> int:
+    """STEPS of tile.cuh, of all arrays: 1 where vectors lie at equal distances, 2 in rows without gaps, 0 elsewhere."""
+    outer, inner, rows = problem.shape[1], problem.shape[3], geometry.row_vectors
+    for _, operand in problem.operands:
+        _, step, _, along = operand.strides
+        if outer > 1 and (step % geometry.vector or not 0 <= step // geometry.vector * outer < MOST_NEAR):
+            return 0
+        if rows > 1 and (geometry.along_channels or along != 1 or (outer > 1 and step < inner)):
+            return 0
+    return 1 if rows == 1 else 2
+
+
 # --- registers and shared memory --------------------------------------------------------------------------------------
 
 
@@ -172,7 +188,7 @@ def threads_of(geometry: Geometry, vectors: int, most: int) -> int:
 def _items_per_thread(problem: Problem, tuning: Tuning, along: bool, vector: int, arrays: int) -> int:
     """Vectors of each array that a thread holds in registers."""
     items = max(1, tuning.items_per_thread // arrays)
-    if along and vector * problem.itemsize >= 16:
+    if along and vector > 4:
         items = max(1, items // 2)  # each channel of a thread takes registers of its own
     return min(items, 2) if problem.weight else items
 
@@ -180,7 +196,9 @@ def _items_per_thread(problem: Problem, tuning: Tuning, along: bool, vector: int
 def items_of(work: Work, arrays: int) -> int:
     problem, tuning, geometry = work
     items = _items_per_thread(problem, tuning, geometry.along_channels, geometry.vector, arrays)
-    return max(1, items // 2) if geometry.run and problem.residual else items  # beside two channels, eight spill
+    converted = problem.dtype == BFLOAT16 and problem.device.architecture < 80  # by other instructions
+    beside = geometry.run and (problem.residual or converted)
+    return max(1, items // 2) if beside else items  # beside two channels, eight spill
 
 
 class Scratch(NamedTuple):

@@ -23,6 +23,7 @@ from fastbn.cuda.geometry import (
     power,
     scratch_bytes,
     share_of,
+    steps_of,
     threads_of,
     work_of,
 )
@@ -110,6 +111,7 @@ def _launch(
 def _macros(work: Work, kernel: str, threads: int, items: int, cluster: int = 1) -> launch.Macros:
     problem, tuning, geometry = work
     blocks = tuning.backward_blocks if kernel == "backward" and geometry.along_channels else 2
+    wide = geometry.vectors >= WIDE_FROM
     options = {"WEIGHT": problem.weight, "RELU": int(problem.relu), "RESIDUAL": int(problem.residual)}
     return (
         ("DTYPE", problem.dtype),
@@ -119,7 +121,8 @@ def _macros(work: Work, kernel: str, threads: int, items: int, cluster: int = 1)
         ("LANES", geometry.lanes),
         ("THREADS", threads),
         ("ITEMS_PER_THREAD", items),
-        ("WIDE", int(geometry.vectors >= WIDE_FROM)),
+        ("WIDE", int(wide)),
+        ("STEPS", 0 if wide else steps_of(problem, geometry)),
         *((name, value if name in launch.OPTIONAL[kernel] else 0) for name, value in options.items()),
         ("CLUSTER", cluster),
         ("MIN_BLOCKS", blocks),

@@ -48,7 +48,7 @@ TUNING = {
     120: Tuning(cluster=8),
 }
 
-FLOAT32 = 2  # of `Problem.dtype`
+BFLOAT16, FLOAT32 = 1, 2  # of `Problem.dtype`
 
 
 def tuning_of(architecture: int) -> Tuning:

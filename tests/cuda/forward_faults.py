@@ -40,11 +40,36 @@ FAULTS = [
     ),
     Fault(
         "division by the vectors of a row", "statistics",
-        ">> p.row_shift", ">> (p.row_shift + 1)", "moments, rows",
+        ">> p.row_shift;", ">> (p.row_shift + 1);", "moments, rows",
+    ),
+    Fault(
+        "division by the vectors of a row, any strides", "statistics",
+        ">> p.row_shift : v", ">> (p.row_shift + 1) : v", "moments, rows, any strides",
+    ),
+    Fault(
+        "rows: no gaps between them", "statistics",
+        "vectors + (v + row * gap)", "vectors + v", "moments, rows",
+    ),
+    Fault(
+        "rows: gaps as long as strides", "normalize",
+        "/ VECTOR - static_cast<unsigned>(p.row_vectors);", "/ VECTOR;", "frozen, rows",
+    ),
+    Fault(
+        "vectors of a chunk side by side", "statistics",
+        "static_cast<u64>(step) * (k * ROWS)", "static_cast<u64>(step) * k", "moments, long columns",
+    ),
+    Fault(
+        "whole chunks of one vector more", "statistics",
+        "(ITEMS_PER_THREAD - 1) * ROWS < last", "(ITEMS_PER_THREAD - 2) * ROWS < last", "moments, rows",
+    ),
+    Fault(
+        "the last chunk left out", "normalize",
+        "if (const int count = tile.within(v)) take(v, count);", "", "frozen",
     ),
     Fault(
         "position in a row, in vectors", "statistics",
-        "static_cast<unsigned>(p.row_vectors)) * DEPTH", "static_cast<unsigned>(p.row_vectors))", "moments, rows",
+        "static_cast<unsigned>(p.row_vectors)) * DEPTH", "static_cast<unsigned>(p.row_vectors))",
+        "moments, rows, any strides",
     ),
     Fault(
         "position in a row, in vectors, 64 bits", "statistics",
@@ -121,7 +146,8 @@ FAULTS = [
     # accumulator.cuh
     Fault(
         "distances from 0", "statistics",
-        "first = chunk.first();", "first = 0;", "moments, rows, float64, far from 0",
+        "first = chunk.first();\n        return !RUN", "first = 0;\n        return !RUN",
+        "moments, rows, float64, far from 0",
     ),
     Fault(
         "E[x^2] - E[x]^2", "statistics",
@@ -141,21 +167,51 @@ FAULTS = [
     ),
     Fault(
         "chunks of a thread: no delta^2", "statistics",
-        "(errors.squares - errors.sum * correction) + moved * distance",
-        "(errors.squares - errors.sum * correction)",
-        "moments, rows",
+        "squares + (m2 + moved * distance)", "squares + m2", "moments, rows",
     ),
     Fault(
-        "elements of weight 0 not left out", "statistics",
-        "return w[k][j] > 0;", "return true;", "moments, rows, NaN without weight",
+        "groups: distances from 0", "statistics",
+        "shift = first + total * reciprocal", "shift = 0 * total * reciprocal", "moments, columns, far from 0",
+    ),
+    Fault(
+        "groups: distances from the first element", "statistics",
+        "shift = first + total * reciprocal", "shift = first + 0 * total * reciprocal",
+        "moments, long columns of halves, outliers first",
+    ),
+    Fault(
+        "groups: squares of distances from the shift", "statistics",
+        "m2 = sum_of_squares - sum * middle", "m2 = sum_of_squares", "moments, columns",
+    ),
+    Fault(
+        "groups: the last one left out", "statistics",
+        "    add_rest(accumulators, count, p, tile, v);\n", "", "moments, columns",
+    ),
+    Fault(
+        "groups: the last one of whole chunks", "statistics",
+        "chunk * ITEMS_PER_THREAD + count) %", "chunk * ITEMS_PER_THREAD) %", "moments, long columns",
+    ),
+    Fault(
+        "groups: sums go on", "statistics",
+        "        clear_group();\n    }\n\n    __device__ __forceinline__ void flush_carefully",
+        "    }\n\n    __device__ __forceinline__ void flush_carefully",
+        "moments, long columns",
+    ),
+    Fault(
+        "groups: squares that underflow", "statistics",
+        "squares == 0 && bits << 1 == 0 && shift == origin", "squares == 0 && shift == origin",
+        "moments, columns, tiny",
+    ),
+    Fault(
+        "groups: other elements taken again", "statistics",
+        "v - waiting * ROWS}", "v - waiting * ROWS + ROWS}", "moments, columns, tiny",
+    ),
+    Fault(
+        "elements of weight 0 not left out where squares overflow", "statistics",
+        "tile.holds(channel, j) && weight > 0", "tile.holds(channel, j)", "moments, rows, huge, NaN without weight",
     ),
     Fault(
         "distances from an element of weight 0", "statistics",
         "if (!some && w[k][j] > 0) {", "if (!some) {", "moments, rows, outliers without weight",
-    ),
-    Fault(
-        "weights that are 0 as factors", "statistics",
-        "if (!some && w[k][j] > 0) {", "if (!some && exact > 0) {", "moments, columns, some weights next to 0",
     ),
     Fault(
         "weights not multiplied", "statistics",
@@ -169,15 +225,15 @@ FAULTS = [
     ),
     Fault(
         "last infinity alone", "statistics",
-        "away = odd ? away + infinite : infinite;", "away = infinite;", "moments, columns, infinities",
+        "away = odd ? away + infinite : infinite;", "away = infinite;", "moments, long columns, infinities",
     ),
     Fault(
         "squares that overflow", "statistics",
-        "is_finite(more) && unit == 1)", "unit == 1)", "moments, rows, huge",
+        ">> 32) - least < 0x7ff00000u - least;", ">> 32) >= least;", "moments, rows, huge",
     ),
     Fault(
         "squares that underflow", "forward",
-        "more >= least && is_finite", "is_finite", "training, block, rows, small",
+        "static_cast<unsigned>(LEAST_EXPONENT_OF_SQUARES + 1023) << 20", "0", "training, block, rows, small",
     ),
     Fault(
         "units of a thread: none for small distances", "forward",
@@ -321,11 +377,11 @@ FAULTS = [
     # centre.cuh
     Fault(
         "no units of large distances", "forward",
-        "abs(exponent) <= ORDINARY_RSTD", "exponent <= ORDINARY_RSTD", "training, block, columns, large, affine",
+        "abs(exponent) <= ordinary", "exponent <= ordinary", "training, block, columns, large, affine",
     ),
     Fault(
         "no units of small distances", "forward",
-        "abs(exponent) <= ORDINARY_RSTD", "exponent >= -ORDINARY_RSTD", "training, block, rows, small, large gamma",
+        "abs(exponent) <= ordinary", "exponent >= -ordinary", "training, block, rows, small, large gamma",
     ),
     # affine.cuh
     Fault(
@@ -402,7 +458,7 @@ FAULTS = [
     ),
     Fault(
         "x kept: as many vectors as of the last chunk", "forward",
-        "            count = ITEMS_PER_THREAD;\n", "", "forward, block, rows",
+        "tile, v, ITEMS_PER_THREAD, affine)", "tile, v, count, affine)", "forward, block, rows",
     ),
     Fault(
         "tiles left out", "forward",

@@ -10,12 +10,27 @@ FAULTS = [
     ),
     Fault(
         "dx: low part of the mean", "backward",
-        "fma(x, unit, -high) - low;", "fma(x, unit, -high);", "backward, block, rows, far from 0",
+        "moved = low == 0 ? 0 : slope_ * low;", "moved = 0;", "backward, block, rows, far from 0",
     ),
     Fault(
         "dgamma without rstd", "grad_sums",
-        "(xhat.centre.distance(element(x[k], j)) * xhat.rstd)", "xhat.centre.distance(element(x[k], j))",
-        "parts, rows",
+        "(sums.dgamma + product) * xhat.rstd", "(sums.dgamma + product)", "parts, rows",
+    ),
+    Fault(
+        "sums: the last group left out", "grad_sums",
+        "sums.dbeta + plain};", "sums.dbeta};", "parts, rows",
+    ),
+    Fault(
+        "sums of nothing times an rstd that is NaN", "backward",
+        "return Sums{any ? (", "return Sums{true ? (", "training, block, nothing selected",
+    ),
+    Fault(
+        "sums: groups go on", "grad_sums",
+        "sums.dgamma += product;\n        clear_group();", "sums.dgamma += product;", "parts, long columns",
+    ),
+    Fault(
+        "sums: distances far from 1 beside small gradients", "backward",
+        "#define NEAR_RSTD 4 ", "#define NEAR_RSTD ORDINARY_RSTD ", "training, block, rows, small deviations",
     ),
     Fault(
         "relu passes gradients at 0", "backward",
@@ -102,7 +117,7 @@ FAULTS = [
     ),
     Fault(
         "dx: frozen statistics move", "backward",
-        "                if (!p.frozen) {", "                {", "frozen, NaN",
+        "if (!FROZEN) {", "{", "frozen, NaN",
     ),
     Fault(
         "dx: weights not multiplied", "backward",
@@ -126,7 +141,7 @@ FAULTS = [
     ),
     Fault(
         "sums with what weighs nothing", "grad_sums",
-        "skipped(p, tile, v + k * ROWS, j, g) ? 0 : term", "term", "training, two passes, masked out",
+        "if (!skipped(p, tile, v + k * ROWS, j, g)) {", "{", "training, two passes, masked out",
     ),
     Fault(
         "sums without the gradients of what weighs nothing", "backward",
@@ -159,7 +174,11 @@ FAULTS = [
     ),
     Fault(
         "runs: errors from the first channel's middle", "statistics",
-        " - tile.of_element(middle, j);", " - middle[0];", "moments, runs",
+        " - tile.of_element(middle, j);", " - middle[0];", "moments, runs of float32",
+    ),
+    Fault(
+        "runs: distances from the first channel's shift", "statistics",
+        " - tile.of_element(shift, j);", " - shift[0];", "moments, runs",
     ),
     Fault(
         "runs: elements of whole vectors counted", "statistics",
@@ -189,7 +208,7 @@ FAULTS = [
     ),
     Fault(
         "runs: one channel's coefficients", "forward",
-        "return j < cut ? channels[0] : channels[1];", "return channels[0];", "forward, block, runs",
+        "[i] = j < cut ? one[i] : two[i];", "[i] = one[i];", "forward, block, runs",
     ),
     Fault(
         "runs: the next channel's coefficients", "forward",

@@ -75,6 +75,8 @@ class Run:
     """Of the device."""
     wide: bool = False
     """Whether vectors are counted in 64 bits."""
+    any_strides: bool = False
+    """Whether addresses are made as of arrays of any strides."""
     mean: float = 3.0
 
     def device(self, **more: Any) -> Any:
@@ -84,7 +86,7 @@ class Run:
         )
 
     def __call__(self, emulated: cuda.Emulated, schedule: int) -> None:
-        from fastbn.cuda import plans
+        from fastbn.cuda import geometry, plans
 
         case = make_case(self.layout, self.dtype, OPTIONS[self.options], mean=self.mean)
         self.alter(case)
@@ -99,6 +101,8 @@ class Run:
             patch.setitem(plans.FORCED, "strategy", self.strategy)
             if self.wide:
                 patch.setattr(plans, "WIDE_FROM", 0)
+            if self.any_strides:
+                patch.setattr(geometry, "MOST_NEAR", 0)
             self.check(case)
 
 
@@ -131,6 +135,19 @@ def check_scaled(exponent):
     return check
 
 
+def check_small_gradients(case):
+    """Beside small deviations: their products leave float32's range."""
+    x, _, _ = scales.put_at_scale(case, -28)
+    scales.check_training(case, x, scales.scaled(case.dy, -110), -28, -110)
+
+
+def check_nothing_selected(case):
+    """Without a gradient there is none, although there is neither a mean nor an rstd."""
+    _, saved = checks.fastbn.batch_norm(case.x, where=np.zeros(case.layout.weight_shape, bool))
+    grads = checks.fastbn.batch_norm_backward(0 * case.dy, saved)
+    assert not any(gradient.any() for gradient in grads[:3])
+
+
 def check_running_statistics(case):
     """Of any case, since they are made of numbers of channels alone."""
     running.check_bits(checks.fastbn, "float64", "float32")
@@ -149,10 +166,15 @@ def nan_in_the_first_channel(case):
     case.x[0, 0] = np.nan
 
 
-def infinities(case):
-    """Of both signs in one channel, for the same thread; of one in another."""
-    case.x[[0, 16], 1] = np.inf, -np.inf
-    case.x[3, 2] = np.inf
+def infinities_of_two_groups(case):
+    """Of the same thread, where it has eight rows of threads beside it, and 256 rows to a group."""
+    case.x[0, 1] = np.inf
+    case.x[256:480:8, 1] = -np.inf
+
+
+def huge_beside_nan(case):
+    huge(case)
+    without_weight(np.nan)(case)
 
 
 def without_weight(value):
@@ -168,12 +190,6 @@ def weights_of_each_channel(case):
     case.keywords["weights"] = (np.random.default_rng(2).random(case.x.shape) < 0.7).astype(float)
 
 
-def some_weights_next_to_0(case):
-    """Too small for float32 and for any result, of all elements that some threads have."""
-    weights = case.keywords["weights"]
-    case.keywords["weights"] = np.where(np.arange(weights.size).reshape(weights.shape) < 64, 2.0**-130, weights)
-
-
 def outliers_first(case):
     """Every thread starts each of its chunks of eight vectors far from all other elements.
 
@@ -181,6 +197,12 @@ def outliers_first(case):
     """
     case.x[...] = 0
     case.x.reshape(-1, 8, 64, 4)[:, 0, :, 0] = 17811.176
+
+
+def outliers_in_first_rows(case):
+    """Every thread of the first blocks starts far from all other elements."""
+    case.x[...] = 0
+    case.x[:8] = 333.3
 
 
 def symmetric(case):
@@ -197,6 +219,10 @@ def huge(case):
     case.x *= case.dtype.type(1e30)  # whose square is infinite in float32
 
 
+def tiny(case):
+    case.x *= case.dtype.type(1e-30)  # whose square is 0 in float32
+
+
 ROWS = Layout((3, 3, 9, 60))  # a channel is three rows of 135 vectors
 MANY_ROWS = Layout((2, 7, 9, 60))
 ONE_ROW = Layout((1, 1, 4096))
@@ -206,12 +232,14 @@ FEW_NARROW_COLUMNS = Layout((24, 15))
 WIDE_COLUMNS = Layout((40, 72))
 FEW_WIDE_COLUMNS = Layout((3, 72))  # blocks have fewer threads than tiles channels
 TALL_COLUMNS = Layout((301, 32))  # one tile, of which four blocks merge eight pieces
+LONG_COLUMNS = Layout((1501, 16))  # threads of one warp have several groups of chunks, each of them two vectors
 RUNS_OF_ROWS = Layout((11, 32, 5, 5))  # vectors of 16 bytes run from one row into the next
 BATCHES = Layout((3, 50, 4), (0, 2))
 
 HALF = {"shared": 4 << 10}  # shared memory for half of a channel
 TWICE = {"shared": 32 << 10, "tuning": {"items_per_thread": 4}}  # two vectors of each array where there are two arrays
 ONE_WARP = {"tuning": {"threads": 32, "along_channels": 128}}
+FEW_SPLITS = {"tuning": {"threads": 32, "passes": 1, "items_per_thread": 4}}
 MANY_SPLITS = {"tuning": {"threads": 32, "passes": 16}}  # more than a block that merges them has rows of threads
 
 moments, forward, backward = checks.check_moments, checks.check_forward, checks.check_backward
@@ -220,24 +248,37 @@ frozen, parts = checks.check_frozen, checks.check_parts
 RUNS = {
     "moments, rows": Run(moments, ROWS),
     "moments, rows, 64 bits": Run(moments, ROWS, wide=True),
+    "moments, rows, any strides": Run(moments, ROWS, any_strides=True),
+    "moments, columns, far from 0": Run(moments, COLUMNS, mean=2e4),
+    "moments, columns, tiny": Run(moments, COLUMNS, alter=tiny),
     "moments, rows, float64, far from 0": Run(moments, ROWS, dtype="float64", mean=2e4),
     "moments, rows, far from 0": Run(moments, ROWS, mean=2e4),
     "moments, rows, huge": Run(moments, ROWS, alter=huge),
-    "moments, rows, NaN without weight": Run(moments, ROWS, "where", alter=without_weight(np.nan)),
+    "moments, rows, huge, NaN without weight": Run(moments, ROWS, "where", alter=huge_beside_nan),
     "moments, rows, outliers without weight": Run(moments, ROWS, "where", alter=without_weight(1e15)),
     "moments, outliers first": Run(
         moments, ONE_ROW, alter=outliers_first, settings={"tuning": {"items_per_thread": 8}}
     ),
     "moments, columns": Run(moments, COLUMNS),
     "moments, columns, weights": Run(moments, COLUMNS, "weights relu", settings={"tuning": {"items_per_thread": 4}}),
-    "moments, columns, some weights next to 0": Run(moments, COLUMNS, "weights relu", alter=some_weights_next_to_0),
     "moments, columns, weights of each channel": Run(moments, COLUMNS, alter=weights_of_each_channel),
     "moments, columns, NaN": Run(moments, COLUMNS, alter=nan_in_the_first_channel),
-    "moments, columns, infinities": Run(moments, COLUMNS, alter=infinities),
+    "moments, long columns of halves, outliers first": Run(
+        moments,
+        LONG_COLUMNS,
+        dtype="float16",
+        settings={"tuning": {"threads": 32, "passes": 1, "items_per_thread": 8}},
+        alter=outliers_in_first_rows,
+    ),
+    "moments, long columns, infinities": Run(
+        moments, LONG_COLUMNS, settings=FEW_SPLITS, alter=infinities_of_two_groups
+    ),
     "moments, narrow columns": Run(moments, NARROW_COLUMNS),
+    "moments, long columns": Run(moments, LONG_COLUMNS, settings=FEW_SPLITS),
     "moments, many splits": Run(moments, NARROW_COLUMNS, settings=MANY_SPLITS),
     "moments, wide columns": Run(moments, WIDE_COLUMNS, dtype="float16", settings={"tuning": {"along_channels": 128}}),
     "moments, runs": Run(moments, RUNS_OF_ROWS, dtype="float16", settings={"tuning": {"threads": 128}}),
+    "moments, runs of float32": Run(moments, RUNS_OF_ROWS, settings={"tuning": {"threads": 128}}),
     "moments, batches": Run(moments, BATCHES),
     "forward, block, rows": Run(forward, ROWS, strategy="block", settings=TWICE),
     "forward, block, rows, all": Run(forward, ROWS, "affine residual relu", strategy="block", settings=TWICE),
@@ -285,6 +326,7 @@ RUNS = {
     "backward, two passes": Run(backward, COLUMNS, strategy="two passes"),
     "training, block, rows, small": Run(check_scaled(-110), ROWS, strategy="block", settings=TWICE),
     "training, block, runs, small": Run(check_scaled(-110), RUNS_OF_ROWS, strategy="block", settings=TWICE),
+    "training, block, rows, small deviations": Run(check_small_gradients, ROWS, strategy="block", settings=TWICE),
     "training, block, rows, large": Run(check_scaled(123), ROWS, strategy="block", settings=TWICE),
     "training, block, columns, large, affine": Run(
         check_scaled(123), COLUMNS, "affine residual relu", strategy="block", settings=TWICE, alter=symmetric
@@ -307,16 +349,19 @@ RUNS = {
         strategy="block",
         settings=TWICE,
     ),
+    "training, block, nothing selected": Run(check_nothing_selected, ROWS, strategy="block", settings=TWICE),
     "training, two passes, masked out": Run(check_masked_out, ROWS, strategy="two passes"),
     "inference, more channels than threads": Run(
         frozen, FEW_WIDE_COLUMNS, dtype="float16", settings={"tuning": {"along_channels": 128}}
     ),
     "frozen": Run(frozen, NARROW_COLUMNS),
+    "frozen, rows": Run(frozen, ROWS),
     "frozen, runs": Run(frozen, RUNS_OF_ROWS),
     "frozen, NaN": Run(frozen, NARROW_COLUMNS, alter=nan_in_the_first_channel),
     "frozen, float16 parameters": Run(frozen, NARROW_COLUMNS, "where"),
     "running statistics": Run(check_running_statistics, COLUMNS),
     "parts, rows": Run(parts, ROWS),
+    "parts, long columns": Run(parts, LONG_COLUMNS, settings=FEW_SPLITS),
     "parts, many splits": Run(parts, NARROW_COLUMNS, settings=MANY_SPLITS),
     "parts, columns": Run(parts, COLUMNS, "where", settings=TWICE),
 }

@@ -1,5 +1,7 @@
 """What the compiled kernels execute: instructions for 16 bytes, fences between blocks."""
 
+import re
+
 import pytest
 
 from tests import cuda_compile, cuda_instructions, cuda_variants
@@ -7,10 +9,26 @@ from tests import cuda_compile, cuda_instructions, cuda_variants
 pytestmark = pytest.mark.skipif(cuda_compile.available() is not None, reason=str(cuda_compile.available()))
 
 MOST = {
-    ("forward", "float16"): 225, ("backward", "float16"): 365, ("normalize", "float16"): 95,
-    ("forward", "float32"): 150, ("backward", "float32"): 160, ("normalize", "float32"): 70,
+    ("forward", "float32", "rows"): 53, ("forward", "float16", "rows"): 86,
+    ("backward", "float32", "rows"): 58, ("backward", "float16", "rows"): 125,
+    ("normalize", "float32", "rows"): 19, ("normalize", "float16", "rows"): 40,
+    ("statistics", "float32", "rows"): 35, ("statistics", "float16", "rows"): 46,
+    ("forward", "float32", "columns"): 36, ("forward", "float16", "columns"): 91,
+    ("backward", "float32", "columns"): 51, ("backward", "float16", "columns"): 136,
+    ("normalize", "float32", "columns"): 15, ("normalize", "float16", "columns"): 37,
+    ("statistics", "float32", "columns"): 22, ("statistics", "float16", "columns"): 50,
+    ("forward", "float32", "runs"): 52, ("forward", "float16", "runs"): 90,
+    ("backward", "float32", "runs"): 54, ("backward", "float16", "runs"): 138,
+    ("normalize", "float32", "runs"): 15, ("normalize", "float16", "runs"): 36,
 }  # fmt: skip
-"""For rows of 49 elements; loads of single elements took 561, 790, 408, 265, 370 and 192 (sm_90, NVRTC 13.0)."""
+"""For 16 bytes, sm_90, NVRTC 13.0; runs are of rows of 49 elements."""
+WAYS = {
+    "rows": {"ALONG_CHANNELS": False, "RUN": False},
+    "columns": {"ALONG_CHANNELS": True, "RUN": False},
+    "runs": {"ALONG_CHANNELS": False, "RUN": True},
+}
+CACHE = 32 << 10
+"""Bytes of instructions, less than any multiprocessor's cache of them has; an instruction has 16."""
 
 
 def variant_of(kernel, dtype, **macros):
@@ -22,11 +40,44 @@ def variant_of(kernel, dtype, **macros):
     )
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), MOST)
-def test_instructions_of_odd_rows(kernel, dtype):
-    variant = variant_of(kernel, dtype, RUN=True)
+@pytest.mark.parametrize(("kernel", "dtype", "way"), MOST)
+def test_instructions(kernel, dtype, way):
+    variant = variant_of(kernel, dtype, **WAYS[way])
     count = cuda_instructions.for_16_bytes(variant, 90)
-    assert MOST[kernel, dtype] * 0.6 < count <= MOST[kernel, dtype]
+    assert MOST[kernel, dtype, way] * 0.6 < count <= MOST[kernel, dtype, way]
+
+
+def complaints(variant, change=cuda_instructions.without_flush, architecture=90):
+    """Of loops over vectors."""
+    loops = cuda_instructions.loops_over_vectors(variant, cuda_compile.disassembly(variant, architecture, change))
+    found = [] if len(loops) == (2 if all(variant.transfers) and variant.kernel != "normalize" else 1) else ["loops"]
+    for loop in loops:
+        found += [name for name in ("LDC", "BSSY", "LDL", "STL") if loop.has(name)]
+        found += ["size"] if 16 * len(loop.instructions) > CACHE else []
+    return found
+
+
+@pytest.mark.parametrize("way", ["rows", "columns"])
+@pytest.mark.parametrize("kernel", ["forward", "backward", "normalize"])
+def test_loops_have_nothing_but_their_work(kernel, way):
+    """No constants loaded again, no divergent branches, nothing in local memory; they fit the cache of instructions."""
+    for dtype in ("float16", "float32"):
+        assert complaints(variant_of(kernel, dtype, **WAYS[way])) == []
+
+
+def test_conditions_on_each_vector_are_found():
+    variant = variant_of("normalize", "float16", **WAYS["rows"])
+    partial = ("take(v, ITEMS_PER_THREAD);", "take(v, tile.within(v));")
+    assert complaints(variant, lambda text: text.replace(*partial)) != []
+
+
+def test_numbers_of_other_blocks_are_loaded_strongly():
+    """Past the first-level cache: each of a partial's four, and three that normalisation takes."""
+    code = cuda_compile.disassembly(variant_of("forward", "float32", **WAYS["rows"]), 90)
+    assert len(re.findall(r"\bLDG\.E\.64\.STRONG", code)) >= 7
+    plain = lambda text: text.replace("*reinterpret_cast<const volatile double*>(at)", "*at")  # noqa: E731
+    weak = cuda_compile.disassembly(variant_of("forward", "float32", **WAYS["rows"]), 90, plain)
+    assert not re.findall(r"\bLDG\.E\.64\.STRONG", weak)
 
 
 FENCE = "__threadfence();"

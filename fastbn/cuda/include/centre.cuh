@@ -30,10 +30,10 @@ __device__ __forceinline__ double power_of_two(int exponent) {  // -1022 to 1023
     return __longlong_as_double(static_cast<i64>(exponent + 1023) << 52);
 }
 
-// The exponent of the unit of a channel's distances.
-__device__ __forceinline__ int distance_exponent(double mean, double rstd) {
+// The exponent of the unit of a channel's distances, 0 up to `ordinary` exponents of rstd.
+__device__ __forceinline__ int distance_exponent(double mean, double rstd, int ordinary = ORDINARY_RSTD) {
     int exponent = exponent_of(rstd);
-    if (exponent == NO_EXPONENT || abs(exponent) <= ORDINARY_RSTD) exponent = 0;
+    if (exponent == NO_EXPONENT || abs(exponent) <= ordinary) exponent = 0;
     exponent = min(exponent, MOST_EXPONENT - exponent_of(mean));  // nor may the mean get out of range
     exponent = max(-UNITS, min(exponent, UNITS));
 #if DTYPE != 3
@@ -55,5 +55,7 @@ struct Centre {  // of a channel
         low = is_finite(left) ? static_cast<real>(left) : 0;
     }
 
-    __device__ __forceinline__ real distance(real x) const { return fma(x, unit, -high) - low; }
+    // From the high part; what is linear in the distance takes the low part into its constant, once for a channel, where
+    // it was an instruction for each element.
+    __device__ __forceinline__ real distance(real x) const { return fma(x, unit, -high); }
 };

@@ -6,14 +6,15 @@
 // A position of weight 0 whose dz is 0 is skipped, whatever x is there: it adds nothing to the sums, and its dx is 0.
 // Coefficients have units where they would leave the range of the elements' type (centre.cuh).
 //
-// A thread sums a chunk, ITEMS_PER_THREAD vectors, in the type of the elements' arithmetic; all else is float64, in a
-// fixed order.
+// A thread sums GROUP elements of a channel in the type of the elements' arithmetic; all else is float64, in a fixed order.
 // After: Ioffe & Szegedy (2015), section 3.
 
 #pragma once
 
 #include "centre.cuh"
 #include "tile.cuh"
+
+#define NEAR_RSTD 4  // as ORDINARY_RSTD: distances are near 1, since dz is multiplied with them before rstd is
 
 struct Xhat {  // of a channel: (x - mean) rstd
     Centre centre;
@@ -22,7 +23,7 @@ struct Xhat {  // of a channel: (x - mean) rstd
     __device__ __forceinline__ void set(const Params& p, i64 at) {
         const double mean = parameter(p.mean, p.mean_type, at, 0.0);
         const double value = parameter(p.spread, p.spread_type, at, 1.0);
-        const int exponent = distance_exponent(mean, value);
+        const int exponent = distance_exponent(mean, value, NEAR_RSTD);
         centre.set(mean, 0.0, exponent);
         rstd = static_cast<real>(value * power_of_two(-exponent));
     }
@@ -35,8 +36,11 @@ struct Sums {
 struct Linear {  // dx of a channel: unit (scale dz - w (offset + slope distance))
     real scale, offset, slope, unit;
 
-    // From scale, offset and slope in the unit 2^exponent. Its own unit is as near to 1 as their range allows.
-    __device__ __forceinline__ void set(int exponent, const double (&coefficients)[3]) {
+    // From scale, offset and slope in the unit 2^exponent, of distances from a centre. Its own unit is as near to 1 as
+    // their range allows.
+    __device__ __forceinline__ void set(int exponent, double scale_, double offset_, double slope_, const Xhat& xhat) {
+        const double low = xhat.centre.low, moved = low == 0 ? 0 : slope_ * low;
+        const double coefficients[3] = {scale_, offset_ - moved, slope_};
         int least = MOST_EXPONENT, most = LEAST_EXPONENT;
 #pragma unroll
         for (int i = 0; i < 3; ++i) {
@@ -83,62 +87,86 @@ __device__ __forceinline__ bool skipped(const Params& p, const Tile& tile, Index
     return WEIGHT && dz == 0 && !(static_cast<real>(weight_of(p, tile, v, j)) > 0);
 }
 
+#define GROUP 16  // elements of a channel, at least, that are summed before they are added in float64
+#define CHUNKS_OF_GROUP (GROUP / (ITEMS_PER_THREAD * DEPTH) > 1 ? GROUP / (ITEMS_PER_THREAD * DEPTH) : 1)
+
+// What a thread sums of a channel: dz and dz times the distance, of a group of chunks in the type of the elements'
+// arithmetic. The factor rstd comes last, once, where it was an instruction for each element.
+struct Gathered {
+    Sums sums;
+    real plain, product;
+    bool any;  // positions that are not skipped: without, rstd may be NaN
+
+    __device__ __forceinline__ void clear() {
+        sums = Sums{0, 0};
+        any = !WEIGHT;
+        clear_group();
+    }
+
+    __device__ __forceinline__ void clear_group() { plain = product = 0; }
+
+    __device__ __forceinline__ void flush() {
+        sums.dbeta += plain;
+        sums.dgamma += product;
+        clear_group();
+    }
+
+    __device__ __forceinline__ Sums whole(const Xhat& xhat) const {
+        const double dbeta = sums.dbeta + plain, low = xhat.centre.low;
+        return Sums{any ? (sums.dgamma + product - (low == 0 ? 0 : low * dbeta)) * xhat.rstd : 0, dbeta};
+    }
+};
+
 // The sums of a chunk of vectors, to each of the thread's channels.
-#if RUN
 __device__ __forceinline__ void add_sums(
-    Sums (&sums)[CHANNELS], const Items& x, const Items& dz, int count, const Xhat (&xhat)[CHANNELS],
+    Gathered (&gathered)[CHANNELS], const Items& x, const Items& dz, int count, const Xhat (&xhat)[CHANNELS],
     const Params& p, const Tile& tile, Index v
 ) {
+#if RUN
     real plain[CHANNELS] = {0, 0}, product[CHANNELS] = {0, 0};
+    real places[VECTOR] = {}, products[VECTOR] = {};
 #pragma unroll
     for (int k = 0; k < ITEMS_PER_THREAD; ++k)
-        if (k < count) {
-            real part[CHANNELS] = {0, 0}, part_product[CHANNELS] = {0, 0};
+        if (k < count)
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const Xhat of = tile.of_element(xhat, j);
-                const real g = element(dz[k], j);
-                tile.add(part, j, g);
-                tile.add(part_product, j, g * (of.centre.distance(element(x[k], j)) * of.rstd));
+                const real g = element(dz[k], j), distance = tile.of_element(xhat, j).centre.distance(element(x[k], j));
+                places[j] = k > 0 ? places[j] + g : g;
+                products[j] = k > 0 ? fma(g, distance, products[j]) : g * distance;
             }
+    tile.fold(plain, places);
+    tile.fold(product, products);
 #pragma unroll
-            for (int ch = 0; ch < CHANNELS; ++ch) plain[ch] += part[ch], product[ch] += part_product[ch];
-        }
-#pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) sums[ch].dbeta += plain[ch], sums[ch].dgamma += product[ch];
-}
+    for (int ch = 0; ch < CHANNELS; ++ch) gathered[ch].plain += plain[ch], gathered[ch].product += product[ch];
 #else
-__device__ __forceinline__ void add_sums(
-    Sums& sums, const Items& x, const Items& dz, int count, int channel, const Xhat& xhat,
-    const Params& p, const Tile& tile, Index v
-) {
-    real plain = 0, product = 0;
 #pragma unroll
-    for (int k = 0; k < ITEMS_PER_THREAD; ++k)
-        if (k < count) {
-            real part = 0, part_product = 0;
+    for (int ch = 0; ch < CHANNELS; ++ch) {
+        const int from = ALONG_CHANNELS ? ch : 0;
+        real plain = 0, product = 0;
 #pragma unroll
-            for (int j = ALONG_CHANNELS ? channel : 0; j < (ALONG_CHANNELS ? channel + 1 : VECTOR); ++j) {
-                const real g = element(dz[k], j);
-                const real term = g * (xhat.centre.distance(element(x[k], j)) * xhat.rstd);
-                part += g;
-                part_product += skipped(p, tile, v + k * ROWS, j, g) ? 0 : term;
+        for (int k = 0; k < ITEMS_PER_THREAD; ++k)
+            if (k < count) {
+                real part = 0, part_product = 0;
+#pragma unroll
+                for (int j = from; j < from + DEPTH; ++j) {
+                    const real g = element(dz[k], j), distance = xhat[ch].centre.distance(element(x[k], j));
+                    part = j > from ? part + g : g;
+                    if (!skipped(p, tile, v + k * ROWS, j, g)) {
+                        part_product = j > from ? fma(g, distance, part_product) : g * distance;
+                        gathered[ch].any = true;
+                    }
+                }
+                plain = k > 0 ? plain + part : part;
+                product = k > 0 ? product + part_product : part_product;
             }
-            plain += part;
-            product += part_product;
-        }
-    sums.dbeta += plain;
-    sums.dgamma += product;
-}
-
-__device__ __forceinline__ void add_sums(
-    Sums (&sums)[CHANNELS], const Items& x, const Items& dz, int count, const Xhat (&xhat)[CHANNELS],
-    const Params& p, const Tile& tile, Index v
-) {
-#pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) add_sums(sums[ch], x, dz, count, ch, xhat[ch], p, tile, v);
-}
+        gathered[ch].plain += plain;
+        gathered[ch].product += product;
+    }
 #endif
+    if ((v - tile.first) / CHUNK % CHUNKS_OF_GROUP == CHUNKS_OF_GROUP - 1)
+#pragma unroll
+        for (int ch = 0; ch < CHANNELS; ++ch) gathered[ch].flush();
+}
 
 // --- shared memory: numbers of a tile's channels, which are made once for all threads; sums ---------------------------
 
@@ -195,7 +223,10 @@ __device__ __forceinline__ void sum_block(Sums (&sums)[EACH]) {
 }
 
 // Of all threads' channels.
-__device__ __forceinline__ void sum_block(Sums (&sums)[CHANNELS]) {
+__device__ __forceinline__ void sum_block(const Gathered (&gathered)[CHANNELS], const Xhat (&xhat)[CHANNELS]) {
+    Sums sums[CHANNELS];
+#pragma unroll
+    for (int ch = 0; ch < CHANNELS; ++ch) sums[ch] = gathered[ch].whole(xhat[ch]);
 #if RUN
     Sums *results = summed_channels(), *scratch = results + WIDTH;
 #pragma unroll
@@ -257,7 +288,7 @@ __device__ __forceinline__ void add_piece(const Params& p, const Tile& tile, i64
     __syncthreads();  // as in merge_piece
 }
 
-__device__ __forceinline__ Linear linear_of(const Params& p, i64 at, const Sums& sums) {
+__device__ __forceinline__ Linear linear_of(const Params& p, i64 at, const Sums& sums, const Xhat& xhat) {
     const double rstd = parameter(p.spread, p.spread_type, at, 1.0);
     const int exponent = max(0, min(exponent_of(rstd), 1022));
     const double per_unit = power_of_two(-exponent);
@@ -265,7 +296,7 @@ __device__ __forceinline__ Linear linear_of(const Params& p, i64 at, const Sums&
     double offset = 0, slope = 0;
     if (!p.frozen) {
         const double mean = parameter(p.mean, p.mean_type, at, 0.0);
-        const double per_distance = power_of_two(-distance_exponent(mean, rstd));
+        const double per_distance = power_of_two(-distance_exponent(mean, rstd, NEAR_RSTD));
         const double count = parameter(p.count, p.count_type, at, 1.0);
         const double dmean = parameter(p.dmean, p.dmean_type, at, 0.0);
         const double dvar = parameter(p.dvar, p.dvar_type, at, 0.0);
@@ -274,8 +305,38 @@ __device__ __forceinline__ Linear linear_of(const Params& p, i64 at, const Sums&
         slope = (scale * (rstd * per_distance) * sums.dgamma - 2.0 * dvar * per_unit * per_distance) * share;
     }
     Linear linear;
-    linear.set(exponent, {scale, offset, slope});
+    linear.set(exponent, scale, offset, slope, xhat);
     return linear;
+}
+
+// dx of a chunk in the place of x.
+template <bool FROZEN>
+__device__ __forceinline__ void put_dx(
+    Items& x, const Items& dz, const Params& p, const Tile& tile, Index v, int count,
+    const Xhat (&xhat)[CHANNELS], const Linear (&linear)[CHANNELS]
+) {
+#pragma unroll
+    for (int k = 0; k < ITEMS_PER_THREAD; ++k)
+        if (k < count) {
+            Elements results;
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const Linear of = tile.of_element(linear, j);
+                const real z = element(dz[k], j);
+                real g = of.scale * z;
+                if (!FROZEN) {
+                    real share = of.offset + of.slope * tile.of_element(xhat, j).centre.distance(element(x[k], j));
+#if WEIGHT
+                    const real w = static_cast<real>(weight_of(p, tile, v + k * ROWS, j));
+                    share = w > 0 ? w * share : 0;
+#endif
+                    g = fma(of.scale, z, -share);
+                }
+                g *= of.unit;
+                results.each[j] = encoded(skipped(p, tile, v + k * ROWS, j, z) ? 0 : g);
+            }
+            x[k] = results.packed;
+        }
 }
 
 // Writes dx, and dz where there was a residual. Without x, or with frozen statistics, dx = scale dz.
@@ -286,28 +347,9 @@ __device__ __forceinline__ void write_dx(
 #if RESIDUAL
     store(dz, p.dresidual, p.dresidual_strides, p, tile, v, count);
 #endif
-#pragma unroll
-    for (int k = 0; k < ITEMS_PER_THREAD; ++k)
-        if (k < count) {
-            Elements results;
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) {
-                const Linear of = tile.of_element(linear, j);
-                const real z = element(dz[k], j);
-                real g = of.scale * z;
-                if (!p.frozen) {
-                    const Centre centre = tile.of_element(xhat, j).centre;
-                    real share = of.offset + of.slope * centre.distance(element(x[k], j));
-#if WEIGHT
-                    const real w = static_cast<real>(weight_of(p, tile, v + k * ROWS, j));
-                    share = w > 0 ? w * share : 0;
-#endif
-                    g -= share;
-                }
-                g *= of.unit;
-                results.each[j] = encoded(skipped(p, tile, v + k * ROWS, j, z) ? 0 : g);
-            }
-            x[k] = results.packed;
-        }
+    if (p.frozen)  // once for a chunk: as a condition on each element it takes an instruction
+        put_dx<true>(x, dz, p, tile, v, count, xhat, linear);
+    else
+        put_dx<false>(x, dz, p, tile, v, count, xhat, linear);
     store(x, p.dx, p.dx_strides, p, tile, v, count);
 }

@@ -15,10 +15,12 @@
 #include "tile.cuh"
 
 #if DTYPE == 3
+#define LEAST_EXPONENT_OF_SQUARES -900
 #define LEAST_SQUARES 0x1p-900  // below, sums of squares have lost digits to underflow
 #define SMALL_UNIT 0x1p600      // for small distances
 #define LARGE_UNIT 0x1p-600
 #else
+#define LEAST_EXPONENT_OF_SQUARES -76
 #define LEAST_SQUARES 0x1p-76  // squares below 2^-126 are 0, which is 2^-50 of it
 #define SMALL_UNIT 1.0
 #define LARGE_UNIT 1.0

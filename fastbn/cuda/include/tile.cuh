@@ -10,6 +10,8 @@
 //   THREADS           of a block
 //   ITEMS_PER_THREAD  vectors of one array that a thread has in registers, all their loads in flight together
 //   WIDE              1: a channel has 2^31 vectors or more
+//   STEPS             how a channel's vectors lie in all arrays, where 32 bits count them: 1 at equal distances, 2 in rows
+//                     without gaps, 0 in any other way: an address takes 1, 5 and 12 instructions
 //   WEIGHT            0 none, 1 bool, 2 float64
 //   RELU, RESIDUAL    0 or 1
 //   CLUSTER           blocks of a cluster, 1 without
@@ -155,16 +157,26 @@ struct Tile {
         const i64 start = split * p.share, end = start + p.share;
         first = static_cast<Index>(start < p.vectors ? start : p.vectors);
         last = static_cast<Index>(end < p.vectors ? end : p.vectors);
+        if (!active) last = 0;
     }
+
+    // Whether all vectors of a thread's chunk from v on are this block's. Only a thread's last chunk is not whole: loops
+    // over the others have no conditions.
+    __device__ __forceinline__ bool whole(Index v) const { return v + (ITEMS_PER_THREAD - 1) * ROWS < last; }
 
     // Of the vectors v, v + ROWS, ... of one thread, how many are this block's, ITEMS_PER_THREAD at most.
     __device__ __forceinline__ int within(Index v) const {
-        if (!active || v >= last) return 0;
+        if (v >= last) return 0;
         const Index left = (last - v + (ROWS - 1)) / ROWS;
         return left < ITEMS_PER_THREAD ? static_cast<int>(left) : ITEMS_PER_THREAD;
     }
 
     __device__ __forceinline__ Index start() const { return first + threadIdx.x / LANES; }
+
+    // How many a thread has, `count` of them from v on.
+    __device__ __forceinline__ double taken(Index v, int count) const {
+        return static_cast<double>((v - start()) / ROWS + count);
+    }
 
     // Of the channel `q` of the tile: whether there is one, and its place among all that have statistics.
     __device__ __forceinline__ bool has(const Params& p, int q) const { return origin + q < p.channels; }
@@ -189,7 +201,13 @@ struct Tile {
     template <class Number>
     __device__ __forceinline__ Number of_element(const Number (&channels)[CHANNELS], int j) const {
 #if RUN
-        return j < cut ? channels[0] : channels[1];
+        // A number at a time: of whole structures sm_100 gets branches, or four moves for each number.
+        Number chosen;
+        const real *one = reinterpret_cast<const real*>(channels), *two = reinterpret_cast<const real*>(channels + 1);
+#pragma unroll
+        for (int i = 0; i < static_cast<int>(sizeof(Number) / sizeof(real)); ++i)
+            reinterpret_cast<real*>(&chosen)[i] = j < cut ? one[i] : two[i];
+        return chosen;
 #else
         return channels[ALONG_CHANNELS ? j : 0];
 #endif
@@ -202,6 +220,13 @@ struct Tile {
             sums[0] += value;
         else
             sums[1] += value;
+    }
+
+    // Likewise what all elements at each place in a vector give: loops add by places, as two channels for each element
+    // are two instructions, and on sm_100 another six that move.
+    __device__ __forceinline__ void fold(real (&sums)[CHANNELS], const real (&places)[VECTOR]) const {
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) add(sums, j, places[j]);
     }
 #endif
 
@@ -232,6 +257,8 @@ __device__ __forceinline__ void find_work(const Params& p, unsigned& tile, unsig
 #endif
 }
 
+#define CHUNK (ITEMS_PER_THREAD * ROWS)  // from a thread's vector to the first of its next chunk
+
 struct Position {  // on the reduced axes
     i64 outer, inner;
 
@@ -251,25 +278,44 @@ struct Position {  // on the reduced axes
     }
 };
 
+// The vector v + k * ROWS of a channel, of data that begin with the thread's own.
+__device__ __forceinline__ Packed* vector_at(T* start, const Strides& strides, const Params& p, Index v, int k) {
+    Packed* vectors = reinterpret_cast<Packed*>(start);
+#if STEPS == 1
+    const unsigned step = static_cast<unsigned>(strides[1]) / VECTOR;
+    return vectors + v * step + static_cast<u64>(step) * (k * ROWS);
+#elif STEPS == 2
+    // What is the same for all k is an offset within the instruction that loads.
+    const unsigned gap = static_cast<unsigned>(strides[1]) / VECTOR - static_cast<unsigned>(p.row_vectors);
+    const unsigned row = __umulhi(v + k * ROWS, static_cast<unsigned>(p.row_magic)) >> p.row_shift;
+    return vectors + (v + row * gap) + k * ROWS;
+#else
+    return reinterpret_cast<Packed*>(start + Position(p, v + k * ROWS).offset(strides));
+#endif
+}
+
+__device__ __forceinline__ T* start_of(const char* data, const Strides& strides, const Tile& tile) {
+    return const_cast<T*>(reinterpret_cast<const T*>(data)) + tile.base(strides);
+}
+
 // ITEMS_PER_THREAD vectors of an array, as many as `count`; the others are left alone.
 __device__ __forceinline__ void load(
     Items& items, const char* data, const Strides& strides, const Params& p, const Tile& tile, Index v, int count
 ) {
-    const T* start = reinterpret_cast<const T*>(data) + tile.base(strides);
+    T* start = start_of(data, strides, tile);
 #pragma unroll
     for (int k = 0; k < ITEMS_PER_THREAD; ++k)
-        if (k < count)
-            items[k] = *reinterpret_cast<const Packed*>(start + Position(p, v + k * ROWS).offset(strides));
+        if (k < count) items[k] = *vector_at(start, strides, p, v, k);
 }
 
 __device__ __forceinline__ void store(
     const Items& items, char* data, const Strides& strides, const Params& p, const Tile& tile, Index v, int count
 ) {
-    T* start = reinterpret_cast<T*>(data) + tile.base(strides);
+    T* start = start_of(data, strides, tile);
 #pragma unroll
     for (int k = 0; k < ITEMS_PER_THREAD; ++k)
         if (k < count)  // an assignment of a uint4 becomes four stores before sm_100
-            __stwb(reinterpret_cast<Packed*>(start + Position(p, v + k * ROWS).offset(strides)), items[k]);
+            __stwb(vector_at(start, strides, p, v, k), items[k]);
 }
 
 // What a thread keeps on the chip: chunks in shared memory, `kept` being its own place in the first vectors.

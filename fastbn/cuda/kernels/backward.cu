@@ -18,26 +18,29 @@ KERNEL backward(const Params p) {
     for (unsigned at = blockIdx.x / splits; at < p.tiles; at += gridDim.x / splits) {
         const Tile tile(p, at, split);
         Xhat xhat[CHANNELS];
-        Sums sums[CHANNELS];
+        Gathered gathered[CHANNELS];
         set_xhat(p, tile, xhat);
 #pragma unroll
-        for (int ch = 0; ch < CHANNELS; ++ch) sums[ch] = Sums{0, 0};
+        for (int ch = 0; ch < CHANNELS; ++ch) gathered[ch].clear();
         Items x, dz;
         Index v = tile.start();
-        int count = tile.within(v), chunk = 0;
-        while (true) {
+        int chunk = 0;
+        const auto take = [&](int count) {
             load(x, p.x, p.x_strides, p, tile, v, count);
             load_dz(dz, p, tile, v, count);
-            add_sums(sums, x, dz, count, xhat, p, tile, v);
-            const int next = tile.within(v + ITEMS_PER_THREAD * ROWS);
-            if (next == 0) break;  // the last chunk stays in registers
+            add_sums(gathered, x, dz, count, xhat, p, tile, v);
+        };
+        while (tile.whole(v)) {
+            take(ITEMS_PER_THREAD);
+            if (v + CHUNK >= tile.last) break;  // the last chunk stays in registers
             keep(kept, 2 * chunk, x);
             keep(kept, 2 * chunk + 1, dz);
-            v += ITEMS_PER_THREAD * ROWS;
-            count = next;
+            v += CHUNK;
             ++chunk;
         }
-        sum_block(sums);
+        const int count = tile.within(v);
+        if (count < ITEMS_PER_THREAD) take(count);
+        sum_block(gathered, xhat);
         if (p.splits > 1) {
             write_sums(p, tile, split);
             group_barrier(p, ++round);
@@ -47,18 +50,17 @@ KERNEL backward(const Params p) {
         for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS) {
             const i64 place = tile.kept(p, q);
             const Sums whole = p.splits > 1 ? read_gradients(p, place) : write_gradients(p, place, summed_channels()[q]);
-            linear_of_channels()[q] = linear_of(p, place, whole);
+            linear_of_channels()[q] = linear_of(p, place, whole, xhat_of_channels()[q]);
         }
         __syncthreads();
         Linear linear[CHANNELS];
         fetch_numbers(tile, linear_of_channels(), linear);
-        while (true) {
-            write_dx(x, dz, p, tile, v, count, xhat, linear);
-            if (chunk-- == 0) break;
-            v -= ITEMS_PER_THREAD * ROWS;
-            count = ITEMS_PER_THREAD;
+        write_dx(x, dz, p, tile, v, count, xhat, linear);
+        while (chunk-- > 0) {
+            v -= CHUNK;
             fetch(x, kept, 2 * chunk);
             fetch(dz, kept, 2 * chunk + 1);
+            write_dx(x, dz, p, tile, v, ITEMS_PER_THREAD, xhat, linear);
         }
     }
 }

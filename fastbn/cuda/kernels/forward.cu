@@ -28,20 +28,21 @@ KERNEL forward(const Params p) {
         for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].clear();
         Items items;
         Index v = tile.start();
-        int count = tile.within(v), chunk = 0;
-        double vectors = 0;
-        while (true) {
+        int chunk = 0;
+        const auto take = [&](int count) {
             load(items, p.x, p.x_strides, p, tile, v, count);
             add_chunk(accumulators, items, count, p, tile, v);
-            vectors += count;
-            const int next = tile.within(v + ITEMS_PER_THREAD * ROWS);
-            if (next == 0) break;  // the last chunk stays in registers
+        };
+        while (tile.whole(v)) {
+            take(ITEMS_PER_THREAD);
+            if (v + CHUNK >= tile.last) break;  // the last chunk stays in registers
             keep(kept, chunk, items);
-            v += ITEMS_PER_THREAD * ROWS;
-            count = next;
+            v += CHUNK;
             ++chunk;
         }
-        merge_block(accumulators, tile, vectors);
+        const int count = tile.within(v);
+        if (count < ITEMS_PER_THREAD) take(count);
+        merge_block(accumulators, count, p, tile, v);
         if (p.splits > 1) {
             write_partials(p, tile, split);
             group_barrier(p, ++round);
@@ -52,12 +53,11 @@ KERNEL forward(const Params p) {
         set_affine(p, tile, shared, affine, [&](int q, i64 at) {
             return p.splits > 1 ? read_statistics(p, at) : write_moments(p, at, merged_channels()[q]);
         });
-        while (true) {
-            write_normalized(items, p, tile, v, count, affine);
-            if (chunk-- == 0) break;
-            v -= ITEMS_PER_THREAD * ROWS;
-            count = ITEMS_PER_THREAD;
+        write_normalized(items, p, tile, v, count, affine);
+        while (chunk-- > 0) {
+            v -= CHUNK;
             fetch(items, kept, chunk);
+            write_normalized(items, p, tile, v, ITEMS_PER_THREAD, affine);
         }
     }
 }

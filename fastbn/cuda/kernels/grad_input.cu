@@ -6,15 +6,15 @@
 
 #include "gradients.cuh"
 
-__device__ __forceinline__ Linear given_linear(const Params& p, i64 at) {
+__device__ __forceinline__ Linear given_linear(const Params& p, i64 at, const Xhat& xhat) {
     const double mean = parameter(p.mean, p.mean_type, at, 0.0);
     const double unit = parameter(p.spread, p.spread_type, at, 1.0);
     const double scale = parameter(p.gamma, p.gamma_type, at, 1.0);
     const double offset = parameter(p.offset, p.offset_type, at, 0.0);
     const double slope = parameter(p.slope, p.slope_type, at, 0.0);
-    const double per_distance = power_of_two(-distance_exponent(mean, unit));
+    const double per_distance = power_of_two(-distance_exponent(mean, unit, NEAR_RSTD));
     Linear linear;
-    linear.set(exponent_of(unit), {scale, offset, slope * per_distance});
+    linear.set(exponent_of(unit), scale, offset, slope * per_distance, xhat);
     return linear;
 }
 
@@ -22,19 +22,23 @@ KERNEL grad_input(const Params p) {
     unsigned at, split;
     find_work(p, at, split);
     const Tile tile(p, at, split);
-    for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS) {
-        const i64 kept = tile.kept(p, q);
-        linear_of_channels()[q] = p.summed ? linear_of(p, kept, read_gradients(p, kept)) : given_linear(p, kept);
-    }
     Xhat xhat[CHANNELS];
     set_xhat(p, tile, xhat);
+    for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS) {
+        const i64 kept = tile.kept(p, q);
+        const Xhat& of = xhat_of_channels()[q];
+        linear_of_channels()[q] = p.summed ? linear_of(p, kept, read_gradients(p, kept), of) : given_linear(p, kept, of);
+    }
+    __syncthreads();
     Linear linear[CHANNELS];
     fetch_numbers(tile, linear_of_channels(), linear);
-    for (Index v = tile.start(); tile.within(v); v += ITEMS_PER_THREAD * ROWS) {
+    const auto take = [&](Index v, int count) {
         Items x, dz;
-        const int count = tile.within(v);
         if (!p.frozen) load(x, p.x, p.x_strides, p, tile, v, count);
         load_dz(dz, p, tile, v, count);
         write_dx(x, dz, p, tile, v, count, xhat, linear);
-    }
+    };
+    Index v = tile.start();
+    for (; tile.whole(v); v += CHUNK) take(v, ITEMS_PER_THREAD);
+    if (const int count = tile.within(v)) take(v, count);
 }

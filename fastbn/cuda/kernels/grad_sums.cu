@@ -10,18 +10,20 @@ KERNEL grad_sums(const Params p) {
     find_work(p, at, split);
     const Tile tile(p, at, split);
     Xhat xhat[CHANNELS];
-    Sums sums[CHANNELS];
+    Gathered gathered[CHANNELS];
     set_xhat(p, tile, xhat);
 #pragma unroll
-    for (int ch = 0; ch < CHANNELS; ++ch) sums[ch] = Sums{0, 0};
-    for (Index v = tile.start(); tile.within(v); v += ITEMS_PER_THREAD * ROWS) {
+    for (int ch = 0; ch < CHANNELS; ++ch) gathered[ch].clear();
+    const auto take = [&](Index v, int count) {
         Items x, dz;
-        const int count = tile.within(v);
         load(x, p.x, p.x_strides, p, tile, v, count);
         load_dz(dz, p, tile, v, count);
-        add_sums(sums, x, dz, count, xhat, p, tile, v);
-    }
-    sum_block(sums);
+        add_sums(gathered, x, dz, count, xhat, p, tile, v);
+    };
+    Index v = tile.start();
+    for (; tile.whole(v); v += CHUNK) take(v, ITEMS_PER_THREAD);
+    if (const int count = tile.within(v)) take(v, count);
+    sum_block(gathered, xhat);
     if (p.splits > 1) {
         write_sums(p, tile, split);
         return;

@@ -16,10 +16,12 @@ KERNEL normalize(const Params p) {
         const double spread = parameter(p.spread, p.spread_type, at, 1.0);
         return Statistics{mean, 0.0, p.spread_is_variance ? reciprocal_sqrt(spread + p.eps) : spread};
     });
-    for (Index v = tile.start(); tile.within(v); v += ITEMS_PER_THREAD * ROWS) {
+    const auto take = [&](Index v, int count) {
         Items items;
-        const int count = tile.within(v);
         load(items, p.x, p.x_strides, p, tile, v, count);
         write_normalized(items, p, tile, v, count, affine);
-    }
+    };
+    Index v = tile.start();
+    for (; tile.whole(v); v += CHUNK) take(v, ITEMS_PER_THREAD);
+    if (const int count = tile.within(v)) take(v, count);
 }

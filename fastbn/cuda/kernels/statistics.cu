@@ -12,15 +12,16 @@ KERNEL statistics(const Params p) {
     Accumulator accumulators[CHANNELS];
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) accumulators[ch].clear();
-    double vectors = 0;
-    for (Index v = tile.start(); tile.within(v); v += ITEMS_PER_THREAD * ROWS) {
+    const auto take = [&](Index v, int count) {
         Items items;
-        const int count = tile.within(v);
         load(items, p.x, p.x_strides, p, tile, v, count);
         add_chunk(accumulators, items, count, p, tile, v);
-        vectors += count;
-    }
-    merge_block(accumulators, tile, vectors);
+    };
+    Index v = tile.start();
+    for (; tile.whole(v); v += CHUNK) take(v, ITEMS_PER_THREAD);
+    const int count = tile.within(v);
+    if (count > 0) take(v, count);
+    merge_block(accumulators, count, p, tile, v);
     if (p.splits > 1) {
         write_partials(p, tile, split);
         return;
