@@ -139,9 +139,16 @@ def forward(
     return run
 
 
+def _no_sums(kept: int) -> Callable[..., list[Array]]:
+    """Of no elements: 0, though rstd is NaN."""
+    return lambda *arrays: [xp.zeros(kept), xp.zeros(kept)]
+
+
 def grad_sums(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, mean: Any, rstd: Any
 ) -> Callable[..., list[Array]]:
+    if x.size == 0:
+        return _no_sums(x.kept)
     problem = problem_of({"x": x, "dy": dy, "y": y}, weight, {"mean": mean, "spread": rstd}, y is not None)
     return _launcher(plans.grad_sums, problem, 2, "dy x y weight mean spread")
 
@@ -177,6 +184,8 @@ def backward(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
     dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., list[Array]]:  # fmt: skip
+    if x.size == 0:
+        return _no_sums(x.kept)
     arrays = {"x": x, "dy": dy, "y": y, "dx": dx, "dresidual": dresidual}
     mean, rstd, *others = numbers
     types = {"mean": mean, "spread": rstd, **dict(zip(("gamma", "count", "dmean", "dvar"), others, strict=True))}

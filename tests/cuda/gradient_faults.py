@@ -14,11 +14,11 @@ FAULTS = [
     ),
     Fault(
         "dgamma without rstd", "grad_sums",
-        "(sums.dgamma + product) * xhat.rstd", "(sums.dgamma + product)", "parts, rows",
+        "low * dbeta)) * xhat.rstd", "low * dbeta))", "parts, rows",
     ),
     Fault(
         "sums: the last group left out", "grad_sums",
-        "sums.dbeta + plain};", "sums.dbeta};", "parts, rows",
+        "sums.dbeta + plain, low", "sums.dbeta, low", "parts, rows",
     ),
     Fault(
         "sums of nothing times an rstd that is NaN", "backward",

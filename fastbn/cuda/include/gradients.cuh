@@ -187,8 +187,12 @@ __device__ __forceinline__ void fetch_numbers(const Tile& tile, const Numbers* c
 }
 
 __device__ __forceinline__ void set_xhat(const Params& p, const Tile& tile, Xhat (&xhat)[CHANNELS]) {
-    for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS)
-        xhat_of_channels()[q].set(p, tile.kept(p, q));
+    for (int q = threadIdx.x; q < WIDTH; q += THREADS) {
+        if (tile.has(p, q))
+            xhat_of_channels()[q].set(p, tile.kept(p, q));
+        else
+            xhat_of_channels()[q] = Xhat{{0, 0, 0}, 0};  // threads behind the last channel sum nothing times rstd
+    }
     __syncthreads();
     fetch_numbers(tile, xhat_of_channels(), xhat);
 }
