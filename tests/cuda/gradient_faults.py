@@ -84,14 +84,14 @@ FAULTS = [
     ),
     Fault(
         "sums: numbers of the tile before", "backward",
-        "xhat_of_channels()[q].set(p, tile.kept(p, q));\n    __syncthreads();",
-        "xhat_of_channels()[q].set(p, tile.kept(p, q));",
+        "    __syncthreads();\n    fetch_numbers(tile, xhat_of_channels(), xhat);",
+        "    fetch_numbers(tile, xhat_of_channels(), xhat);",
         "backward, cooperative, blocks take several tiles",
     ),
     Fault(
         "sums: numbers read before they are written", "grad_sums",
-        "xhat_of_channels()[q].set(p, tile.kept(p, q));\n    __syncthreads();",
-        "xhat_of_channels()[q].set(p, tile.kept(p, q));",
+        "    __syncthreads();\n    fetch_numbers(tile, xhat_of_channels(), xhat);",
+        "    fetch_numbers(tile, xhat_of_channels(), xhat);",
         "parts, columns",
     ),
     Fault(

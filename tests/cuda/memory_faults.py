@@ -58,7 +58,7 @@ CALL = "            group_barrier(p, ++round);\n"
 WRITTEN_PARTS = "= partials[ch];\n    __syncthreads();\n    if (WARPS == 1) return;"
 WRITTEN_SUMS = "* WARPS] = sums[ch];\n    __syncthreads();\n    if (WARPS == 1) return;"
 COEFFICIENTS = "    }\n    __syncthreads();\n#pragma unroll\n    for (int ch = 0; ch < CHANNELS; ++ch) affine"
-NUMBERS = "xhat_of_channels()[q].set(p, tile.kept(p, q));\n    __syncthreads();"
+NUMBERS = "    __syncthreads();\n    fetch_numbers(tile, xhat_of_channels(), xhat);"
 
 BLOCKS = [  # barriers of a block
     ("block: parts read before they are written", "statistics", WRITTEN_PARTS, "moments, rows"),
