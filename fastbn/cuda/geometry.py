@@ -85,7 +85,9 @@ def geometry_of(problem: Problem, tuning: Tuning, kept: Kept | None) -> Geometry
     along = channel > 1 and (inner == 1 or abs(strides[2]) < abs(strides[3]))
     most = 16 // problem.itemsize
     if problem.weight or (kept and along):
-        most = min(most, 4)  # what a thread needs for eight channels leaves registers for one block a multiprocessor
+        # What a thread needs for eight channels leaves registers for one block a multiprocessor; with weights, four
+        # spill beside a residual.
+        most = min(most, 2 if problem.weight and along else 4)
     vector = vector_of(problem, 2 if along else 3, most)
     if not along and not problem.weight and vector < most and (lanes := _lanes_of_run(problem, tuning, most)):
         tiles_per_batch = channel * inner // (lanes * most)
@@ -197,7 +199,7 @@ def items_of(work: Work, arrays: int) -> int:
     problem, tuning, geometry = work
     items = _items_per_thread(problem, tuning, geometry.along_channels, geometry.vector, arrays)
     converted = problem.dtype == BFLOAT16 and problem.device.architecture < 80  # by other instructions
-    beside = geometry.run and (problem.residual or converted)
+    beside = geometry.run and (problem.residual or converted or problem.itemsize == 8)
     return max(1, items // 2) if beside else items  # beside two channels, eight spill
 
 
