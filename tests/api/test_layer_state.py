@@ -141,7 +141,7 @@ WRONG_STATES = {
     ),
     "no array here": (
         lambda state: state | {"running_var": Elsewhere()}, TypeError,
-        "state['running_var']: expected an array for numpy, got <class 'tests.api.test_layer_state.Elsewhere'>: not here",
+        f"state['running_var']: expected an array for numpy, got {Elsewhere}: not here",
     ),
 }  # fmt: skip
 
