@@ -22,7 +22,7 @@ from fastbn.backend import Backend
 from fastbn.formulas import batch_rstd, rstd_with
 from fastbn.layout import Layout, Shape, layout_of
 from fastbn.operands import Affine, Numbers, Operand, dense
-from fastbn.ways import Ways, arriving
+from fastbn.ways import Ways, WaysToPieces, arriving
 
 OF_A_ROW = 64  # bytes of parameters, and of what kernels make of them, for each index that a piece keeps
 AT_LEAST = 16  # pieces in an array that is cut: from 2 MB on the CPU, copying takes longer than what pieces share
@@ -48,20 +48,21 @@ class Cut(NamedTuple):
             yield tuple(index)
 
 
-def kernels_for(ways: Ways, weight: Operand | None, read: Sequence[Any], written: Sequence[Any]) -> Backend | Pieces:
-    """The backend, or what calls it in pieces; ``ways`` then leaves arrays whole.
+def kernels_for(
+    ways: Ways, weight: Operand | None, read: Sequence[Any], written: Sequence[Any]
+) -> tuple[Backend | Pieces, Ways]:
+    """The backend, or what calls it in pieces; and the ways of arrays to it.
 
     The first of the arrays is x; one that is None is absent, or written into a new array.
     """
     backend, x = ways.backend, read[0]
     arrays = [a for a in read if a is not None] + [backend.alike(x) if a is None else a for a in written]
     if weight is not None or all(_walks(backend, ways.layout, a) for a in arrays):
-        return backend
+        return backend, ways
     cut = cut_of(backend, ways.layout.kept, arrays)
     if cut is None:
-        return backend
-    ways.whole = True
-    return Pieces(backend, ways.layout, cut)
+        return backend, ways
+    return Pieces(backend, ways.layout, cut), WaysToPieces(backend, ways.layout, x)
 
 
 def is_cut(backend: Backend, layout: Layout, x: Any) -> bool:

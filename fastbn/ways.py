@@ -27,7 +27,6 @@ class Ways:
     def __init__(self, backend: Backend, layout: Layout, x: Any, of: int = 0) -> None:
         self.backend, self.layout, self.shape, self._of = backend, layout, x.shape, of
         self.device, _ = backend.place(x)
-        self.whole = False  # whether arrays are left to `fastbn.pieces`
 
     def _operand(self, view: Any, fresh: bool = False) -> Operand:
         """A folded array where it lies."""
@@ -40,8 +39,6 @@ class Ways:
 
     def data(self, a: Any, fresh: bool = False) -> tuple[Operand, Way]:
         """An array that is read: it is copied where kernels cannot walk it."""
-        if self.whole:
-            return self._operand(a, fresh), None
         view = self.backend.folded_view(self.layout, a)
         if view is not None and self.backend.reads(view):
             return self._operand(view, fresh), None
@@ -106,3 +103,10 @@ class Ways:
             return False
         same_or_apart = self.backend.same_or_apart
         return any(a is not None and a is not out and not same_or_apart(out, a) for a in inputs)
+
+
+class WaysToPieces(Ways):
+    """The same for kernels that take arrays apart themselves (`fastbn.pieces`): all lie as they should."""
+
+    def data(self, a: Any, fresh: bool = False) -> tuple[Operand, Way]:
+        return self._operand(a, fresh), None

@@ -9,7 +9,7 @@ import pytest
 import fastbn
 from fastbn import call, cpu, pieces
 from tests.cases import checks
-from tests.cases.views import VIEWS
+from tests.cases.views import VIEWS, cut_small_arrays
 from tests.support import DTYPES, OPTIONS, Layout, make_case, spatial_slice
 
 
@@ -23,10 +23,7 @@ def in_small_pieces(monkeypatch):
         make(self, *arguments)
 
     monkeypatch.setattr(pieces.Pieces, "__init__", noted)
-    monkeypatch.setattr(pieces, "LITTLE", 2048)
-    monkeypatch.setattr(pieces, "AT_LEAST", 2)
-    monkeypatch.setattr(cpu, "LEAST_PIECE", 1024)
-    call.forget()
+    cut_small_arrays(monkeypatch, cpu)
     yield made
     call.forget()
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fastbn import call, pieces
 from tests.support import Layout, reversed_axes
 
 
@@ -53,3 +54,11 @@ VIEWS = {
     "columns kept": Layout((3, 4, 9, 21), (1, 3), border(0, 0, 1, 2)),
     "transposed": Layout((7, 9, 4, 5), 2, transposed),
 }
+
+
+def cut_small_arrays(monkeypatch, backend):
+    """From a kilobyte on; what was prepared before is forgotten."""
+    monkeypatch.setattr(pieces, "AT_LEAST", 2)
+    monkeypatch.setattr(pieces, "LITTLE", 2048)
+    monkeypatch.setattr(backend, "LEAST_PIECE", 1024)
+    call.forget()

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from fastbn import call, pieces
+from fastbn import call
 from tests.cases import checks
-from tests.cases.views import VIEWS
+from tests.cases.views import VIEWS, cut_small_arrays
 from tests.support import DTYPES, OPTIONS, make_case
 
 
@@ -15,10 +15,7 @@ def in_small_pieces(cuda_arrays, monkeypatch):
 
     monkeypatch.setattr(checks, "fastbn", cuda_arrays)
     monkeypatch.setattr(checks, "SAME_BITS", False)
-    monkeypatch.setattr(pieces, "AT_LEAST", 2)
-    monkeypatch.setattr(pieces, "LITTLE", 2048)
-    monkeypatch.setattr(cuda, "LEAST_PIECE", 1024)
-    call.forget()
+    cut_small_arrays(monkeypatch, cuda)
     yield cuda_arrays
     call.forget()
 
