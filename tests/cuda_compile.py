@@ -39,8 +39,8 @@ from tests.cuda_variants import (
 
 
 @lru_cache(maxsize=1)
-def available() -> str | None:
-    """None, or why kernels cannot be compiled and read here."""
+def without_compiler() -> str | None:
+    """None, or why kernels cannot be compiled here."""
     try:
         import cupy  # noqa: F401 - whether it can be
         from cupy_backends.cuda.libs import nvrtc
@@ -50,6 +50,13 @@ def available() -> str | None:
         nvrtc.getVersion()
     except Exception as error:  # the loader's errors differ by version
         return f"NVRTC cannot be loaded: {error}"
+    return None
+
+
+def available() -> str | None:
+    """None, or why kernels cannot be compiled and read here."""
+    if reason := without_compiler():
+        return reason
     return None if nvdisasm() else "nvdisasm was not found; PyPI has it as nvidia-cuda-nvdisasm"
 
 

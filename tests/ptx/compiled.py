@@ -12,21 +12,6 @@ from tests import cuda_compile
 from tests.simt import simt
 
 
-@lru_cache(maxsize=1)
-def available() -> str | None:
-    """None, or why kernels cannot be compiled here."""
-    try:
-        import cupy  # noqa: F401 - whether it can be
-        from cupy_backends.cuda.libs import nvrtc
-    except ImportError as error:
-        return f"CuPy cannot be imported: {error}"
-    try:
-        nvrtc.getVersion()
-    except Exception as error:  # the loader's errors differ by version
-        return f"NVRTC cannot be loaded: {error}"
-    return None
-
-
 @lru_cache(maxsize=1024)
 def ptx(source: str, options: tuple[str, ...], architecture: int) -> str:
     """The text, as CuPy's options make it. That of the machine code is the same: a test compares."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.ptx import compiled
+from tests import cuda_compile
 from tests.ptx.driver import Driver
 from tests.simt import host_cupy, host_memory
 from tests.simt.cuda import SMALL, OnCupy, forget
@@ -25,7 +25,7 @@ ARCHITECTURES = (80, 90)
 
 def available() -> str | None:
     """None, or why compiled kernels cannot be executed here."""
-    return host_cupy.available() or compiled.available()
+    return host_cupy.available() or cuda_compile.without_compiler()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections import Counter
 
-from tests import cuda_variants
+from tests import cuda_compile, cuda_variants
 from tests.ptx import compiled
 from tests.ptx.cuda import ARCHITECTURES
 from tests.ptx.program import Program
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="also every option of the widest kernels")
     parser.add_argument("--kernel", action="append", help="only this kernel; may be repeated")
     options = parser.parse_args(arguments)
-    if (reason := compiled.available()) is not None:
+    if (reason := cuda_compile.without_compiler()) is not None:
         print(reason, file=sys.stderr)
         return 2
     found: dict[str, Counter[str]] = {}
