@@ -55,7 +55,7 @@ struct Centre {  // of a channel
         low = is_finite(left) ? static_cast<real>(left) : 0;
     }
 
-    // From the high part; what is linear in the distance takes the low part into its constant, once for a channel, where
-    // it was an instruction for each element.
+    // From the high part; what is linear in the distance takes the low part into its constant, once for a channel: for
+    // each element it takes an instruction.
     __device__ __forceinline__ real distance(real x) const { return fma(x, unit, -high); }
 };

@@ -91,7 +91,7 @@ __device__ __forceinline__ bool skipped(const Params& p, const Tile& tile, Index
 #define CHUNKS_OF_GROUP (GROUP / (ITEMS_PER_THREAD * DEPTH) > 1 ? GROUP / (ITEMS_PER_THREAD * DEPTH) : 1)
 
 // What a thread sums of a channel: dz and dz times the distance, of a group of chunks in the type of the elements'
-// arithmetic. The factor rstd comes last, once, where it was an instruction for each element.
+// arithmetic. The factor rstd comes last, once: for each element it takes an instruction.
 struct Gathered {
     Sums sums;
     real plain, product;
