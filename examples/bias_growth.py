@@ -17,7 +17,7 @@ also computes them only every ten steps, as a normalisation between gradient ste
 beta, whose gradient is that of b but for a factor, so that b comes to rest when beta does.
 
 Where it does not show: with everything learning the bias grows outside, but ever more slowly, since the loss and with
-it the gradient fall; the network learns, though less. "The model blows up" at high rates where statistics are old.
+it the gradient fall; the network learns, though less. It "blows up" at high rates, where statistics are old.
 
 Run ``python examples/bias_growth.py`` (a minute; ``--quick``: seconds).
 

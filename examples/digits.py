@@ -9,8 +9,9 @@ as it is and once with batch normalization before every sigmoid::
 E and Var are the mini-batch's while training, running averages where the test accuracy is followed, and the
 population's (Algorithm 2) at the end, where they are also folded into W and b. Three experiments:
 
-- section 4.1, Figure 1: test accuracy at 1, 10 and 30 times a base rate, and the percentiles of one sigmoid's input.
-  Batch norm is several times faster and bears all rates; on a problem this easy the higher ones do not speed it up.
+- section 4.1, Figure 1: test accuracy and the percentiles of one sigmoid's input, here at 1, 10 and 30 times a base
+  rate (section 4.2.2 has 5 and 30 times, of Inception). Batch norm is several times faster and bears all rates; on a
+  problem this easy the higher ones do not speed it up.
 - section 3.3: BN(a W u) = BN(W u), so the scale a of the initial weights matters little. Large ones do slow training:
   the gradient of a W shrinks as 1 / a, the relative step as 1 / a^2. At the scale that suits the plain network best,
   0.3, batch norm is still faster, but at ten times the base rate it ends no better.

@@ -19,8 +19,8 @@ Where it does not show: Pillow's histograms of 8-bit images are exact as well, a
 enough for what these numbers are used for, of a million images too; the mean of standard deviations is not.
 
 Sources: Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", Stanford
-report STAN-CS-79-773, 1979; the mean of standard deviations: pytorch/vision#1439 and #1965, after which ImageNet's
-(0.229, 0.224, 0.225) came about that way, where those of its pixels are (0.281, 0.274, 0.288).
+report STAN-CS-79-773, 1979; the mean of standard deviations: pytorch/vision#1439 and #1965, by which ImageNet's
+(0.229, 0.224, 0.225) probably came about that way, where the deviations of its pixels are (0.281, 0.274, 0.288).
 """
 
 import importlib.util

@@ -19,13 +19,15 @@ What shows: with batch norm the quadratic mean is 1.1 (tanh) and 1.2 (relu) what
 1.1 after training, where a plain network's goes with its weights. W u + b is closer to a Gaussian than u, with and
 without batch norm, though less so in deeper layers and after training. What does not: singular values are not close to
 1 one by one. With weights of the usual size a tenth is below 0.07 and a tenth above 1.6, and with relu half are 0;
-those of orthogonal weights are closer. Units are correlated, so the premise does not hold.
+those of orthogonal weights are closer. Units are correlated, so the premise does not hold. Nor is the quadratic mean 1:
+for wide relu networks at initialisation Yang et al. prove that gradients' squares grow by pi/(pi - 1) = 1.21^2 a layer.
 
 Run ``python examples/layer_jacobians.py`` (half a minute; ``--quick``: seconds).
 
 Source: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
 ICML 2015, sections 3.2 and 3.3. Saxe, McClelland & Ganguli, "Exact solutions to the nonlinear dynamics of learning in
-deep linear neural networks", ICLR 2014.
+deep linear neural networks", ICLR 2014. Yang, Pennington, Rao, Sohl-Dickstein & Schoenholz, "A mean field theory of
+batch normalization", ICLR 2019.
 """
 
 from collections.abc import Sequence

@@ -9,9 +9,9 @@ Ioffe & Szegedy, section 3.3, of a layer with weights W, input u and any scale a
 This is exact for eps = 0. With eps it holds as far as eps is small beside the variance of (a W) u: the table has the
 largest relative errors over the layer's batch, for each a.
 
-"Larger weights lead to smaller gradients, and batch normalization will stabilize the parameter growth": since the loss
-L does not depend on the scale of a unit's weights w, its gradient is orthogonal to w. So a step w - r dL/dw makes w
-longer by Pythagoras, and what it changes, the direction, turns as by a rate of r / |w|^2::
+So "larger weights lead to smaller gradients, and Batch Normalization will stabilize the parameter growth". Since the
+loss L does not depend on the scale of a unit's weights w, its gradient is orthogonal to w. A step w - r dL/dw then
+makes w longer, by Pythagoras, and turns its direction as a rate of r / |w|^2 would at a length of 1::
 
     |w_t|^2 = |w_0|^2 + r^2 (|dL/dw at step 0|^2 + ... + |dL/dw at step t - 1|^2)
 

@@ -25,6 +25,7 @@ def test_claims(bounds, tmp_path, capsys):
     assert bounds.collected(usual, "second").min() < -1e-6  # does not hold there, as the page says
     # What does not hold as it is read or printed
     assert np.mean(bounds.collected(large, "plain_slack") < 0) > 0.5
+    assert (bounds.collected(exact, "root") < 0).all()
     assert (bounds.collected(exact, "printed") < 0).all()
     assert np.mean(bounds.collected(exact, "relaxed") < 0) > 0.3
     np.testing.assert_allclose(r.lemma.learnt, r.lemma.bound)
