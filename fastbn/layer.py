@@ -30,16 +30,13 @@ class BatchNorm:
     ----------
     channels : int or tuple of ints
         The sizes of the axes kept: one, or one for each of `channel_axis`, in x's order.
-    channel_axis : int or tuple of ints
-        The axes kept; all others are reduced.
-    eps : float
-        Added to the variance, in its units; finite and >= 0.
+    channel_axis, eps
+        As for `batch_norm`.
     rate : float or None
-        Weight of the new batch in the running statistics, in [0, 1]: PyTorch's ``momentum``, where Keras, Flax and ONNX
-        weight the old. None: the running statistics are the average of all batches, each weighing the same; one in
-        which a channel has too few values counts for it as what the channel had before.
+        As for `update_running`: PyTorch's ``momentum``. None: the running statistics are the average of all batches,
+        each weighing the same; one in which a channel has too few values counts for it as what the channel had before.
     correction : float
-        Of the running variance, ``m2 / (count - correction)``: 1 as in PyTorch, 0 as in Keras, Flax and ONNX.
+        As for `update_running`: 1 in PyTorch, 0 in Keras, Flax and ONNX.
     affine : bool
         Whether there are gamma and beta.
     dtype : dtype
