@@ -140,7 +140,7 @@ def colour(name: str) -> str:
 
 
 def draw(runs: dict[str, list[Run]], found: dict[str, Array], output: str) -> None:
-    figure, axes = panels("abc", (12.5, 4.6))
+    figure, axes = panels("abc", ("training", "speed", "where it ends"), (12.5, 4.6))
     for name in (PLAIN, NORMALIZED, EVERYTHING):
         accuracy = np.mean([run.accuracy for run in runs[name]], axis=0)
         axes["a"].plot(runs[name][0].steps, 100 * (1 - accuracy), color=colour(name), lw=1.3, label=name)
@@ -159,8 +159,6 @@ def draw(runs: dict[str, list[Run]], found: dict[str, Array], output: str) -> No
     axes["a"].set_yticks(ticks := (2, 5, 10, 20, 50), map(str, ticks))
     axes["a"].minorticks_off()
     axes["a"].legend(frameon=False)
-    for letter, title in zip("abc", ("training", "speed", "where it ends"), strict=True):
-        axes[letter].set_title(f"({letter}) {title}", loc="left")
     save(figure, output)
 
 

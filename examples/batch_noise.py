@@ -131,7 +131,8 @@ def report(runs: Runs) -> None:
 
 
 def draw(runs: Runs, output: str) -> None:
-    figure, axes = panels("abc", (12, 4.2))
+    titles = "accuracy", "gap between training and test", "noise of a sample's logits"
+    figure, axes = panels("abc", titles, (12, 4.2))
     for i, (name, by_size) in enumerate(runs.items()):
         sizes = np.array(list(by_size)) * (1 + 0.06 * (i - 1))  # side by side
         training, test, noises = np.mean(list(by_size.values()), axis=1).T
@@ -142,10 +143,8 @@ def draw(runs: Runs, output: str) -> None:
         axes["b"].errorbar(sizes, means, errors, fmt="o-", **style, label=name)
         if name != PLAIN:
             axes["c"].plot(sizes, 100 * noises, "o-", **style, label=name)
-    titles = "accuracy", "gap between training and test", "noise of a sample's logits"
     values = "accuracy (%), mean of the seeds", "points more than with 192", "% of the logits' deviation"
-    for letter, title, value in zip("abc", titles, values, strict=True):
-        axes[letter].set_title(f"({letter}) {title}", loc="left")
+    for letter, value in zip("abc", values, strict=True):
         axes[letter].set(xscale="log", xlabel="samples in a batch or group", ylabel=value)
         axes[letter].set_xticks(SIZES, map(str, SIZES))
         axes[letter].minorticks_off()

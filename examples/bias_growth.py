@@ -170,7 +170,8 @@ def report(r: Result, steps: int) -> None:
 
 
 def draw(r: Result, output: str) -> None:
-    figure, axes = panels("abc", (12, 4.6))
+    titles = "only b learns; outside", "all learn, scaled; inside: 1e-16", "all learn, scaled"
+    figure, axes = panels("abc", titles, (12, 4.6))
     for (norm, kind), found in r.alone.items():
         if kind == OUTSIDE:
             style = {"color": COLOURS[kind], "ls": "-" if norm == CENTRED else "--"}
@@ -187,9 +188,6 @@ def draw(r: Result, output: str) -> None:
     axes["a"].set(xscale="log", yscale="log", xlabel="step", ylabel="|b|, loss")
     axes["b"].set(xscale="log", yscale="log", xlabel="step", ylabel="largest |b| of the first layer")
     axes["c"].set(xscale="log", yscale="log", xlabel="step", ylabel="training loss")
-    titles = "only b learns; outside", "all learn, scaled; inside: 1e-16", "all learn, scaled"
-    for (letter, axis), title in zip(axes.items(), titles, strict=True):
-        axis.set_title(f"({letter}) {title}", loc="left")
     axes["a"].legend(frameon=False, fontsize="small")
     figure.legend(*axes["c"].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     save(figure, output)

@@ -126,11 +126,10 @@ def train_linear(name: str, steps: int, seed: int) -> Run:
 
 def draw(vggs: dict[str, Run], linear: dict[str, Run], output: str) -> None:
     """Shift: medians over the steps, bars to the quartiles."""
-    figure, axes = panels([["a", "b", "c"], ["d", "e", "e"]], size=(11, 6.4))
-    titles = ("VGG", "VGG, a relu's input", "linear network", "VGG, shift", "linear network, shift")
+    titles = "VGG", "VGG, a relu's input", "linear network", "VGG, shift", "linear network, shift"
+    figure, axes = panels("abc;dee", titles, (11, 6.4))
     values = ("test accuracy", "mean moves, std per step", "squared error", "cosine of G and G'", "cosine of G and G'")
-    for letter, title, value in zip("abcde", titles, values, strict=True):
-        axes[letter].set_title(f"({letter}) {title}", loc="left")
+    for letter, value in zip("abcde", values, strict=True):
         axes[letter].set(xlabel="step" if letter in "abc" else "layer", ylabel=value)
     for letter, shifted, runs in (("a", "d", vggs), ("c", "e", linear)):
         for i, (name, run) in enumerate(runs.items()):

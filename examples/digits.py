@@ -32,7 +32,7 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import numpy as np
-from gallery import BLUE, ORANGE, SHADES, Array, digits, one_thread, options, panels, progress, save, table
+from gallery import BLUE, ORANGE, SHADES, Array, digits, one_thread, options, panels, progress, save, spreads, table
 from network import SGD, BatchNorm, Dense, Dropout, Layer, Network, Sigmoid
 
 import fastbn
@@ -179,7 +179,8 @@ def report(title: str, runs: Sweep) -> None:
 
 def draw(results: Results, output: str) -> None:
     """Figure 1: (a) accuracy, (b, c) percentiles at ten times the base rate; (d, e) the other experiments."""
-    figure, axes = panels("aaaabb;aaaacc;dddeee", size=(11, 7.5))
+    titles = "learning rates", "plain x10", "batch norm x10", "initial weights", "dropout, fixed batches: x10, 0.3"
+    figure, axes = panels("aaaabb;aaaacc;dddeee", titles, (11, 7.5))
     for key, (steps, accuracy, (low, middle, high), _) in results.rates.items():
         axes["a"].plot(steps, accuracy, color=COLOURS[key], lw=1.2, label=f"{key[0]} x{key[1]}")
         if key[1] == 10:
@@ -197,14 +198,10 @@ def draw(results: Results, output: str) -> None:
         for i, (key, by_label) in enumerate(runs.items()):
             late = 100 * np.array([[run.late() for run in of_seeds] for of_seeds in by_label.values()])
             x = np.arange(len(late)) + 0.08 * (i - len(runs) / 2 + 0.5)  # side by side
-            axes[letter].plot(x, late.mean(axis=1), marker, color=COLOURS[key], lw=1.2, ms=4)
-            axes[letter].vlines(x, late.min(axis=1), late.max(axis=1), color=COLOURS[key], lw=1.2)
+            spreads(axes[letter], x, late, marker, color=COLOURS[key], lw=1.2)
         axes[letter].set_xticks(range(len(late)), by_label)
         axes[letter].set_ylabel("test accuracy (%)")
     axes["d"].set_xlabel("standard deviation of the initial weights")
-    titles = "learning rates", "plain x10", "batch norm x10", "initial weights", "dropout, fixed batches: x10, 0.3"
-    for letter, title in zip("abcde", titles, strict=True):
-        axes[letter].set_title(f"({letter}) {title}", loc="left")
     save(figure, output)
 
 

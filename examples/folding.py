@@ -128,11 +128,10 @@ def report(result: Result) -> None:
 
 
 def draw(result: Result, output: str) -> None:
-    figure, axes = panels("ab")
+    figure, axes = panels("ab", ("digits recognised", "time of inference, and number of images"))
     for (name, accuracies), colour in zip(result.own.items(), (GREY, PURPLE), strict=True):
         axes["a"].semilogx(SIZES, accuracies, "o-", base=2, color=colour, label=f"the batch's statistics, {name}")
     axes["a"].axhline(result.population, color=BLUE, label="the population's statistics, and folded")
-    axes["a"].set_title("(a) digits recognised", loc="left")
     axes["a"].set(xlabel="images in a batch", ylabel="test accuracy", ylim=(0.7, 1.01))
     axes["a"].legend(frameon=False, loc="lower right")
     for images, ms in result.ms.items():
@@ -141,7 +140,6 @@ def draw(result: Result, output: str) -> None:
             label = kind if images == 1 else None
             axes["b"].barh([f"{name}, {images}" for name in ms], share, left=start, color=COLOURS[kind], label=label)
     axes["b"].invert_yaxis()
-    axes["b"].set_title("(b) time of inference, and number of images", loc="left")
     axes["b"].set_xlabel("% of the network's with the population's statistics")
     axes["b"].legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.12))
     save(figure, output)

@@ -103,15 +103,24 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
 
-def panels(layout: str | list[list[str]], size: tuple[float, float] = (11, 4.4)) -> tuple[Figure, dict[str, Any]]:
+def panels(
+    layout: str | list[list[str]], titles: Sequence[str], size: tuple[float, float] = (11, 4.4)
+) -> tuple[Figure, dict[str, Any]]:
     """A figure and its axes by letter, as in ``"ab"``; pyplot, which keeps figures and opens windows, is not used."""
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplot_mosaic(layout)
-    for axis in axes.values():
+    for (letter, axis), title in zip(axes.items(), titles, strict=True):
+        axis.set_title(f"({letter}) {title}", loc="left")
         axis.grid(color="0.9")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def spreads(axis: Any, x: Array, values: Array, marker: str = "o-", **style: Any) -> None:
+    """Of each row of values, one for each seed: a marker at the mean, and a line from the least to the largest."""
+    axis.plot(x, values.mean(axis=1), marker, ms=4, **style)
+    axis.vlines(x, values.min(axis=1), values.max(axis=1), color=style["color"], lw=style.get("lw"))
 
 
 def save(figure: Figure, output: str) -> None:

@@ -112,14 +112,13 @@ def compare(inputs: str, sample: Sample, name: str, steps: int, rng: np.random.G
 
 
 def draw(results: list[Result], output: str) -> None:
-    figure, axes = panels("ab;cd", (11, 7))
-    for (letter, axis), r in zip(axes.items(), results, strict=True):
+    figure, axes = panels("ab;cd", [f"{r.inputs}, {r.loss}" for r in results], (11, 7))
+    for axis, r in zip(axes.values(), results, strict=True):
         for method, norms in r.norms.items():
             axis.plot(norms, color=COLOURS[method], label=method)
         steps = np.arange(len(r.norms[GDNP]))
         axis.plot(steps, r.norms[GDNP][0] * r.bound**steps, "--", color=GREY, label="the bound's rate, 1 - mu/L")
         axis.set(yscale="log", ylim=(1e-9, 1), xlabel="step", ylabel="norm of the gradient")
-        axis.set_title(f"({letter}) {r.inputs}, {r.loss}", loc="left")
     axes["a"].legend(frameon=False)
     save(figure, output)
 

@@ -129,7 +129,8 @@ def report(r: Result) -> None:
 
 
 def draw(r: Result, picture: str) -> None:
-    figure, axes = panels("abc", (12, 4.2))
+    titles = "one after another; dashed: 1 - mu/L", "a unit's angle to the line", "all units, round and round"
+    figure, axes = panels("abc", titles, (12, 4.2))
     for i, norms in enumerate(r.rounds[FROM_ZERO].norms):
         axes["a"].plot(norms, color=BLUE, alpha=1 - 0.2 * i, label=f"unit {i + 1}")
         axes["a"].plot(norms[0] * r.bound ** np.arange(STEPS), "--", color=GREY, lw=1, alpha=1 - 0.2 * i)
@@ -141,9 +142,7 @@ def draw(r: Result, picture: str) -> None:
     axes["a"].set(yscale="log", xlabel="step", ylabel="norm of the unit's gradient")
     axes["b"].set(xscale="log", yscale="log", xlabel="samples n", ylabel="angle, degrees")
     axes["c"].set(xlabel="rounds before", ylabel="angle to the line, degrees", ylim=(0, None))
-    titles = ("one after another; dashed: 1 - mu/L", "a unit's angle to the line", "all units, round and round")
-    for (letter, axis), title in zip(axes.items(), titles, strict=True):
-        axis.set_title(f"({letter}) {title}", loc="left")
+    for axis in axes.values():
         axis.legend(frameon=False, fontsize="small")
     save(figure, picture)
 

@@ -344,16 +344,17 @@ def report(result: Result) -> None:
 
 
 def draw(result: Result, output: str) -> None:
-    figure, axes = panels("abc", size=(11, 3.6))
+    titles = "processor's time", "memory, with decoding", "error of the standard deviation"
+    figure, axes = panels("abc", titles, (11, 3.6))
     names = [DECODING, *WAYS]
     colours = [GREY, *(way.colour for way in WAYS.values())]
     million = result.pixels / 1e6
     columns = {
-        "a": ("(a) processor's time", "ms a megapixel", [1e3 * result.seconds[name] / million for name in names]),
-        "b": ("(b) memory, with decoding", "MB", [max(result.memory[name] / 1e6, 0.1) for name in names]),
-        "c": ("(c) error of the standard deviation", "relative", [0, *(result.errors[name][1] for name in WAYS)]),
+        "a": ("ms a megapixel", [1e3 * result.seconds[name] / million for name in names]),
+        "b": ("MB", [max(result.memory[name] / 1e6, 0.1) for name in names]),
+        "c": ("relative", [0, *(result.errors[name][1] for name in WAYS)]),
     }
-    for letter, (title, unit, values) in columns.items():
+    for letter, (unit, values) in columns.items():
         axis, errors = axes[letter], letter == "c"
         axis.barh(names, [max(value, EXACT) if errors else value for value in values], color=colours)
         axis.set(xscale="log", xlabel=unit)
@@ -361,7 +362,6 @@ def draw(result: Result, output: str) -> None:
             axis.set_xlim(EXACT, 10)
         else:
             axis.margins(x=0.15)
-        axis.set_title(title, loc="left")
         axis.invert_yaxis()
         axis.tick_params(labelleft=letter == "a")
         for at, value in enumerate(values):

@@ -144,7 +144,7 @@ def figures(run: Run, low: float, high: float) -> list[float]:
 
 
 def draw(runs: dict[str, Run], output: str) -> None:
-    figure, axes = panels("abc", size=(11, 4.2))
+    figure, axes = panels("abc", ("loss", "change of the gradient", "effective smoothness"), (11, 4.2))
     for name, run in runs.items():
         colour = NETWORKS[name][0]
         if name in ("plain", "batch norm"):
@@ -153,9 +153,8 @@ def draw(runs: dict[str, Run], output: str) -> None:
                 axes[letter].fill_between(run.steps, low, high, color=colour, alpha=0.5, lw=0)
         style = {"color": colour, "ls": ":" if name.endswith("centred") else "-", "lw": 1.3}
         axes["c"].plot(run.steps, run.smoothness.max(axis=1), **style, label=name)
-    for letter, title in zip("abc", ("loss", "change of the gradient", "effective smoothness"), strict=True):
-        axes[letter].set_title(f"({letter}) {title}", loc="left")
-        axes[letter].set(xlabel="step", ylabel="min to max along the gradient", yscale="log")
+    for axis in axes.values():
+        axis.set(xlabel="step", ylabel="min to max along the gradient", yscale="log")
     axes["c"].set(ylabel="max along the gradient", yscale="linear", ylim=0)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     save(figure, output)

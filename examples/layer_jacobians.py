@@ -185,7 +185,11 @@ def report(results: Results) -> None:
 
 
 def draw(results: Results, output: str) -> None:
-    figure, axes = panels("ab;cd", (11, 7.5))
+    titles = (
+        "tanh: Jacobians after training; lines of (c)", "tanh: spectrum; dotted: before it",
+        "tanh: gradients after training", "tanh: after training",
+    )  # fmt: skip
+    figure, axes = panels("ab;cd", titles, (11, 7.5))
     layers = np.arange(2, DEPTH + 1)
     for kind, (gain, shade) in product((PLAIN, NORMALIZED), zip(GAINS, range(3), strict=True)):
         if (TANH, kind, gain) in results:
@@ -210,16 +214,8 @@ def draw(results: Results, output: str) -> None:
     axes["b"].set(xlabel="singular value, largest first", ylabel="its mean over layers and samples")
     axes["c"].set(yscale="log", xlabel="layer", ylabel="|gradient| / that of the last layer")
     axes["d"].set(xlabel="layer", ylabel="distance from a Gaussian", ylim=0)
-    titles = (
-        "Jacobians after training; lines of (c)",
-        "spectrum; dotted: before it",
-        "gradients after training",
-        "after training",
-    )
-    for (letter, axis), title in zip(axes.items(), titles, strict=True):
-        axis.set_title(f"({letter}) tanh: {title}", loc="left")
-        if letter != "a":
-            axis.legend(frameon=False, fontsize="small")
+    for letter in "bcd":
+        axes[letter].legend(frameon=False, fontsize="small")
     save(figure, output)
 
 

@@ -114,7 +114,8 @@ def descend(condition: float, best: str, steps: int, rng: np.random.Generator) -
 
 
 def draw(results: list[Result], output: str) -> None:
-    figure, axes = panels("abc", (12, 4.2))
+    titles = f"best weights: {RANDOM}", f"best weights: {SLOWEST}", "steps needed"
+    figure, axes = panels("abc", titles, (12, 4.2))
     for letter, best, ends in (("a", RANDOM, "-"), ("b", SLOWEST, ":")):
         chosen = [r for r in results if r.best == best]
         shown = next(r for r in reversed(chosen) if r.condition <= 1000)
@@ -127,12 +128,10 @@ def draw(results: list[Result], output: str) -> None:
                 axes["c"].plot(conditions, needed, "o" + ends, **style)
         axes[letter].set(yscale="log", ylim=(1e-10, 3), xlabel=f"step, for L/mu = {shown.condition}")
         axes[letter].set_ylabel("explained variance missing, share")
-        axes[letter].set_title(f"({letter}) best weights: {best}", loc="left")
         axes[letter].legend(frameon=False)
     axes["c"].set(
         xscale="log", yscale="log", xlabel="condition number L/mu", ylabel=f"steps to {CLOSE:g}", ylim=(30, 1e6)
     )
-    axes["c"].set_title("(c) steps needed", loc="left")
     axes["c"].legend(frameon=False)
     save(figure, output)
 

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from exact import ExactBatchNorm, dense_network
-from gallery import BLUE, GREEN, ORANGE, Array, digits, one_thread, options, panels, progress, save, table
+from gallery import BLUE, GREEN, ORANGE, Array, digits, one_thread, options, panels, progress, save, spreads, table
 from network import Dense, Network
 
 import fastbn
@@ -140,7 +140,8 @@ def report(r: Result) -> None:
 
 
 def draw(r: Result, output: str) -> None:
-    figure, axes = panels("abc", (12, 4.2))
+    titles = "weights grow; shades as in (b)", "the effective rate falls", "after training"
+    figure, axes = panels("abc", titles, (12, 4.2))
     shades = [*np.linspace(0.25, 1, len(r.runs[FREE]))]
     for shade, (rate, runs) in zip(shades, r.runs[FREE].items(), strict=True):
         growth = runs[0].squares.mean(axis=1)
@@ -150,16 +151,12 @@ def draw(r: Result, output: str) -> None:
     for name, by_rate in r.runs.items():
         found = 100 * np.array([[run.accuracy for run in runs] for runs in by_rate.values()])
         rates = np.array(list(by_rate)) * (1 + 0.1 * (list(r.runs).index(name) - 1))  # side by side
-        axes["c"].plot(rates, found.mean(axis=1), "o-", ms=4, color=COLOURS[name], label=name)
-        axes["c"].vlines(rates, found.min(axis=1), found.max(axis=1), color=COLOURS[name])
+        spreads(axes["c"], rates, found, color=COLOURS[name], label=name)
     axes["a"].set(xscale="log", yscale="log", xlabel="step", ylabel="|w|^2, mean of the units")
     axes["b"].set(xscale="log", yscale="log", xlabel="step", ylabel="rate / |w|^2")
     axes["c"].set(xscale="log", xlabel="rate of the weights before batch norm", ylabel="test accuracy (%)")
     axes["b"].legend(title="rate", frameon=False, fontsize="small", ncols=2)
     axes["c"].legend(frameon=False)
-    titles = "weights grow; shades as in (b)", "the effective rate falls", "after training"
-    for (letter, axis), title in zip(axes.items(), titles, strict=True):
-        axis.set_title(f"({letter}) {title}", loc="left")
     save(figure, output)
 
 

@@ -282,7 +282,11 @@ def sides(r: Lemma) -> dict[str, tuple[Array, Array]]:
 
 
 def draw(r: Result, output: str) -> None:
-    figure, axes = panels("ab;cd", (11, 7.5))
+    titles = (
+        "gradients of outputs, with / without batch norm", "4.1 and 4.2: slack is rounding, or eps's",
+        "4.4: gradients of weights", "4.5: the inequality fails above 1",
+    )  # fmt: skip
+    figure, axes = panels("ab;cd", titles, (11, 7.5))
     steps = r.steps[0, 1]
     layers = range(len(SIZES) - 2)
     for (scale, colour), i in product(((1, BLUE), (10, GREEN)), layers):
@@ -310,12 +314,7 @@ def draw(r: Result, output: str) -> None:
     axes["b"].set(xscale="log", xlabel="|slack|, relative", ylabel="cases (%)")
     axes["c"].set(yscale="log", xlabel="step", ylabel="left side, % of the bound", ylim=(0.3, 500))
     axes["d"].set(xlabel="right side", ylabel="left side / right side", ylim=(0.92, 1.12))
-    titles = (
-        "gradients of outputs, with / without batch norm", "4.1 and 4.2: slack is rounding, or eps's",
-        "4.4: gradients of weights", "4.5: the inequality fails above 1",
-    )  # fmt: skip
-    for (letter, axis), title in zip(axes.items(), titles, strict=True):
-        axis.set_title(f"({letter}) {title}", loc="left")
+    for letter, axis in axes.items():
         axis.legend(frameon=False, fontsize="small", ncols=2 if letter == "a" else 1)
     save(figure, output)
 

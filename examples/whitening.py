@@ -115,7 +115,12 @@ def report(result: Result) -> None:
 
 
 def draw(result: Result, output: str) -> None:
-    figure, axes = panels("ab;cd", size=(11, 7))
+    titles = (
+        *(f"batches of {batch}, 50 features a layer" for batch in BATCHES),
+        f"batches of {BATCHES[0]}: a bias without effect",
+        f"one application to {SAMPLES} samples",
+    )
+    figure, axes = panels("ab;cd", titles, (11, 7))
     for run in result.runs:
         style = {"color": COLOURS[run.name], "label": f"{run.name}, rate {run.rate:g}"}
         axes["ab"[BATCHES.index(run.batch)]].plot(run.steps, run.loss, **style)
@@ -124,13 +129,12 @@ def draw(result: Result, output: str) -> None:
     for name, ms in result.ms.items():
         label = f"{name}: power {result.powers[name]:.1f}"
         axes["d"].plot(result.features, ms, "o-", color=COLOURS.get(name, "grey"), label=label)
-    for letter, title, xlabel, ylabel in (
-        ("a", f"batches of {BATCHES[0]}, 50 features a layer", "training step", "training loss"),
-        ("b", f"batches of {BATCHES[1]}, 50 features a layer", "training step", "training loss"),
-        ("c", f"batches of {BATCHES[0]}: a bias without effect", "training step", "length of the first b"),
-        ("d", f"one application to {SAMPLES} samples", "features", "ms, on one thread"),
+    for letter, xlabel, ylabel in (
+        ("a", "training step", "training loss"),
+        ("b", "training step", "training loss"),
+        ("c", "training step", "length of the first b"),
+        ("d", "features", "ms, on one thread"),
     ):
-        axes[letter].set_title(f"({letter}) {title}", loc="left")
         axes[letter].set(xlabel=xlabel, ylabel=ylabel, yscale="linear" if letter == "c" else "log")
         axes[letter].legend(frameon=False)
     axes["d"].set_xscale("log", base=2)

@@ -194,8 +194,9 @@ def test_progress_is_cleared(gallery, capsys):
 def test_pictures(gallery, tmp_path):
     from PIL import Image
 
-    figure, axes = gallery.panels("ab;ac", size=(4, 3))
-    assert sorted(axes) == ["a", "b", "c"]
+    figure, axes = gallery.panels("ab;ac", ("first", "second", "third"), (4, 3))
+    titles = {letter: axis.get_title(loc="left") for letter, axis in axes.items()}
+    assert titles == {"a": "(a) first", "b": "(b) second", "c": "(c) third"}
     axes["a"].plot([0, 1], color=gallery.BLUE)
     output = tmp_path / "picture.png"
     gallery.save(figure, str(output))
@@ -203,6 +204,14 @@ def test_pictures(gallery, tmp_path):
         assert picture.format == "PNG"
         assert picture.size == (440, 330)
         assert len(picture.getcolors()) > 2
+
+
+def test_spreads(gallery):
+    _, axes = gallery.panels("a", ("one",))
+    gallery.spreads(axes["a"], np.array([1, 2]), np.array([[3.0, 6.0], [1.0, 5.0]]), color=gallery.BLUE)
+    (line,), (ranges,) = axes["a"].lines, axes["a"].collections
+    assert_array_equal(line.get_xydata(), [[1, 4.5], [2, 3]])
+    assert_array_equal(ranges.get_segments(), [[[1, 3], [1, 6]], [[2, 1], [2, 5]]])
 
 
 def test_options(gallery):
