@@ -11,7 +11,7 @@ that are written may be inputs as well, element for element. What is absent is N
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from fastbn.layout import Layout, Shape
@@ -106,6 +106,9 @@ class Backend(Protocol):
 
     def reads(self, view: Any) -> bool:
         """Whether kernels can walk a folded array, and write it."""
+
+    def reads_slabs(self, views: Sequence[Any]) -> bool:
+        """Whether they also walk arrays in runs (`fastbn.layout.layout_in_runs`), faster than they would pieces."""
 
     def place(self, a: Any) -> tuple[int, int]:
         """The device, and the offset of the address from a multiple of 16 bytes where that decides about kernels."""

@@ -14,6 +14,13 @@ group do not fold into one, as in a spatial slice, they are two groups if two ar
 
     NCHW, channel_axis=(0, 1), x[:, :, 1:-1, 1:-1]    (1, H, NC, W)
 
+Where the kept axes are one group and up to four of reduced axes are left, each channel has *slabs*, which some kernels
+walk: far, near, outer, channel and inner::
+
+    NCHW, channel_axis=1, x[:, :, 1:-1, 1:-1]         (N, 1, H, C, W)
+    NHWC, channel_axis=-1, x[:, 1:-1, 1:-1]           (N, H, W, C, 1)
+    NCDHW, x[:, :, 1:-1, 1:-1, 1:-1]                  (N, D, H, C, W)
+
 `fastbn.pieces` takes apart what has more.
 """
 
@@ -27,12 +34,12 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """How the axes of one array fall into the four groups; made by `layout_of`."""
+    """How the axes of one array fall into the four groups; made by `layout_of` or `layout_in_slabs`."""
 
     order: Shape
     """The axes as kernels see them."""
     folded: Shape
-    """Sizes of batch, outer, channel and inner."""
+    """Sizes of batch, outer, channel and inner; in slabs, of far, near, outer, channel and inner."""
     kept_shape: Shape
     """Sizes of the kept axes in the array's own order: the shape of parameters and statistics."""
     kept_order: Shape | None
@@ -70,6 +77,10 @@ class Layout(NamedTuple):
         # A read-only array is another type to compiled kernels, which would be compiled again for it.
         return vector if getattr(vector.flags, "writeable", True) else vector.copy()
 
+    def kept_axes(self) -> Shape:
+        """As kernels see them: the order of vectors of parameters."""
+        return tuple(axis for axis in self.order if axis in self.kept)
+
     def kept_array(self, xp: Any, vector: Any) -> Any:
         """A kernel's result vector in the kept shape, C-contiguous."""
         if self.kept_order is None:
@@ -96,50 +107,76 @@ def layout_of(shape: Shape, strides: Shape, kept: frozenset[int]) -> Layout:
     )
 
 
+@lru_cache(maxsize=4096)
+def layout_in_slabs(shape: Shape, strides: tuple[Shape, ...], kept: frozenset[int]) -> Layout | None:
+    """The layout in slabs of arrays of these strides, or None; whether they may be read so, their views say."""
+    order = sorted(range(len(shape)), key=lambda axis: -abs(strides[0][axis]))
+    views = _neighbours(order, shape, kept, *strides)
+    channels = [group for group in views if group[0] in kept]
+    reduced = [group for group in views if group[0] not in kept]
+    inner = reduced.pop() if reduced and views[-1] is reduced[-1] else []
+    if len(channels) > 1 or not 1 <= len(reduced) <= 3:
+        return None
+    *slabs, outer = reduced
+    far, near = [*slabs, [], []][:2]
+    groups = [far, near, outer, channels[0] if channels else [], inner]
+    placed = {axis for group in groups for axis in group}
+    axes = [axis for axis in order if axis not in placed] + [axis for group in groups for axis in group]
+    kept_axes = sorted(kept)
+    kept_order = tuple(kept_axes.index(axis) for axis in axes if axis in kept)
+    return Layout(
+        order=tuple(axes),
+        folded=tuple(math.prod(shape[axis] for axis in group) for group in groups),
+        kept_shape=tuple(shape[axis] for axis in kept_axes),
+        kept_order=None if kept_order == tuple(range(len(kept_order))) else kept_order,
+        kept=kept,
+    )
+
+
 def _grouped(order: list[int], shape: Shape, strides: Shape, kept: frozenset[int]) -> tuple[list[int], Shape]:
     """Axes in the order of the four groups, and the groups' sizes."""
-    runs = _runs(order, shape, kept)
-    views = _runs(order, shape, kept, strides)
-    if len(views) > len(runs) and (groups := _in_any_order(views, kept)) is not None:
+    together = _neighbours(order, shape, kept)
+    views = _neighbours(order, shape, kept, strides)
+    if len(views) > len(together) and (groups := _in_any_order(views, kept)) is not None:
         placed = {axis for group in groups for axis in group}
         order = [axis for axis in order if axis not in placed] + [axis for group in groups for axis in group]
         return order, tuple(math.prod(shape[axis] for axis in group) for group in groups)
-    if len(runs) > 4 or (len(runs) == 4 and runs[0][0] not in kept):
-        fastest_is_kept = runs[-1][0] in kept
+    if len(together) > 4 or (len(together) == 4 and together[0][0] not in kept):
+        fastest_is_kept = together[-1][0] in kept
         order.sort(key=lambda axis: (axis in kept) == fastest_is_kept)
-        runs = _runs(order, shape, kept)
-    sizes = [math.prod(shape[axis] for axis in run) for run in runs]
+        together = _neighbours(order, shape, kept)
+    sizes = [math.prod(shape[axis] for axis in group) for group in together]
     # Absent groups: an array that ends in kept axes has no inner group, one that starts with reduced ones no batch.
-    if runs and runs[-1][0] in kept:
+    if together and together[-1][0] in kept:
         sizes.append(1)
     return order, (1,) * (4 - len(sizes)) + tuple(sizes)
 
 
-def _runs(order: list[int], shape: Shape, kept: frozenset[int], strides: Shape | None = None) -> list[list[int]]:
-    """Neighbouring axes of one kind, together; given strides, only those that one stride walks.
+def _neighbours(order: list[int], shape: Shape, kept: frozenset[int], *strides: Shape) -> list[list[int]]:
+    """Neighbouring axes of one kind, together; given strides of arrays, only those that one stride walks in each.
 
     Axes of size 1 belong anywhere and are left out.
     """
-    runs: list[list[int]] = []
+    together: list[list[int]] = []
     for axis in order:
         if shape[axis] == 1:
             continue
-        last = runs[-1][-1] if runs else None
+        last = together[-1][-1] if together else None
         if (
             last is not None
             and (last in kept) == (axis in kept)
-            and (strides is None or strides[last] == shape[axis] * strides[axis])
+            and all(of_one[last] == shape[axis] * of_one[axis] for of_one in strides)
         ):
-            runs[-1].append(axis)
+            together[-1].append(axis)
         else:
-            runs.append([axis])
-    return runs
+            together.append([axis])
+    return together
 
 
 def _in_any_order(views: list[list[int]], kept: frozenset[int]) -> tuple[list[int], ...] | None:
-    """Batch, outer, channel and inner of runs that are views each, however they alternate; None if there are more."""
-    of_kept = [run for run in views if run[0] in kept]
-    reduced = [run for run in views if run[0] not in kept]
+    """Batch, outer, channel and inner of groups that are views each, however they alternate; None if there are more."""
+    of_kept = [group for group in views if group[0] in kept]
+    reduced = [group for group in views if group[0] not in kept]
     inner = reduced.pop() if views[-1][0] not in kept else []
     if len(of_kept) > 2 or len(reduced) > 1:
         return None

@@ -12,7 +12,7 @@ class Operand(NamedTuple):
     """An array as kernels see it, but for its numbers: folded, from its first element on."""
 
     shape: Shape
-    """Sizes of batch, outer, channel and inner."""
+    """Sizes of batch, outer, channel and inner; or, in slabs, of far, near, outer, channel and inner (`layout`)."""
     strides: Shape
     """In bytes."""
     dtype: Any
@@ -32,7 +32,7 @@ class Operand(NamedTuple):
     @property
     def kept(self) -> int:
         """Kept indices, each with statistics of its own."""
-        return self.shape[0] * self.shape[2]
+        return self.shape[3] if len(self.shape) == 5 else self.shape[0] * self.shape[2]
 
 
 class Affine(NamedTuple):

@@ -13,9 +13,9 @@ import numpy as np
 from fastbn import direct_reductions, reductions_by_moments, validation
 from fastbn.arrays import device_of, one_kind
 from fastbn.backend import Backend, backend_of
+from fastbn.cuts import is_cut
 from fastbn.layout import layout_of
 from fastbn.merging import Moments
-from fastbn.pieces import is_cut
 from fastbn.reduction_arguments import Call, Once, Options, check_nan_form, kept_axes, operand
 
 

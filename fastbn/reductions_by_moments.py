@@ -15,6 +15,7 @@ import numpy as np
 from fastbn import validation
 from fastbn.arrays import device_of, kind_of
 from fastbn.backend import backend_of
+from fastbn.cuts import walked_by
 from fastbn.layout import Shape, layout_of
 from fastbn.merging import Moments
 from fastbn.reduction_arguments import (
@@ -110,6 +111,8 @@ def table(x: Any, kept: frozenset[int], wide: bool, where: Any, weights: Any) ->
     widened = wide and x.dtype != np.float64
     seen = backend.xp.empty_like(x, dtype=float) if widened else x
     layout = layout_of(seen.shape, seen.strides, kept)
+    if where is None and weights is None:
+        layout = walked_by(backend, layout, [seen]) or layout
     ways = Ways(backend, layout, seen)
     weight_, weigh = ways.weight(operand("where", where, x), operand("weights", weights, x))
     x_, to_x = ways.data(seen)

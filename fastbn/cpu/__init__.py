@@ -24,13 +24,14 @@ from fastbn.cpu.memory import (
     nontemporal_stores,
     overlap,
     reads,
+    reads_slabs,
     same_or_apart,
+    shape_of,
     strides_of,
     strides_of_weight,
     viewed,
 )
 from fastbn.cpu.program import Program, kind_of
-from fastbn.cpu.records import Shape
 from fastbn.cpu.statistics import statistic
 from fastbn.formulas import reciprocal_std
 from fastbn.operands import Affine, Numbers, Operand, dense
@@ -52,6 +53,7 @@ __all__ = [
     "overlap",
     "place",
     "reads",
+    "reads_slabs",
     "same_or_apart",
     "statistic",
     "update_running",
@@ -97,7 +99,7 @@ def moments(x: Operand, weight: Operand | None) -> Callable[..., tuple[Array, ..
 
 def _moments(x: Operand, weight: Operand | None, eps: float) -> Callable[..., tuple[Array, ...]]:
     shape, kind, xs, (ws, weights), kept = (
-        Shape(*x.shape),
+        shape_of(x),
         kind_of(x.dtype),
         strides_of(x),
         strides_of_weight(weight),
@@ -118,7 +120,7 @@ def _moments(x: Operand, weight: Operand | None, eps: float) -> Callable[..., tu
 def normalize(
     x: Operand, y: Operand, residual: Operand | None, parameters: Affine, eps: float | None, relu: bool
 ) -> Callable[..., None]:
-    shape, kind, (xs, ys, rs) = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (x, y, residual))
+    shape, kind, (xs, ys, rs) = shape_of(x), kind_of(x.dtype), map(strides_of, (x, y, residual))
     kinds = tuple(map(kind_or_none, parameters))
     launch = _launcher(
         lambda threads: plans.normalize(shape, kind, xs, ys, rs, kinds, eps is None, relu, threads), x.size
@@ -160,7 +162,7 @@ def forward(
     x: Operand, weight: Operand | None, y: Operand, residual: Operand | None, gamma: Any, beta: Any,
     eps: float, relu: bool,
 ) -> Callable[..., tuple[Array, ...]]:  # fmt: skip
-    shape, kind, (xs, ys, rs), kept = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (x, y, residual)), x.kept
+    shape, kind, (xs, ys, rs), kept = shape_of(x), kind_of(x.dtype), map(strides_of, (x, y, residual)), x.kept
     (ws, weights), kinds = strides_of_weight(weight), (kind_or_none(gamma), kind_or_none(beta))
     launch = _launcher(
         lambda threads: plans.forward(shape, kind, xs, ws, weights, ys, rs, kinds, relu, threads), x.size
@@ -192,7 +194,7 @@ def forward(
 def grad_sums(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, mean: Any, rstd: Any
 ) -> Callable[..., tuple[Array, Array]]:
-    shape, kind, (dys, xs, ys), kept = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (dy, x, y)), x.kept
+    shape, kind, (dys, xs, ys), kept = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y)), x.kept
     (ws, weights), kinds, empty = strides_of_weight(weight), (kind_of(mean), kind_of(rstd)), x.size == 0
     launch = _launcher(
         lambda threads: gradient_plans.grad_sums(shape, kind, dys, xs, ys, ws, weights, kinds, threads), x.size
@@ -216,7 +218,7 @@ def grad_input(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, sums: tuple[Any, Any],
     dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., None]:  # fmt: skip
-    shape, kind, (dys, xs, ys, dxs, drs) = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
+    shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
     (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, (*numbers, *sums)))
     launch = _launcher(
         lambda threads: gradient_plans.grad_input(shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, threads),
@@ -248,7 +250,7 @@ def backward(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
     dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., tuple[Array, Array]]:  # fmt: skip
-    shape, kind, (dys, xs, ys, dxs, drs) = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
+    shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
     (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, numbers))
     launch = _launcher(
         lambda threads: gradient_plans.backward(

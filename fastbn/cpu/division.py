@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from fastbn.cpu import sizes, team
 from fastbn.cpu.memory import Nontemporal
-from fastbn.cpu.program import Argument, Program
-from fastbn.cpu.records import Chunks, Shape, Strides, Tiles, Walk
+from fastbn.cpu.program import Argument, Program, Strided
+from fastbn.cpu.records import Chunks, Shape, Slabs, SlabStrides, Strides, Tiles, Walk
 
 Kind = str
+AnyStrides = Strides | SlabStrides
+S = TypeVar("S", Shape, Slabs)
+T = TypeVar("T", Strides, SlabStrides)
 Kinds = tuple[Kind | None, ...]  # of vectors of parameters; None for one that has its default
 
 NONTEMPORAL_ROW = 512  # bytes side by side from which nontemporal stores pay: their two ends are stored plainly
 SHORT = 1024  # values of a row, below which rows of many channels are read in one go
 FEW_ROWS = 8  # below so many, spreading each channel's numbers over its columns costs more than it saves
 LINE = 16  # values of a channel's row from which elementwise passes go in the order of memory, whatever the channels
-COALESCED = 1024  # columns, about, of coalesced rows
 COALESCED_ROWS = 256  # rows of few channels are coalesced only while so many remain
 TILE = 1024  # columns, at most, of which a task makes sums; 512 read half as fast, 2048 short rows slower
 ROW = 2048  # columns of a row that are normalised in one go: parts of rows are no stream to the memory system
@@ -39,14 +41,14 @@ FEW_PARTIALS = 8192  # sums of segments that are merged in some 20 us: less than
 # --- what is planned --------------------------------------------------------------------------------------------------
 
 
-class Problem:
+class Arrays(Generic[S, T]):
     """Arrays of one shape, whose strides are known by the names that a program has for them.
 
     Parameters
     ----------
     program : Program
         To which launches are added.
-    shape : Shape
+    shape : Shape or Slabs
     kind : str
         Of all arrays but the weight.
     num_threads : int
@@ -54,22 +56,53 @@ class Problem:
         Of each array; None of one that is absent.
     """
 
-    def __init__(
-        self, program: Program, shape: Shape, kind: Kind, num_threads: int, strides: dict[str, Strides | None]
-    ) -> None:
-        self.program, self.shape, self.kind, self.num_threads, self.strides = program, shape, kind, num_threads, strides
-        self.kept, self.itemsize = shape.batch * shape.channel, int(kind[1])
+    sort: type[T]
+
+    def __init__(self, program: Program, shape: S, kind: Kind, num_threads: int, strides: dict[str, T | None]) -> None:
+        self.program, self.kind, self.num_threads = program, kind, num_threads
+        self.shape: S = shape
+        self.strides: dict[str, T | None] = strides
+        self.kept, self.itemsize = shape.kept, int(kind[1])
         self.weighted = strides.get("weight") is not None
         self.of_shape = program.record(shape)
         self.compute = "f8*" if kind == "f8*" else "f4*"  # what kernels compute in, and have in their workspace
 
-    def given(self, *names: str) -> list[Strides]:
+    def given(self, *names: str) -> list[T]:
         """Strides of those arrays that are not absent."""
         return [s for s in map(self.strides.get, names) if s is not None]
 
     def arrays(self, *names: str) -> dict[str, Any]:
         """Arguments of a kernel, by the names of its parameters."""
-        return {name: self.program.strided(self.program.array(name), self.strides[name]) for name in names}
+        return {name: self.array(name) for name in names}
+
+    def array(self, name: str, absent: bool = False) -> Strided:
+        return self.program.strided(self.program.array(name), None if absent else self.strides[name], self.sort)
+
+    def workspace(self, count: int) -> Argument:
+        return self.program.temporary(count, self.compute)
+
+    def nontemporal(self, whole_lines: bool) -> Argument | bool:
+        """Whether a kernel writes past the caches: as a call's arrays decide, if it writes nothing but whole lines."""
+        return whole_lines and self.program.at_least("nontemporal", Nontemporal.ALL)
+
+    def nontemporal_rows(self, row: int) -> Argument | bool:
+        """The same of a kernel that finds the first whole line of a row, which must be long."""
+        long = row * self.itemsize >= NONTEMPORAL_ROW
+        return long and self.program.at_least("nontemporal", Nontemporal.FROM_FIRST_LINE)
+
+    def whole_channels(self) -> bool:
+        """Whether one thread does all, or there are channels enough to give each thread whole ones."""
+        return self.num_threads == 1 or self.kept >= 4 * self.num_threads
+
+
+class ProblemInSlabs(Arrays[Slabs, SlabStrides]):
+    """Without weights."""
+
+    sort = SlabStrides
+
+
+class Problem(Arrays[Shape, Strides]):
+    sort = Strides
 
     def halved(self) -> Problem:
         """With the only row of each channel as two, which are read faster than one; else as it is.
@@ -102,22 +135,6 @@ class Problem:
         strides = {name: None if s is None else otherwise(s) for name, s in self.strides.items()}
         return Problem(self.program, shape, self.kind, self.num_threads, strides)
 
-    def workspace(self, count: int) -> Argument:
-        return self.program.temporary(count, self.compute)
-
-    def nontemporal(self, whole_lines: bool) -> Argument | bool:
-        """Whether a kernel writes past the caches: as a call's arrays decide, if it writes nothing but whole lines."""
-        return whole_lines and self.program.at_least("nontemporal", Nontemporal.ALL)
-
-    def nontemporal_rows(self, row: int) -> Argument | bool:
-        """The same of a kernel that finds the first whole line of a row, which must be long."""
-        long = row * self.itemsize >= NONTEMPORAL_ROW
-        return long and self.program.at_least("nontemporal", Nontemporal.FROM_FIRST_LINE)
-
-    def whole_channels(self) -> bool:
-        """Whether one thread does all, or there are channels enough to give each thread whole ones."""
-        return self.num_threads == 1 or self.kept >= 4 * self.num_threads
-
     def fused_tile(self, twice: int) -> int:
         """Cells of a tile whose rows all stay in a core's cache between two passes over ``twice`` arrays, or 0."""
         (batch, outer, channel, inner), itemsize = self.shape, self.itemsize
@@ -137,6 +154,14 @@ class Problem:
         return tile
 
 
+def problem_of(
+    program: Program, shape: Shape | Slabs, kind: Kind, num_threads: int, strides: dict[str, Any]
+) -> Problem | ProblemInSlabs:
+    if isinstance(shape, Slabs):
+        return ProblemInSlabs(program, shape, kind, num_threads, strides)
+    return Problem(program, shape, kind, num_threads, strides)
+
+
 def is_outer(shape: Shape, strides: list[Strides], weighted: bool = False) -> bool:
     """Whether the kernels of `outer_reduction` take these arrays: channels-last, or many short rows side by side."""
     if shape.inner == 1 or shape.channel == 1:
@@ -147,7 +172,7 @@ def is_outer(shape: Shape, strides: list[Strides], weighted: bool = False) -> bo
 
 def coalescing(shape: Shape, itemsize: int, strides: list[Strides], weighted: bool = False) -> int:
     """How many rows of few channels are taken as one; whole cache lines of them where that is possible."""
-    rows = min(COALESCED // max(1, shape.channel), shape.outer // COALESCED_ROWS)
+    rows = min(sizes.COALESCED // max(1, shape.channel), shape.outer // COALESCED_ROWS)
     lines = 64 // math.gcd(64, shape.channel * itemsize)
     rows -= rows % lines if rows > lines else 0
     if shape.inner > 1 or rows < 2 or weighted:

@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
-from fastbn.cpu import sizes
+from fastbn.cpu import sizes, slab_plans
 from fastbn.cpu.division import (
     FEW_PARTIALS,
     LINE,
     ROW,
     TILE,
+    AnyStrides,
     InOrder,
     Kind,
     Kinds,
     Problem,
+    ProblemInSlabs,
     Tiled,
     chunks_of,
     coalescing,
     is_outer,
+    problem_of,
     segment_count,
     table_of,
     tile_width,
 )
-from fastbn.cpu.program import Argument, Program, Strided
-from fastbn.cpu.records import Distances, GradientParameters, SegmentSums, Shape, Strides, Sums
+from fastbn.cpu.program import Argument, Program
+from fastbn.cpu.records import Distances, GradientParameters, SegmentSums, Shape, Slabs, Strides, Sums
 
 
 @lru_cache(maxsize=1024)
 def grad_sums(
-    shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
-    parameters: Kinds, num_threads: int,
+    shape: Shape | Slabs, kind: Kind, dys: AnyStrides, xs: AnyStrides, ys: AnyStrides | None, ws: Strides | None,
+    weights: Kind | None, parameters: Kinds, num_threads: int,
 ) -> Program:  # fmt: skip
     """``program(dy, x, y, weight, mean, rstd, sums)``: these are `records.Sums`."""
     arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights}
     arrays |= {**dict(zip(("mean", "rstd"), parameters, strict=True)), "sums": "f8*"}
     p = Program(num_threads, math.prod(shape), arrays)
-    problem = Problem(p, shape, kind, num_threads, {"dy": dys, "x": xs, "y": ys, "weight": ws})
+    problem = problem_of(p, shape, kind, num_threads, {"dy": dys, "x": xs, "y": ys, "weight": ws})
     table = p.scratch(2 * problem.kept, "f8*")  # the first rows of `records.GradientParameters`
     p.vector("mean", problem.kept, 0.0, table)
     p.vector("rstd", problem.kept, 1.0, table.after(problem.kept))
@@ -46,9 +48,12 @@ def grad_sums(
 
 
 def _add_grad_sums(
-    problem: Problem, parameters: Argument, distances: Argument | None, frozen: bool, mixed: bool
+    problem: Problem | ProblemInSlabs, parameters: Argument, distances: Argument | None, frozen: bool, mixed: bool
 ) -> None:
     """And, if they are asked for, the `records.Distances` of dx."""
+    if isinstance(problem, ProblemInSlabs):
+        slab_plans.add_grad_sums(problem, parameters, distances, frozen, mixed)
+        return
     p, kept, weighted = problem.program, problem.kept, problem.weighted
     strides = problem.given("dy", "x", "y")
     if is_outer(problem.shape, strides, weighted):
@@ -70,26 +75,22 @@ def _add_grad_sums(
         problem = problem.halved()
         segments = kept * segment_count(problem.shape, chunks_of(problem))
         count = len(SegmentSums._fields) * segments
-        given: dict[str, Any] = {
-            "shape": problem.of_shape,
-            "chunks": p.record(chunks_of(problem)),
-            "parameters": parameters,
-        }
         partials = p.scratch(count, "f8*")
         p.launch(
             "inner_gradients.grad_sums_of_segments", segments, **problem.arrays("dy", "x", "y", "weight"),
-            **given, partials=partials,
+            shape=problem.of_shape, chunks=p.record(chunks_of(problem)), parameters=parameters, partials=partials,
         )  # fmt: skip
         p.launch(
-            "inner_gradients.channel_grad_sums", kept, count < FEW_PARTIALS, x=p.array("x"), **given,
-            partials=partials, sums=p.array("sums"), distances=distances, frozen=frozen, mixed=mixed,
+            "inner_gradients.channel_grad_sums", kept, count < FEW_PARTIALS, x=p.array("x"), kept=kept,
+            segments=segments // max(1, kept), parameters=parameters, partials=partials, sums=p.array("sums"),
+            distances=distances, frozen=frozen, mixed=mixed,
         )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
 def grad_input(
-    shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
-    dxs: Strides, drs: Strides | None, parameters: Kinds, num_threads: int,
+    shape: Shape | Slabs, kind: Kind, dys: AnyStrides, xs: AnyStrides, ys: AnyStrides | None, ws: Strides | None,
+    weights: Kind | None, dxs: AnyStrides, drs: AnyStrides | None, parameters: Kinds, num_threads: int,
 ) -> Program:  # fmt: skip
     """``program(dy, x, y, weight, dx, dresidual, *GradientParameters, *Sums, nontemporal)``; both of `records`."""
     arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "dx": kind}
@@ -97,7 +98,7 @@ def grad_input(
     arrays |= {"dresidual": kind if drs else None, **dict(zip(names, parameters, strict=True))}
     p = Program(num_threads, math.prod(shape), arrays, ["nontemporal"])
     strides = {"dy": dys, "x": xs, "y": ys, "weight": ws, "dx": dxs, "dresidual": drs}
-    problem = Problem(p, shape, kind, num_threads, strides)
+    problem = problem_of(p, shape, kind, num_threads, strides)
     table, mixed = _gradient_parameters(problem, parameters)
     sums, distances = (
         table_of(p, problem.kept, Sums(dgamma=0.0, dbeta=0.0)),
@@ -111,7 +112,7 @@ def grad_input(
     return p
 
 
-def _gradient_parameters(problem: Problem, parameters: Kinds) -> tuple[Argument, bool]:
+def _gradient_parameters(problem: Problem | ProblemInSlabs, parameters: Kinds) -> tuple[Argument, bool]:
     """A table of `records.GradientParameters`, and whether dmean or dvar is among them; else there are no such rows."""
     kinds = GradientParameters(*parameters[: len(GradientParameters._fields)])
     mixed = kinds.dmean is not None or kinds.dvar is not None
@@ -123,8 +124,11 @@ def _gradient_parameters(problem: Problem, parameters: Kinds) -> tuple[Argument,
     return table, mixed
 
 
-def _add_grad_input(problem: Problem, distances: Argument, frozen: bool) -> None:
+def _add_grad_input(problem: Problem | ProblemInSlabs, distances: Argument, frozen: bool) -> None:
     """Frozen statistics have no gradients, so that dx does not depend on x."""
+    if isinstance(problem, ProblemInSlabs):
+        slab_plans.add_grad_input(problem, distances, frozen)
+        return
     p, shape, itemsize = problem.program, problem.shape, problem.itemsize
     names = "dy", "x", "y", "weight", "dx", "dresidual"
     read, written = ["dy", "y"] if frozen else ["dy", "x", "y"], ["dx", "dresidual"]
@@ -135,7 +139,7 @@ def _add_grad_input(problem: Problem, distances: Argument, frozen: bool) -> None
             shape.channel * coalesced, shape.inner, itemsize, ROW // 2
         )  # with five numbers a column, not three
         tiled = Tiled(problem, coalesced, width, workspace=sizes.LINEAR)
-        arrays = problem.arrays(*names) | {"x": _live(problem, frozen), "shape": problem.of_shape}
+        arrays = problem.arrays(*names) | {"x": problem.array("x", absent=frozen), "shape": problem.of_shape}
         p.launch(
             "outer_gradients.grad_input", tiled.tasks, **arrays, tiles=p.record(tiled.tiles), distances=distances,
             workspace=problem.workspace(tiled.workspace),
@@ -143,7 +147,7 @@ def _add_grad_input(problem: Problem, distances: Argument, frozen: bool) -> None
         )  # fmt: skip
     else:
         order = InOrder(problem, [*read, "weight"], written)
-        arrays = order.problem.arrays(*names) | {"x": _live(order.problem, frozen)}
+        arrays = order.problem.arrays(*names) | {"x": order.problem.array("x", absent=frozen)}
         arrays |= {"shape": order.problem.of_shape, "walk": p.record(order.walk)}
         p.launch(
             "inner_gradients.grad_input", order.tasks, **arrays, distances=distances,
@@ -154,8 +158,8 @@ def _add_grad_input(problem: Problem, distances: Argument, frozen: bool) -> None
 
 @lru_cache(maxsize=1024)
 def backward(
-    shape: Shape, kind: Kind, dys: Strides, xs: Strides, ys: Strides | None, ws: Strides | None, weights: Kind | None,
-    dxs: Strides, drs: Strides | None, parameters: Kinds, frozen: bool, num_threads: int,
+    shape: Shape | Slabs, kind: Kind, dys: AnyStrides, xs: AnyStrides, ys: AnyStrides | None, ws: Strides | None,
+    weights: Kind | None, dxs: AnyStrides, drs: AnyStrides | None, parameters: Kinds, frozen: bool, num_threads: int,
 ) -> Program:  # fmt: skip
     """``program(dy, x, y, weight, dx, dresidual, *GradientParameters, sums, nontemporal)``; the sums are `Sums`."""
     arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "dx": kind}
@@ -163,37 +167,42 @@ def backward(
     arrays |= {**dict(zip(GradientParameters._fields, parameters, strict=True)), "sums": "f8*"}
     p = Program(num_threads, math.prod(shape), arrays, ["nontemporal"])
     strides = {"dy": dys, "x": xs, "y": ys, "weight": ws, "dx": dxs, "dresidual": drs}
-    problem = Problem(p, shape, kind, num_threads, strides)
+    problem = problem_of(p, shape, kind, num_threads, strides)
     table, mixed = _gradient_parameters(problem, parameters)
-    kept, sums = problem.kept, p.array("sums")
-    tile = 0
-    if ws is None and is_outer(shape, problem.given("dy", "x", "y", "dx", "dresidual")):
-        tile = problem.fused_tile(2) if coalescing(shape, problem.itemsize, problem.given("dy", "x", "y")) == 1 else 0
-    if tile:
-        tiled = Tiled(problem, 1, tile, scratch=sizes.SUMS, workspace=sizes.LINEAR, fused=True)
-        p.launch(
-            "outer_gradients.backward", tiled.tasks, **problem.arrays("dy", "x", "y", "dx", "dresidual"),
-            live=_live(problem, frozen), shape=problem.of_shape, tiles=p.record(tiled.tiles), parameters=table,
-            mixed=mixed, sums=sums, partials=p.scratch(tiled.partials, "f8*"),
-            workspace=problem.workspace(tiled.workspace),
-            nontemporal=problem.nontemporal(tiled.whole_lines(problem.given("dx", "dresidual"))),
-        )  # fmt: skip
-    elif problem.whole_channels() and not is_outer(shape, problem.given("dy", "x", "y"), problem.weighted):
-        problem = problem.halved()
-        p.launch(
-            "inner_gradients.backward", kept, **problem.arrays("dy", "x", "y", "weight", "dx", "dresidual"),
-            live=_live(problem, frozen), shape=problem.of_shape, chunks=p.record(chunks_of(problem)),
-            parameters=table, mixed=mixed, sums=sums,
-            workspace=problem.workspace(sizes.LINEAR * num_threads * sizes.PAD),
-            nontemporal=problem.nontemporal_rows(problem.shape.inner),
-        )  # fmt: skip
-    else:
-        distances = p.scratch(len(Distances._fields) * kept, "f8*")
+    if not _add_fused(problem, table, frozen, mixed):
+        distances = p.scratch(len(Distances._fields) * problem.kept, "f8*")
         _add_grad_sums(problem, table, distances, frozen, mixed)
         _add_grad_input(problem, distances, frozen)
     return p
 
 
-def _live(problem: Problem, frozen: bool) -> Strided:
-    """The array x again; of frozen statistics dx does not depend on it."""
-    return problem.program.strided(problem.program.array("x"), None if frozen else problem.strides["x"])
+def _add_fused(problem: Problem | ProblemInSlabs, table: Argument, frozen: bool, mixed: bool) -> bool:
+    """A backward pass in one launch, if what it reads twice stays in a core's cache; whether it does."""
+    if isinstance(problem, ProblemInSlabs):
+        return slab_plans.add_backward(problem, table, frozen, mixed)
+    p, read, written = problem.program, ("dy", "x", "y"), ("dx", "dresidual")
+    sums, tile = p.array("sums"), 0
+    if not problem.weighted and is_outer(problem.shape, problem.given(*read, *written)):
+        fits = coalescing(problem.shape, problem.itemsize, problem.given(*read)) == 1
+        tile = problem.fused_tile(2) if fits else 0
+    if tile:
+        tiled = Tiled(problem, 1, tile, scratch=sizes.SUMS, workspace=sizes.LINEAR, fused=True)
+        p.launch(
+            "outer_gradients.backward", tiled.tasks, **problem.arrays(*read, *written),
+            live=problem.array("x", absent=frozen), shape=problem.of_shape, tiles=p.record(tiled.tiles),
+            parameters=table, mixed=mixed, sums=sums,
+            partials=p.scratch(tiled.partials, "f8*"), workspace=problem.workspace(tiled.workspace),
+            nontemporal=problem.nontemporal(tiled.whole_lines(problem.given(*written))),
+        )  # fmt: skip
+        return True
+    if problem.whole_channels() and not is_outer(problem.shape, problem.given(*read), problem.weighted):
+        problem = problem.halved()
+        p.launch(
+            "inner_gradients.backward", problem.kept, **problem.arrays(*read, "weight", *written),
+            live=problem.array("x", absent=frozen), shape=problem.of_shape, chunks=p.record(chunks_of(problem)),
+            parameters=table, mixed=mixed, sums=sums,
+            workspace=problem.workspace(sizes.LINEAR * problem.num_threads * sizes.PAD),
+            nontemporal=problem.nontemporal_rows(problem.shape.inner),
+        )  # fmt: skip
+        return True
+    return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 from fastbn.caches import last_cache
 from fastbn.cpu import program
 from fastbn.cpu.program import kind_of
-from fastbn.cpu.records import Strides
+from fastbn.cpu.records import Shape, Slabs, SlabStrides, Strides
+from fastbn.cpu.sizes import ROW_CHUNK, rows_together
 from fastbn.layout import Layout
 from fastbn.operands import Operand, dense
 
@@ -28,10 +29,25 @@ def reads(view: Array) -> bool:
     """Whether kernels can walk a folded array: contiguous inner or channel axis, other strides whole elements."""
     if not (view.dtype.isnative and view.flags.aligned):
         return False
-    _, _, channel, inner = view.shape
-    axis = 3 if inner > 1 or channel == 1 else 2
+    channel, inner = view.shape[-2:]
+    axis = -1 if inner > 1 or channel == 1 else -2
     unit = view.shape[axis] == 1 or view.strides[axis] == view.itemsize
     return view.flags.c_contiguous or (unit and all(s % view.itemsize == 0 for s in view.strides))
+
+
+ROW_OF_A_SLAB = 32  # bytes of a row from which walking it takes less time than to copy it
+FEWEST_SLABS = 64  # of channels-last arrays: each is for one thread
+
+
+def reads_slabs(views: Sequence[Array]) -> bool:
+    """The same in slabs, whose rows must not be short."""
+    far, near, outer, channel, inner = divided(views[0].shape)
+    row = inner
+    if inner == 1:
+        side_by_side = all(v.strides[2] == v.strides[3] * channel for v in views)
+        row = channel * rows_together(outer, channel) if side_by_side else channel
+    many = inner > 1 or far * near >= FEWEST_SLABS
+    return bool(many and row * views[0].itemsize >= ROW_OF_A_SLAB and all(map(reads, views)))
 
 
 _shares_memory: Any = np.shares_memory  # whose stub knows only two of max_work's values
@@ -61,10 +77,32 @@ def same_or_apart(a: Array, b: Array) -> bool:
     ) or not overlap(a, b)
 
 
-def strides_of(o: Operand | None) -> Strides | None:
+def divided(shape: tuple[int, ...]) -> Slabs:
+    """Slabs of an array: few large ones of channels-last rows are more that follow each other, if near ones are absent.
+
+    All have equally many rows.
+    """
+    far, near, outer, channel, inner = shape
+    if inner > 1 or near > 1 or far >= FEWEST_SLABS:
+        return Slabs(*shape)
+    wanted = -(-FEWEST_SLABS // far)
+    near = next((n for n in range(wanted, min(8 * wanted, outer // ROW_CHUNK) + 1) if outer % n == 0), 1)
+    return Slabs(far, near, outer // near, channel, inner)
+
+
+def shape_of(o: Operand) -> Shape | Slabs:
+    return divided(o.shape) if len(o.shape) == 5 else Shape(*o.shape)
+
+
+def strides_of(o: Operand | None) -> Strides | SlabStrides | None:
     """Strides in elements; 0 where there is one element, so that arrays that lie alike have one plan."""
     if o is None:
         return None
+    if len(o.shape) == 5:
+        steps = (s // o.dtype.itemsize if n > 1 else 0 for s, n in zip(o.strides, o.shape, strict=True))
+        far, near, outer, channel, _ = steps
+        slabs = divided(o.shape)
+        return SlabStrides(far, slabs.outer * outer if slabs.near != o.shape[1] else near, outer, channel)
     _, outer, channel, inner = o.shape
     whole = zip(o.strides, dense(o.shape, o.dtype).strides, o.shape, strict=True)
     if 0 in o.shape or all(s == d or n == 1 for s, d, n in whole):

@@ -18,42 +18,48 @@ import math
 from functools import lru_cache, partial
 from typing import Any
 
-from fastbn.cpu import sizes
+from fastbn.cpu import sizes, slab_plans
 from fastbn.cpu.division import (
     FEW_PARTIALS,
     LINE,
     ROW,
     TILE,
+    AnyStrides,
     InOrder,
     Kind,
     Kinds,
     Problem,
+    ProblemInSlabs,
     Tiled,
     chunks_of,
     coalescing,
     is_outer,
     option,
+    problem_of,
     segment_count,
     table_of,
     tile_width,
 )
 from fastbn.cpu.gradient_plans import backward
 from fastbn.cpu.program import Argument, Program
-from fastbn.cpu.records import Moments, Parameters, Part, Shape, Strides
+from fastbn.cpu.records import Moments, Parameters, Part, Shape, Slabs, Strides
 
 
 @lru_cache(maxsize=1024)
 def moments(
-    shape: Shape, kind: Kind, xs: Strides, ws: Strides | None, weights: Kind | None, num_threads: int
+    shape: Shape | Slabs, kind: Kind, xs: AnyStrides, ws: Strides | None, weights: Kind | None, num_threads: int
 ) -> Program:
     """``program(x, weight, table, eps)``: the table is of `records.Moments`."""
     p = Program(num_threads, math.prod(shape), {"x": kind, "weight": weights, "table": "f8*"}, ["eps"])
-    problem = Problem(p, shape, kind, num_threads, {"x": xs, "weight": ws})
+    problem = problem_of(p, shape, kind, num_threads, {"x": xs, "weight": ws})
     _add_moments(problem, p.array("table"), p.number("eps"))
     return p
 
 
-def _add_moments(problem: Problem, table: Argument, eps: Argument) -> None:
+def _add_moments(problem: Problem | ProblemInSlabs, table: Argument, eps: Argument) -> None:
+    if isinstance(problem, ProblemInSlabs):
+        slab_plans.add_moments(problem, table, eps)
+        return
     p, kept, weighted = problem.program, problem.kept, problem.weighted
     own: dict[str, Any] = {}
     if is_outer(problem.shape, problem.given("x"), weighted):
@@ -88,8 +94,8 @@ def _add_origins(problem: Problem) -> Argument:
 
 @lru_cache(maxsize=1024)
 def normalize(
-    shape: Shape, kind: Kind, xs: Strides, ys: Strides, rs: Strides | None, parameters: Kinds, given_rstd: bool,
-    relu: bool, num_threads: int,
+    shape: Shape | Slabs, kind: Kind, xs: AnyStrides, ys: AnyStrides, rs: AnyStrides | None, parameters: Kinds,
+    given_rstd: bool, relu: bool, num_threads: int,
 ) -> Program:  # fmt: skip
     """``program(x, y, residual, mean, spread, gamma, beta, eps, nontemporal)``: see `records.Parameters`.
 
@@ -98,15 +104,18 @@ def normalize(
     arrays = {"x": kind, "y": kind, "residual": kind if rs else None}
     arrays |= dict(zip(Parameters._fields, parameters, strict=True))
     p = Program(num_threads, math.prod(shape), arrays, ["eps", "nontemporal"])
-    problem = Problem(p, shape, kind, num_threads, {"x": xs, "y": ys, "residual": rs})
+    problem = problem_of(p, shape, kind, num_threads, {"x": xs, "y": ys, "residual": rs})
     table = table_of(p, problem.kept, Parameters(mean=0.0, spread=1.0, gamma=1.0, beta=0.0))
     _add_normalize(problem, table, p.number("eps"), given_rstd, relu)
     return p
 
 
 def _add_normalize(
-    problem: Problem, table: Argument, eps: Argument | float, given_rstd: bool, relu: bool
+    problem: Problem | ProblemInSlabs, table: Argument, eps: Argument | float, given_rstd: bool, relu: bool
 ) -> None:  # fmt: skip
+    if isinstance(problem, ProblemInSlabs):
+        slab_plans.add_normalize(problem, table, eps, given_rstd, relu)
+        return
     p, shape, itemsize = problem.program, problem.shape, problem.itemsize
     names = "x", "y", "residual"
     strides, given = problem.given(*names), problem.arrays(*names) | {"shape": problem.of_shape}
@@ -132,8 +141,8 @@ def _add_normalize(
 
 @lru_cache(maxsize=1024)
 def forward(
-    shape: Shape, kind: Kind, xs: Strides, ws: Strides | None, weights: Kind | None, ys: Strides, rs: Strides | None,
-    parameters: Kinds, relu: bool, num_threads: int,
+    shape: Shape | Slabs, kind: Kind, xs: AnyStrides, ws: Strides | None, weights: Kind | None, ys: AnyStrides,
+    rs: AnyStrides | None, parameters: Kinds, relu: bool, num_threads: int,
 ) -> Program:  # fmt: skip
     """``program(x, weight, y, residual, gamma, beta, table, eps, nontemporal)``: the table is of `records.Moments`."""
     arrays = {"x": kind, "weight": weights, "y": kind, "residual": kind if rs else None}
@@ -143,32 +152,42 @@ def forward(
         backward, shape, kind, xs, xs, ys if relu else None, ws, weights, xs, rs, ("f8*",) * 6, frozen=False,
         num_threads=num_threads,
     )  # fmt: skip
-    problem = Problem(p, shape, kind, num_threads, {"x": xs, "weight": ws, "y": ys, "residual": rs})
+    problem = problem_of(p, shape, kind, num_threads, {"x": xs, "weight": ws, "y": ys, "residual": rs})
     kept, table, eps = problem.kept, p.array("table"), p.number("eps")
     rows = Moments(*(table.after(i * kept) for i in range(len(Moments._fields))))
     p.vector("gamma", kept, 1.0, rows.gamma)
     p.vector("beta", kept, 0.0, rows.beta)
-    tile = 0
-    if not problem.weighted and is_outer(shape, problem.given("x", "y", "residual")):
-        tile = problem.fused_tile(1) if coalescing(shape, problem.itemsize, [xs]) == 1 else 0
-    if tile:
-        tiled = Tiled(problem, 1, tile, scratch=sizes.ORIGINS, workspace=sizes.COLUMN_MOMENTS, fused=True)
-        p.launch(
-            "outer_reduction.forward", tiled.tasks, **problem.arrays("x", "y", "residual"), shape=problem.of_shape,
-            tiles=p.record(tiled.tiles), table=table, eps=eps, partials=p.scratch(tiled.partials, "f8*"),
-            workspace=problem.workspace(tiled.workspace), relu=option(relu),
-            nontemporal=problem.nontemporal(tiled.whole_lines([ys])),
-        )  # fmt: skip
-    elif problem.whole_channels() and not is_outer(shape, [xs], problem.weighted):
-        problem = problem.halved()
-        origins = _add_origins(problem)
-        p.launch(
-            "inner_reduction.forward", kept, **problem.arrays("x", "weight", "y", "residual"), shape=problem.of_shape,
-            chunks=p.record(chunks_of(problem)), origins=origins, table=table, eps=eps,
-            workspace=problem.workspace(sizes.AFFINE * num_threads * sizes.PAD), relu=option(relu),
-            nontemporal=problem.nontemporal_rows(problem.shape.inner),
-        )  # fmt: skip
-    else:
+    if not _add_fused(problem, table, eps, relu):
         _add_moments(problem, table, eps)
         _add_normalize(problem, rows.mean, 0.0, True, relu)
     return p
+
+
+def _add_fused(problem: Problem | ProblemInSlabs, table: Argument, eps: Argument, relu: bool) -> bool:
+    """A forward pass in one launch, if what it reads twice stays in a core's cache; whether it does."""
+    if isinstance(problem, ProblemInSlabs):
+        return slab_plans.add_forward(problem, table, eps, relu)
+    p, names, of_x = problem.program, ("x", "y", "residual"), problem.given("x")
+    tile = 0
+    if not problem.weighted and is_outer(problem.shape, problem.given(*names)):
+        tile = problem.fused_tile(1) if coalescing(problem.shape, problem.itemsize, of_x) == 1 else 0
+    if tile:
+        tiled = Tiled(problem, 1, tile, scratch=sizes.ORIGINS, workspace=sizes.COLUMN_MOMENTS, fused=True)
+        p.launch(
+            "outer_reduction.forward", tiled.tasks, **problem.arrays(*names), shape=problem.of_shape,
+            tiles=p.record(tiled.tiles), table=table, eps=eps, partials=p.scratch(tiled.partials, "f8*"),
+            workspace=problem.workspace(tiled.workspace), relu=option(relu),
+            nontemporal=problem.nontemporal(tiled.whole_lines(problem.given("y"))),
+        )  # fmt: skip
+        return True
+    if problem.whole_channels() and not is_outer(problem.shape, of_x, problem.weighted):
+        problem = problem.halved()
+        origins = _add_origins(problem)
+        p.launch(
+            "inner_reduction.forward", problem.kept, **problem.arrays("x", "weight", "y", "residual"),
+            shape=problem.of_shape, chunks=p.record(chunks_of(problem)), origins=origins, table=table, eps=eps,
+            workspace=problem.workspace(sizes.AFFINE * problem.num_threads * sizes.PAD), relu=option(relu),
+            nontemporal=problem.nontemporal_rows(problem.shape.inner),
+        )  # fmt: skip
+        return True
+    return False

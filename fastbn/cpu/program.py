@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastbn.cpu.code import Kernel, address, addresses, is_missing
-from fastbn.cpu.records import Strides
+from fastbn.cpu.records import MARKS, SlabStrides, Strides
 from fastbn.cpu.team import OF_THE_TEAM, RUNTIME, team_for
 
 # Where an argument comes from: itself; a number given at each call; an array given at each call, or the scratch memory,
@@ -130,11 +130,13 @@ class Program:
         """Integers that a kernel knows by their names, one of `records.INTEGERS`."""
         return self.integers(values)._replace(kind=type(values).__name__)
 
-    def strided(self, array: Argument, strides: Strides | None) -> Strided:
-        """An array with its strides; of an absent one there are none."""
+    def strided(
+        self, array: Argument, strides: Strides | SlabStrides | None, sort: type[Strides | SlabStrides] = Strides
+    ) -> Strided:
+        """An array with its strides, of such a sort; of an absent one there are none."""
         if strides is None:
-            return Strided(Argument("none[]", CONSTANT), NONE)
-        return Strided(array._replace(kind=array.kind.replace("*", "[]")), self.record(strides))
+            return Strided(Argument("none" + MARKS[sort], CONSTANT), NONE)
+        return Strided(array._replace(kind=array.kind.replace("*", MARKS[sort])), self.record(strides))
 
     def vector(self, name: str, count: int, default: float, to: Argument) -> None:
         """First of all, copy a vector of parameters to a place, in float64; where none is given, its default."""

@@ -19,6 +19,25 @@ class Shape(NamedTuple):
     channel: int
     inner: int
 
+    @property
+    def kept(self) -> int:
+        """Kept indices, each with statistics of its own."""
+        return self.batch * self.channel
+
+
+class Slabs(NamedTuple):
+    """The same where each channel has ``far * near`` slabs of outer and inner, and all but the channel is reduced."""
+
+    far: int
+    near: int
+    outer: int
+    channel: int
+    inner: int
+
+    @property
+    def kept(self) -> int:
+        return self.channel
+
 
 class Strides(NamedTuple):
     """In elements; values along the inner axis are neighbours."""
@@ -28,6 +47,15 @@ class Strides(NamedTuple):
     channel: int
     twice: int
     """From a row to the next but one: two steps along outer, or one where rows come from two halves in turn."""
+
+
+class SlabStrides(NamedTuple):
+    """Of `Slabs`, in elements; values along the inner axis are neighbours, or channels where that is 1."""
+
+    far: int
+    near: int
+    outer: int
+    channel: int
 
 
 class Chunks(NamedTuple):
@@ -63,7 +91,7 @@ class Walk(NamedTuple):
     channel: int
 
 
-INTEGERS = {record.__name__: record for record in (Shape, Strides, Chunks, Tiles, Walk)}
+INTEGERS = {record.__name__: record for record in (Shape, Slabs, Strides, SlabStrides, Chunks, Tiles, Walk)}
 
 
 # --- arrays in kernels ------------------------------------------------------------------------------------------------
@@ -77,6 +105,21 @@ class Array(NamedTuple):
     outer: Any
     channel: Any
     twice: Any
+
+
+class SlabArray(NamedTuple):
+    """The same, and `SlabStrides`."""
+
+    values: Any
+    far: Any
+    near: Any
+    outer: Any
+    channel: Any
+
+
+# What kinds of arrays end in, by their strides.
+MARKS = {Strides: "[]", SlabStrides: "[,]"}
+ARRAYS = {"[]": Array, "[,]": SlabArray}
 
 
 class Rows(NamedTuple):

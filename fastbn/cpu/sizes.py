@@ -27,10 +27,16 @@ def piece_count(shape: records.Shape) -> int:
     return shape.batch * shape.outer * shape.channel * -(-shape.inner // PIECE)
 
 
+def slabs_of_segment(slabs: int, values: int) -> int:
+    """Slabs whose sums go together where each has so many values: about as many as a segment has."""
+    return min(slabs, max(1, SEGMENT * CHUNK // max(1, values)))
+
+
 # --- columns: rows through all channels -------------------------------------------------------------------------------
 
 ROW_CHUNK = 128  # rows: 32 + 2 float32 additions per sum keep its rounding below 1e-6
 ROW_SEGMENT = 4096  # rows, at most: two float64 a cell and segment are 0.1 % of float32 data, 0.2 % of halves
+COALESCED = 1024  # columns, about, of coalesced rows
 MANY = 2048  # cells, of which two threads have tiles enough for themselves
 
 
@@ -39,6 +45,11 @@ def segment_rows(rows: int, cells: int) -> int:
     if rows < 2 * ROW_CHUNK or (rows <= ROW_SEGMENT and cells >= MANY):
         return max(rows, 1)
     return -(-rows // (2 * -(-rows // (2 * ROW_SEGMENT))))
+
+
+def rows_together(rows: int, channels: int) -> int:
+    """How many rows of a slab are taken as one, if they lie side by side; none is left over."""
+    return next(n for n in range(max(1, min(COALESCED // channels, rows)), 0, -1) if rows % n == 0)
 
 
 def padded(cells: int, tile: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,11 @@ def allocator(a: Array) -> Callable[[Array], Array]:
 def reads(view: Array) -> bool:
     """Whether kernels can walk a folded array: whatever its strides."""
     return True
+
+
+def reads_slabs(views: Sequence[Array]) -> bool:
+    """They have no such form."""
+    return False
 
 
 def _extent(a: Array) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import call, cpu, pieces
+from fastbn import call, cpu, cuts, pieces
 from tests.cases import checks
 from tests.cases.views import VIEWS, cut_small_arrays
 from tests.support import DTYPES, OPTIONS, Layout, make_case, spatial_slice
@@ -127,19 +127,27 @@ def test_one_array_of_a_call_is_a_view(in_small_pieces):
 
 def cut_of(x, *others, axis=1):
     kept = frozenset(a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
-    return pieces.cut_of(cpu, kept, [x, *others])
+    return cuts.cut_of(cpu, kept, [x, *others])
 
 
-def test_what_is_cut():
+def test_what_is_cut(monkeypatch):
     images = np.empty((32, 16, 62, 62), np.float32)[:, :, 3:-3, 3:-3]
     cut = cut_of(images)
-    assert (cut.axes, cut.kept) == ((), {0, 1})  # in one piece
-    cut = cut_of(np.empty((32, 62, 62, 16), np.float32)[:, 3:-3, 3:-3], axis=3)
-    assert (cut.axes, cut.kept) == ((0,), {1, 3})
+    assert (cut.axes, cut.kept, cut.slabs) == ((), {1}, True)
+    last = np.empty((32, 62, 62, 16), np.float32)[:, 3:-3, 3:-3]
+    cut = cut_of(last, axis=3)
+    assert (cut.axes, cut.kept, cut.slabs) == ((), {3}, True)
+    assert not cut_of(last, np.empty(last.shape[::-1], np.float32).T, axis=3).slabs  # channels are elsewhere in one
+    short = np.empty((64, 62, 224, 3), np.float32)[:, 3:-3, ::2]  # rows of 12 bytes
+    assert not cut_of(short, axis=3).slabs
     assert cut_of(images[:1, :, :8]) is None  # it is small
-    assert pieces.is_cut(cpu, fastbn.layout.layout_of(images.shape, images.strides, frozenset({1})), images)
+    assert cuts.is_cut(cpu, fastbn.layout.layout_of(short.shape, short.strides, frozenset({3})), short)
+    assert not cuts.is_cut(cpu, fastbn.layout.layout_of(images.shape, images.strides, frozenset({1})), images)
+    monkeypatch.setattr(cpu, "reads_slabs", lambda views: False)
+    assert (cut_of(images).axes, cut_of(images).kept) == ((), {0, 1})  # in one piece
+    assert (cut_of(last, axis=3).axes, cut_of(last, axis=3).kept) == ((0,), {1, 3})
     whole = np.empty((32, 16, 56, 56), np.float32)
-    assert not pieces.is_cut(cpu, fastbn.layout.layout_of(whole.shape, whole.strides, frozenset({1})), whole)
+    assert not cuts.is_cut(cpu, fastbn.layout.layout_of(whole.shape, whole.strides, frozenset({1})), whole)
 
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1), (2,)])
@@ -147,7 +155,7 @@ def test_what_is_cut():
 def test_pieces_are_the_array(axes, step):
     shape = (4, 5, 6)
     seen = np.zeros(shape, int)
-    for index in pieces.Cut(axes, step, frozenset(), ()).indices(shape):
+    for index in cuts.Cut(axes, step, frozenset(), ()).indices(shape):
         seen[index] += 1
     assert (seen == 1).all()
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fastbn import call, pieces
+from fastbn import call, cuts
 from tests.support import Layout, reversed_axes
 
 
@@ -57,8 +57,9 @@ VIEWS = {
 
 
 def cut_small_arrays(monkeypatch, backend):
-    """From a kilobyte on; what was prepared before is forgotten."""
-    monkeypatch.setattr(pieces, "AT_LEAST", 2)
-    monkeypatch.setattr(pieces, "LITTLE", 2048)
+    """From a kilobyte on, and not in slabs; what was prepared before is forgotten."""
+    monkeypatch.setattr(backend, "reads_slabs", lambda views: False)
+    monkeypatch.setattr(cuts, "AT_LEAST", 2)
+    monkeypatch.setattr(cuts, "LITTLE", 2048)
     monkeypatch.setattr(backend, "LEAST_PIECE", 1024)
     call.forget()

@@ -103,6 +103,13 @@ def fill(a, n, number):
 
 
 @inline
+def clear_sums(count, columns):
+    """Those of a chunk's columns."""
+    fill(columns.s1, count, 0.0)
+    fill(columns.s2, count, 0.0)
+
+
+@inline
 def spread(row, at, number, size):
     """A number into the columns of a cell; what spills over, the next cell overwrites."""
     for i in range(0, size, lanes(row, FULL)):

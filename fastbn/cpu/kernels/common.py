@@ -7,6 +7,8 @@ Arguments are arrays with strides (`records.Array`), of which functions take the
 tables (`records`), whose fields are pointers to their rows. A *kept index* t is ``batch * channels + channel``.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from fastbn.cpu.kernels.compiler import inline, kernel
@@ -33,6 +35,18 @@ from fastbn.cpu.records import Affine, Distances, GradientParameters, Linear, Ro
 
 FULL = 64  # bytes of a vector: one cache line of float32
 LEAST_M2 = 2.0**-930  # of what is not constant, until `finished` finds it; far below what float32's squares give
+
+
+class ManySlabs(NamedTuple):
+    """How many slabs a channel has, how many near ones belong to one of the far ones, and the steps to the next."""
+
+    count: Any
+    of_far: Any
+    far: Any
+    near: Any
+
+
+ONE_SLAB = ManySlabs(1, 1, 0, 0)
 
 
 # --- arrays and tables ------------------------------------------------------------------------------------------------
@@ -156,11 +170,35 @@ def finished(x, weight, shape, n, mean, m2, origin):
         return 0.0, np.nan, np.nan, 1.0
     if is_sound(mean, m2, max(n, np.float64(shape.outer * shape.inner)) * least_variance(x.values)):
         return n, origin + mean, m2, 1.0
-    return careful_moments(x, weight, shape, n, origin)
+    return careful_moments(x, weight, shape, ONE_SLAB, n, origin)
 
 
 @inline
-def careful_moments(x, weight, shape, n, origin):
+def slab_at(steps, s, of_far):
+    """Where slab s begins, from the first one on; so many near ones belong to one of the far ones."""
+    return s // of_far * steps.far + s % of_far * steps.near
+
+
+@inline
+def rows_of_slab(array, t, s, shape):
+    """The rows of a slab of channel t."""
+    start = slab_at(array, s, shape.near) + t * array.channel
+    return Rows(advance(array.values, start), array.outer, 2 * array.outer)
+
+
+@inline
+def finished_slabs(x, t, shape, n, mean, m2, origin):
+    """As `finished`, of a channel in slabs."""
+    if n == 0.0:
+        return 0.0, np.nan, np.nan, 1.0
+    if is_sound(mean, m2, n * least_variance(x.values)):
+        return n, origin + mean, m2, 1.0
+    slabs = ManySlabs(shape.far * shape.near, shape.near, x.far, x.near)
+    return careful_moments(rows_of_slab(x, t, 0, shape), None, shape, slabs, n, origin)
+
+
+@inline
+def careful_moments(x, weight, shape, slabs, n, origin):
     """The same in float64, in a unit that brings the largest value near 1, so that no square leaves the range.
 
     Like NumPy, the mean of infinities of one sign is that infinity.
@@ -168,12 +206,13 @@ def careful_moments(x, weight, shape, n, origin):
     unit, scaled_origin, from_origin, rest, m2 = 1.0, 0.0, 0.0, 0.0, 0.0
     largest, infinite = 0.0, 0.0
     for look in range(3):
-        for k in range(shape.outer * shape.inner):
+        for k in range(slabs.count * shape.outer * shape.inner):
             r, i = k // shape.inner, k % shape.inner
+            slab, r = slab_at(slabs, r // shape.outer, slabs.of_far), r % shape.outer
             w = 1.0 if weight is None else value(weight.values, start_of_row(weight, r) + i)
             if w == 0.0:
                 continue
-            v = value(x.values, start_of_row(x, r) + i)
+            v = value(x.values, slab + start_of_row(x, r) + i)
             if look == 0:
                 largest = max(largest, abs(v)) if np.isfinite(v) else largest
                 infinite += 0.0 if np.isfinite(v) else v

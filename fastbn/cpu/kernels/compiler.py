@@ -20,7 +20,7 @@ from numba.core.registry import cpu_target
 
 from fastbn.cpu.code import machine_for
 from fastbn.cpu.kernels.llvm import INTEGER_ARRAYS
-from fastbn.cpu.records import INTEGERS, Array, Strides
+from fastbn.cpu.records import ARRAYS, INTEGERS
 
 llvm.initialize_native_asmparser()  # for `flags`; Numba, that has no assembly of its own, leaves it out
 
@@ -41,8 +41,9 @@ KINDS = {
     "none": types.none,
 } | {name: types.NamedUniTuple(types.int64, len(record._fields), record) for name, record in INTEGERS.items()}
 KINDS |= {
-    f"{kind.rstrip('*')}[]": types.NamedTuple([KINDS[kind], *[types.int64] * len(Strides._fields)], Array)
+    kind.rstrip("*") + mark: types.NamedTuple([KINDS[kind], *[types.int64] * (len(array._fields) - 1)], array)
     for kind in ("u1*", "u2*", "i2*", "f4*", "f8*", "none")
+    for mark, array in ARRAYS.items()
 }
 KINDS |= {name: types.CPointer(integer) for name, integer in INTEGER_ARRAYS.items()}
 
@@ -199,7 +200,7 @@ def _argument(builder, words, kind):
     """Of the next word, or two: a record of integers is where its word points to, an array has a word more before."""
     if not isinstance(kind, types.BaseNamedTuple):
         return _from_word(builder, next(words), kind)
-    values = [_from_word(builder, next(words), kind[0])] if kind.instance_class is Array else []
+    values = [_from_word(builder, next(words), kind[0])] if kind.instance_class in ARRAYS.values() else []
     integers = builder.inttoptr(next(words), _WORDS)
     places = [builder.gep(integers, [ir.Constant(_I64, i)]) for i in range(len(kind) - len(values))]
     absent = kind[0] == types.none

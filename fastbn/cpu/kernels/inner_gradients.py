@@ -180,8 +180,14 @@ def chunk_grad_sums(slabs, rows, columns, mean, rstd):
 @inline
 def segment_grad_sums(slabs, shape, largest, segment, mean, rstd):
     """The same of a segment."""
-    a, b = 0.0, 0.0
-    for k in range(segment * SEGMENT, min((segment + 1) * SEGMENT, chunk_count(shape, largest))):
+    end = min((segment + 1) * SEGMENT, chunk_count(shape, largest))
+    return add_chunks(slabs, shape, largest, segment * SEGMENT, end, mean, rstd, 0.0, 0.0)
+
+
+@inline
+def add_chunks(slabs, shape, largest, first, end, mean, rstd, a, b):
+    """Sums that go on with those of some chunks."""
+    for k in range(first, end):
         chunk = chunk_at(k, shape, largest)
         part = Slabs(
             rows_from(slabs.dy, chunk.row, chunk.column), rows_from(slabs.x, chunk.row, chunk.column),
@@ -206,10 +212,9 @@ def grad_sums_of_segments(thread, first, last, dy, x, y, weight, shape, chunks, 
 
 @kernel
 def channel_grad_sums(
-    thread, first, last, x, shape, chunks, parameters, partials, sums, distances, frozen, mixed
+    thread, first, last, x, kept, segments, parameters, partials, sums, distances, frozen, mixed
 ):  # fmt: skip
     """The results from the segments' sums and, if they are asked for, the `records.Distances` of dx."""
-    segments, kept = segment_count(shape, chunks), shape.batch * shape.channel
     given, results = table_rows(GradientParameters, parameters, kept), table_rows(Sums, sums, kept)
     parts = table_rows(SegmentSums, partials, kept * segments)
     for t in range(first, last):
@@ -222,6 +227,13 @@ def channel_grad_sums(
 
 
 # --- dx ---------------------------------------------------------------------------------------------------------------
+
+
+@inline
+def write_one_linear(linear, one):
+    """Into a table's first place."""
+    linear.scale[0], linear.hi[0], linear.slope[0] = one.scale, one.hi, one.slope
+    linear.offset[0], linear.unit[0] = one.offset, one.unit
 
 
 @inline
@@ -374,21 +386,12 @@ def backward(
         out.dgamma[t], out.dbeta[t] = b, a
         d = distances_of(slabs.x.values, given, t, live.values is None, mixed, b, a)
         one = linear_of(slabs.x.values, d.mean, d.scale, d.offset, d.slope, d.unit)
-        linear.scale[0], linear.hi[0], linear.slope[0] = one.scale, one.hi, one.slope
-        linear.offset[0], linear.unit[0] = one.offset, one.unit
+        write_one_linear(linear, one)
         for k in range(shape.outer):
             r = row_in_turn(k, shape)
             inputs = Inputs(row_of(slabs.dy, r), row_of(of_live, r), row_of(slabs.y, r), row_of(slabs.weight, r))
             results = Results(row_of(of_dx, r), row_of(of_dresidual, r))
+            place = Place(0, r, t, 0)
             grad_input_run(
-                inputs,
-                results,
-                Gaps(0, 0, 0, 0),
-                linear,
-                0,
-                Place(0, r, t, 0),
-                shape.inner,
-                shape,
-                ONE_ROW,
-                nontemporal,
+                inputs, results, Gaps(0, 0, 0, 0), linear, 0, place, shape.inner, shape, ONE_ROW, nontemporal
             )

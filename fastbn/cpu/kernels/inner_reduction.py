@@ -100,6 +100,15 @@ class Place(NamedTuple):
     column: Any
 
 
+class Some(NamedTuple):
+    """Moments of some values, the mean relative to an origin, and the shift for those that follow."""
+
+    n: Any
+    mean: Any
+    m2: Any
+    shift: Any
+
+
 class Gaps(NamedTuple):
     """Values between the rows of arrays that are read, where rows of those that are written have none."""
 
@@ -274,10 +283,17 @@ def chunk_sums(x, weight, chunk, shift):
 @inline
 def segment_moments(x, weight, shape, largest, segment, origin):
     """n, mean - origin and M2 of one segment."""
-    n, mean, m2 = 0.0, 0.0, 0.0
-    shift = origin
     lower_underflow_flag()
-    for k in range(segment * SEGMENT, min((segment + 1) * SEGMENT, chunk_count(shape, largest))):
+    end = min((segment + 1) * SEGMENT, chunk_count(shape, largest))
+    some = merge_chunks(x, weight, shape, largest, segment * SEGMENT, end, origin, Some(0.0, 0.0, 0.0, origin))
+    return some.n, some.mean, marked(x.values, some.m2) if underflowed(some.m2) else some.m2
+
+
+@inline
+def merge_chunks(x, weight, shape, largest, first, end, origin, some):
+    """The moments of some values, and of some chunks as well."""
+    n, mean, m2, shift = some.n, some.mean, some.m2, some.shift
+    for k in range(first, end):
         chunk = chunk_at(k, shape, largest)
         count, s1, s2 = chunk_sums(x, weight, chunk, shift)
         if needs_new_shift(count, s1, s2):
@@ -287,7 +303,7 @@ def segment_moments(x, weight, shape, largest, segment, origin):
             from_shift = s1 / count
             n, mean, m2 = merged(n, mean, m2, count, shift - origin + from_shift, positive_or_nan(s2 - s1 * from_shift))
             shift = rounded(x.values, origin + mean)
-    return n, mean, marked(x.values, m2) if underflowed(m2) else m2
+    return Some(n, mean, m2, shift)
 
 
 @inline

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from fastbn.cpu.kernels.cells import (
     AHEAD,
     cell_totals,
+    clear_sums,
     columns_of_last_row,
     fill,
     in_float64,
@@ -136,14 +137,27 @@ def distance_at(inputs, row, c, part, shared, dz, hi, unit):
 
 
 @inline
-def add_two_rows(inputs, row, far, weight, far_weight, part, sums, c):
-    """Add one vector of columns, or a part, of two rows to the sums."""
+def add_two_rows(near, far, row, near_weight, far_weight, part, sums, c):
+    """Add one vector of columns, or a part, of a row of each to the sums."""
     hi, unit = load(sums.hi, c, FULL), load(sums.unit, c, FULL)
-    dz, far_dz = dz_at(inputs, row, c, part), dz_at(inputs, far, c, part)
+    dz, far_dz = dz_at(near, row, c, part), dz_at(far, row, c, part)
     store(sums.s1, c, load(sums.s1, c, FULL) + (dz + far_dz))
-    distance = distance_at(inputs, row, c, part, weight, dz, hi, unit)
-    far_distance = distance_at(inputs, far, c, part, far_weight, far_dz, hi, unit)
+    distance = distance_at(near, row, c, part, near_weight, dz, hi, unit)
+    far_distance = distance_at(far, row, c, part, far_weight, far_dz, hi, unit)
     store(sums.s2, c, load(sums.s2, c, FULL) + fma(dz, distance, far_dz * far_distance))
+
+
+@inline
+def add_rows_of_two(near, far, rows, columns, sums):
+    """Add so many rows of each to the sums."""
+    n = lanes(near.x.values, FULL)
+    whole = columns - columns % n
+    for r in range(rows):
+        near_weight, far_weight = first_weight(near, r), first_weight(far, r)
+        for c in range(0, whole, n):
+            add_two_rows(near, far, r, near_weight, far_weight, None, sums, c)
+        if whole < columns:
+            add_two_rows(near, far, r, near_weight, far_weight, columns - whole, sums, whole)
 
 
 @inline
@@ -159,30 +173,28 @@ def add_row(inputs, row, columns, sums):
 
 
 @inline
+def move_sums(cells, size, sums, dbeta, dgamma):
+    """What was added up of columns, to that of their cells, in float64."""
+    cell_totals(sums.s1, cells, size, dbeta)
+    cell_totals(sums.s2, cells, size, dbeta)
+    for j in range(0, cells, lanes(dbeta, FULL)):
+        store(dbeta, j, load(dbeta, j, FULL) + in_float64(sums.s1, j, dbeta))
+        store(dgamma, j, load(dgamma, j, FULL) + in_float64(sums.s2, j, dbeta))
+
+
+@inline
 def segment_grad_sums(inputs, rows, cells, size, dbeta, dgamma, sums):
     """sum(dz) and sum(dz * (x - hi) * unit) of each cell of one segment, with hi and unit of its columns."""
-    x = inputs.x.values
-    n, columns = lanes(x, FULL), cells * size
+    columns, half = cells * size, rows // 2
     fill(dbeta, cells, 0.0)
     fill(dgamma, cells, 0.0)
-    half, whole = rows // 2, columns - columns % n
     for first in range(0, max(1, half), ROW_CHUNK // 2):
-        fill(sums.s1, columns, 0.0)
-        fill(sums.s2, columns, 0.0)
+        clear_sums(columns, sums)
         end = min(first + ROW_CHUNK // 2, half)
-        for r in range(first, end):
-            near, far = first_weight(inputs, r), first_weight(inputs, half + r)
-            for c in range(0, whole, n):
-                add_two_rows(inputs, r, half + r, near, far, None, sums, c)
-            if whole < columns:
-                add_two_rows(inputs, r, half + r, near, far, columns - whole, sums, whole)
+        add_rows_of_two(inputs_from(inputs, first), inputs_from(inputs, half + first), end - first, columns, sums)
         if rows % 2 > 0 and end == half:
             add_row(inputs, rows - 1, columns, sums)
-        cell_totals(sums.s1, cells, size, dbeta)
-        cell_totals(sums.s2, cells, size, dbeta)
-        for j in range(0, cells, lanes(dbeta, FULL)):
-            store(dbeta, j, load(dbeta, j, FULL) + in_float64(sums.s1, j, dbeta))
-            store(dgamma, j, load(dgamma, j, FULL) + in_float64(sums.s2, j, dbeta))
+        move_sums(cells, size, sums, dbeta, dgamma)
 
 
 @inline

@@ -41,6 +41,7 @@ import numpy as np
 from fastbn.cpu.kernels.cells import (
     AHEAD,
     cell_totals,
+    clear_sums,
     columns_of_last_row,
     fill,
     in_float64,
@@ -57,6 +58,7 @@ from fastbn.cpu.kernels.cells import (
 )
 from fastbn.cpu.kernels.common import (
     FULL,
+    ONE_SLAB,
     careful_moments,
     finished,
     is_sound,
@@ -110,44 +112,54 @@ class Cells(NamedTuple):
     m2: Any
 
 
+class Quarters(NamedTuple):
+    """Pointers to rows of the four quarters of a segment: four streams from memory."""
+
+    first: Any
+    second: Any
+    third: Any
+    last: Any
+
+
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
 @inline
-def add_four_rows(x, at, far, part, columns, c):
-    """Add one vector of columns, or a part, of four rows, each ``far`` from the one before, to the sums.
+def add_four_rows(quarters, at, part, columns, c):
+    """Add one vector of columns, or a part, of a row of each quarter to the sums.
 
     Two rows at a time: with all at once sixteen registers overflow.
     """
     q = load(columns.shift, c, FULL)
-    a, b = part_of(x, at, part) - q, part_of(x, at + far, part) - q
+    a, b = part_of(quarters.first, at, part) - q, part_of(quarters.second, at, part) - q
     sums, squares = a + b, fma(a, a, b * b)
-    a, b = part_of(x, at + 2 * far, part) - q, part_of(x, at + 3 * far, part) - q
+    a, b = part_of(quarters.third, at, part) - q, part_of(quarters.last, at, part) - q
     store(columns.s1, c, load(columns.s1, c, FULL) + (sums + (a + b)))
     store(columns.s2, c, load(columns.s2, c, FULL) + (squares + fma(a, a, b * b)))
 
 
 @inline
-def chunk_sums(x, far, fours, rest, count, columns):
-    """The sums of `ColumnMoments` of ``count`` columns.
-
-    The rows are ``fours`` of each quarter of a segment, the quarters ``far`` apart, and the ``rest`` behind the last.
-    """
-    n = lanes(x.values, FULL)
-    fill(columns.s1, count, 0.0)
-    fill(columns.s2, count, 0.0)
+def add_rows(quarters, step, fours, rest, count, columns):
+    """Add ``fours`` rows of each quarter to the sums of columns, and the ``rest`` behind those of the last."""
+    n = lanes(quarters.first, FULL)
     whole = count - count % n
     for r in range(fours):
         for c in range(0, whole, n):
-            add_four_rows(x.values, r * x.step + c, far, None, columns, c)
+            add_four_rows(quarters, r * step + c, None, columns, c)
         if whole < count:
-            add_four_rows(x.values, r * x.step + whole, far, count - whole, columns, whole)
+            add_four_rows(quarters, r * step + whole, count - whole, columns, whole)
     for r in range(fours, fours + rest):
-        row = 3 * far + r * x.step
         for c in range(0, count, n):
-            e = load_first(x.values, row + c, count - c, FULL) - load(columns.shift, c, FULL)
+            e = load_first(quarters.last, r * step + c, count - c, FULL) - load(columns.shift, c, FULL)
             store(columns.s1, c, load(columns.s1, c, FULL) + e)
             store(columns.s2, c, fma(e, e, load(columns.s2, c, FULL)))
+
+
+@inline
+def quarters_of(x, quarter):
+    """Pointers to rows, so many rows apart."""
+    far = quarter * x.step
+    return Quarters(x.values, advance(x.values, far), advance(x.values, 2 * far), advance(x.values, 3 * far))
 
 
 @inline
@@ -233,7 +245,8 @@ def segment(x, rows, count, size, cells, columns):
         fours = min(ROW_CHUNK // 4, quarter - first) if looks > 0 else peek
         rest = beyond if first + fours == quarter else 0
         spread_rounded(x.values, cells.centre, count, size, columns.shift)
-        chunk_sums(rows_from(x, first, 0), quarter * x.step, fours, rest, count * size, columns)
+        clear_sums(count * size, columns)
+        add_rows(quarters_of(rows_from(x, first, 0), quarter), x.step, fours, rest, count * size, columns)
         cell_totals(columns.s1, count, size, cells.mean)
         cell_totals(columns.s2, count, size, cells.mean)
         n = np.float64((4 * fours + rest) * size)
@@ -301,7 +314,7 @@ def careful_cells(x, shape, t, first, end, moments, all_rows, lost, eps):
         if is_sound(moments.mean[k], m2, all_rows * least_variance(x.values)) and not (lost and m2 == 0.0):
             continue
         rows = rows_of(x, k, shape)
-        n, mean, m2, unit = careful_moments(rows, None, shape, all_rows, origin_of(rows, None, None, k))
+        n, mean, m2, unit = careful_moments(rows, None, shape, ONE_SLAB, all_rows, origin_of(rows, None, None, k))
         write_moments(moments, k, n, mean, m2, unit, eps)
     lower_underflow_flag()
 
