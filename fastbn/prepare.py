@@ -113,24 +113,11 @@ def _over_ranks(backend: Backend, layout: Layout, moments: Call, normalize: Call
 
 def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, gather: Any) -> Call:
     """``call(dy, saved, dmean, dvar, out, gather)``."""
-    if not isinstance(saved, Saved):
-        raise TypeError(f"saved: expected a fastbn.Saved, got {type(saved).__name__}")
     gather = validation.hook(gather)
+    _check_saved(saved, gather)
     x, frozen, relu = saved.x, saved.moments is None, saved.activation is not None
-    if x is None:
-        raise ValueError(
-            "saved: expected the input x, but out overwrote it in the forward pass; give it an out of its own"
-        )
-    if (gather is not None) != saved.gathered:
-        came, went = ("a hook", "without one") if gather is not None else ("None", "with one")
-        raise ValueError(f"gather: expected what the forward pass had, which ran {went}, got {came}")
     with device_of(dy):
-        required = {"dy": dy, "saved.x": x, "saved.mean": saved.mean, "saved.rstd": saved.rstd}
-        if not frozen:
-            required["saved.count"] = saved.count
-        others = {f"saved.{name}": getattr(saved, name) for name in ("y", "gamma", "weight")}
-        kind = one_kind(required, dmean=dmean, dvar=dvar, out=out, **others)
-        backend = backend_of(kind)
+        backend = backend_of(_kind_of_backward(dy, saved, dmean, dvar, out))
         layout = validation.layout_for(x, saved.channel_axis)
         plain = validation.plainer(x)
         x, dy = validation.plain(x), validation.like("dy", dy, x)
@@ -194,6 +181,27 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         return gradients
 
     return backend.on_its_device(call, x)
+
+
+def _check_saved(saved: Any, gather: Any) -> None:
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved: expected a fastbn.Saved, got {type(saved).__name__}")
+    if saved.x is None:
+        raise ValueError(
+            "saved: expected the input x, but out overwrote it in the forward pass; give it an out of its own"
+        )
+    if (gather is not None) != saved.gathered:
+        came, went = ("a hook", "without one") if gather is not None else ("None", "with one")
+        raise ValueError(f"gather: expected what the forward pass had, which ran {went}, got {came}")
+
+
+def _kind_of_backward(dy: Any, saved: Saved, dmean: Any, dvar: Any, out: Any) -> str:
+    """The kind of all arrays."""
+    required = {"dy": dy, "saved.x": saved.x, "saved.mean": saved.mean, "saved.rstd": saved.rstd}
+    if saved.moments is not None:
+        required["saved.count"] = saved.count
+    others = {f"saved.{name}": getattr(saved, name) for name in ("y", "gamma", "weight")}
+    return one_kind(required, dmean=dmean, dvar=dvar, out=out, **others)
 
 
 def _summed_over_ranks(backend: Backend, layout: Layout, grad_sums: Call, grad_input: Call) -> Call:
