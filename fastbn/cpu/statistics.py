@@ -46,8 +46,10 @@ OF_WIDE_ROWS = 64 << 10  # the same of parts of rows: longer ones are read up to
 PART = 1 << 16  # values that a thread takes at once, about
 PART_OF_SQUARES = 1 << 14  # of float64, of which each of 32 sums has 512: rounding of 1e-15
 PARTS_AT_MOST = 64  # of the rows of `outer`
+TASKS, NARROWEST = 8, 128  # of rows too few to be shared: tiles of so many columns at least, for several threads
 FEW_NUMBERS = 1 << 14  # of parts that one thread merges in some 20 us
 SHARE_OF_PARTS = 4096  # bytes of a column for each part's 32 bytes: less than a hundredth
+TWO_PARTS = 3400  # the same for two parts, without which one thread does all: less than a fiftieth
 
 _INTEGERS = {"i": "s", "u": "n", "b": "b"}
 
@@ -137,14 +139,19 @@ def _along_kept(
         rows = [step if o is fold else o for o in rows]
         rows.sort(key=lambda o: o is step)  # innermost, for its short end
     cells = row.size if folded > 1 else min(row.size, max(8, most // inner // 8 * 8))
-    tiles = -(-row.size // cells)
-    width = folded * -(-cells // 8) * 8 * inner + 8 * inner
     others, count = math.prod(o.size for o in kept), math.prod(o.size for o in rows)
     least = max(1, SHARE_OF_PARTS // (itemsize * folded), PART // (folded * cells * inner))
     longest = 1024 if exact and squares else count
     parts = max(1, min(count // least, max(PARTS_AT_MOST, -(-count // longest))))
     each = -(-count // parts)
-    parts = -(-count // each)
+    parts = -(-count // each)  # none is empty
+    if others * -(-row.size // cells) == parts == 1 and count * folded * itemsize >= TWO_PARTS:
+        parts, each = 2, -(-count // 2)
+    if folded == 1 and others * parts * -(-row.size // cells) == 1:
+        cells = min(cells, max(-(-row.size * others * parts // TASKS), NARROWEST // inner))
+        cells = min(row.size, -(-row.size // (8 * -(-row.size // cells))) * 8)  # as many in each tile
+    tiles = -(-row.size // cells)
+    width = folded * -(-cells // 8) * 8 * inner + 8 * inner
     named = {
         PARTS: parts, ROWS: count, ROWS_OF_A_PART: each, STEP: row.step if size is None else size.step, FORM: form,
         CHANNELS: row.size, SIZE: inner, FOLD: folded, TILE: cells, TAIL: tail, WIDTH: width, KEPT_STEP: row.result,
@@ -184,7 +191,9 @@ def divide(
     if masked and above is not None:
         beside = beside and above.mask == last.size * last.mask != 0
     if above is not None and not above.kept and beside and 2 * last.size <= most:
-        return _along_kept(d, last, None, above, most, *given)
+        folded = _along_kept(d, last, None, above, most, *given)
+        if folded.tasks > 1 or last.size < 2 * NARROWEST:
+            return folded
     reduced = [o for o in d if not o.kept]
     run = max(reduced, key=lambda o: o.size, default=last)
     if last.size < FEW and not run.kept and (not masked or run.mask in (0, 1)):
