@@ -37,7 +37,7 @@ LEAST_SQUARE = 2.0**-900  # of a sum of squares other than 0, below which some m
 
 SHORT = 512  # values of a reduced row, below which rows lie side by side in those of `outer`
 ENOUGH_ROWS = 8  # of those, for their sums to be worth the space
-SHORTEST = 64  # values of a reduced row, below which eight neighbours are read at once, a value of each
+SHORTEST = 128  # values of a reduced row, below which eight neighbours are read at once, a value of each
 FEW_ROWS = 12  # rows of neighbouring kept indices, up to which all are read for eight columns at once
 FEW = 8  # kept indices in a row, below which each goes its own way along the reduced ones
 WORTH = 16  # kept indices a step apart that are worth a row
