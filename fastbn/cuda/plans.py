@@ -167,17 +167,19 @@ def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | 
             if plan and (forced or enough or not few):
                 return plan
     if forced in (None, "cluster"):
-        splits, largest = 2, None
+        splits, sizes = 2, list[int]()
         while splits <= tuning.cluster:
+            sizes.insert(0, splits)
             last = splits * 2 > min(tuning.cluster, most)
             enough = geometry.tiles * splits >= tuning.waves * device.processors
             small = -(-vectors // splits) <= tuning.threads // lanes
-            largest = single(splits, "cluster") or largest
-            if largest and (enough or small or last or forced):
-                break
+            if enough or small or last or forced:
+                # Largest first, as each has a kernel of its own, compiled to ask how many blocks there is room for.
+                for plan in (single(size, "cluster") for size in sizes):
+                    if plan:
+                        return plan
+                sizes.clear()
             splits *= 2
-        if largest:
-            return largest
     if forced in (None, "cooperative"):
         return _cooperative(work, kernel, items, partial, fitted)
     return None
