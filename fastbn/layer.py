@@ -16,7 +16,7 @@ from fastbn import validation
 from fastbn.arrays import device_of, one_kind
 from fastbn.backend import backend_of
 from fastbn.functional import Gather, batch_norm, batch_norm_backward, batch_norm_inference
-from fastbn.merging import Moments, namespace, update_running
+from fastbn.merging import Moments, namespace
 from fastbn.primitives import Activation, Axes, fold
 from fastbn.saved import Saved
 
@@ -213,14 +213,12 @@ class BatchNorm:
             frozen = partial(Saved.frozen, x, self.mean, self.var, self.gamma, y=y, **options)
             self._saved = lambda: frozen()._replace(x=None if written else x, has_residual=residual is not None), None
             return y
-        y, saved = batch_norm(
-            x, self.gamma, self.beta, where=where, weights=weights, residual=residual, gather=gather, out=out, **options
-        )
         rate = 1 / (self.batches + 1) if self.rate is None else self.rate
-        running = self.mean, self.var
-        moments: Any = saved.moments
-        update_running(*running, moments, rate=rate, correction=self.correction, out=running)
-        self.batches, self.moments, self._saved = self.batches + 1, moments, (lambda: saved, gather)
+        y, saved = batch_norm(
+            x, self.gamma, self.beta, where=where, weights=weights, residual=residual, gather=gather, out=out,
+            running=(self.mean, self.var), rate=rate, correction=self.correction, **options,
+        )  # fmt: skip
+        self.batches, self.moments, self._saved = self.batches + 1, saved.moments, (lambda: saved, gather)
         return y
 
     def backward(self, dy: Any, *, out: Any = None) -> Any:

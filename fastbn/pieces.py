@@ -153,15 +153,22 @@ class Pieces:
 
     def forward(
         self, x: Operand, weight: Operand | None, y: Operand, residual: Operand | None, gamma: Any, beta: Any,
-        eps: float, relu: bool,
+        eps: float, relu: bool, running: tuple[Any, Any] | None,
     ) -> Callable[..., tuple[Any, ...]]:  # fmt: skip
         float64 = self._backend.xp.dtype(float)
         moments = self._moments(x, eps)
         normalize = self.normalize(x, y, residual, Affine(float64, float64, gamma, beta), None, relu)
+        update = None
+        if running is not None:
+            types, kept = (*running, *(float64,) * 3, *running), math.prod(self._layout.kept_shape)
+            update = self._backend.update_running(kept, types, False, False)
 
-        def run(x: Any, weight: Any, gamma: Any, beta: Any, residual: Any, y: Any) -> tuple[Any, ...]:
+        def run(x: Any, weight: Any, gamma: Any, beta: Any, residual: Any, y: Any, *running: Any) -> tuple[Any, ...]:
             count, mean, m2, rstd = moments(x, None)
             normalize(x, residual, y, mean, rstd, gamma, beta)
+            if update is not None:
+                *both, rate, correction = running
+                update(*both, count, mean, m2, *both, rate, correction)
             return count, mean, m2, rstd
 
         return run

@@ -158,8 +158,10 @@ def _normalize_in_float64(
 
 def forward(
     x: Operand, weight: Operand | None, y: Operand, residual: Operand | None, gamma: Any, beta: Any,
-    eps: float, relu: bool,
+    eps: float, relu: bool, running: tuple[Any, Any] | None,
 ) -> Callable[..., tuple[Array, ...]]:  # fmt: skip
+    if running is not None:
+        return _updating(forward(x, weight, y, residual, gamma, beta, eps, relu, None), x.kept, running)
     shape, kind, (xs, ys, rs), kept = Shape(*x.shape), kind_of(x.dtype), map(strides_of, (x, y, residual)), x.kept
     (ws, weights), kinds = strides_of_weight(weight), (kind_or_none(gamma), kind_or_none(beta))
     launch = _launcher(
@@ -185,6 +187,21 @@ def forward(
         if beyond and beyond(table[3], gamma):
             _normalize_in_float64(operands, x, residual, y, table[2], table[3], gamma, beta, None, relu)
         return _unscaled(table, k) if k else (table[0], table[2], table[1], table[3])
+
+    return run
+
+
+def _updating(forward: Callable[..., tuple[Array, ...]], kept: int, running: tuple[Any, Any]) -> Callable[..., Any]:
+    """The forward pass, and then running statistics, which take no share of its time."""
+    update = update_running(kept, (*running, *(np.dtype(float),) * 3, *running), False, False)
+
+    def run(
+        x: Array, weight: Array | None, gamma: Array | None, beta: Array | None, residual: Array | None, y: Array,
+        mean: Array, var: Array, rate: float, correction: float,
+    ) -> tuple[Array, ...]:  # fmt: skip
+        count, batch_mean, m2, rstd = forward(x, weight, gamma, beta, residual, y)
+        update(mean, var, count, batch_mean, m2, mean, var, rate, correction)
+        return count, batch_mean, m2, rstd
 
     return run
 

@@ -162,21 +162,24 @@ class Params:
         return self.fixed.pack(*given)
 
     def packer(self, present: Collection[str]) -> Callable[..., bytes]:
-        """``pack(*addresses, *scalars, fixed)``: addresses of these pointers in order of `pointers`, others null."""
+        """``pack(*addresses, *scalars, fixed)``: those that are present, in order of their fields; others are 0."""
         pointers = "".join("Q" if name in present else "8x" for name in self.pointers)
-        return struct.Struct(f"<{pointers}{len(self.scalars)}d{self.fixed.size}s").pack
+        scalars = "".join("d" if name in present else "8x" for name in self.scalars)
+        return struct.Struct(f"<{pointers}{scalars}{self.fixed.size}s").pack
 
 
 AXES = ("batch", "outer", "channel", "inner")
 ARRAYS = ("x", "y", "residual", "dy", "dx", "dresidual", "weight")
 PARAMETERS = ("gamma", "beta", "mean", "spread", "count", "dmean", "dvar", "offset", "slope")
 
+RUNNING_STATISTICS = ("running_mean", "running_var")
+
 TILES = Params(
-    pointers=(*ARRAYS, *PARAMETERS, "results", "partials", "counters"),
-    scalars=(),
+    pointers=(*ARRAYS, *PARAMETERS, *RUNNING_STATISTICS, "results", "partials", "counters"),
+    scalars=("rate", "correction"),
     integers=(
         *(f"{name}_strides_{axis}" for name in ARRAYS for axis in AXES),
-        *(f"{name}_type" for name in PARAMETERS),
+        *(f"{name}_type" for name in PARAMETERS + RUNNING_STATISTICS),
         "batches", "channels", "vectors", "row_vectors", "row_magic", "row_shift",
         "tiles_per_batch", "tiles", "splits", "share", "backwards", "summed", "spread_is_variance", "frozen",
     ),

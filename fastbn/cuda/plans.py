@@ -8,7 +8,7 @@ merges for the second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -46,19 +46,21 @@ class Plan(NamedTuple):
     """Bytes, zeroed before the first launch."""
     strategy: str
 
-    def bound(self, present: Collection[str]) -> Callable[..., None]:
-        """``run(*addresses)`` launches on the current stream, as `Launch.bound` does; counters come last."""
+    def bound(self, present: Sequence[str]) -> Callable[..., None]:
+        """``run(*addresses, *scalars)`` launches on the current stream, as `Launch.bound` does."""
         first, *others = (step.bound(present) for step in self.launches)
         counters = self.counters
         if not others and not counters:
             return first
 
-        def run(*addresses: int) -> None:
+        cleared = [*present].index("counters") if counters else 0
+
+        def run(*given: float) -> None:
             if counters:
-                launch.clear(addresses[-1], counters)
-            first(*addresses)
+                launch.clear(int(given[cleared]), counters)
+            first(*given)
             for step in others:
-                step(*addresses)
+                step(*given)
 
         return run
 
