@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from fastbn import direct_reductions
 from fastbn.backend import Backend
-from fastbn.formulas import batch_rstd, rstd_with
+from fastbn.formulas import batch_rstd, rounded, rstd_with
 from fastbn.layout import Layout, Shape, layout_of
 from fastbn.operands import Affine, Numbers, Operand, dense
 from fastbn.ways import Ways, WaysToPieces, arriving
@@ -201,11 +201,13 @@ class Pieces:
 
     def backward(
         self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
-        dx: Operand, dresidual: Operand | None,
+        dx: Operand, dresidual: Operand | None, dtype: Any,
     ) -> Callable[..., tuple[Any, Any]]:  # fmt: skip
+        float64 = self._backend.xp.dtype(float)
+        if dtype != float64:
+            return rounded(self.backward(dy, x, y, weight, numbers, frozen, dx, dresidual, float64), dtype)
         if not frozen:
             sums = self.grad_sums(dy, x, y, None, numbers.mean, numbers.rstd)
-            float64 = self._backend.xp.dtype(float)
             grad_input = self.grad_input(dy, x, y, None, numbers, (float64, float64), dx, dresidual)
 
             def run(dy: Any, x: Any, y: Any, weight: Any, *others: Any) -> tuple[Any, Any]:
@@ -217,7 +219,7 @@ class Pieces:
             return run
 
         def prepare(dy: Operand, x: Operand, y: Operand | None, dx: Operand, dresidual: Operand | None) -> OfPiece:
-            run = self._backend.backward(dy, x, y, None, numbers, True, dx, dresidual)
+            run = self._backend.backward(dy, x, y, None, numbers, True, dx, dresidual, float64)
             return lambda read, vectors, written: run(*read, None, *vectors, *written)
 
         each = OfEachPiece(self._backend, self._layout, self._cut, prepare)
