@@ -84,6 +84,7 @@ def rows() -> dict[str, Row]:
     batch, rstd = saved.moments, saved.rstd
     return {
         "batch_norm": Row(lambda: fastbn.batch_norm(x, gamma, beta), 10),
+        "batch_norm, running": Row(lambda: fastbn.batch_norm(x, gamma, beta, running=(mean, var)), 15),
         "batch_norm, out": Row(lambda: fastbn.batch_norm(x, gamma, beta, out=y), 13),
         "batch_norm_backward": Row(lambda: fastbn.batch_norm_backward(dy, saved), 10),
         "batch_norm_backward, out": Row(lambda: fastbn.batch_norm_backward(dy, saved, out=dx), 13),

@@ -96,3 +96,14 @@ def moments_of(producer: Any, channel_axis: int = 1) -> fastbn.Moments:
     array([ 2., 20.])
     """
     return fastbn.moments(np.from_dlpack(producer), channel_axis=channel_axis)
+
+
+def on_gpu(producer: Any) -> Any:
+    """The same memory as a CuPy array: of PyTorch, JAX or Numba, by DLPack or by ``__cuda_array_interface__``.
+
+    Either is a view. What the producer has queued on another stream comes before what CuPy queues on its current one;
+    ``torch.from_dlpack(y)`` and the like are the way back.
+    """
+    import cupy
+
+    return cupy.from_dlpack(producer) if hasattr(producer, "__dlpack__") else cupy.asarray(producer)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import fastbn
 from fastbn import bench, check, environment, extras, warmup
+from fastbn.threads import get_num_threads
 
 DESCRIPTION = """\
 Without a command: say what is installed, check every backend, dtype and layout against float64 formulas, and measure
@@ -29,7 +32,8 @@ DETAILS = {
     "check": "Exit status 1 if a figure misses its bound. NumPy's and PyTorch's figures on the same data stand beside.",
     "bench": "The contenders run in turn, on as many threads, on data that no cache holds; figures are medians.",
     "warmup": "Minutes when nothing is compiled yet; kernels that are on disk already, or came with the installation, "
-    "are loaded.",
+    "are loaded. With --cuda those for CuPy arrays, into CuPy's cache: that takes no GPU, and a process on one finds "
+    "them if it has the same CuPy, in the same place, and the same NVRTC.",
 }
 
 
@@ -80,6 +84,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _warmup(options: argparse.Namespace) -> int:
+    if options.cuda:
+        return _warmup_cuda(options)
     start = time.perf_counter()
     work = warmup.jobs(options.dtype or [*environment.float_dtypes(), *warmup.INTEGERS])
     for _ in _in_turn(work, options.progress):
@@ -91,6 +97,33 @@ def _warmup(options: argparse.Namespace) -> int:
         _print_left_out()
         print(f"{counts.compiled} kernels compiled, {counts.loaded} loaded, in {seconds:.0f} s")
         print(f"kept in {folder}" if folder else "not kept: no folder can be written; set NUMBA_CACHE_DIR to one")
+    return 0
+
+
+def _warmup_cuda(options: argparse.Namespace) -> int:
+    from fastbn.cuda import cubins
+    from fastbn.cuda.warmup import DENSE, kernels
+
+    start, before, total = time.perf_counter(), cubins.count(), 0
+    shapes = options.shape or [*((bench.BATCH, *shape) for shape in bench.RESNET50), *DENSE]
+    dtypes = options.dtype or [dtype for dtype in environment.float_dtypes() if dtype != "float64"]
+    for device in options.cuda:
+        wanted = kernels(device, dtypes, shapes)
+        try:
+            with cubins.compiling(wanted, device.architecture, get_num_threads()) as work:
+                for _ in _in_turn(work, options.progress):
+                    total += 1
+        except (RuntimeError, ValueError) as error:  # without a compiler, or one for this architecture
+            print(error, file=sys.stderr)
+            return 1
+    compiled, seconds, folder = cubins.count() - before, time.perf_counter() - start, cubins.folder()
+    if options.json:
+        counts = warmup.Counts(total - compiled, compiled)._asdict()
+        _print_json({**counts, "seconds": seconds, "kernel_cache": folder and str(folder)})
+    else:
+        _print_left_out()
+        print(f"{compiled} kernels compiled, {total - compiled} there already, in {seconds:.0f} s")
+        print(f"kept in {folder}" if folder else "not kept: CUPY_CACHE_IN_MEMORY is 1")
     return 0
 
 
@@ -311,7 +344,34 @@ def _parser() -> argparse.ArgumentParser:
     made["warmup"].add_argument(
         "--dtype", type=_dtype, action="append", help="compile for this dtype only; may be repeated"
     )
+    cuda = made["warmup"].add_argument_group("of CUDA kernels")
+    cuda.add_argument(
+        "--cuda", type=_gpu, nargs="+", metavar="GPU",
+        help="compile for sm_90, or sm_90:114 with so many multiprocessors, or here, the GPU of this machine; all but "
+        "float64 unless --dtype says otherwise",
+    )  # fmt: skip
+    cuda.add_argument(
+        "--shape", type=_shape, action="append", metavar="N,C,H,W",
+        help="of arrays, in both layouts, instead of ResNet-50's at batch 32; may be repeated",
+    )  # fmt: skip
     return parser
+
+
+def _gpu(text: str) -> Any:
+    """A `fastbn.cuda.launch.Device` that need not be here."""
+    if importlib.util.find_spec("cupy") is None:
+        raise argparse.ArgumentTypeError(f"CUDA kernels need CuPy: {extras.install('cuda12')} (or cuda13)")
+    from fastbn.cuda import launch, warmup
+
+    try:
+        if text == "here":
+            return launch.device(0)._replace(number=launch.ABSENT)
+        found = re.fullmatch(r"sm_(\d+)(?::([1-9]\d*))?", text)
+        if found is None:
+            raise ValueError(f"expected a compute capability such as sm_90, or here, got {text!r}")
+        return warmup.device_of(int(found[1]), int(found[2] or 0))
+    except (RuntimeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _dtype(text: str) -> str:

@@ -129,4 +129,6 @@ def _what_to_call(value: Any) -> str:
         return "it is required"
     if isinstance(value, (np.ndarray, np.generic, list, tuple, int, float)):
         return "pass numpy.asarray(a)"
-    return _INSTEAD.get(type(value).__module__.partition(".")[0], "convert it to a NumPy array")
+    on_gpu = hasattr(value, "__cuda_array_interface__")
+    otherwise = "pass cupy.from_dlpack(a) or cupy.asarray(a)" if on_gpu else "convert it to a NumPy array"
+    return _INSTEAD.get(type(value).__module__.partition(".")[0], otherwise)

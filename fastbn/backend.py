@@ -44,9 +44,13 @@ class Backend(Protocol):
 
     def forward(
         self, x: Operand, weight: Operand | None, y: Operand, residual: Operand | None, gamma: Any, beta: Any,
-        eps: float, relu: bool,
+        eps: float, relu: bool, running: tuple[Any, Any] | None,
     ) -> Callable[..., Any]:  # fmt: skip
-        """``run(x, weight, gamma, beta, residual, y)``: y by x's own statistics; gives count, mean, M2 and rstd."""
+        """``run(x, weight, gamma, beta, residual, y)``: y by x's own statistics; gives count, mean, M2 and rstd.
+
+        With dtypes of running statistics, ``run(..., y, running_mean, running_var, rate, correction)`` updates these,
+        which share no memory with others, as `update_running` does.
+        """
 
     def grad_sums(
         self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, mean: Any, rstd: Any
@@ -67,9 +71,12 @@ class Backend(Protocol):
 
     def backward(
         self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
-        dx: Operand, dresidual: Operand | None,
+        dx: Operand, dresidual: Operand | None, dtype: Any,
     ) -> Callable[..., Any]:  # fmt: skip
-        """``run(dy, x, y, weight, *numbers, dx, dresidual)``: both; gives the sums. Frozen statistics have no share."""
+        """``run(dy, x, y, weight, *numbers, dx, dresidual)``: both; gives the sums, rounded to a dtype.
+
+        Frozen statistics have no share.
+        """
 
     def statistic(
         self, x: Any, mask: Mask | None, kept: frozenset[int], what: Statistic, result_strides: Shape
@@ -94,7 +101,7 @@ class Backend(Protocol):
         """
 
     def writes(self, dtype: Any) -> bool:
-        """Whether `update_running` writes vectors of a dtype."""
+        """Whether `update_running` and `forward` write vectors of a dtype."""
 
     def merge(self, kept: int, types: tuple[tuple[Any, Any, Any], ...]) -> Callable[..., Any]:
         """``run(count, mean, m2, count, mean, m2, ...)`` gives those of all: `fastbn.formulas.united`."""

@@ -31,6 +31,9 @@ def batch_norm(
     residual: Any = None,
     activation: Activation = None,
     gather: Gather | None = None,
+    running: tuple[Any, Any] | None = None,
+    rate: float = 0.1,
+    correction: float = 1,
     out: Any = None,
 ) -> tuple[Any, Saved]:
     """Batch normalization with the statistics of the batch.
@@ -57,6 +60,11 @@ def batch_norm(
     gather : callable, optional
         Synchronises statistics over ranks: it takes (count, mean, m2), raveled into one float64 vector, and returns all
         ranks' vectors as the rows of one array, in rank order. A rank with an empty `x` takes part.
+    running : pair of arrays, optional
+        Running mean and variance, of any float dtype and the channel axes' shape, in memory of their own. They are
+        updated in place, as `update_running` does it and with its bits; on CuPy arrays within the same launches.
+    rate, correction : float
+        As for `update_running`, with `running`.
     out : array, optional
         Written and returned as `y`; x's shape and dtype. It may be `x`, but then there is no backward pass.
 
@@ -65,7 +73,7 @@ def batch_norm(
     y : array
         x's dtype and element order: ``act(gamma * (x - mean) * rstd + beta + residual)``.
     saved : Saved
-        For `batch_norm_backward`; ``saved.moments`` for `update_running`.
+        For `batch_norm_backward`; ``saved.moments`` for `merge` and `population`.
 
     Raises
     ------
@@ -95,18 +103,25 @@ def batch_norm(
            [  1.,  10.]])
     >>> saved.mean, saved.rstd
     (array([2., 4.]), array([1. , 0.5]))
+    >>> running = np.zeros(2), np.ones(2)
+    >>> y, _ = fastbn.batch_norm(x, running=running)
+    >>> running
+    (array([0.2, 0.4]), array([1.1, 1.7]))
     """
+    pair = () if running is None else running if type(running) is tuple else (Unlike(),)
     signature = (
-        "batch_norm", describe(x, gamma, beta, where, weights, residual, out),
+        "batch_norm", describe(x, gamma, beta, where, weights, residual, out, *pair),
         None if gather is None else callable(gather), axes_of(channel_axis), number_of(eps), activation,
     )  # fmt: skip
     run = find(signature)
     if run is None:
         run = keep(
             signature,
-            prepare.batch_norm(x, gamma, beta, where, weights, residual, out, gather, channel_axis, eps, activation),
+            prepare.batch_norm(
+                x, gamma, beta, where, weights, residual, out, gather, running, channel_axis, eps, activation
+            ),
         )
-    result: tuple[Any, Saved] = run(x, gamma, beta, where, weights, residual, out, gather)
+    result: tuple[Any, Saved] = run(x, gamma, beta, where, weights, residual, out, gather, running, rate, correction)
     return result
 
 
@@ -117,6 +132,7 @@ def batch_norm_backward(
     dmean: Any = None,
     dvar: Any = None,
     gather: Gather | None = None,
+    dtype: Any = None,
     out: Any = None,
 ) -> Gradients:
     """Gradients of a loss from its gradient `dy` with respect to the output of `batch_norm`.
@@ -132,14 +148,16 @@ def batch_norm_backward(
         `gather` those of the whole loss, the same on every rank.
     gather : callable, optional
         As in the forward pass, and just if it was given there: takes (dgamma, dbeta) raveled into one float64 vector.
+    dtype : dtype, optional
+        Of the gradients of gamma and beta: float64, or what they are rounded to, such as the parameters' own.
     out : array, optional
         Written and returned as ``Gradients.x``; x's shape and dtype. It may be `dy`.
 
     Returns
     -------
     Gradients
-        ``x`` and, if there was a residual, ``residual`` in x's dtype and element order; ``gamma`` and ``beta`` float64
-        of the channels' shape, whether or not these were given; with `gather` they are this rank's share.
+        ``x`` and, if there was a residual, ``residual`` in x's dtype and element order; ``gamma`` and ``beta`` in
+        `dtype`, of the channels' shape, whether or not these were given; with `gather` they are this rank's share.
 
     Raises
     ------
@@ -176,11 +194,11 @@ def batch_norm_backward(
         x, y, gamma, weight, moments, mean, rstd, count, channel_axis, *options = saved
         signature = (
             "batch_norm_backward", describe(dy, x, y, gamma, weight, mean, rstd, count, dmean, dvar, out),
-            None if gather is None else callable(gather), moments is None, axes_of(channel_axis), *options,
+            None if gather is None else callable(gather), moments is None, axes_of(channel_axis), dtype, *options,
         )  # fmt: skip
     run = find(signature)
     if run is None:
-        run = keep(signature, prepare.batch_norm_backward(dy, saved, dmean, dvar, out, gather))
+        run = keep(signature, prepare.batch_norm_backward(dy, saved, dmean, dvar, out, gather, dtype))
     gradients: Gradients = run(dy, saved, dmean, dvar, out, gather)
     return gradients
 

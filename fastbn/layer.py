@@ -16,7 +16,7 @@ from fastbn import validation
 from fastbn.arrays import device_of, one_kind
 from fastbn.backend import backend_of
 from fastbn.functional import Gather, batch_norm, batch_norm_backward, batch_norm_inference
-from fastbn.merging import Moments, namespace, update_running
+from fastbn.merging import Moments, namespace
 from fastbn.primitives import Activation, Axes, fold
 from fastbn.saved import Saved
 
@@ -210,14 +210,12 @@ class BatchNorm:
             frozen = partial(Saved.frozen, x, self.mean, self.var, self.gamma, y=y, **options)
             self._saved = lambda: frozen()._replace(x=None if written else x, has_residual=residual is not None), None
             return y
-        y, saved = batch_norm(
-            x, self.gamma, self.beta, where=where, weights=weights, residual=residual, gather=gather, out=out, **options
-        )
         rate = 1 / (self.batches + 1) if self.rate is None else self.rate
-        running = self.mean, self.var
-        moments: Any = saved.moments
-        update_running(*running, moments, rate=rate, correction=self.correction, out=running)
-        self.batches, self.moments, self._saved = self.batches + 1, moments, (lambda: saved, gather)
+        y, saved = batch_norm(
+            x, self.gamma, self.beta, where=where, weights=weights, residual=residual, gather=gather, out=out,
+            running=(self.mean, self.var), rate=rate, correction=self.correction, **options,
+        )  # fmt: skip
+        self.batches, self.moments, self._saved = self.batches + 1, saved.moments, (lambda: saved, gather)
         return y
 
     def backward(self, dy: Any, *, out: Any = None) -> Any:
@@ -246,13 +244,15 @@ class BatchNorm:
         if self._saved is None:
             raise RuntimeError("backward: expected a forward pass before it, one for each backward pass, got none")
         make_saved, gather = self._saved
-        dx, dgamma, dbeta, self.dresidual = batch_norm_backward(dy, make_saved(), gather=gather, out=out)
+        dtypes = {a.dtype for a in (self.gamma, self.beta) if a is not None}
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        dx, dgamma, dbeta, self.dresidual = batch_norm_backward(dy, make_saved(), gather=gather, dtype=dtype, out=out)
         self._saved = None  # so that x is not kept alive beside the next one
         with device_of(self.mean), np.errstate(over="ignore"):  # what float16 cannot hold
             if self.gamma is not None:
-                self.dgamma = dgamma.astype(self.gamma.dtype)
+                self.dgamma = dgamma.astype(self.gamma.dtype, copy=False)
             if self.beta is not None:
-                self.dbeta = dbeta.astype(self.beta.dtype)
+                self.dbeta = dbeta.astype(self.beta.dtype, copy=False)
         return dx
 
     def state(self) -> dict[str, Any]:

@@ -249,11 +249,7 @@ def update_running(
 
 def _prepare_update(mean: Any, var: Any, moments: Any, skip_nonfinite: bool, out: Any) -> Call:
     """``call(mean, var, moments, rate, correction, out)``."""
-    outs = {}
-    if out is not None:
-        if not isinstance(out, tuple) or len(out) != 2:
-            raise TypeError(f"out: expected a pair of arrays, got {type(out).__name__}")
-        outs = {"out[0]": out[0], "out[1]": out[1]}
+    outs = validation.pair("out", out)
     with device_of(mean):
         backend = _checked_together({"moments": moments}, mean=mean, var=var, **outs)
         for name, array in {"mean": mean, "var": var}.items():
@@ -270,12 +266,10 @@ def _prepare_update(mean: Any, var: Any, moments: Any, skip_nonfinite: bool, out
         as_they_are = not any(ways)
 
     def call(mean: Any, var: Any, moments: Moments, rate: Any, correction: Any, out: Any) -> tuple[Any, Any]:
-        if type(rate) is not float:
-            rate = validation.real("rate", rate)
+        if type(rate) is not float or not 0.0 <= rate <= 1.0:
+            rate = validation.rate(rate)
         if type(correction) is not float:
             correction = validation.real("correction", correction)
-        if not 0.0 <= rate <= 1.0:
-            raise ValueError(f"rate: expected a number in [0, 1], got {rate}")
         vectors: Any = (mean, var, *moments)
         if not as_they_are:
             vectors = (a if way is None else way(a) for a, way in zip(vectors, ways, strict=True))

@@ -21,7 +21,7 @@ from typing import Any
 from fastbn import direct_reductions
 from fastbn.backend import Backend
 from fastbn.cuts import Cut, cut_of, walked_by
-from fastbn.formulas import batch_rstd, rstd_with
+from fastbn.formulas import batch_rstd, rounded, rstd_with
 from fastbn.layout import Layout, Shape
 from fastbn.operands import Affine, Numbers, Operand, dense
 from fastbn.ways import Ways, WaysToPieces, arriving
@@ -79,15 +79,22 @@ class Pieces:
 
     def forward(
         self, x: Operand, weight: Operand | None, y: Operand, residual: Operand | None, gamma: Any, beta: Any,
-        eps: float, relu: bool,
+        eps: float, relu: bool, running: tuple[Any, Any] | None,
     ) -> Callable[..., tuple[Any, ...]]:  # fmt: skip
         float64 = self._backend.xp.dtype(float)
         moments = self._moments(x, eps)
         normalize = self.normalize(x, y, residual, Affine(float64, float64, gamma, beta), None, relu)
+        update = None
+        if running is not None:
+            types, kept = (*running, *(float64,) * 3, *running), math.prod(self._layout.kept_shape)
+            update = self._backend.update_running(kept, types, False, False)
 
-        def run(x: Any, weight: Any, gamma: Any, beta: Any, residual: Any, y: Any) -> tuple[Any, ...]:
+        def run(x: Any, weight: Any, gamma: Any, beta: Any, residual: Any, y: Any, *running: Any) -> tuple[Any, ...]:
             count, mean, m2, rstd = moments(x, None)
             normalize(x, residual, y, mean, rstd, gamma, beta)
+            if update is not None:
+                *both, rate, correction = running
+                update(*both, count, mean, m2, *both, rate, correction)
             return count, mean, m2, rstd
 
         return run
@@ -120,11 +127,13 @@ class Pieces:
 
     def backward(
         self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
-        dx: Operand, dresidual: Operand | None,
+        dx: Operand, dresidual: Operand | None, dtype: Any,
     ) -> Callable[..., tuple[Any, Any]]:  # fmt: skip
+        float64 = self._backend.xp.dtype(float)
+        if dtype != float64:
+            return rounded(self.backward(dy, x, y, weight, numbers, frozen, dx, dresidual, float64), dtype)
         if not frozen and (self._cut.axes or self._cut.kept != self._layout.kept):
             sums = self.grad_sums(dy, x, y, None, numbers.mean, numbers.rstd)
-            float64 = self._backend.xp.dtype(float)
             grad_input = self.grad_input(dy, x, y, None, numbers, (float64, float64), dx, dresidual)
 
             def run(dy: Any, x: Any, y: Any, weight: Any, *others: Any) -> tuple[Any, Any]:
@@ -136,7 +145,7 @@ class Pieces:
             return run
 
         def prepare(dy: Operand, x: Operand, y: Operand | None, dx: Operand, dresidual: Operand | None) -> OfPiece:
-            run = self._backend.backward(dy, x, y, None, numbers, frozen, dx, dresidual)
+            run = self._backend.backward(dy, x, y, None, numbers, frozen, dx, dresidual, float64)
             return lambda read, vectors, written: run(*read, None, *vectors, *written)
 
         each = OfEachPiece(self._backend, self._layout, self._cut, prepare)

@@ -13,12 +13,14 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from fastbn import validation
 from fastbn.arrays import device_of, one_kind
 from fastbn.backend import Backend, backend_of
-from fastbn.formulas import batch_rstd, reciprocal_std
+from fastbn.formulas import batch_rstd, reciprocal_std, rounded
 from fastbn.layout import Layout, Shape, layout_of
-from fastbn.merging import Moments, merge
+from fastbn.merging import Moments, merge, update_running
 from fastbn.operands import Affine, Numbers
 from fastbn.pieces import kernels_for
 from fastbn.saved import Gradients, Saved
@@ -29,12 +31,13 @@ new: Any = tuple.__new__  # of named tuples: their own takes twice as long, 0.4 
 
 
 def batch_norm(
-    x: Any, gamma: Any, beta: Any, where: Any, weights: Any, residual: Any, out: Any, gather: Any,
+    x: Any, gamma: Any, beta: Any, where: Any, weights: Any, residual: Any, out: Any, gather: Any, running: Any,
     channel_axis: Any, eps: Any, activation: Any,
 ) -> Call:  # fmt: skip
-    """``call(x, gamma, beta, where, weights, residual, out, gather)``."""
+    """``call(x, gamma, beta, where, weights, residual, out, gather, running, rate, correction)``."""
     with device_of(x):
-        kind = one_kind({"x": x}, gamma=gamma, beta=beta, where=where, weights=weights, residual=residual, out=out)
+        optional = {"gamma": gamma, "beta": beta, "where": where, "weights": weights, "residual": residual, "out": out}
+        kind = one_kind({"x": x}, **optional, **validation.pair("running", running))
         backend = backend_of(kind)
         plain = validation.plainer(x)
         x = validation.data("x", x)
@@ -46,13 +49,15 @@ def batch_norm(
         beta_type, to_beta = ways.parameter("beta", beta)
         residual = validation.like("residual", residual, x)
         out, gather = validation.output("out", out, x), validation.hook(gather)
+        by_kernels = running is not None and ways.updated(running) and gather is None
         weight_, weigh = ways.weight(where, weights)
         kernels, ways = kernels_for(ways, weight_, [x, residual], [out])
         make = backend.allocator(x)
         (x_, to_x), (residual_, to_residual) = ways.data(x), ways.optional(residual)
         y_, to_y = ways.result(x, out)
         if gather is None:
-            run = kernels.forward(x_, weight_, y_, residual_, gamma_type, beta_type, eps, relu)
+            types = (running[0].dtype, running[1].dtype) if by_kernels else None
+            run = kernels.forward(x_, weight_, y_, residual_, gamma_type, beta_type, eps, relu, types)
         else:
             moments, float64 = kernels.moments(x_, weight_), backend.xp.dtype(float)
             parameters = Affine(float64, float64, gamma_type, beta_type)
@@ -61,10 +66,18 @@ def batch_norm(
             )
     shaped, arrive = ways.shaped(), arriving(to_x, None, to_gamma, to_beta, to_residual, to_y)
     has_residual, gathered = residual is not None, gather is not None
+    check_own_memory = _own_memory(backend)
 
     def call(
-        x: Any, gamma: Any, beta: Any, where: Any, weights: Any, residual: Any, out: Any, gather: Any
-    ) -> tuple[Any, Saved]:
+        x: Any, gamma: Any, beta: Any, where: Any, weights: Any, residual: Any, out: Any, gather: Any, running: Any,
+        rate: Any, correction: Any,
+    ) -> tuple[Any, Saved]:  # fmt: skip
+        if running is not None:
+            if type(rate) is not float or not 0.0 <= rate <= 1.0:
+                rate = validation.rate(rate)
+            if type(correction) is not float:
+                correction = validation.real("correction", correction)
+            check_own_memory(*running, x, gamma, beta, where, weights, residual, out)
         if plain is not None:
             x = plain(x)
         if out is None:
@@ -72,26 +85,53 @@ def batch_norm(
         else:
             y, kept_x = out, None if backend.overlap(out, x) else x
             if ways.askew(out, x, residual, gamma, beta, where, weights):
-                apart = batch_norm(x, gamma, beta, where, weights, residual, None, gather, axes, eps, activation)
-                result, saved = apart(x, gamma, beta, where, weights, residual, None, gather)
+                alone = x, gamma, beta, where, weights, residual, None, gather, running
+                result, saved = batch_norm(*alone, axes, eps, activation)(*alone, rate, correction)
                 out[...] = result
                 return out, saved._replace(x=kept_x, y=out if relu else None)
         weight, w = (None, None) if weigh is None else weigh(where, weights)
         given = x, w, gamma, beta, residual, y
         if arrive is not None:
             given = arrive(*given)
-        count, mean, m2, rstd = run(*given, gather) if gathered else run(*given)
+        if by_kernels:
+            count, mean, m2, rstd = run(*given, *running, rate, correction)
+        else:
+            count, mean, m2, rstd = run(*given, gather) if gathered else run(*given)
         if given[5] is not y:
             layout.unfold(given[5], y)
         if shaped is not None:
             count, mean, m2, rstd = shaped(count), shaped(mean), shaped(m2), shaped(rstd)
+        moments = new(Moments, (count, mean, m2))
+        if running is not None and not by_kernels:
+            running_mean, running_var = running
+            update_running(running_mean, running_var, moments, rate=rate, correction=correction, out=running)
         made = (
-            kept_x, y if relu else None, gamma, weight, new(Moments, (count, mean, m2)), mean, rstd, count,
-            axes, activation, has_residual, gathered,
+            kept_x, y if relu else None, gamma, weight, moments, mean, rstd, count, axes, activation, has_residual,
+            gathered,
         )  # fmt: skip
         return y, new(Saved, made)
 
     return backend.on_its_device(call, x)
+
+
+def _own_memory(backend: Backend) -> Call:
+    """``check(mean, var, *others)`` raises where running statistics share memory with each other or with others."""
+    apart, overlap = backend.apart, backend.overlap
+    names = "running[1]", "x", "gamma", "beta", "where", "weights", "residual", "out"
+
+    def check(mean: Any, var: Any, *others: Any) -> None:
+        for a in others:  # which `apart` does not count
+            if a is mean or a is var:
+                break
+        else:
+            if mean is not var and apart(mean, var, *others) and apart(var, *others):
+                return
+        for one, array in (("running[0]", mean), ("running[1]", var)):
+            for name, other in zip(names, (var, *others), strict=True):
+                if name != one and other is not None and overlap(array, other):
+                    raise ValueError(f"{one}: expected memory of its own, which is updated, got some of {name}'s")
+
+    return check
 
 
 def _over_ranks(backend: Backend, layout: Layout, moments: Call, normalize: Call, eps: float) -> Call:
@@ -111,10 +151,12 @@ def _over_ranks(backend: Backend, layout: Layout, moments: Call, normalize: Call
     return run
 
 
-def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, gather: Any) -> Call:
+def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, gather: Any, dtype: Any) -> Call:
     """``call(dy, saved, dmean, dvar, out, gather)``."""
-    gather = validation.hook(gather)
+    gather, kind_of_sums = validation.hook(gather), np.dtype(float)
     _check_saved(saved, gather)
+    if dtype is not None:
+        kind_of_sums = validation.float_dtype("dtype", dtype)
     x, frozen, relu = saved.x, saved.moments is None, saved.activation is not None
     with device_of(dy):
         backend = backend_of(_kind_of_backward(dy, saved, dmean, dvar, out))
@@ -139,13 +181,15 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         residual_, to_residual = ways.result(x, None) if has_residual else (None, None)
         numbers = Numbers(mean_type, rstd_type, gamma_type, count_type, dmean_type, dvar_type)
         if gather is None:
-            run = kernels.backward(dy_, x_, y_, weight_, numbers, frozen, dx_, residual_)
+            run = kernels.backward(dy_, x_, y_, weight_, numbers, frozen, dx_, residual_, kind_of_sums)
         else:
             sums = (backend.xp.dtype(float),) * 2
             run = _summed_over_ranks(
                 backend, layout, kernels.grad_sums(dy_, x_, y_, weight_, mean_type, rstd_type),
                 kernels.grad_input(dy_, x_, y_, weight_, numbers, sums, dx_, residual_),
             )  # fmt: skip
+            if kind_of_sums != np.float64:
+                run = rounded(run, kind_of_sums)
     shaped, gathered = ways.shaped(), gather is not None
     arrive = arriving(
         to_dy, to_x, to_y, to_weight, to_mean, to_rstd, to_gamma, to_count, to_dmean, to_dvar, to_dx, to_residual
@@ -159,7 +203,7 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         if out is None:
             dx = make(x)
         elif ways.askew(out, dy, x, y, gamma, weight, mean, rstd, count, dmean, dvar):
-            apart = batch_norm_backward(dy, saved, dmean, dvar, None, gather)
+            apart = batch_norm_backward(dy, saved, dmean, dvar, None, gather, dtype)
             gradients = apart(dy, saved, dmean, dvar, None, gather)
             out[...] = gradients.x
             return gradients._replace(x=out)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
-from fastbn.arrays import one_kind
+from fastbn.arrays import kind_of, one_kind
 from fastbn.layout import Layout, Shape, layout_of
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -138,6 +138,36 @@ def parameter(name: str, array: Any, layout: Layout) -> Any:
     if array.shape != layout.kept_shape and not _broadcasts(array.shape, layout.kept_shape):
         raise ValueError(f"{name}: expected a shape that broadcasts to {layout.kept_shape}, got {array.shape}")
     return array
+
+
+def running(name: str, array: Any, layout: Layout) -> Any:
+    """A running statistic that is updated in place: any float dtype, of the kept axes' shape."""
+    if array.shape == layout.kept_shape:
+        parameter(name, array, layout)
+    else:
+        raise ValueError(f"{name}: expected the shape of the channel axes, {layout.kept_shape}, got {array.shape}")
+    return output(name, array, array)
+
+
+def pair(name: str, arrays: Any) -> dict[str, Any]:
+    """Two arrays by their names; none of None."""
+    if arrays is None:
+        return {}
+    if not isinstance(arrays, tuple) or len(arrays) != 2:
+        got = f"{len(arrays)} of them" if isinstance(arrays, tuple) else type(arrays).__name__
+        raise TypeError(f"{name}: expected a pair of arrays, got {got}")
+    named = {f"{name}[{i}]": array for i, array in enumerate(arrays)}
+    for each, array in named.items():
+        kind_of(each, array)  # None, too, is none
+    return named
+
+
+def rate(number: Any) -> float:
+    """The weight of a new batch."""
+    found = real("rate", number)
+    if not 0.0 <= found <= 1.0:
+        raise ValueError(f"rate: expected a number in [0, 1], got {number}")
+    return found
 
 
 def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape) -> Any:

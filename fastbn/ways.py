@@ -71,6 +71,13 @@ class Ways:
             return dtype, None
         return dtype, lambda p: xp.ascontiguousarray(layout.laid_out(xp, p), dtype=dtype).reshape(-1)
 
+    def updated(self, running: tuple[Any, Any]) -> bool:
+        """Whether kernels can update running statistics where they are; these are checked."""
+        found = [
+            self.vector(validation.running(f"running[{i}]", array, self.layout)) for i, array in enumerate(running)
+        ]
+        return all(way is None and self.backend.writes(dtype) for dtype, way in found)
+
     def weight(self, where: Any, weights: Any) -> tuple[Operand | None, Any]:
         """``where * weights``, and what makes of them their product and how kernels see it."""
         if where is None and weights is None:

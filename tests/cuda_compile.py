@@ -250,7 +250,7 @@ def complaints(variant: Variant, code: Compiled) -> list[str]:
         found.append(f"{code.registers} registers: no block of {variant['THREADS']} threads fits")
     if not code.bounds:
         found.append("not made for blocks or clusters of this size")
-    if code.float_divisions > variant.divisions:
+    if code.float_divisions > variant.updates:
         found.append(f"{code.float_divisions} calls of floating-point subroutines")
     if variant.of_numbers:
         return found
@@ -260,9 +260,11 @@ def complaints(variant: Variant, code: Compiled) -> list[str]:
             found.append(f"{widths.get(bits, 0)} {what}s of {bits} bits, not {wanted}: {dict(sorted(widths.items()))}")
         if wider := sum(n for width, n in widths.items() if width > max(bits, 64)):
             found.append(f"{wider} {what}s wider than arrays are aligned")
-    narrow = sum(n for width, n in code.stores.items() if width < min(bits, 64))
-    if narrow and not variant.strided:
-        found.append(f"{narrow} stores narrower than {min(bits, 64)} bits")
+    least = min(bits, 64)
+    narrow = sum(n for width, n in code.stores.items() if width < least)
+    narrow -= 2 * variant.pairs * sum(width < least for width in (16, 32))
+    if narrow > 0 and not variant.strided:
+        found.append(f"{narrow} stores narrower than {least} bits")
     return found
 
 

@@ -58,9 +58,17 @@ class Variant(NamedTuple):
         return "strided" in self.kernel
 
     @property
-    def divisions(self) -> int:
-        """Of floats, by a subroutine: in the one place where bits are to be NumPy's, for a number of each channel."""
-        return int(self.kernel == "update_running")
+    def updates(self) -> int:
+        """Places where running statistics are updated: in forward passes, where a block has a channel, and shares it.
+
+        There floats are divided by a subroutine, for NumPy's bits, once for a channel.
+        """
+        return {"forward": 2, "statistics": 1, "finish_moments": 1, "update_running": 1}.get(self.kernel, 0)
+
+    @property
+    def pairs(self) -> int:
+        """Places where two numbers of a channel are stored in any of four types: those, and gradients of parameters."""
+        return self.updates or {"backward": 2, "grad_sums": 1, "finish_sums": 1}.get(self.kernel, 0)
 
     @property
     def vector_bits(self) -> int:

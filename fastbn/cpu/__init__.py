@@ -33,7 +33,7 @@ from fastbn.cpu.memory import (
 )
 from fastbn.cpu.program import Program, kind_of
 from fastbn.cpu.statistics import statistic
-from fastbn.formulas import reciprocal_std
+from fastbn.formulas import reciprocal_std, rounded
 from fastbn.operands import Affine, Numbers, Operand, dense
 
 __all__ = [
@@ -160,8 +160,10 @@ def _normalize_in_float64(
 
 def forward(
     x: Operand, weight: Operand | None, y: Operand, residual: Operand | None, gamma: Any, beta: Any,
-    eps: float, relu: bool,
+    eps: float, relu: bool, running: tuple[Any, Any] | None,
 ) -> Callable[..., tuple[Array, ...]]:  # fmt: skip
+    if running is not None:
+        return _updating(forward(x, weight, y, residual, gamma, beta, eps, relu, None), x.kept, running)
     shape, kind, (xs, ys, rs), kept = shape_of(x), kind_of(x.dtype), map(strides_of, (x, y, residual)), x.kept
     (ws, weights), kinds = strides_of_weight(weight), (kind_or_none(gamma), kind_or_none(beta))
     launch = _launcher(
@@ -187,6 +189,21 @@ def forward(
         if beyond and beyond(table[3], gamma):
             _normalize_in_float64(operands, x, residual, y, table[2], table[3], gamma, beta, None, relu)
         return _unscaled(table, k) if k else (table[0], table[2], table[1], table[3])
+
+    return run
+
+
+def _updating(forward: Callable[..., tuple[Array, ...]], kept: int, running: tuple[Any, Any]) -> Callable[..., Any]:
+    """The forward pass, and then running statistics, which take no share of its time."""
+    update = update_running(kept, (*running, *(np.dtype(float),) * 3, *running), False, False)
+
+    def run(
+        x: Array, weight: Array | None, gamma: Array | None, beta: Array | None, residual: Array | None, y: Array,
+        mean: Array, var: Array, rate: float, correction: float,
+    ) -> tuple[Array, ...]:  # fmt: skip
+        count, batch_mean, m2, rstd = forward(x, weight, gamma, beta, residual, y)
+        update(mean, var, count, batch_mean, m2, mean, var, rate, correction)
+        return count, batch_mean, m2, rstd
 
     return run
 
@@ -248,8 +265,10 @@ def _in_range(weight: Array, count: Array, x: Array) -> tuple[Array | None, Arra
 
 def backward(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
-    dx: Operand, dresidual: Operand | None,
+    dx: Operand, dresidual: Operand | None, dtype: Any,
 ) -> Callable[..., tuple[Array, Array]]:  # fmt: skip
+    if dtype != np.float64:
+        return rounded(backward(dy, x, y, weight, numbers, frozen, dx, dresidual, np.dtype(float)), dtype)
     shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
     (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, numbers))
     launch = _launcher(

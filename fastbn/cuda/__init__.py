@@ -75,13 +75,15 @@ def on_its_device(call: Callable[..., Any], x: Array) -> Callable[..., Any]:
     return run
 
 
-def _launcher(choose: Any, problem: problems.Problem, rows: int, names: str) -> Callable[..., list[Array]]:
+def _launcher(
+    choose: Any, problem: problems.Problem, rows: int, names: str, scalars: Sequence[str] = (), rounded: Any = None
+) -> Callable[..., list[Array]]:
     """Of arrays by these names, launches the problem's plan; gives rows of results, a number for every kept index.
 
-    All but addresses is packed beforehand: what is left is a few microseconds of a call.
+    Scalars come behind the arrays. All else is packed beforehand: what is left is a few microseconds of a call.
     """
     if problem.kept == 0:
-        return lambda *arrays: [xp.empty(0, np.float64) for _ in range(rows)]
+        return lambda *arrays: [xp.empty(0, np.float64 if rounded is None else rounded) for _ in range(rows)]
     plan: plans.Plan = choose(problem)
     order = {name: i for i, name in enumerate(names.split()) if name in problem.pointers}
     present = [name for name in launch.TILES.pointers if name in order]
@@ -95,12 +97,12 @@ def _launcher(choose: Any, problem: problems.Problem, rows: int, names: str) -> 
             return []
 
         return launched
-    pointers, make_results = results_of(plan, rows, problem.kept)
-    run = plan.bound([*present, *pointers])
+    pointers, make_results = results_of(plan, rows, problem.kept, rounded)
+    run, arrays = plan.bound([*present, *pointers, *scalars]), len(names.split())
 
-    def launched_with_results(*arrays: Array | None) -> list[Array]:
+    def launched_with_results(*given: Any) -> list[Array]:
         results, addresses = make_results()
-        run(*[a.data.ptr for a in pick(arrays)], *addresses)
+        run(*[a.data.ptr for a in pick(given)], *addresses, *given[arrays:])
         return results
 
     return launched_with_results
@@ -128,22 +130,26 @@ def normalize(
 
 def forward(
     x: Operand, weight: Operand | None, y: Operand, residual: Operand | None, gamma: Any, beta: Any,
-    eps: float, relu: bool,
+    eps: float, relu: bool, running: tuple[Any, Any] | None,
 ) -> Callable[..., tuple[Array, ...]]:  # fmt: skip
     arrays, numbers = {"x": x, "y": y, "residual": residual}, {"gamma": gamma, "beta": beta}
+    names, scalars = "x weight gamma beta residual y", tuple[str, ...]()
+    if running is not None:
+        numbers |= zip(launch.RUNNING_STATISTICS, running, strict=True)
+        names, scalars = f"{names} {' '.join(launch.RUNNING_STATISTICS)}", launch.TILES.scalars
     problem = problem_of(arrays, weight, numbers, relu, residual is not None, eps=eps)
-    launched = _launcher(plans.forward, problem, 4, "x weight gamma beta residual y")
+    launched = _launcher(plans.forward, problem, 4, names, scalars)
 
-    def run(*arrays: Array | None) -> tuple[Array, ...]:
-        count, m2, mean, rstd = launched(*arrays)
+    def run(*given: Any) -> tuple[Array, ...]:
+        count, m2, mean, rstd = launched(*given)
         return count, mean, m2, rstd
 
     return run
 
 
-def _no_sums(kept: int) -> Callable[..., list[Array]]:
+def _no_sums(kept: int, dtype: Any = float) -> Callable[..., list[Array]]:
     """Of no elements: 0, though rstd is NaN."""
-    return lambda *arrays: [xp.zeros(kept), xp.zeros(kept)]
+    return lambda *arrays: [xp.zeros(kept, dtype), xp.zeros(kept, dtype)]
 
 
 def grad_sums(
@@ -184,15 +190,18 @@ def grad_input(
 
 def backward(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
-    dx: Operand, dresidual: Operand | None,
+    dx: Operand, dresidual: Operand | None, dtype: Any,
 ) -> Callable[..., list[Array]]:  # fmt: skip
     if x.size == 0:
-        return _no_sums(x.kept)
+        return _no_sums(x.kept, dtype)
     arrays = {"x": x, "dy": dy, "y": y, "dx": dx, "dresidual": dresidual}
     mean, rstd, *others = numbers
     types = {"mean": mean, "spread": rstd, **dict(zip(("gamma", "count", "dmean", "dvar"), others, strict=True))}
-    problem = problem_of(arrays, weight, types, y is not None, dresidual is not None, frozen=frozen)
-    return _launcher(plans.backward, problem, 2, "dy x y weight mean spread gamma count dmean dvar dx dresidual")
+    rounded = None if dtype == np.float64 else dtype
+    more = {} if rounded is None else {"gradients_type": type_of(rounded)}
+    problem = problem_of(arrays, weight, types, y is not None, dresidual is not None, frozen=frozen, **more)
+    names = "dy x y weight mean spread gamma count dmean dvar dx dresidual"
+    return _launcher(plans.backward, problem, 2, names, rounded=rounded)
 
 
 def writes(dtype: Any) -> bool:
@@ -204,7 +213,7 @@ def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool, fres
         return lambda *given: None
     numbers = tuple(map(type_of, types[:5]))
     step = plans.update_running(launch.device(launch.current_device()), kept, numbers, skip_nonfinite)
-    launched = step.bound(launch.RUNNING.pointers)
+    launched = step.bound([*launch.RUNNING.pointers, *launch.RUNNING.scalars])
     sizes = [kept * dtype.itemsize for dtype in types]
 
     def run(*given: Any) -> None:

@@ -36,6 +36,18 @@ OPTIONS = ("-std=c++17",)
 Macros = tuple[tuple[str, int], ...]
 
 
+class Kernel(NamedTuple):
+    """What there is to compile."""
+
+    name: str
+    macros: Macros
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of the compiler."""
+        return OPTIONS + tuple(f"-D{name}={value}" for name, value in self.macros)
+
+
 KERNELS, INCLUDE = (files("fastbn.cuda").joinpath(folder) for folder in ("kernels", "include"))
 
 
@@ -61,6 +73,10 @@ def _expanded(file: Traversable, seen: set[str]) -> str:
             seen.add(name)
             lines += [_expanded(INCLUDE.joinpath(name), seen), f'#line {number + 1} "{file.name}"']
     return "\n".join(lines)
+
+
+ABSENT = -1
+"""The number of a device that is not here: launches that are planned for it have a `Kernel` for their function."""
 
 
 class Device(NamedTuple):
@@ -89,9 +105,11 @@ def function(number: int, kernel: str, macros: Macros) -> Any:
 
     It may have all shared memory that a block can have. CUDA keeps one limit for a function, not for a launch.
     """
-    options = OPTIONS + tuple(f"-D{name}={value}" for name, value in macros)
+    wanted = Kernel(kernel, macros)
+    if number == ABSENT:
+        return wanted
     with cupy.cuda.Device(number):
-        raw = cupy.RawKernel(source(kernel), kernel, options=options)
+        raw = cupy.RawKernel(source(kernel), kernel, options=wanted.options)
         compiled = requirements.compiled(raw)
         raw.max_dynamic_shared_size_bytes = device(number).shared - raw.shared_size_bytes
         return compiled
@@ -99,7 +117,9 @@ def function(number: int, kernel: str, macros: Macros) -> Any:
 
 @lru_cache(maxsize=4096)
 def blocks_per_processor(number: int, kernel: str, macros: Macros, threads: int, shared: int) -> int:
-    """How many blocks of a kernel run on one multiprocessor at once."""
+    """How many blocks of a kernel run on one multiprocessor at once; as many as it is made for where none is here."""
+    if number == ABSENT:
+        return dict(macros)["MIN_BLOCKS"]
     compiled = function(number, kernel, macros)
     with cupy.cuda.Device(number):
         return int(cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(compiled.ptr, threads, shared))
@@ -142,21 +162,25 @@ class Params:
         return self.fixed.pack(*given)
 
     def packer(self, present: Collection[str]) -> Callable[..., bytes]:
-        """``pack(*addresses, *scalars, fixed)``: addresses of these pointers in order of `pointers`, others null."""
+        """``pack(*addresses, *scalars, fixed)``: those that are present, in order of their fields; others are 0."""
         pointers = "".join("Q" if name in present else "8x" for name in self.pointers)
-        return struct.Struct(f"<{pointers}{len(self.scalars)}d{self.fixed.size}s").pack
+        scalars = "".join("d" if name in present else "8x" for name in self.scalars)
+        return struct.Struct(f"<{pointers}{scalars}{self.fixed.size}s").pack
 
 
 AXES = ("batch", "outer", "channel", "inner")
 ARRAYS = ("x", "y", "residual", "dy", "dx", "dresidual", "weight")
 PARAMETERS = ("gamma", "beta", "mean", "spread", "count", "dmean", "dvar", "offset", "slope")
 
+RUNNING_STATISTICS = ("running_mean", "running_var")
+ROUNDED = ("dgamma", "dbeta")
+
 TILES = Params(
-    pointers=(*ARRAYS, *PARAMETERS, "results", "partials", "counters"),
-    scalars=(),
+    pointers=(*ARRAYS, *PARAMETERS, *RUNNING_STATISTICS, *ROUNDED, "results", "partials", "counters"),
+    scalars=("rate", "correction"),
     integers=(
         *(f"{name}_strides_{axis}" for name in ARRAYS for axis in AXES),
-        *(f"{name}_type" for name in PARAMETERS),
+        *(f"{name}_type" for name in PARAMETERS + RUNNING_STATISTICS), "gradients_type",
         "batches", "channels", "vectors", "row_vectors", "row_magic", "row_shift",
         "tiles_per_batch", "tiles", "splits", "share", "backwards", "summed", "spread_is_variance", "frozen",
     ),

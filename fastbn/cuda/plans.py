@@ -8,7 +8,7 @@ merges for the second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -46,19 +46,21 @@ class Plan(NamedTuple):
     """Bytes, zeroed before the first launch."""
     strategy: str
 
-    def bound(self, present: Collection[str]) -> Callable[..., None]:
-        """``run(*addresses)`` launches on the current stream, as `Launch.bound` does; counters come last."""
+    def bound(self, present: Sequence[str]) -> Callable[..., None]:
+        """``run(*addresses, *scalars)`` launches on the current stream, as `Launch.bound` does."""
         first, *others = (step.bound(present) for step in self.launches)
         counters = self.counters
         if not others and not counters:
             return first
 
-        def run(*addresses: int) -> None:
+        cleared = [*present].index("counters") if counters else 0
+
+        def run(*given: float) -> None:
             if counters:
-                launch.clear(addresses[-1], counters)
-            first(*addresses)
+                launch.clear(int(given[cleared]), counters)
+            first(*given)
             for step in others:
-                step(*addresses)
+                step(*given)
 
         return run
 
@@ -167,17 +169,19 @@ def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | 
             if plan and (forced or enough or not few):
                 return plan
     if forced in (None, "cluster"):
-        splits, largest = 2, None
+        splits, sizes = 2, list[int]()
         while splits <= tuning.cluster:
+            sizes.insert(0, splits)
             last = splits * 2 > min(tuning.cluster, most)
             enough = geometry.tiles * splits >= tuning.waves * device.processors
             small = -(-vectors // splits) <= tuning.threads // lanes
-            largest = single(splits, "cluster") or largest
-            if largest and (enough or small or last or forced):
-                break
+            if enough or small or last or forced:
+                # Largest first, as each has a kernel of its own, compiled to ask how many blocks there is room for.
+                for plan in (single(size, "cluster") for size in sizes):
+                    if plan:
+                        return plan
+                sizes.clear()
             splits *= 2
-        if largest:
-            return largest
     if forced in (None, "cooperative"):
         return _cooperative(work, kernel, items, partial, fitted)
     return None

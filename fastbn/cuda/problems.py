@@ -79,7 +79,7 @@ class Problem(NamedTuple):
     """0 none, 1 bool, 2 float64."""
     weight_strides: Strides
     types: tuple[tuple[str, int], ...]
-    """The dtypes of per-channel numbers, by their names in `launch.PARAMETERS`."""
+    """The dtypes of per-channel numbers, by their names in `launch.PARAMETERS` and `RUNNING_STATISTICS`."""
     relu: bool
     residual: bool
     options: tuple[tuple[str, int], ...] = ()

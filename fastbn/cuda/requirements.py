@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 OLDEST_ARCHITECTURE = 70  # Volta: the first whose threads of a warp may wait for one another
@@ -62,9 +64,16 @@ def check_architecture(architecture: int) -> None:
 
 
 def compiled(kernel: Any) -> Any:
-    """The function of a `cupy.RawKernel`, compiled, or an error that says what compiling needs."""
-    try:
+    """The function of a `cupy.RawKernel`, compiled."""
+    with needing_compiler():
         return kernel.kernel
+
+
+@contextmanager
+def needing_compiler() -> Iterator[None]:
+    """Without the compiler, the error says what compiling needs."""
+    try:
+        yield
     except Exception as error:
         if _lacks_compiler(error):
             version = cupy().cuda.runtime.runtimeGetVersion() // 1000

@@ -331,7 +331,7 @@ def _runner(found: Plan, masked: bool, wanted: tuple[bool, ...], offsets: tuple[
     present = [name for name, there in zip(names, (True, masked, *wanted), strict=True) if there]
     places = [(names.index(name), offsets[names.index(name)]) for name in present]
     alloc, nbytes = launch.cupy.cuda.alloc, found.nbytes
-    steps = [step.bound([*present, "parts"] if nbytes else present) for step in found.launches]
+    steps = [step.bound([*present, "parts", "ddof"] if nbytes else [*present, "ddof"]) for step in found.launches]
 
     def run(*arrays_and_more: Any) -> None:
         addresses = [arrays_and_more[i].data.ptr + offset for i, offset in places]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastbn.torch import ops
+from fastbn.torch.kernels import Update
 from fastbn.torch.native import is_preferred, unfused
 from fastbn.torch.tensors import array, on_stream, tensor
 
@@ -114,10 +115,25 @@ def batch_norm(
     if eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     check_written(running_mean, running_var)
-    y, mean, m2 = ops.train(seen, input, weight, bias, residual, relu, eps)
-    if values and not (running_mean is None and running_var is None):
+    update = update_within(running_mean, running_var, momentum) if seen == ops.NONE and values else None
+    y, mean, m2 = ops.train(seen, input, weight, bias, residual, relu, eps, update)
+    if update is not None:
+        torch.autograd.graph.increment_version([update.mean, update.var])  # whoever saved the old ones is to be told
+    elif values and not (running_mean is None and running_var is None):
         UPDATES[seen](running_mean, running_var, mean, m2, values, momentum)
     return y
+
+
+def update_within(mean: Tensor | None, var: Tensor | None, momentum: float) -> Update | None:
+    """What `fastbn.batch_norm` updates as PyTorch does: not by 0 or 1, with which PyTorch multiplies infinities, too.
+
+    Nor tensors that are negated when they are read, whose arrays would be copies, nor two of one memory.
+    """
+    if mean is None or var is None or not 0.0 < momentum < 1.0 or mean.is_neg() or var.is_neg():
+        return None
+    if mean.untyped_storage().data_ptr() == var.untyped_storage().data_ptr():
+        return None
+    return Update(mean, var, momentum)
 
 
 def update_running(

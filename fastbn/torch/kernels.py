@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,13 +25,24 @@ def batch_norm(
         return tensor(y), tensor(saved.mean), tensor(saved.moments.m2), tensor(saved.rstd)
 
 
+class Update(NamedTuple):
+    """Running statistics that the forward pass updates."""
+
+    mean: Tensor
+    var: Tensor
+    momentum: float
+
+
 def normalized(
-    saved: list[fastbn.Saved], x: Tensor, weight: Any, bias: Any, residual: Any, relu: bool, eps: float
-) -> Any:
+    saved: list[fastbn.Saved], x: Tensor, weight: Any, bias: Any, residual: Any, relu: bool, eps: float,
+    update: Update | None = None,
+) -> Any:  # fmt: skip
     """The output, an array; what the backward pass needs is appended to the list."""
-    activation: Any = "relu" if relu else None
+    more: dict[str, Any] = {"activation": "relu"} if relu else {}
+    if update is not None:
+        more |= {"running": (array(update.mean), array(update.var)), "rate": update.momentum}
     given = array(x), optional(weight), optional(bias)
-    y, made = fastbn.batch_norm(*given, eps=eps, residual=optional(residual), activation=activation, out=out(x))
+    y, made = fastbn.batch_norm(*given, eps=eps, residual=optional(residual), out=out(x), **more)
     saved.append(made)
     return y
 

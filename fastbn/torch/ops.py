@@ -333,17 +333,21 @@ def _where_positive(y: Tensor | None, dy: Tensor) -> Tensor:
 
 
 def train(
-    seen: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, relu: bool, eps: float
-) -> tuple[Tensor, Any, Any]:
-    """The output, and in float64 the mean and the sum of squares about it, as arrays where nobody looks on."""
+    seen: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, relu: bool, eps: float,
+    update: kernels.Update | None = None,
+) -> tuple[Tensor, Any, Any]:  # fmt: skip
+    """The output, and in float64 the mean and the sum of squares about it, as arrays where nobody looks on.
+
+    There running statistics may be updated.
+    """
     if seen == NONE:
         saved: list[fastbn.Saved] = []
         given = x, weight, bias, residual
         if _has_gradient(*given):
-            y = Training.apply(saved, *given, relu, eps)
+            y = Training.apply(saved, *given, relu, eps, update)
         else:
             with on_stream(x):
-                y = tensor(kernels.normalized(saved, *given, relu, eps))
+                y = tensor(kernels.normalized(saved, *given, relu, eps, update))
         moments = saved[0].moments
         assert moments is not None
         return y, moments.mean, moments.m2
@@ -396,10 +400,11 @@ class Training(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, saved: list[fastbn.Saved], x: Tensor, weight: Any, bias: Any, residual: Any, relu: bool, eps: float
-    ) -> Tensor:
+        ctx: Any, saved: list[fastbn.Saved], x: Tensor, weight: Any, bias: Any, residual: Any, relu: bool, eps: float,
+        update: kernels.Update | None,
+    ) -> Tensor:  # fmt: skip
         with on_stream(x):
-            y = tensor(kernels.normalized(saved, x, weight, bias, residual, relu, eps))
+            y = tensor(kernels.normalized(saved, x, weight, bias, residual, relu, eps, update))
         ctx.save_for_backward(x, y if relu else None, weight)
         (made,) = saved
         if residual is not None and not relu:
@@ -412,25 +417,24 @@ class Training(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         if dy is None:
-            return (None,) * 7
+            return (None,) * 8
         x, y, weight = ctx.saved_tensors
         seen = _active_transforms_backwards(dy, x, y, weight)
         if torch.is_grad_enabled() or seen != NONE:
             # They are to see where the statistics come from.
             statistics = _way(seen, Forward, torch.ops.fastbn.batch_norm)
             _, mean, _, rstd = statistics(x, None, None, None, False, ctx.eps)
-            return None, *_gradients(ctx, (x, y, weight, mean, rstd), dy, None, None)
+            return None, *_gradients(ctx, (x, y, weight, mean, rstd), dy, None, None), None
         with on_stream(x), np.errstate(all="ignore"):  # PyTorch is silent about what overflows a dtype
             gamma = optional(weight)
             saved = fastbn.Saved(array(x), optional(y), gamma, *ctx.statistics)
-            grads = fastbn.batch_norm_backward(array(dy), saved, out=out(x))
-            kind = grads.gamma.dtype if gamma is None else gamma.dtype
+            dtype = None if gamma is None else gamma.dtype
+            grads = fastbn.batch_norm_backward(array(dy), saved, dtype=dtype, out=out(x))
             of_parameters = (
-                tensor(g.astype(kind)) if wanted else None
-                for g, wanted in zip(grads[1:3], ctx.needs_input_grad[2:4], strict=True)
+                tensor(g) if wanted else None for g, wanted in zip(grads[1:3], ctx.needs_input_grad[2:4], strict=True)
             )
             dz = dy if grads.residual is None else tensor(grads.residual)
-            return None, tensor(grads.x), *of_parameters, dz if ctx.has_residual else None, None, None
+            return None, tensor(grads.x), *of_parameters, dz if ctx.has_residual else None, None, None, None
 
 
 class Evaluation(torch.autograd.Function):

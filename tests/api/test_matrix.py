@@ -138,6 +138,8 @@ FAULTS = {
     "training": [
         ("forward", nudged(5, 1e-4)),
         ("forward", scaled(1, 1 + 1e-6)),
+        ("forward", nudged(6, 1e-6)),
+        ("forward", nudged(7, 1e-6)),
         ("backward", scaled(0, 1 + 1e-5)),
         ("backward", scaled(1, 1 + 1e-4)),
         ("backward", nudged(10, 1e-4)),

@@ -2,12 +2,16 @@
 
 import doctest
 import importlib.util
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastbn
+from tests.conftest import missing
+from tests.on_cupy import without_gpu
 from tests.support import DTYPES
 
 
@@ -103,6 +107,48 @@ def test_dlpack(recipes):
             continue
     for producer in made:
         np.testing.assert_array_equal(recipes.moments_of(producer).mean, fastbn.moments(x).mean)
+
+
+class Interface:
+    """What another library's array on a GPU shows of itself."""
+
+    def __init__(self, array):
+        self.__cuda_array_interface__, self.array = array.__cuda_array_interface__, array
+
+
+class Exchange:
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **keywords):
+        return self.array.__dlpack__(**keywords)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_the_way_to_cupy(recipes, monkeypatch):
+    """By DLPack where there is such a thing."""
+    cupy = types.SimpleNamespace(from_dlpack=lambda a: ("from_dlpack", a), asarray=lambda a: ("asarray", a))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    exchange, interface = Exchange(None), types.SimpleNamespace(__cuda_array_interface__={})
+    assert recipes.on_gpu(exchange) == ("from_dlpack", exchange)
+    assert recipes.on_gpu(interface) == ("asarray", interface)
+
+
+@pytest.mark.parametrize("producer", [Exchange, Interface])
+def test_arrays_on_a_gpu(request, recipes, producer):
+    """A view, which functions take and write."""
+    if reason := without_gpu():
+        missing(request, reason, "--require-cuda")
+    import cupy
+
+    x = cupy.random.default_rng(0).standard_normal((6, 3), dtype=cupy.float32)
+    seen = recipes.on_gpu(producer(x))
+    assert (seen.data.ptr, seen.strides) == (x.data.ptr, x.strides)
+    expected, _ = fastbn.batch_norm(x)
+    fastbn.batch_norm(seen, out=seen)
+    cupy.testing.assert_array_equal(x, expected)
 
 
 # --- training loops ---------------------------------------------------------------------------------------------------

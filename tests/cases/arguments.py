@@ -48,7 +48,7 @@ def merge(moments):
 GOOD = {
     fastbn.batch_norm: lambda: {
         "x": data(), "gamma": channels(1), "beta": channels(2), "where": data(WEIGHTS, bool),
-        "weights": data(WEIGHTS), "residual": data(seed=3), "out": data(seed=4),
+        "weights": data(WEIGHTS), "residual": data(seed=3), "running": (channels(6), channels(7)), "out": data(seed=4),
     },
     fastbn.batch_norm_backward: lambda: {
         "dy": data(seed=5), "saved": saved(), "dmean": channels(1), "dvar": channels(2), "out": data(seed=4),

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 
 import fastbn
-from fastbn import reference
+from fastbn import Moments, reference, update_running  # these on NumPy arrays, wherever the checks run
 from tests import tolerances
 
 TRAINING = ("affine residual relu", "where weights residual", "plain", "where", "weights relu")
@@ -73,10 +73,21 @@ def y_bound(case, forward):
     return tolerances.elementwise(case.dtype, forward.y, scale) + statistics
 
 
+def running_statistics(case):
+    """Of two dtypes, as parameters are."""
+    rng, types = np.random.default_rng(6), {"float32": ("float64", "float32"), "float16": ("float32", "float16")}
+    dtypes = types.get(case.dtype.name, ("float32", "float64"))
+    return tuple((1 + rng.random(case.layout.channels)).astype(dtype) for dtype in dtypes)
+
+
 def check_forward(case):
     keywords = case.keywords | case.epilogue
-    y, saved = fastbn.batch_norm(case.x, case.gamma, case.beta, **keywords)
+    running, before = running_statistics(case), running_statistics(case)
+    update = {"rate": 0.3, "correction": 0.5}
+    y, saved = fastbn.batch_norm(case.x, case.gamma, case.beta, running=running, **update, **keywords)
     forward = reference.batch_norm(case.x, case.gamma, case.beta, **keywords)
+    for ours, alone in zip(running, update_running(*before, Moments(*saved.moments), **update), strict=True):
+        np.testing.assert_array_equal(ours, alone)
     assert_like(y, case)
     assert_close("y", y, forward.y, y_bound(case, forward))
     if SAME_BITS:

@@ -71,6 +71,14 @@ class Sparse:
 Sparse.__module__, Sparse.__name__ = "scipy.sparse._csr", "csr_array"
 
 
+class OnGpu:
+    """As Numba has it: of no array protocol of the host."""
+
+    shape, dtype, __cuda_array_interface__ = SHAPE, np.dtype(np.float32), {"version": 3}
+
+
+OnGpu.__module__, OnGpu.__name__ = "numba.cuda", "DeviceNDArray"
+
 KINDS = {  # kind: an array, what the message calls it, what it says to pass instead
     "list": (data().tolist(), "list", r"numpy\.asarray\(a\)"),
     "scalar": (np.float32(1), "numpy.float32", r"numpy\.asarray\(a\)"),
@@ -80,6 +88,7 @@ KINDS = {  # kind: an array, what the message calls it, what it says to pass ins
     "sparse": (Sparse(), "scipy.sparse._csr.csr_array", r"\.toarray\(\)"),
     "pandas": (foreign("pandas.core.frame", "DataFrame"), "pandas.core.frame.DataFrame", r"\.to_numpy\(\)"),
     "unheard of": (foreign("somewhere", "Array"), "somewhere.Array", "convert it"),
+    "numba.cuda": (OnGpu(), "numba.cuda.DeviceNDArray", r"cupy\.from_dlpack\(a\) or cupy\.asarray\(a\)"),
     "masked": (np.ma.array(data(), mask=data() > 1), "numpy.ma.MaskedArray", r"a\.data and where=~numpy\.ma\.getmask"),
     "matrix": (data((4, 3)).view(np.matrix), "numpy.matrix", r"numpy\.asarray\(a\)"),
     "subclass": (data().view(Own), f"{Own.__module__}.Own", r"numpy\.asarray\(a\)"),

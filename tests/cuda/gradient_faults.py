@@ -225,6 +225,19 @@ FAULTS = [
         "scratch[ch * THREADS + threadIdx.x] = sums[ch];",
         "backward, cooperative, runs",
     ),
+    # gradients.cuh: in the parameters' type
+    Fault(
+        "rounded gradients: dgamma twice", "backward",
+        "bits_of(sums.dbeta, p.gradients_type)", "bits_of(sums.dgamma, p.gradients_type)", "rounded gradients, block",
+    ),
+    Fault(
+        "rounded gradients: not where blocks share a channel", "backward",
+        "if (p.dgamma != nullptr)", "if (p.dgamma != nullptr && p.splits == 1)", "rounded gradients, cooperative",
+    ),
+    Fault(
+        "rounded gradients: not after parts", "finish_sums",
+        "if (p.dgamma != nullptr)", "if (false)", "rounded gradients, two passes",
+    ),
     # update_running.cu
     Fault(
         "running: one channel behind the last", "update_running",
@@ -236,11 +249,11 @@ FAULTS = [
     ),
     Fault(
         "running: as many samples as the correction", "update_running",
-        "count > p.correction", "count >= p.correction", "running statistics",
+        "batch.count > correction", "batch.count >= correction", "running statistics",
     ),
     Fault(
         "running: what rate 0 leaves alone", "update_running",
-        " && p.rate != 0", "", "running statistics",
+        " && rate != 0", "", "running statistics",
     ),
     Fault(
         "running: what rate 1 leaves of infinite statistics", "update_running",
@@ -257,7 +270,8 @@ FAULTS = [
     ),
     Fault(
         "running: bits of what stays", "update_running",
-        "new_var = bits_at(p.var, p.var_type, at)", "new_var = bits_of(var, p.var_type)", "running statistics",
+        "bits_of_var = bits_at(var, var_type, at)",
+        "bits_of_var = bits_of(parameter(var, var_type, at, 0.0), var_type)", "running statistics",
     ),
     Fault(
         "running: halves rounded twice", "update_running",

@@ -155,6 +155,24 @@ def check_running_statistics(case):
     running.check_rounding(checks.fastbn)
 
 
+def check_running_statistics_of_small_numbers(case):
+    """Whose squares leave float64's range as they are."""
+    updated = tuple(np.zeros((2, *case.layout.channels)))
+    _, saved = checks.fastbn.batch_norm(np.ldexp(case.x, -480), running=updated, rate=1)
+    expected = running.expected(*np.zeros_like(updated), saved.moments, rate=1)
+    running.assert_same(updated, expected)
+    assert expected[1].any()
+
+
+def check_rounded_gradients(case):
+    """Beside those in float64."""
+    _, saved = checks.fastbn.batch_norm(case.x)
+    wide = checks.fastbn.batch_norm_backward(case.dy, saved)
+    found = checks.fastbn.batch_norm_backward(case.dy, saved, dtype="float16")
+    for ours, theirs in zip(found[1:3], wide[1:3], strict=True):
+        np.testing.assert_array_equal(ours, theirs.astype(np.float16))
+
+
 def check_masked_out(case):
     """NaN, infinities and large numbers that weigh nothing."""
     case, garbage = scales.masked_case(case.layout, case.dtype.name, "where")
@@ -299,9 +317,18 @@ RUNS = {
         forward, WIDE_COLUMNS, dtype="float16", strategy="cooperative", settings={"tuning": {"along_channels": 128}}
     ),
     "forward, two passes": Run(forward, COLUMNS, strategy="two passes"),
+    "forward, two passes, one split": Run(
+        forward, MANY_ROWS, strategy="two passes", settings={"tuning": {"passes": 1}}
+    ),
+    "running statistics, block, float64, small": Run(
+        check_running_statistics_of_small_numbers, ROWS, dtype="float64", strategy="block", settings=TWICE
+    ),
     "forward, two passes, float64, far from 0": Run(
         check_far_from_0, COLUMNS, dtype="float64", strategy="two passes", mean=0.0
     ),
+    "rounded gradients, block": Run(check_rounded_gradients, ROWS, strategy="block", settings=TWICE),
+    "rounded gradients, cooperative": Run(check_rounded_gradients, COLUMNS, strategy="cooperative"),
+    "rounded gradients, two passes": Run(check_rounded_gradients, COLUMNS, strategy="two passes"),
     "backward, block, rows": Run(backward, ROWS, strategy="block", settings=TWICE),
     "backward, block, rows, far from 0": Run(backward, ROWS, strategy="block", settings=TWICE, mean=2e4),
     "backward, block, rows, all": Run(backward, ROWS, "affine residual relu", strategy="block", settings=TWICE),

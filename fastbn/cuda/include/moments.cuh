@@ -12,6 +12,7 @@
 
 #pragma once
 
+#include "running.cuh"
 #include "tile.cuh"
 
 #if DTYPE == 3
@@ -220,16 +221,22 @@ struct Statistics {  // what normalisation takes
 };
 
 // Writes count, M2, mean and rstd, a row of the results each, and where other blocks go on the rest of the mean, the
-// first row of the partials.
+// first row of the partials. Running statistics move towards what is written.
 __device__ __forceinline__ Statistics write_moments(const Params& p, i64 at, const Partial& partial) {
     const i64 all = p.batches * p.channels;
     const double mean = partial.mean();
     const Statistics found{mean, (partial.origin - mean) + partial.shift, batch_rstd(partial, p.eps)};
+    const double m2 = partial.n > 0 ? partial.m2_in(1) : not_a_number();
     p.results[at] = partial.n;
-    p.results[all + at] = partial.n > 0 ? partial.m2_in(1) : not_a_number();
+    p.results[all + at] = m2;
     p.results[2 * all + at] = found.mean;
     p.results[3 * all + at] = found.rstd;
     if (p.partials != nullptr) p.partials[at] = found.rest;
+    if (p.running_mean != nullptr)
+        update_channel(
+            p.running_mean, p.running_var, p.running_mean, p.running_var, p.running_mean_type, p.running_var_type, at,
+            Batch{partial.n, mean, m2}, p.rate, p.correction, false
+        );
     return found;
 }
 

@@ -1,0 +1,3 @@
+"""Gradients of gamma and beta in a dtype, of NumPy arrays."""
+
+from tests.cases.gradient_dtypes import *  # noqa: F403
