@@ -280,7 +280,7 @@ class Tiled:
         self.tasks = batch * (1 if fused else segments) * -(-self._cells // width)
         of_thread = scratch * (1 + segments if fused else 1) * sizes.padded(width, width)
         self.partials = sums * batch * segments * sizes.padded(self._cells, width) + num_threads * of_thread
-        self.workspace = num_threads * workspace * (self._columns + sizes.PAD)
+        self.workspace = num_threads * workspace * sizes.pitch(self._columns + sizes.PAD)
 
     def whole_lines(self, strides: list[Strides]) -> bool:
         """Whether every row of a tile is whole cache lines, if the array starts on one."""

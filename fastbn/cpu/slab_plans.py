@@ -16,7 +16,7 @@ def add_moments(problem: ProblemInSlabs, table: Argument, eps: Argument) -> None
     own: dict[str, Any] = {}
     if _is_outer(problem.shape):
         tiled = TiledSlabs(problem, problem.given("x"), TILE, sums=True)
-        count = tiled.partials(2) + tiled.of_threads(sizes.ORIGINS)
+        count = tiled.partials(2) + sizes.ORIGINS * problem.num_threads * sizes.padded(tiled.width, tiled.width)
         given |= {"tiles": tiled.tiles, "partials": p.scratch(count, "f8*")}
         own["workspace"] = problem.workspace(tiled.of_threads(sizes.COLUMN_MOMENTS))
         family, tasks = "outer_slabs", tiled.tasks
@@ -209,7 +209,7 @@ class TiledSlabs:
 
     def of_threads(self, rows: int) -> int:
         """Numbers of each thread's tile, in so many rows."""
-        return self._threads * rows * (sizes.padded(self.width, self.width) + sizes.PAD)
+        return self._threads * rows * sizes.pitch(self.width + sizes.PAD)
 
     def partials(self, sums: int) -> int:
         """Of so many sums of each cell and segment."""

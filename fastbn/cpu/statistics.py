@@ -16,6 +16,7 @@ import numpy as np
 from fastbn.cpu import team
 from fastbn.cpu.memory import Array
 from fastbn.cpu.program import FLOATS, NONE, Argument, Program, kind_of
+from fastbn.cpu.sizes import pitch
 from fastbn.dimensions import Dimension, dimensions
 from fastbn.operands import Mask, Statistic
 
@@ -151,7 +152,7 @@ def _along_kept(
         cells = min(cells, max(-(-row.size * others * parts // TASKS), NARROWEST // inner))
         cells = min(row.size, -(-row.size // (8 * -(-row.size // cells))) * 8)  # as many in each tile
     tiles = -(-row.size // cells)
-    width = folded * -(-cells // 8) * 8 * inner + 8 * inner
+    width = pitch(folded * -(-cells // 8) * 8 * inner + 8 * inner)
     named = {
         PARTS: parts, ROWS: count, ROWS_OF_A_PART: each, STEP: row.step if size is None else size.step, FORM: form,
         CHANNELS: row.size, SIZE: inner, FOLD: folded, TILE: cells, TAIL: tail, WIDTH: width, KEPT_STEP: row.result,
