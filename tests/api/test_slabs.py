@@ -93,7 +93,7 @@ def test_they_are_walked(view, in_slabs):
 
 
 @pytest.mark.parametrize("view", ["NCHW of many", "NHWC of many", "NCDHW", "NCHW large", "NHWC long rows"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_threads_do_not_change_bits(view, dtype, in_slabs, monkeypatch):
     """Nor does it whether passes are fused: one thread takes whole channels, several share them."""
     monkeypatch.setattr(cpu.team, "PARALLEL_FROM", 1)
@@ -109,7 +109,7 @@ def test_threads_do_not_change_bits(view, dtype, in_slabs, monkeypatch):
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("view", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("numbers", [[np.inf, 1.0], [np.nan], [1e30, -1e30], [1e-30, 3e-30], [2.0]], ids=str)
 def test_numbers_beyond_the_range(numbers, view, dtype, eps, in_slabs):
