@@ -6,6 +6,31 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
+
+# --- what is run by default, and what is slow -------------------------------------------------------------------------
+
+
+def some_slow(values, quick):
+    """All values of a parameter; those that are not quick are slow."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def one_in(most, **tables):
+    """All combinations of parameters' values, of which the default run has one in so many, and the rest is slow.
+
+    Those in which the values' places add up to a multiple of `most`: each value, and each pair of values of two tables
+    where a third one has as many as `most`.
+    """
+    cases = []
+    for chosen in itertools.product(*(enumerate(table) for table in tables.values())):
+        marks = [pytest.mark.slow] if sum(place for place, _ in chosen) % most else []
+        values = [value for _, value in chosen]
+        cases.append(pytest.param(*values, marks=marks, id="-".join(map(str, values))))
+    return pytest.mark.parametrize(tuple(tables), cases)
+
+
+# --- dtypes and layouts -----------------------------------------------------------------------------------------------
 
 DTYPES = {
     "float16": np.float16,

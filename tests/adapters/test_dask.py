@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +15,7 @@ import dask  # noqa: E402
 import fastbn  # noqa: E402
 import fastbn.dask as fd  # noqa: E402
 from fastbn import environment  # noqa: E402
+from tests import interpreters  # noqa: E402
 
 SHAPE = (6, 5, 7, 4)
 CHUNKS = {
@@ -396,8 +396,8 @@ def test_extended_precision():
 
 def test_without_dask():
     program = "import sys; sys.modules['dask'] = None\nimport fastbn\nimport fastbn.dask"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert 'fastbn.dask needs dask, which is not installed: pip install "dask[array]>=2024.12"' in run.stderr
+    ((_, err),) = interpreters.end(interpreters.begin(interpreters.python(program)), returns=1)
+    assert 'fastbn.dask needs dask, which is not installed: pip install "dask[array]>=2024.12"' in err
 
 
 CLUSTER = """
@@ -419,5 +419,4 @@ def test_a_cluster_of_processes(tmp_path):
     pytest.importorskip("distributed")
     path = tmp_path / "program.py"
     path.write_text(CLUSTER)
-    run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False, timeout=240)
-    assert run.stdout.split() == ["True", "True"], run.stderr
+    assert interpreters.run([sys.executable, path], timeout=240).split() == ["True", "True"]

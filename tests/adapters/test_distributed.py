@@ -1,8 +1,6 @@
 """`fastbn.distributed`: real processes over MPI, and what hooks are given where they are wrong."""
 
-import os
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 
 import fastbn
 from fastbn.distributed import mpi_gather, nccl_gather, torch_gather
+from tests import interpreters
 from tests.adapters.ranks import SIZES, data, results
 
 ROOT = Path(__file__).parents[2]
@@ -43,16 +42,11 @@ def mpirun():
         pytest.skip("no mpirun: pip install mpich, or Debian's openmpi-bin")
 
     def run(ranks, *arguments):
-        environment = os.environ | {
-            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "NUMBA_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT), "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        environment = {
+            "OMPI_ALLOW_RUN_AS_ROOT": 1, "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 1, "NUMBA_NUM_THREADS": 1,
+            "PYTHONPATH": ROOT, "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         }  # fmt: skip
-        command = [found, "-n", str(ranks), sys.executable, *arguments]
-        done = subprocess.run(
-            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return interpreters.run([found, "-n", ranks, sys.executable, *arguments], cwd=ROOT, **environment)
 
     return run
 

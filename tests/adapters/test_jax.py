@@ -1,7 +1,5 @@
 """`fastbn.jax` beside formulas in JAX itself, under its transformations; XLA's way to the host."""
 
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -13,6 +11,7 @@ import jax.numpy as jnp  # noqa: E402
 import fastbn  # noqa: E402
 import fastbn.jax as fj  # noqa: E402
 from fastbn.jax import functional, xla  # noqa: E402
+from tests import interpreters  # noqa: E402
 
 SHAPES = {"last": ((4, 5, 6, 3), -1), "first": ((4, 3, 5, 6), 1), "dense": ((20, 3), 1), "zeroth": ((3, 7), 0)}
 SEVERAL = {
@@ -385,5 +384,5 @@ def test_errors(error, match, given):
 
 def test_without_jax():
     program = "import sys; sys.modules['jax'] = None\nimport fastbn\nimport fastbn.jax"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert 'fastbn.jax needs JAX, which is not installed: pip install "jax>=0.5"' in run.stderr
+    ((_, err),) = interpreters.end(interpreters.begin(interpreters.python(program)), returns=1)
+    assert 'fastbn.jax needs JAX, which is not installed: pip install "jax>=0.5"' in err

@@ -3,8 +3,6 @@
 import copy
 import importlib.util
 import inspect
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastbn  # noqa: E402
 import fastbn.torch as ft  # noqa: E402
+from tests import interpreters  # noqa: E402
 from tests.adapters.torch_support import DTYPES, FORMATS, assert_close, leaf, network  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -356,8 +355,8 @@ def test_an_empty_batch():
 
 def test_without_pytorch():
     program = "import sys; sys.modules['torch'] = None\nimport fastbn\nimport fastbn.torch"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert 'fastbn.torch needs PyTorch, which is not installed: pip install "torch>=2.6"' in run.stderr
+    ((_, err),) = interpreters.end(interpreters.begin(interpreters.python(program)), returns=1)
+    assert 'fastbn.torch needs PyTorch, which is not installed: pip install "torch>=2.6"' in err
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------

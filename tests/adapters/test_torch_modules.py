@@ -3,10 +3,7 @@
 import copy
 import io
 import logging
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from torch import nn  # noqa: E402
 
 import fastbn  # noqa: E402
 import fastbn.torch as ft  # noqa: E402
+from tests import interpreters  # noqa: E402
 from tests.adapters.torch_support import CONVERTERS, Block, assert_same, assert_same_state, pair  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -342,21 +340,9 @@ dist.barrier()
 def ranks(request, tmp_path_factory):
     """What processes over gloo have made, by converter and rank."""
     sizes, folder = request.param, tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), ",".join(map(str, sizes)), str(folder)],
-            stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-        )
-        for rank in range(len(sizes))
-    ]  # fmt: skip
-    try:
-        for run in runs:
-            _, errors = run.communicate(timeout=180)
-            assert run.returncode == 0, errors
-    finally:
-        for run in runs:
-            run.kill()
+    environment = {"PYTHONPATH": ROOT, "NUMBA_NUM_THREADS": 1, "OMP_NUM_THREADS": 1}
+    commands = [interpreters.python(PROGRAM, rank, ",".join(map(str, sizes)), folder) for rank in range(len(sizes))]
+    interpreters.end(*(interpreters.begin(command, cwd=ROOT, **environment) for command in commands), timeout=180)
     return sizes, folder
 
 

@@ -1,14 +1,12 @@
 """Synchronised batch norm of `fastbn.torch` in several processes."""
 
-import subprocess
-import sys
-
 import pytest
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import fastbn.torch as ft  # noqa: E402
+from tests import interpreters  # noqa: E402
 from tests.adapters.torch_support import assert_close, leaf  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -34,14 +32,9 @@ torch.save([y.detach(), part.grad, norm.weight.grad, norm.bias.grad, norm.state_
 def test_sync_batch_norm(sizes, tmp_path):
     """On the CPU, over batches that differ in size and one that is empty: as one process with all."""
     address = f"file://{tmp_path / 'meet'}"
-    arguments = [",".join(map(str, sizes)), address, str(tmp_path)]
-    runs = [
-        subprocess.Popen([sys.executable, "-c", PROGRAM, str(rank), *arguments], stderr=subprocess.PIPE, text=True)
-        for rank in range(len(sizes))
-    ]
-    for run in runs:
-        _, errors = run.communicate(timeout=120)
-        assert run.returncode == 0, errors
+    arguments = [",".join(map(str, sizes)), address, tmp_path]
+    commands = [interpreters.python(PROGRAM, rank, *arguments) for rank in range(len(sizes))]
+    interpreters.end(*map(interpreters.begin, commands), timeout=120)
     ranks = [torch.load(tmp_path / str(rank)) for rank in range(len(sizes))]
 
     torch.manual_seed(0)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import fastbn
 from fastbn import bench, check, cpu, environment, warmup
 from fastbn.__main__ import COMMANDS, main
+from tests import interpreters
 from tests.wrong_backends import broken, use, written
 
 SHAPE = "4,64,14,14"
@@ -72,12 +72,10 @@ def test_cupy_is_imported_only_if_installed(capsys, monkeypatch):
 def test_module_runs():
     """As a user starts it; and importing fastbn loads none of it."""
     code = "import fastbn, sys; print([m for m in sys.modules if m.startswith(('fastbn.', 'numba'))])"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = interpreters.run(interpreters.python(code))
     for module in ("__main__", "check", "bench", "environment", "warmup"):
         assert f"fastbn.{module}'" not in loaded
-    info = subprocess.run([sys.executable, "-m", "fastbn", "info"], capture_output=True, text=True, check=True)
-    assert "numpy: ready" in info.stdout
-    assert info.stderr == ""
+    assert "numpy: ready" in interpreters.run([sys.executable, "-m", "fastbn", "info"], quiet=True)
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
@@ -304,8 +302,7 @@ def test_warmup(monkeypatch, capsys):
 
 def test_version():
     for command in ["-m", "fastbn"], ["-c", "from fastbn.__main__ import run; run()"]:
-        printed = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, check=True)
-        assert printed.stdout == f"fastbn {fastbn.__version__}\n"
+        assert interpreters.run([sys.executable, *command, "--version"]) == f"fastbn {fastbn.__version__}\n"
 
 
 @pytest.mark.parametrize(("argument", "name"), [("bin/fastbn", "fastbn"), ("fastbn/__main__.py", "python -m fastbn")])
@@ -321,9 +318,9 @@ def test_quiet_where_nobody_reads_on():
     """As under ``| head``: no traceback, and the status that a program has which the signal ends."""
     reads, writes = os.pipe()
     os.close(reads)
-    ended = subprocess.run([sys.executable, "-m", "fastbn", "info"], stdout=writes, stderr=subprocess.PIPE, text=True)
+    process = interpreters.begin([sys.executable, "-m", "fastbn", "info"], stdout=writes)
     os.close(writes)
-    assert (ended.returncode, ended.stderr) == (141, "")
+    assert interpreters.end(process, returns=141) == [(None, "")]
 
 
 def test_bfloat16_without_ml_dtypes(monkeypatch, capsys):

@@ -19,7 +19,7 @@ from tests.cases.layers import (
     numbers,
     options_of,
 )
-from tests.support import DTYPES, Layout
+from tests.support import DTYPES, Layout, one_in, some_slow
 
 # --- gradients --------------------------------------------------------------------------------------------------------
 
@@ -64,21 +64,23 @@ def assert_gradients(layout, mode, options, dtype="float64", parameters="float64
             assert_allclose(gradient.astype(float), expected, rtol=0, atol=close * np.abs(expected).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@one_in(3, layout=LAYOUTS, mode=MODES)
+@pytest.mark.parametrize("options", some_slow(OPTIONS, ["residual relu", "where"]))
 def test_gradients(layout, options, mode):
     assert_gradients(LAYOUTS[layout], mode, options)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("dtype", "parameters"), [
-    ("float32", "float32"), ("float16", "float32"), ("bfloat16", "float32"), ("float32", "float64"),
-    ("float64", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"),
-])  # fmt: skip
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_gradients_of_other_dtypes(layout, dtype, parameters, mode):
-    assert_gradients(LAYOUTS[layout], mode, "residual relu", dtype, parameters)
+DTYPES_OF_BOTH = [
+    "float32 float32", "float16 float32", "float32 float64", "float64 float32", "float16 float16", "bfloat16 float32",
+    "bfloat16 bfloat16",
+]  # fmt: skip
+
+
+@one_in(3, mode=MODES, layout=["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtypes", some_slow(DTYPES_OF_BOTH, DTYPES_OF_BOTH[:4]))
+def test_gradients_of_other_dtypes(layout, dtypes, mode):
+    """Of x and of the parameters."""
+    assert_gradients(LAYOUTS[layout], mode, "residual relu", *dtypes.split())
 
 
 def test_without_parameters():

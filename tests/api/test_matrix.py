@@ -1,5 +1,7 @@
 """Every function x layout x dtype x option against the oracle; and wrong backends, which every check must reject."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -18,50 +20,46 @@ from tests.conftest import forget
 from tests.support import DTYPES, LAYOUTS, OPTIONS, make_case
 from tests.wrong_backends import broken, use, written
 
-by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
+def by_case(*options):
+    """Each layout with each dtype: float32 with one of the first three options in turn, the others with one.
 
-def by_dtype_and_options(*options):
-    """float32 with the first three options, the other dtypes with one: the rest, compilation, is slow."""
+    The rest, other kernels to compile, is slow.
+    """
     cases = []
-    for dtype in DTYPES:
-        one = "plain" if dtype == "bfloat16" else options[0]
+    for (i, layout), dtype in itertools.product(enumerate(LAYOUTS), DTYPES):
+        one = options[i % len(options[:3])] if dtype == "float32" else "plain" if dtype == "bfloat16" else options[0]
         for name in options:
-            left_out = name in options[3:] if dtype == "float32" else name != one
-            cases.append(pytest.param(dtype, name, marks=[pytest.mark.slow] if left_out else []))
-    return pytest.mark.parametrize(("dtype", "options"), cases)
+            marks = [] if name == one else [pytest.mark.slow]
+            cases.append(pytest.param(layout, dtype, name, marks=marks))
+    return pytest.mark.parametrize(("layout", "dtype", "options"), cases)
 
 
 # --- the matrix -------------------------------------------------------------------------------------------------------
 
 
-@by_dtype_and_options(*TRAINING)
-@by_layout
-def test_moments(dtype, layout, options):
+@by_case(*TRAINING)
+def test_moments(layout, dtype, options):
     check_moments(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
 
 
-@by_dtype_and_options(*TRAINING)
-@by_layout
-def test_training(dtype, layout, options):
+@by_case(*TRAINING)
+def test_training(layout, dtype, options):
     check_backward(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
 
 
-@by_dtype_and_options("plain", "affine residual relu")
-@by_layout
-def test_frozen(dtype, layout, options):
+@by_case("plain", "affine residual relu")
+def test_frozen(layout, dtype, options):
     check_frozen(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
 
 
-@by_dtype_and_options("plain", "where")
-@by_layout
-def test_parts(dtype, layout, options):
+@by_case("plain", "where")
+def test_parts(layout, dtype, options):
     check_parts(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
 
 
-@by_dtype_and_options("plain", "where")
-@by_layout
-def test_statistics(dtype, layout, options):
+@by_case("plain", "where")
+def test_statistics(layout, dtype, options):
     check_statistics(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
 
 

@@ -12,7 +12,7 @@ import fastbn
 from fastbn import reference
 from tests.cases import checks
 from tests.cases.checks import check_backward, check_moments, check_parts
-from tests.support import DTYPES, LAYOUTS, Options, make_case
+from tests.support import DTYPES, LAYOUTS, Options, make_case, one_in, some_slow
 
 OWN = ("where", "weights", "where weights")
 
@@ -46,11 +46,13 @@ def kind(request, monkeypatch):
 # --- moments ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", OWN)
-@pytest.mark.parametrize(
-    "dtype", [d if d in ("float32", "float64") else pytest.param(d, marks=pytest.mark.slow) for d in DTYPES]
-)
+by_given = pytest.mark.parametrize("given", some_slow(OWN, ["where weights"]))
+by_dtype = pytest.mark.parametrize("dtype", some_slow(DTYPES, ["float32"]))
+
+
+@by_given
 @pytest.mark.parametrize("layout", LAYOUTS)
+@by_dtype
 def test_moments(layout, dtype, given):
     check_moments(own_case(layout, dtype, given))
 
@@ -58,8 +60,7 @@ def test_moments(layout, dtype, given):
 ON_A_DEVICE = ("NC", "NCHW", "NHWC", "NHWC 3 channels", "NHWC as NCHW", "instance NHWC", "alternating", "one axis")
 
 
-@pytest.mark.parametrize("given", OWN)
-@pytest.mark.parametrize("layout", ON_A_DEVICE)
+@one_in(3, layout=ON_A_DEVICE, given=OWN)
 def test_moments_of_cupy(layout, given, cuda_arrays, monkeypatch):
     monkeypatch.setattr(checks, "fastbn", cuda_arrays)
     check_moments(own_case(layout, "float32", given))
@@ -72,7 +73,10 @@ def test_the_check_sees_a_mask_that_is_not_its_channels_own():
         check_moments(case, fastbn.moments(np.nan_to_num(case.x), **rolled))
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 6), (1, 3, 1), (4, 3, 1), (3, 6), (3, 1), (6,), (1, 1, 1), ()], ids=str)
+SHAPES = [(4, 3, 6), (1, 3, 1), (4, 3, 1), (3, 6), (3, 1), (6,), (1, 1, 1), ()]
+
+
+@pytest.mark.parametrize("shape", some_slow(SHAPES, [(4, 3, 6), (3, 6), ()]), ids=str)
 def test_what_broadcasts(shape, kind):
     """As NumPy broadcasts: numpy.ma's count, mean and variance."""
     rng = np.random.default_rng(1)
@@ -143,33 +147,27 @@ def other_bits(monkeypatch):
     monkeypatch.setattr(checks, "SAME_BITS", False)
 
 
-DTYPES_OF_BOUNDS = pytest.mark.parametrize(  # the float64 oracle rounds as often as float64 kernels
-    "dtype",
-    ["float32", pytest.param("float16", marks=pytest.mark.slow), pytest.param("bfloat16", marks=pytest.mark.slow)],
-)
-
-
-@pytest.mark.parametrize("given", OWN)
-@DTYPES_OF_BOUNDS
+# The float64 oracle rounds as often as float64 kernels.
+@by_given
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", some_slow(["float32", "float16", "bfloat16"], ["float32"]))
 def test_training(layout, dtype, given, other_bits):
     check_backward(training_case(layout, dtype, given, relu="where" in given, residual=given == "where"))
 
 
-@pytest.mark.parametrize("given", OWN)
+@by_given
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parts(layout, given):
     check_parts(training_case(layout, "float32", given))
 
 
-@pytest.mark.parametrize("given", OWN)
-@pytest.mark.parametrize("layout", ON_A_DEVICE)
+@one_in(3, layout=ON_A_DEVICE, given=OWN)
 def test_training_of_cupy(layout, given, cuda_arrays, monkeypatch, other_bits):
     monkeypatch.setattr(checks, "fastbn", cuda_arrays)
     check_backward(training_case(layout, "float32", given, relu="where" in given))
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NHWC wide", "NCHW short rows"])
+@pytest.mark.parametrize("layout", some_slow(["NCHW", "NHWC", "NHWC wide", "NCHW short rows"], ["NHWC"]))
 def test_what_is_left_out_may_be_anything(layout, kind):
     """Where a channel's mask is False and dy 0, NaN in x changes nothing and has no gradient."""
     case = training_case(layout, "float64", "where")
@@ -184,7 +182,7 @@ def test_what_is_left_out_may_be_anything(layout, kind):
         np.testing.assert_allclose(mine, other, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "instance NHWC"])
+@pytest.mark.parametrize("layout", some_slow(["NCHW", "NHWC", "instance NHWC"], ["NHWC"]))
 def test_a_shared_mask_is_one_that_each_channel_has(layout, kind):
     case = training_case(layout, "float64", "")
     mask = np.random.default_rng(0).random(case.layout.weight_shape) < 0.6
@@ -209,8 +207,7 @@ def test_the_check_sees_gradients_of_the_next_channels_mask():
 # --- mean_var ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axis", [None, 1, (0, 2), -1, ()], ids=str)
-@pytest.mark.parametrize("shape", [(4, 3, 6), (3, 1), (4, 1, 1)], ids=str)
+@one_in(3, shape=[(4, 3, 6), (3, 1), (4, 1, 1)], axis=[None, 1, (0, 2), -1, ()])
 def test_weighted_mean_var(shape, axis):
     """`numpy.average`'s mean, and the mean squared distance from it."""
     rng = np.random.default_rng(3)

@@ -1,11 +1,7 @@
 """The package as a thing that is imported, upgraded, and run beside others."""
 
 import inspect
-import os
 import re
-import subprocess
-import sys
-import textwrap
 import tomllib
 from pathlib import Path
 
@@ -14,21 +10,15 @@ import pytest
 
 import fastbn
 from fastbn import extras, reference
+from tests import interpreters
 
 PACKAGE = Path(fastbn.__file__).parent
 
 
-def run(program, *arguments, **environment):
-    """Run a program in a fresh interpreter and return what it printed."""
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", textwrap.dedent(program), *map(str, arguments)]
-    finished = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
-
 def test_import_stays_light():
     """Neither compilers nor other array libraries are loaded before they are needed."""
-    loaded = run("import sys, fastbn; print(*sys.modules)").split()
+    program = "import sys, fastbn; print(*sys.modules)"
+    loaded = interpreters.run(interpreters.python(program, options=["-W", "error::RuntimeWarning"])).split()
     heavy = {"numba", "llvmlite", "cupy", "torch", "jax", "scipy", "ml_dtypes", "dask", "mpi4py"}
     assert "fastbn.functional" in loaded
     assert heavy.isdisjoint(loaded)

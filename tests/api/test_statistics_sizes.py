@@ -6,10 +6,12 @@ import pytest
 import fastbn
 from tests import exact as oracle
 from tests.statistics import FUNCTIONS, report, results_of
-from tests.support import NUMBERS, VIEWS, maker
+from tests.support import NUMBERS, VIEWS, maker, some_slow
 
 by_function = pytest.mark.parametrize("function", FUNCTIONS)
-by_sum = pytest.mark.parametrize("function", [f for f in FUNCTIONS if f not in ("std", "nanstd", "moments")])
+by_sum = pytest.mark.parametrize(
+    "function", some_slow(["mean", "var", "mean_var", "nanmean", "nanvar"], ["mean", "var"])
+)
 
 
 def expected_of(x, axis):
@@ -50,9 +52,7 @@ LENGTHS = [
     *range(1, 35), 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 255, 256, 257, 383, 511, 512, 513, 1000,
     1023, 1024, 1025, 2047, 2048, 2049, 3333, 4095, 4096, 4097, 8191, 8193, 16385, 32769, 70_001,
 ]  # fmt: skip
-SOME_DTYPES = [
-    "float32", "uint8", *(pytest.param(d, marks=pytest.mark.slow) for d in NUMBERS if d not in ("float32", "uint8")),
-]  # fmt: skip
+SOME_DTYPES = some_slow(NUMBERS, ["float32", "uint8"])
 
 
 @by_sum
@@ -141,8 +141,7 @@ def large(name, dtype):
 
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize(
-    "dtype",
-    ["float32", "uint8", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float64", "float16", "int32", "int64"))],
+    "dtype", some_slow(["float32", "uint8", "float64", "float16", "int32", "int64"], ["float32", "uint8"])
 )
 def test_large_arrays(dtype, name):
     """Of several chunks and threads. What is expected is summed once for all functions."""
@@ -176,7 +175,7 @@ def test_the_same_bits_on_any_number_of_threads(name, dtype, function):
 
 
 @by_function
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "uint8", "int64"])
+@pytest.mark.parametrize("dtype", some_slow(["float32", "float64", "float16", "uint8", "int64"], ["float32", "uint8"]))
 def test_the_same_bits_wherever_an_array_lies(dtype, function):
     """A copy of the same memory order, at another address, read-only or a memory map."""
     for view in ("1-d", "2-d Fortran", "3-d transposed", "4-d", "4-d transposed", "5-d"):

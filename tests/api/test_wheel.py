@@ -6,7 +6,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
@@ -18,6 +17,7 @@ import pytest
 
 import fastbn
 from fastbn.cpu import code, shipped
+from tests import interpreters
 
 ROOT = Path(fastbn.__file__).parents[1]
 MOST_BYTES = 15 << 20
@@ -29,13 +29,8 @@ pytestmark = pytest.mark.slow
 
 def run(*command, **environment):
     """What a command prints, elsewhere than in the sources' folder and without their cache."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "FASTBN", "NUMBA"))}
-    finished = subprocess.run(
-        list(map(str, command)), env=kept | environment, cwd=environment.get("TMPDIR", "/"), capture_output=True,
-        text=True, timeout=3600,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout
+    elsewhere = {"without": ["PYTHON*", "FASTBN*", "NUMBA*"], "cwd": environment.get("TMPDIR", "/")}
+    return interpreters.run(command, timeout=3600, **elsewhere, **environment)
 
 
 @pytest.fixture(scope="module")

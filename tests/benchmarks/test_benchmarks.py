@@ -5,9 +5,7 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +18,7 @@ from fastbn import bench, environment, threads
 kernels = pytest.importorskip("benchmarks.kernels", reason="installed without the benchmarks")
 import fastbn  # noqa: E402
 from benchmarks import busy, calls, frameworks, gate, host, small, statistics_cases, views, workloads  # noqa: E402
+from tests import interpreters  # noqa: E402
 
 TOY = (2, 4, 3, 5)
 PREFIXES = ("time_", "track_", "peakmem_", "timeraw_")
@@ -137,9 +136,7 @@ def test_first_calls_compile_and_then_load():
 def test_asv_accepts_the_suite():
     pytest.importorskip("asv")
     command = [sys.executable, "-m", "asv", "check", "--environment", "existing:same"]
-    run = subprocess.run(command, cwd=gate.ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "No problems found." in run.stdout
+    assert "No problems found." in interpreters.run(command, cwd=gate.ROOT)
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
@@ -358,9 +355,8 @@ def test_busy_processes_end_with_a_parent_that_is_killed():
             print(process.pid, flush=True)
             os.kill(os.getpid(), 9)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    run = subprocess.run(command, cwd=gate.ROOT, capture_output=True, text=True, check=False)
-    state, end = Path("/proc", run.stdout.strip(), "stat"), time.monotonic() + 20
+    process = interpreters.run(interpreters.python(program), cwd=gate.ROOT, returns=-9).strip()
+    state, end = Path("/proc", process, "stat"), time.monotonic() + 20
     while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < end, "still busy"
         time.sleep(0.01)

@@ -50,7 +50,7 @@ def test_float_dtypes(dtype, function):
 
 
 @by_function
-@pytest.mark.parametrize("code", "?" + np.typecodes["AllInteger"])
+@pytest.mark.parametrize("code", support.some_slow("?" + np.typecodes["AllInteger"], "Bl"))
 def test_integers(code, function):
     """In float64, as near to NumPy as one rounding or two; sums do not wrap round.
 

@@ -6,7 +6,8 @@ import pytest
 
 import fastbn
 from tests.cases.arguments import Own
-from tests.cases.like_numpy import assert_like_numpy, by_function, by_keepdims, by_spread, numbers
+from tests.cases.like_numpy import FUNCTIONS, assert_like_numpy, by_function, by_keepdims, by_spread, numbers
+from tests.support import some_slow
 
 # --- dtype= and out= --------------------------------------------------------------------------------------------------
 
@@ -15,7 +16,9 @@ from tests.cases.like_numpy import assert_like_numpy, by_function, by_keepdims, 
 @pytest.mark.parametrize(
     "dtype", ["e", "f", "d", "float32", float, np.float64, np.dtype("f4"), ml_dtypes.bfloat16], ids=str
 )
-@pytest.mark.parametrize("of", [np.float32, np.float64, np.int16, bool])
+@pytest.mark.parametrize(
+    "of", some_slow([np.float32, np.float64, np.uint8, np.int16, bool], [np.float32, np.float64, np.uint8])
+)
 def test_dtype(of, dtype, function):
     x = numbers((4, 5)).astype(of)
     for axis in (None, 1):
@@ -164,6 +167,7 @@ def test_mean_given(function, axis, keepdims):
     np.testing.assert_array_equal(out, given)
 
 
+@pytest.mark.slow
 @by_spread
 def test_mean_given_and_where(function):
     x = numbers((10, 8, 5), np.float64)
@@ -243,8 +247,14 @@ MASKS = {
 }
 
 
+# Of the others each is like one of these, for kernels of their own.
+OFTEN = [name for name in MASKS if name not in ("by column", "by plane", "array of True", "one column empty")]
+
+
 @by_function
-@pytest.mark.parametrize("where", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize(
+    "where", [pytest.param(m, marks=() if n in OFTEN else pytest.mark.slow) for n, m in MASKS.items()], ids=MASKS
+)
 def test_where(where, function):
     x = numbers((4, 5, 6))
     for options in ({}, {"axis": 0}, {"axis": 1, "keepdims": True}, {"axis": (0, 2)}, {"axis": -1}, {"axis": ()}):
@@ -266,8 +276,8 @@ def test_where_skips_what_is_not_finite(function):
     np.testing.assert_array_equal(actual[1], getattr(fastbn, function)(x[[0, 2, 3], 1]))
 
 
-@by_function
-@pytest.mark.parametrize("dtype", [np.int8, np.uint64, bool])
+@pytest.mark.parametrize("function", some_slow(FUNCTIONS, ["var"]))
+@pytest.mark.parametrize("dtype", some_slow([np.uint8, np.int8, np.uint64, bool], [np.uint8]))
 def test_where_and_integers(dtype, function):
     x = np.arange(16).reshape(4, 4).astype(dtype)
     where = np.array(
@@ -279,7 +289,7 @@ def test_where_and_integers(dtype, function):
 
 
 def test_where_by_hand():
-    x = np.arange(16.0).reshape(4, 4)
+    x = np.arange(16, dtype=np.float32).reshape(4, 4)
     rows = np.array([[False], [True], [True], [False]])
     assert fastbn.mean(x, axis=0, where=rows).tolist() == [6, 7, 8, 9]
     assert fastbn.var(x, axis=0, where=rows).tolist() == [4] * 4

@@ -1,13 +1,12 @@
 """Programs in fresh interpreters, for tests of threads, processes and signals."""
 
 import importlib.metadata
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from tests import interpreters
 
 # What each program begins with: arrays of mixed shapes, all for two threads, and a call with its right answer.
 PRELUDE = """
@@ -77,7 +76,7 @@ def tbb_library():
 
 
 def command(program):
-    return [sys.executable, "-W", "error", "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(program)]
+    return interpreters.python(textwrap.dedent(PRELUDE) + textwrap.dedent(program), options=["-W", "error"])
 
 
 def run(program, layer=None, timeout=300, returns=0, **environment):
@@ -89,13 +88,7 @@ def run(program, layer=None, timeout=300, returns=0, **environment):
         environment["TBB"] = library
     if layer is not None:
         environment |= {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
-    done = subprocess.run(
-        command(program),
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == returns, done.stderr
-    assert returns or not done.stderr, done.stderr
-    return done.stdout.split()
+    environment = {"OPENBLAS_NUM_THREADS": "1"} | environment
+    return interpreters.run(
+        command(program), returns=returns, timeout=timeout, quiet=returns == 0, **environment
+    ).split()

@@ -7,13 +7,13 @@ already. Four minutes of a processor, in most of which LLVM compiles, emulated.
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import fastbn
+from tests import interpreters
 
 pytestmark = pytest.mark.slow
 PYTHON = "3.11"  # that Debian 12 has
@@ -62,19 +62,13 @@ def root(tmp_path_factory):
         pytest.skip("no mmdebstrap: apt-get install mmdebstrap")
     folder = tmp_path_factory.mktemp("aarch64") / "root"
     packages = "--include=python3,libstdc++6"
-    run("mmdebstrap", "--mode=root", "--variant=extract", "--arch=arm64", packages, "bookworm", folder)
-    systems = [f"--platform=manylinux_{glibc}_aarch64" for glibc in ("2_17", "2_27", "2_28")]
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:", f"--python-version={PYTHON}",
-        *systems, "--platform=manylinux2014_aarch64", "--target", folder / "site", "numpy", "numba")  # fmt: skip
+    system = ["mmdebstrap", "--mode=root", "--variant=extract", "--arch=arm64", packages, "bookworm", folder]
+    interpreters.run(system, timeout=3600)
+    wheels = [f"--platform=manylinux_{glibc}_aarch64" for glibc in ("2_17", "2_27", "2_28")]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:", f"--python-version={PYTHON}"]
+    to = ["--platform=manylinux2014_aarch64", "--target", folder / "site"]
+    interpreters.run([*pip, *wheels, *to, "numpy", "numba"], timeout=3600)
     return folder
-
-
-def run(*command, **environment):
-    finished = subprocess.run(
-        list(map(str, command)), env=os.environ | environment, capture_output=True, text=True, timeout=3600
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
 
 
 def emulated(root, cache, program, *arguments):
@@ -83,7 +77,8 @@ def emulated(root, cache, program, *arguments):
     own = {"PYTHONHOME": root / "usr", "PYTHONPATH": path, "NUMBA_CACHE_DIR": cache, "FASTBN_COMPILE_HELPER": 0}
     given = [word for name, value in own.items() for word in ("-E", f"{name}={value}")]
     python = root / "usr" / "bin" / f"python{PYTHON}"
-    return run("qemu-aarch64", "-L", root, *given, python, "-B", "-c", program, *arguments)
+    command = ["qemu-aarch64", "-L", root, *given, python, "-B", "-c", program, *arguments]
+    return interpreters.run(command, timeout=3600)
 
 
 def test_the_same_bits(root, tmp_path):
@@ -91,4 +86,4 @@ def test_the_same_bits(root, tmp_path):
     count = emulated(root, tmp_path / "cache", MAKE, tmp_path / "archives").strip()
     found = emulated(root, tmp_path / "other", RUN, tmp_path / "archives").split()
     assert found[1:] == ["aarch64", count, "0", "False"]
-    assert found[0] == run(sys.executable, "-c", CALLS + "print(digest.hexdigest())").strip()
+    assert found[0] == interpreters.run(interpreters.python(CALLS + "print(digest.hexdigest())")).strip()

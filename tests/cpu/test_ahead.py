@@ -1,12 +1,12 @@
 """A second process that compiles: whatever becomes of it, results are right and no process stays."""
 
 import os
-import subprocess
-import sys
 import textwrap
 import time
 
 import pytest
+
+from tests import interpreters
 
 PROGRAM = """
     import os, sys, threading, time
@@ -28,26 +28,15 @@ PROGRAM = """
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="processes are listed as on Linux")
 
 
-def environment(cache, **more):
-    return os.environ | {"FASTBN_COMPILE_HELPER": "1", "OMP_NUM_THREADS": "2", "NUMBA_CACHE_DIR": str(cache)} | more
-
-
-def start(program, cache, **more):
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(PROGRAM) + textwrap.dedent(program)]
-    return subprocess.Popen(
-        command, env=environment(cache, **more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def with_helper(program, cache, **more):
+    """What is begun, and where."""
+    command = interpreters.python(textwrap.dedent(PROGRAM) + textwrap.dedent(program), options=["-W", "error"])
+    return command, {"FASTBN_COMPILE_HELPER": 1, "OMP_NUM_THREADS": 2, "NUMBA_CACHE_DIR": cache} | more
 
 
 def run(program, cache, **more):
-    process = start(program, cache, **more)
-    try:
-        out, err = process.communicate(timeout=90)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
-    assert not err
-    return out.split()
+    command, environment = with_helper(program, cache, **more)
+    return interpreters.run(command, timeout=90, quiet=True, **environment).split()
 
 
 def left_behind(cache):
@@ -87,6 +76,7 @@ def test_it_compiles_what_comes_later(tmp_path):
 
 
 @pytest.mark.usefixtures("two_processors")
+@pytest.mark.slow
 def test_what_it_imports(tmp_path):
     """What the program would, whatever it has in `sys.path`; nothing from the folder it happens to run in."""
     (tmp_path / "folder").mkdir()
@@ -155,9 +145,8 @@ def test_a_program_that_ends(end, when, tmp_path):
         {wait}
         {end}
     """
-    process = start(program, tmp_path)
-    process.communicate(timeout=60)
-    assert process.returncode == (-9 if "kill" in end else 1 if "/" in end else 0)
+    command, environment = with_helper(program, tmp_path)
+    interpreters.run(command, returns=-9 if "kill" in end else 1 if "/" in end else 0, timeout=60, **environment)
     assert none_left(tmp_path)
 
 

@@ -1,12 +1,10 @@
 """Stores past the caches, as LLVM was asked for them, are there in the machine code: it may forget the hint."""
 
-import os
 import platform
-import subprocess
-import sys
-import textwrap
 
 import pytest
+
+from tests import interpreters
 
 PROGRAM = """
     import re, sys
@@ -44,10 +42,8 @@ PROGRAM = """
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions are named as on x86-64")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_every_one_is_there(dtype, tmp_path):
-    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), dtype]
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}  # code from the cache on disk has no text
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    kernels = [line.split() for line in done.stdout.splitlines()]
+    command = interpreters.python(PROGRAM, dtype)
+    printed = interpreters.run(command, timeout=600, NUMBA_CACHE_DIR=tmp_path)  # code from a cache has no text
+    kernels = [line.split() for line in printed.splitlines()]
     assert sum(int(asked) > 0 for _, asked, _ in kernels) >= 4
     assert [(name, asked) for name, asked, there in kernels if asked != there] == []

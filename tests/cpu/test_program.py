@@ -2,9 +2,7 @@
 
 import ctypes
 import gc
-import subprocess
 import sys
-import textwrap
 import warnings
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 
 import fastbn
 from fastbn.cpu import objects, program
+from tests import interpreters
 from tests.cpu.programs import run
 
 X = np.random.default_rng(0).standard_normal((6, 5, 40)).astype(np.float32)
@@ -163,7 +162,4 @@ def test_under_options_of_the_interpreter(flags):
             z, _ = fastbn.batch_norm(x)
         print(np.array_equal(y, z) and abs(y.mean()) < 1e-6)
     """
-    done = subprocess.run(
-        [sys.executable, *flags, "-c", textwrap.dedent(program_)], capture_output=True, text=True, timeout=100
-    )
-    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert interpreters.run(interpreters.python(program_, options=flags), timeout=100) == "True\n"

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -12,7 +11,9 @@ import pytest
 
 import fastbn
 from fastbn.cpu import team
+from tests import interpreters
 from tests.cpu.programs import PRELUDE, command, run
+from tests.support import some_slow
 
 LAYERS = ["omp", "workqueue", "tbb"]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -53,7 +54,7 @@ def test_eight_threads_of_a_thousand_calls(beside, threads):
     assert run(program, THREADS=str(threads)) == ["0", str(threads - 1)]
 
 
-@pytest.mark.parametrize("layer", ["workqueue", *(pytest.param(n, marks=pytest.mark.slow) for n in ("omp", "tbb"))])
+@pytest.mark.parametrize("layer", some_slow(LAYERS, ["workqueue"]))
 def test_eight_threads_on_numbas(layer):
     """Where fastbn has no team of its own; one layer ends the process when two threads enter it at once."""
     program = textwrap.dedent(EIGHT_THREADS) + "import numba\nprint(numba.threading_layer(), team._hired)"
@@ -93,7 +94,7 @@ def test_without_futexes():
 
 
 @needs_fork
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", some_slow(LAYERS, ["workqueue"]))
 def test_forked_child_on_numbas_threads(layer):
     """The child, whose layer's threads may be gone, is right."""
     program = "print(right(), in_a_child(lambda: not (right() and right())), right())"
@@ -259,12 +260,8 @@ def test_workers_are_hired_for_what_the_process_may_use(limit, workers):
         assert abs(y.mean((0, 2, 3))).max() < 1e-5
         print(team._hired, len(os.listdir("/proc/self/task")) - before, len(os.sched_getaffinity(0)))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=100,
-        env={k: v for k, v in os.environ.items() if k not in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    hired, more, processors = map(int, done.stdout.split())
+    without = ["NUMBA_NUM_THREADS", "OMP_NUM_THREADS"]
+    hired, more, processors = map(int, interpreters.run(interpreters.python(program), without=without).split())
     assert hired == more
     if workers in (0, 3):
         assert hired == workers
@@ -351,11 +348,12 @@ ENDS = {
 
 
 @needs_team
+@pytest.mark.parametrize("times", [1, pytest.param(9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("end", ENDS)
-def test_ends_at_once(end):
-    """Five times each: workers that sleep, look out for work, or are in the middle of it hold up nothing."""
+def test_ends_at_once(end, times):
+    """Workers that sleep, look out for work, or are in the middle of it hold up nothing."""
     last, returns = ENDS[end]
-    for _ in range(5):
+    for _ in range(times):
         began = time.monotonic()
         program = f"assert right() and team._hired == 1\n{last}\n"
         if end == "an exit handler registered before":
@@ -380,16 +378,14 @@ def test_interrupted(when):
             came = time.monotonic()
         print(came, same(answer(x), y), right())
     """
-    process = subprocess.Popen(command(program), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = interpreters.begin(command(program))
     try:
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.05 + 0.013 * when)
         sent = time.monotonic()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
     finally:
-        process.kill()
-    assert process.returncode == 0, err
+        ((out, _),) = interpreters.end(process, timeout=60)
     came, *ran = out.split()
     assert ran == ["True", "True"]
     assert float(came) - sent < 5
@@ -429,12 +425,11 @@ def test_eight_processes_on_a_cold_cache(tmp_path):
         z = (x - x.mean((0, 2), keepdims=True)) / np.sqrt(x.var((0, 2), keepdims=True) + 1e-5)
         print(bool(abs(y - z).max() < 1e-3))
     """)
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    started = [
-        subprocess.Popen([sys.executable, "-c", program, dtype], env=environment, stdout=subprocess.PIPE, text=True)
+    begun = [
+        interpreters.begin(interpreters.python(program, dtype), NUMBA_CACHE_DIR=tmp_path)
         for dtype in ["float32", "float64"] * 4
     ]
-    assert [process.communicate(timeout=500)[0].strip() for process in started] == ["True"] * 8
+    assert [out for out, _ in interpreters.end(*begun, timeout=500)] == ["True\n"] * 8
     assert list(tmp_path.rglob("*.o"))
 
 

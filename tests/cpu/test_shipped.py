@@ -1,18 +1,15 @@
 """Kernels that come with an installation: for this processor, whole, of these sources, the same bits as others."""
 
 import json
-import os
 import platform
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 import fastbn
 from fastbn.cpu import code, shipped
+from tests import interpreters
 
 PACKAGE = Path(fastbn.__file__).parent
 X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="levels are named as on x86-64")
@@ -20,12 +17,8 @@ X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="levels are name
 
 def run(program, *arguments, path=PACKAGE.parent, **environment):
     """What a program prints that has the package from this folder."""
-    finished = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)], cwd=path, text=True,
-        capture_output=True, env=os.environ | {"PYTHONPATH": str(path)} | environment, timeout=600,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    command = interpreters.python(program, *arguments)
+    return interpreters.run(command, timeout=600, cwd=path, PYTHONPATH=path, **environment)
 
 
 # --- archives ---------------------------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@ import os
 import platform
 import shutil
 import stat
-import subprocess
-import sys
 import tempfile
 import textwrap
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 
 import fastbn
 from fastbn.cpu import store, team
+from tests import interpreters
 
 PACKAGE = Path(fastbn.__file__).parent
 PROGRAM = textwrap.dedent("""
@@ -26,15 +25,10 @@ PROGRAM = textwrap.dedent("""
 """)
 
 
-def run(installed, program=PROGRAM, stderr=subprocess.PIPE, warnings="error::RuntimeWarning", **environment):
-    """Run a program in a fresh interpreter, with the package in this folder; what it printed."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
-    command = [sys.executable, "-W", warnings, "-c", program, str(installed)]
-    finished = subprocess.run(
-        command, env=kept | environment, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=300
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+def run(installed, program=PROGRAM, warnings="error::RuntimeWarning", **how):
+    """What a program prints that has the package from this folder, and no cache but one that is given."""
+    command = interpreters.python(program, installed, options=["-W", warnings])
+    return interpreters.run(command, without=["NUMBA_CACHE_DIR", "XDG_CACHE_HOME"], **how)
 
 
 def install(folder):
@@ -67,6 +61,7 @@ def test_shared_and_never_stale(tmp_path):
     assert len(list((cache / "fastbn").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_damaged_files(tmp_path):
     """Refused and written again: one cut off, one changed."""
     cache = tmp_path / "cache"
@@ -156,6 +151,7 @@ class TestSafety:
         monkeypatch.setattr(store, "_is_alone_in", lambda group: True)
         assert store.why_unsafe(tmp_path) is None
 
+    @pytest.mark.slow
     def test_refused(self, tmp_path):
         """Nothing is read from there nor written, and a warning says why."""
         tmp_path.chmod(0o777)
@@ -166,6 +162,7 @@ class TestSafety:
         assert run(PACKAGE.parent, warnings="ignore", **environment) == "[1. 4.]\n"
         assert not compiled(tmp_path)
 
+    @pytest.mark.slow
     def test_without_a_home(self, tmp_path):
         """A temporary folder of the user's own."""
         (tmp_path / "file").write_text("")
@@ -175,6 +172,7 @@ class TestSafety:
         assert compiled(folder)
 
 
+@pytest.mark.slow
 def test_nothing_writable(tmp_path):
     """No place for compiled code: kernels run all the same, compiled anew in each process."""
     file = tmp_path / "a file"
@@ -224,6 +222,7 @@ def test_a_warm_process_never_imports_numba():
     assert hired == ("1" if team.HERE else "0")
 
 
+@pytest.mark.slow
 def test_another_processor(tmp_path):
     """Home folders are shared among machines: each finds what was made for it."""
     if platform.machine() != "x86_64":
@@ -255,6 +254,7 @@ print(y.dtype, saved.mean)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="others have instructions for halves")
 def test_float16_on_processors_without_instructions_for_it(tmp_path):
     """Every half is read and rounded as F16C does; twice, since what is compiled is then loaded without Numba."""
@@ -266,6 +266,7 @@ def test_float16_on_processors_without_instructions_for_it(tmp_path):
 # --- a word to those who wait -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("terminal", "environment", "told"),
     [(True, {}, True), (True, {"FASTBN_COMPILE_NOTICE": "0"}, False), (False, {}, False)],
@@ -288,6 +289,7 @@ def test_notice(tmp_path, terminal, environment, told):
         assert ("warmup" in text) == (told and not cached)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stream",
     ["sys.stderr = types.SimpleNamespace(write=len, flush=list)", "sys.stderr.close()", "sys.stderr = None"],

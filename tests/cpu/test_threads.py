@@ -3,7 +3,6 @@
 import asyncio
 import math
 import os
-import subprocess
 import sys
 import textwrap
 import threading
@@ -16,6 +15,7 @@ import pytest
 import fastbn
 from fastbn import threads
 from fastbn.threads import get_num_threads, num_threads, set_num_threads
+from tests import interpreters
 
 PROGRAM = """
 import os, sys
@@ -29,11 +29,8 @@ from fastbn.threads import get_num_threads, num_threads, set_num_threads
 
 def run(program, start=PROGRAM, **environment):
     """What a new process prints; without any start it has the machine's processors, else 16 and no quota."""
-    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    command = [sys.executable, "-c", start + textwrap.dedent(program)]
-    finished = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout.split()
+    command = interpreters.python(start + textwrap.dedent(program))
+    return interpreters.run(command, without=["*_NUM_THREADS"], **environment).split()
 
 
 @pytest.fixture(autouse=True)

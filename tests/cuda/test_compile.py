@@ -43,8 +43,8 @@ def test_some_pairs_of_choices(architecture, kernel):
     """A part of them for either architecture, those of clusters where there are clusters; all of them are slow."""
     some = {n: [] for n in BY_DEFAULT}
     for i, variant in enumerate(sorted(cuda_variants.pairwise(90))):
-        if i % 8 < 2:
-            some[90 if variant["CLUSTER"] > 1 or i % 8 == 0 else 80].append(variant)
+        if i % 80 < 2:
+            some[90 if variant["CLUSTER"] > 1 or i % 80 == 0 else 80].append(variant)
     check(architecture, kernel, some[architecture])
 
 
@@ -56,7 +56,7 @@ def test_every_pair_of_choices(architecture, kernel):
 @each(BY_DEFAULT, OF_STATISTICS)
 def test_some_statistics_of_arrays_as_they_lie(architecture, kernel):
     every = of_statistics(architecture)
-    check(architecture, kernel, every[BY_DEFAULT.index(architecture) :: 6])
+    check(architecture, kernel, every[BY_DEFAULT.index(architecture) :: 72])
 
 
 @each(CHIPS, OF_STATISTICS, pytest.mark.slow)

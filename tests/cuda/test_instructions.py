@@ -5,6 +5,7 @@ import re
 import pytest
 
 from tests import cuda_compile, cuda_instructions, cuda_variants
+from tests.support import one_in, some_slow
 
 pytestmark = pytest.mark.skipif(cuda_compile.available() is not None, reason=str(cuda_compile.available()))
 
@@ -40,7 +41,13 @@ def variant_of(kernel, dtype, **macros):
     )
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "way"), MOST)
+WORDS = ("forward", "backward", "normalize", "statistics"), ("float32", "float16"), ("rows", "columns", "runs")
+CASES = [  # by default a quarter, with each word
+    pytest.param(*case, marks=pytest.mark.slow if sum(map(tuple.index, WORDS, case)) % 4 else ()) for case in MOST
+]
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "way"), CASES)
 def test_instructions(kernel, dtype, way):
     variant = variant_of(kernel, dtype, **WAYS[way])
     count = cuda_instructions.for_16_bytes(variant, 90)
@@ -57,8 +64,7 @@ def complaints(variant, change=cuda_instructions.without_flush, architecture=90)
     return found
 
 
-@pytest.mark.parametrize("way", ["rows", "columns"])
-@pytest.mark.parametrize("kernel", ["forward", "backward", "normalize"])
+@one_in(4, kernel=["forward", "backward", "normalize"], way=["rows", "columns"])
 def test_loops_have_nothing_but_their_work(kernel, way):
     """No constants loaded again, no divergent branches, nothing in local memory; they fit the cache of instructions."""
     for dtype in ("float16", "float32"):
@@ -83,8 +89,7 @@ def test_numbers_of_other_blocks_are_loaded_strongly():
 FENCE = "__threadfence();"
 
 
-@pytest.mark.parametrize("kernel", ["forward", "backward"])
-@pytest.mark.parametrize("architecture", [80, 90])
+@one_in(2, kernel=["forward", "backward"], architecture=[80, 90])
 def test_blocks_that_wait_are_fenced(kernel, architecture):
     variant = variant_of(kernel, "float32", RUN=False, ALONG_CHANNELS=False)
     assert cuda_instructions.unordered(cuda_compile.disassembly(variant, architecture)) == []
@@ -97,7 +102,8 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(("complaint", "change"), CHANGES.items(), ids=CHANGES)
-def test_missing_fences_are_found(complaint, change):
+@pytest.mark.parametrize("complaint", some_slow(CHANGES, ["no fence after it has waited"]))
+def test_missing_fences_are_found(complaint):
+    change = CHANGES[complaint]
     variant = variant_of("forward", "float32", RUN=False, ALONG_CHANNELS=False)
     assert complaint in cuda_instructions.unordered(cuda_compile.disassembly(variant, 90, change))

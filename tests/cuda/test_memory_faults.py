@@ -1,5 +1,6 @@
 """The CUDA kernels under PTX's model of memory: as they are, and with faults in what orders memory between threads."""
 
+import itertools
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from tests.cuda.memory_faults import RACE
 from tests.cuda.runs import RUNS
 from tests.simt import cuda
 from tests.simt.programs import SANITIZED
+from tests.support import some_slow
 
 MODELS = ("checked", "stale")
 NEEDED = {fault.run for fault in MEMORY_FAULTS}
@@ -28,12 +30,16 @@ def harness(request):
         missing(request, reason)
 
 
-def some_slow(names, quick):
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+BY_TURNS = [(name, MODELS[i % len(MODELS)]) for i, name in enumerate(sorted(NEEDED))]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", some_slow(RUNS, NEEDED))
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        pytest.param(name, model, marks=[] if (name, model) in BY_TURNS else pytest.mark.slow)
+        for name, model in itertools.product(RUNS, MODELS)
+    ],
+)
 def test_without_a_fault(name, model):
     with RUNS[name].device(model=model) as emulated:
         for schedule in range(4):
@@ -46,7 +52,13 @@ def test_statistics_without_a_fault(name, model):
     assert statistics_faults.failures_without(name, model) == []
 
 
-@pytest.mark.parametrize("fault", MEMORY_FAULTS, ids=[f"{f.run}: {f.name}" for f in MEMORY_FAULTS])
+QUICK = {(fault.kernel, fault.rule): fault for fault in MEMORY_FAULTS}
+"""One of each kernel and rule."""
+
+
+@pytest.mark.parametrize(
+    "fault", some_slow(MEMORY_FAULTS, QUICK.values()), ids=[f"{f.run}: {f.name}" for f in MEMORY_FAULTS]
+)
 def test_fault_is_refused(fault):
     """And gives wrong results, or none, where threads see old values: but for rules that are stricter than PTX."""
     refused = [found(fault, "checked", [schedule]) for schedule in range(4)]

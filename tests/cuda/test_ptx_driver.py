@@ -17,7 +17,7 @@ from tests.ptx.program import program
 from tests.ptx.streams import StreamError
 from tests.ptx.text import PtxError
 from tests.simt import host_cupy
-from tests.support import LAYOUTS, OPTIONS, make_case
+from tests.support import LAYOUTS, OPTIONS, make_case, some_slow
 
 pytest.importorskip("cupy")
 
@@ -254,7 +254,7 @@ def counters_cleared_on_the_null_stream(driver, patch):
     yield
 
 
-@pytest.mark.parametrize("strategy", [None, "cooperative", "two passes"])
+@pytest.mark.parametrize("strategy", some_slow([None, "cooperative", "two passes"], ["cooperative"]))
 def test_all_of_a_call_is_on_the_current_stream(device, monkeypatch, strategy):
     monkeypatch.setitem(plans.FORCED, "strategy", strategy)
     x, dy, given = arguments("NHWC many rows", "plain")

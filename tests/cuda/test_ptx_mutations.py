@@ -62,6 +62,7 @@ def test_each_is_noticed(architecture, name, kind):
     assert not missed, told(missed)
 
 
+@slow
 def test_barriers_of_cooperative_launches():
     """Where two follow each other with nothing between that another thread sees, each is enough."""
     name, architecture = "forward, cooperative", 90
@@ -86,6 +87,7 @@ def test_most_are_noticed(kind, every):
     assert len(missed) <= (1 - MOST[kind]) * len(chosen), told(missed)
 
 
+@slow
 def test_halves_cut_off_are_noticed():
     """By the matrix's bounds: half a unit in the last place."""
     every = of_run("moments, wide columns", 90, "narrowed towards 0")

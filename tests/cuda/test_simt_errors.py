@@ -3,12 +3,12 @@
 import ctypes
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests import interpreters
 from tests.simt import simt
 from tests.simt.programs import HARMLESS, SANITIZED, execute, text
 
@@ -189,23 +189,23 @@ run(int(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "report"),
     [(0, None), (2, "heap-buffer-overflow"), (3, "use-after-poison"), (4, "misaligned address")],
 )
 def test_sanitizers(case, report):
     command = [simt.compiler(), "-print-file-name=libasan.so"]
-    library = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    library = interpreters.run(command).strip()
     if not os.path.isabs(library):
         pytest.skip("the compiler has no address sanitizer")
-    environment = os.environ | {
-        "FASTBN_SIMT_FLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all",
-        "LD_PRELOAD": library,
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-    }
-    command = [sys.executable, "-c", UNDER_SANITIZERS, str(case)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["abandoned"] * 3, done.stderr
-    assert (done.returncode == 0) == (report is None), done.stderr
-    assert report is None or report in done.stderr, done.stderr
+    process = interpreters.begin(
+        interpreters.python(UNDER_SANITIZERS, case),
+        cwd=Path(__file__).parents[2],
+        FASTBN_SIMT_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all",
+        LD_PRELOAD=library,
+        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
+    )
+    ((out, err),) = interpreters.end(process, returns=0 if report is None else 1)
+    assert out.split() == ["abandoned"] * 3, err
+    assert report is None or report in err, err

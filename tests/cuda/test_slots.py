@@ -4,6 +4,7 @@ import pytest
 
 from tests import cuda_compile
 from tests.cuda import slots
+from tests.support import some_slow
 
 pytestmark = pytest.mark.skipif(cuda_compile.available() is not None, reason=str(cuda_compile.available()))
 
@@ -18,7 +19,7 @@ CASES = (
 """Of each way the ones that take most; `python -m tests.cuda.slots --above` asks of all."""
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
+@pytest.mark.parametrize("case", some_slow(CASES, CASES[3:4]), ids=lambda case: " ".join(map(str, case)))
 def test_memory_is_the_limit(case):
     device, *call = case
     found = slots.slots(device, tuple(call))
@@ -26,6 +27,7 @@ def test_memory_is_the_limit(case):
     assert 0.005 < found.doubles <= slots.MOST
 
 
+@pytest.mark.slow
 def test_bytes_in_flight_of_large_arrays():
     for layout in ("NCHW", "NHWC"):
         found = slots.slots("H200", ((256, 256, 56, 56), layout, "float32", "forward"))

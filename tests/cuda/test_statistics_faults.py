@@ -5,9 +5,10 @@ import pytest
 from tests.conftest import missing
 from tests.cuda import statistics_faults
 from tests.simt import cuda
+from tests.support import some_slow
 
 
-@pytest.mark.parametrize("name", statistics_faults.FAULTS)
+@pytest.mark.parametrize("name", some_slow(statistics_faults.FAULTS, [*statistics_faults.FAULTS][::10]))
 def test_faults_are_found(request, name):
     if (reason := cuda.available()) is not None:
         missing(request, reason)

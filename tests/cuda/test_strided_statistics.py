@@ -20,12 +20,11 @@ from tests.cuda import harness
 from tests.cuda.harness import on_device
 from tests.simt import cuda, host_cupy
 from tests.statistics import FUNCTIONS, check, report, results_of
-from tests.support import NUMBERS, VIEWS, maker
+from tests.support import NUMBERS, VIEWS, maker, one_in, some_slow
 
 POSSIBLE = [view for view in VIEWS if view not in ("4-d unaligned", "4-d big-endian")]
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
 by_dtype = pytest.mark.parametrize("dtype", NUMBERS)
-by_float = pytest.mark.parametrize("dtype", FLOATS)
 by_function = pytest.mark.parametrize("function", FUNCTIONS)
 
 
@@ -56,30 +55,32 @@ def some_axes(ndim):
 
 
 def share(dtype, of):
-    """A part of the views for each dtype, all of them for all dtypes: kernels are compiled for the first time."""
+    """A part of the views for each dtype: kernels are compiled for the first time."""
     return POSSIBLE[NUMBERS.index(dtype) % of :: of]
 
 
-def check_views(dtype, views):
+def check_views(dtype, views, of):
+    """Of as many functions one in turn, for each choice of axes."""
     failures = []
-    for view in views:
+    for i, view in enumerate(views):
         x = VIEWS[view](maker(dtype))
-        for axis in some_axes(x.ndim):
+        for k, axis in enumerate(some_axes(x.ndim)):
             exact = oracle.exact(x, axis)
-            for function in FUNCTIONS:
+            for function in FUNCTIONS[(i + k) % of :: of]:
                 check(failures, f"{view} {x.shape} {x.strides}", function, x, exact, axis=axis)
     report(failures)
 
 
 @by_dtype
 def test_views(splits, dtype):
-    check_views(dtype, share(dtype, 12))
+    """Of all dtypes together each view, and each function."""
+    check_views(dtype, share(dtype, 13 if splits == "as planned" else 39), of=len(FUNCTIONS))
 
 
 @pytest.mark.slow
 @by_dtype
 def test_every_view(splits, dtype):
-    check_views(dtype, POSSIBLE)
+    check_views(dtype, POSSIBLE, of=1)
 
 
 MASKS = {  # of a shape
@@ -100,10 +101,18 @@ MASKED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["float32", "uint8", *(
-    pytest.param(d, marks=pytest.mark.slow) for d in NUMBERS if d not in ("float32", "uint8")
-)])  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
 def test_masks(splits, dtype):
+    check_masks(dtype, of=8)
+
+
+@pytest.mark.slow
+@by_dtype
+def test_more_masks(splits, dtype):
+    check_masks(dtype, of=2)
+
+
+def check_masks(dtype, of):
     """Read in place; what is left out is NaN."""
     failures = []
     for (i, view), (k, name) in itertools.product(enumerate(MASKED), enumerate(MASKS)):
@@ -116,13 +125,13 @@ def test_masks(splits, dtype):
         if x.dtype.kind not in "iub":
             x = np.where(where, x, [np.nan, np.inf][k % 2]).astype(x.dtype)
         if (exact.count > 0).all():
-            for function in FUNCTIONS[i // 2 % 2 :: 2]:
+            for function in FUNCTIONS[(i + k) // 2 % of :: of]:
                 label = f"{view} {x.strides}, {name}"
                 check(failures, label, function, x, exact, axis=axis, where=where)
     report(failures)
 
 
-@by_float
+@pytest.mark.parametrize("dtype", some_slow(FLOATS, ["float32"]))
 def test_nan(splits, dtype):
     """Left out by the nan forms, also beside a mask."""
     failures = []
@@ -140,7 +149,7 @@ def test_nan(splits, dtype):
     report(failures)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "uint8", "int16", "int64"])
+@pytest.mark.parametrize("dtype", some_slow(["float16", "float32", "uint8", "int16", "int64"], ["float16", "uint8"]))
 def test_lengths(splits, dtype):
     """Of a row that begins and ends anywhere in a vector."""
     line, failures = maker(dtype)((1300,)), []
@@ -154,7 +163,7 @@ def test_lengths(splits, dtype):
     report(failures)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int32", "float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", some_slow(["uint8", "int32", "float16", "float32", "float64"], ["uint8"]))
 def test_a_dtype_of_the_result(on_cupy, dtype):
     """In float64 they are good to float64; narrower ones are one rounding."""
     failures = []
@@ -171,8 +180,7 @@ def test_a_dtype_of_the_result(on_cupy, dtype):
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-@by_function
-@pytest.mark.parametrize("dtype", ["int64", "uint64", "int32", "uint16"])
+@one_in(8, function=FUNCTIONS, dtype=["int64", "uint64", "int32", "uint16"])
 def test_integers_at_the_ends_of_their_range(splits, dtype, function):
     """Sums of any of them are exact: the mean of the largest and the smallest is -0.5."""
     info, failures = np.iinfo(dtype), []
@@ -190,8 +198,7 @@ def test_integers_at_the_ends_of_their_range(splits, dtype, function):
     report(failures)
 
 
-@by_function
-@pytest.mark.parametrize("dtype", NUMBERS)
+@one_in(16, function=FUNCTIONS, dtype=NUMBERS)
 def test_constants(on_cupy, dtype, function):
     """The mean is the value, the variance 0, exactly."""
     kind = maker(dtype)(()).dtype
@@ -213,7 +220,7 @@ SETS = {
 }
 
 
-@pytest.mark.parametrize("function", ["mean", "var", "std", "mean_var", "nanmean", "nanvar"])
+@pytest.mark.parametrize("function", some_slow(["mean", "var", "std", "mean_var", "nanmean", "nanvar"], ["mean_var"]))
 @pytest.mark.parametrize("values", SETS.values(), ids=SETS)
 def test_float64_to_15_digits(splits, values, function):
     for x, axis in (
@@ -256,8 +263,7 @@ SPECIAL = {
 }
 
 
-@by_float
-@pytest.mark.parametrize("special", SPECIAL)
+@one_in(8, special=SPECIAL, dtype=FLOATS)
 def test_not_finite(splits, special, dtype):
     """Other slices are not touched."""
     failures, values = [], SPECIAL[special]
@@ -275,8 +281,7 @@ def test_not_finite(splits, special, dtype):
 HUGE = ([1], [1, 0.5], [1, -1], [1, -1, 1], [0, 0, 1], [1, 0.99, 0.98], [-1, -0.5, -0.75], [0.9, 1e-5], [0, 1, -1, 1])
 
 
-@by_function
-@by_float
+@one_in(4, function=FUNCTIONS, dtype=FLOATS)
 def test_huge_values(splits, dtype, function):
     """Infinite only where the exact value is beyond the result's dtype, or NumPy's sum beyond float64."""
     dtype, failures = maker(dtype)(()).dtype, []
@@ -317,7 +322,7 @@ def test_scales(splits, dtype, exponent, function):
     report(failures)
 
 
-@by_float
+@pytest.mark.parametrize("dtype", some_slow(FLOATS, ["float32", "float64"]))
 def test_mean_var_is_mean_and_var(splits, dtype):
     """Bit by bit."""
     for shape, axis in (((700, 9), 0), ((9, 700), 1), ((5, 6, 7, 8), (0, 2, 3)), ((61, 3), 0), ((4001,), None)):
@@ -349,8 +354,7 @@ CASES = {
 
 
 @pytest.mark.usefixtures("nothing_waits")
-@pytest.mark.parametrize("function", ["mean", "var", "nanmean", "nanstd", "mean_var"])
-@pytest.mark.parametrize("case", CASES)
+@one_in(5, case=CASES, function=["mean", "var", "nanmean", "nanstd", "mean_var"])
 def test_one_launch_or_two_and_no_copy(counted, case, function):
     """On first calls and on others; beside the results 2 % of x."""
     x, options = CASES[case]

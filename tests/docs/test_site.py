@@ -13,6 +13,7 @@ from html import unescape
 import numpy as np
 import pytest
 
+from tests import interpreters
 from tests.conftest import missing
 from tests.pages import DOCS, ROOT
 
@@ -93,8 +94,7 @@ def built(request, tmp_path_factory):
         pytest.skip("installed without the recorded results, whose pictures the pages show")
     folder = tmp_path_factory.mktemp("built")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", str(DOCS), str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
+    interpreters.run(command, timeout=500, cwd=ROOT)
     return folder
 
 

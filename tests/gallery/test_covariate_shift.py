@@ -3,8 +3,10 @@
 from functools import partial
 
 import numpy as np
+import pytest
 
 
+@pytest.mark.slow
 def test_claims(example, tmp_path, capsys):
     picture = tmp_path / "covariate_shift.png"
     vggs, linear = example("covariate_shift").main(["--quick", "--output", str(picture)])

@@ -18,6 +18,7 @@ def data(example):
     return example("gallery").digits()
 
 
+@pytest.mark.slow
 def test_digits(digits, data, tmp_path, capsys):
     picture = tmp_path / "digits.png"
     results = digits.main(["--quick", "--output", str(picture)])

@@ -9,6 +9,7 @@ def folding(example):
     return example("folding")
 
 
+@pytest.mark.slow
 def test_claims(folding, tmp_path, capsys):
     picture = tmp_path / "folding.png"
     result = folding.main(["--quick", "--output", str(picture)])

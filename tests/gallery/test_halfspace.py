@@ -19,6 +19,7 @@ def sample(gdnp):
     return gdnp.gaussian_classes(2000, 6, 10, 0.6, np.random.default_rng(0))
 
 
+@pytest.mark.slow
 def test_claim(halfspace, tmp_path, capsys):
     picture = tmp_path / "p.png"
     results = halfspace.main(["--quick", "--output", str(picture)])

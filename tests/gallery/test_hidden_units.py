@@ -9,6 +9,7 @@ def hidden_units(example):
     return example("hidden_units")
 
 
+@pytest.mark.slow
 def test_claim(hidden_units, tmp_path, capsys):
     picture = tmp_path / "p.png"
     r = hidden_units.main(["--quick", "--output", str(picture)])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 
+@pytest.mark.slow
 def test_claims(example, tmp_path, capsys):
     picture = tmp_path / "landscape.png"
     landscape = example("landscape")

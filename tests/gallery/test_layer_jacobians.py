@@ -12,6 +12,7 @@ def jacobians(example):
     return example("layer_jacobians")
 
 
+@pytest.mark.slow
 def test_claims(jacobians, tmp_path, capsys):
     picture = tmp_path / "p.png"
     results = jacobians.main(["--quick", "--output", str(picture)])
