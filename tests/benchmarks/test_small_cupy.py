@@ -26,7 +26,8 @@ def test_the_table(monkeypatch, capsys, add, status):
     _, _, _, _, *lines = capsys.readouterr().out.splitlines()
     cells = {name: rest for _, name, *rest, _ in (map(str.strip, line.split("|")) for line in lines)}
     assert {name: int(count) for name, (_, count, _) in cells.items()} == {
-        "batch_norm": 2, "batch_norm, out": 1, "batch_norm_backward": 2, "batch_norm_backward, out": 1,
+        "batch_norm": 2, "batch_norm, out": 1, "batch_norm, running": 2, "batch_norm_backward": 2,
+        "batch_norm_backward, out": 1,
         "batch_norm_inference": 1, "update_running": 2, "update_running, out": 0, "moments": 1, "normalize": 1,
         "grad_sums": 1,
     }  # fmt: skip
