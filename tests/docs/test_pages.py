@@ -82,7 +82,7 @@ def test_the_two_commands_are_those_that_are_run():
     ).groups()
     command = second.partition("#")[0].strip()
     assert command in read(ROOT / ".ci" / "run").splitlines()
-    assert first.startswith("pip install . && python -m fastbn ")
+    assert first.startswith("pip install . && fastbn ")
 
 
 def test_the_readme_leads_to_every_page():
