@@ -71,12 +71,9 @@ class Backend(Protocol):
 
     def backward(
         self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
-        dx: Operand, dresidual: Operand | None, dtype: Any,
+        dx: Operand, dresidual: Operand | None,
     ) -> Callable[..., Any]:  # fmt: skip
-        """``run(dy, x, y, weight, *numbers, dx, dresidual)``: both; gives the sums, rounded to a dtype.
-
-        Frozen statistics have no share.
-        """
+        """``run(dy, x, y, weight, *numbers, dx, dresidual)``: both; gives the sums. Frozen statistics have no share."""
 
     def statistic(
         self, x: Any, mask: Mask | None, kept: frozenset[int], what: Statistic, result_strides: Shape

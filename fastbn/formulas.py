@@ -7,21 +7,10 @@ samples, variances where it is constant and eps is 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-
-
-def rounded(gradients: Callable[..., Any], dtype: Any) -> Callable[..., tuple[Any, Any]]:
-    """What gives two gradients in a dtype, of what gives them in float64."""
-
-    def run(*given: Any) -> tuple[Any, Any]:
-        dgamma, dbeta = gradients(*given)
-        with np.errstate(over="ignore"):  # what float16 cannot hold
-            return dgamma.astype(dtype), dbeta.astype(dtype)
-
-    return run
 
 
 def reciprocal_std(var: Any, eps: float) -> Any:

@@ -132,7 +132,6 @@ def batch_norm_backward(
     dmean: Any = None,
     dvar: Any = None,
     gather: Gather | None = None,
-    dtype: Any = None,
     out: Any = None,
 ) -> Gradients:
     """Gradients of a loss from its gradient `dy` with respect to the output of `batch_norm`.
@@ -148,16 +147,14 @@ def batch_norm_backward(
         `gather` those of the whole loss, the same on every rank.
     gather : callable, optional
         As in the forward pass, and just if it was given there: takes (dgamma, dbeta) raveled into one float64 vector.
-    dtype : dtype, optional
-        Of the gradients of gamma and beta: float64, or what they are rounded to, such as the parameters' own.
     out : array, optional
         Written and returned as ``Gradients.x``; x's shape and dtype. It may be `dy`.
 
     Returns
     -------
     Gradients
-        ``x`` and, if there was a residual, ``residual`` in x's dtype and element order; ``gamma`` and ``beta`` in
-        `dtype`, of the channels' shape, whether or not these were given; with `gather` they are this rank's share.
+        ``x`` and, if there was a residual, ``residual`` in x's dtype and element order; ``gamma`` and ``beta`` float64
+        of the channels' shape, whether or not these were given; with `gather` they are this rank's share.
 
     Raises
     ------
@@ -194,11 +191,11 @@ def batch_norm_backward(
         x, y, gamma, weight, moments, mean, rstd, count, channel_axis, *options = saved
         signature = (
             "batch_norm_backward", describe(dy, x, y, gamma, weight, mean, rstd, count, dmean, dvar, out),
-            None if gather is None else callable(gather), moments is None, axes_of(channel_axis), dtype, *options,
+            None if gather is None else callable(gather), moments is None, axes_of(channel_axis), *options,
         )  # fmt: skip
     run = find(signature)
     if run is None:
-        run = keep(signature, prepare.batch_norm_backward(dy, saved, dmean, dvar, out, gather, dtype))
+        run = keep(signature, prepare.batch_norm_backward(dy, saved, dmean, dvar, out, gather))
     gradients: Gradients = run(dy, saved, dmean, dvar, out, gather)
     return gradients
 

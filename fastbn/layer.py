@@ -244,15 +244,13 @@ class BatchNorm:
         if self._saved is None:
             raise RuntimeError("backward: expected a forward pass before it, one for each backward pass, got none")
         make_saved, gather = self._saved
-        dtypes = {a.dtype for a in (self.gamma, self.beta) if a is not None}
-        dtype = dtypes.pop() if len(dtypes) == 1 else None
-        dx, dgamma, dbeta, self.dresidual = batch_norm_backward(dy, make_saved(), gather=gather, dtype=dtype, out=out)
+        dx, dgamma, dbeta, self.dresidual = batch_norm_backward(dy, make_saved(), gather=gather, out=out)
         self._saved = None  # so that x is not kept alive beside the next one
         with device_of(self.mean), np.errstate(over="ignore"):  # what float16 cannot hold
             if self.gamma is not None:
-                self.dgamma = dgamma.astype(self.gamma.dtype, copy=False)
+                self.dgamma = dgamma.astype(self.gamma.dtype)
             if self.beta is not None:
-                self.dbeta = dbeta.astype(self.beta.dtype, copy=False)
+                self.dbeta = dbeta.astype(self.beta.dtype)
         return dx
 
     def state(self) -> dict[str, Any]:

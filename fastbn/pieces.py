@@ -21,7 +21,7 @@ from typing import Any
 from fastbn import direct_reductions
 from fastbn.backend import Backend
 from fastbn.cuts import Cut, cut_of, walked_by
-from fastbn.formulas import batch_rstd, rounded, rstd_with
+from fastbn.formulas import batch_rstd, rstd_with
 from fastbn.layout import Layout, Shape
 from fastbn.operands import Affine, Numbers, Operand, dense
 from fastbn.ways import Ways, WaysToPieces, arriving
@@ -127,13 +127,11 @@ class Pieces:
 
     def backward(
         self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
-        dx: Operand, dresidual: Operand | None, dtype: Any,
+        dx: Operand, dresidual: Operand | None,
     ) -> Callable[..., tuple[Any, Any]]:  # fmt: skip
-        float64 = self._backend.xp.dtype(float)
-        if dtype != float64:
-            return rounded(self.backward(dy, x, y, weight, numbers, frozen, dx, dresidual, float64), dtype)
         if not frozen and (self._cut.axes or self._cut.kept != self._layout.kept):
             sums = self.grad_sums(dy, x, y, None, numbers.mean, numbers.rstd)
+            float64 = self._backend.xp.dtype(float)
             grad_input = self.grad_input(dy, x, y, None, numbers, (float64, float64), dx, dresidual)
 
             def run(dy: Any, x: Any, y: Any, weight: Any, *others: Any) -> tuple[Any, Any]:
@@ -145,7 +143,7 @@ class Pieces:
             return run
 
         def prepare(dy: Operand, x: Operand, y: Operand | None, dx: Operand, dresidual: Operand | None) -> OfPiece:
-            run = self._backend.backward(dy, x, y, None, numbers, frozen, dx, dresidual, float64)
+            run = self._backend.backward(dy, x, y, None, numbers, frozen, dx, dresidual)
             return lambda read, vectors, written: run(*read, None, *vectors, *written)
 
         each = OfEachPiece(self._backend, self._layout, self._cut, prepare)

@@ -13,12 +13,10 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
-import numpy as np
-
 from fastbn import validation
 from fastbn.arrays import device_of, one_kind
 from fastbn.backend import Backend, backend_of
-from fastbn.formulas import batch_rstd, reciprocal_std, rounded
+from fastbn.formulas import batch_rstd, reciprocal_std
 from fastbn.layout import Layout, Shape, layout_of
 from fastbn.merging import Moments, merge, update_running
 from fastbn.operands import Affine, Numbers
@@ -151,12 +149,10 @@ def _over_ranks(backend: Backend, layout: Layout, moments: Call, normalize: Call
     return run
 
 
-def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, gather: Any, dtype: Any) -> Call:
+def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, gather: Any) -> Call:
     """``call(dy, saved, dmean, dvar, out, gather)``."""
-    gather, kind_of_sums = validation.hook(gather), np.dtype(float)
+    gather = validation.hook(gather)
     _check_saved(saved, gather)
-    if dtype is not None:
-        kind_of_sums = validation.float_dtype("dtype", dtype)
     x, frozen, relu = saved.x, saved.moments is None, saved.activation is not None
     with device_of(dy):
         backend = backend_of(_kind_of_backward(dy, saved, dmean, dvar, out))
@@ -181,15 +177,13 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         residual_, to_residual = ways.result(x, None) if has_residual else (None, None)
         numbers = Numbers(mean_type, rstd_type, gamma_type, count_type, dmean_type, dvar_type)
         if gather is None:
-            run = kernels.backward(dy_, x_, y_, weight_, numbers, frozen, dx_, residual_, kind_of_sums)
+            run = kernels.backward(dy_, x_, y_, weight_, numbers, frozen, dx_, residual_)
         else:
             sums = (backend.xp.dtype(float),) * 2
             run = _summed_over_ranks(
                 backend, layout, kernels.grad_sums(dy_, x_, y_, weight_, mean_type, rstd_type),
                 kernels.grad_input(dy_, x_, y_, weight_, numbers, sums, dx_, residual_),
             )  # fmt: skip
-            if kind_of_sums != np.float64:
-                run = rounded(run, kind_of_sums)
     shaped, gathered = ways.shaped(), gather is not None
     arrive = arriving(
         to_dy, to_x, to_y, to_weight, to_mean, to_rstd, to_gamma, to_count, to_dmean, to_dvar, to_dx, to_residual
@@ -203,7 +197,7 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         if out is None:
             dx = make(x)
         elif ways.askew(out, dy, x, y, gamma, weight, mean, rstd, count, dmean, dvar):
-            apart = batch_norm_backward(dy, saved, dmean, dvar, None, gather, dtype)
+            apart = batch_norm_backward(dy, saved, dmean, dvar, None, gather)
             gradients = apart(dy, saved, dmean, dvar, None, gather)
             out[...] = gradients.x
             return gradients._replace(x=out)

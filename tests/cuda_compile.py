@@ -262,7 +262,7 @@ def complaints(variant: Variant, code: Compiled) -> list[str]:
             found.append(f"{wider} {what}s wider than arrays are aligned")
     least = min(bits, 64)
     narrow = sum(n for width, n in code.stores.items() if width < least)
-    narrow -= 2 * variant.pairs * sum(width < least for width in (16, 32))
+    narrow -= 2 * variant.updates * sum(width < least for width in (16, 32))  # of running statistics
     if narrow > 0 and not variant.strided:
         found.append(f"{narrow} stores narrower than {least} bits")
     return found

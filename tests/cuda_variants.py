@@ -61,14 +61,9 @@ class Variant(NamedTuple):
     def updates(self) -> int:
         """Places where running statistics are updated: in forward passes, where a block has a channel, and shares it.
 
-        There floats are divided by a subroutine, for NumPy's bits, once for a channel.
+        There floats are divided by a subroutine, for NumPy's bits, once for a channel; and stored in any of four types.
         """
         return {"forward": 2, "statistics": 1, "finish_moments": 1, "update_running": 1}.get(self.kernel, 0)
-
-    @property
-    def pairs(self) -> int:
-        """Places where two numbers of a channel are stored in any of four types: those, and gradients of parameters."""
-        return self.updates or {"backward": 2, "grad_sums": 1, "finish_sums": 1}.get(self.kernel, 0)
 
     @property
     def vector_bits(self) -> int:

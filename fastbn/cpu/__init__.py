@@ -33,7 +33,7 @@ from fastbn.cpu.memory import (
 )
 from fastbn.cpu.program import Program, kind_of
 from fastbn.cpu.statistics import statistic
-from fastbn.formulas import reciprocal_std, rounded
+from fastbn.formulas import reciprocal_std
 from fastbn.operands import Affine, Numbers, Operand, dense
 
 __all__ = [
@@ -265,10 +265,8 @@ def _in_range(weight: Array, count: Array, x: Array) -> tuple[Array | None, Arra
 
 def backward(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
-    dx: Operand, dresidual: Operand | None, dtype: Any,
+    dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., tuple[Array, Array]]:  # fmt: skip
-    if dtype != np.float64:
-        return rounded(backward(dy, x, y, weight, numbers, frozen, dx, dresidual, np.dtype(float)), dtype)
     shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
     (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, numbers))
     launch = _launcher(

@@ -76,14 +76,14 @@ def on_its_device(call: Callable[..., Any], x: Array) -> Callable[..., Any]:
 
 
 def _launcher(
-    choose: Any, problem: problems.Problem, rows: int, names: str, scalars: Sequence[str] = (), rounded: Any = None
+    choose: Any, problem: problems.Problem, rows: int, names: str, scalars: Sequence[str] = ()
 ) -> Callable[..., list[Array]]:
     """Of arrays by these names, launches the problem's plan; gives rows of results, a number for every kept index.
 
     Scalars come behind the arrays. All else is packed beforehand: what is left is a few microseconds of a call.
     """
     if problem.kept == 0:
-        return lambda *arrays: [xp.empty(0, np.float64 if rounded is None else rounded) for _ in range(rows)]
+        return lambda *arrays: [xp.empty(0, np.float64) for _ in range(rows)]
     plan: plans.Plan = choose(problem)
     order = {name: i for i, name in enumerate(names.split()) if name in problem.pointers}
     present = [name for name in launch.TILES.pointers if name in order]
@@ -97,7 +97,7 @@ def _launcher(
             return []
 
         return launched
-    pointers, make_results = results_of(plan, rows, problem.kept, rounded)
+    pointers, make_results = results_of(plan, rows, problem.kept)
     run, arrays = plan.bound([*present, *pointers, *scalars]), len(names.split())
 
     def launched_with_results(*given: Any) -> list[Array]:
@@ -147,9 +147,9 @@ def forward(
     return run
 
 
-def _no_sums(kept: int, dtype: Any = float) -> Callable[..., list[Array]]:
+def _no_sums(kept: int) -> Callable[..., list[Array]]:
     """Of no elements: 0, though rstd is NaN."""
-    return lambda *arrays: [xp.zeros(kept, dtype), xp.zeros(kept, dtype)]
+    return lambda *arrays: [xp.zeros(kept), xp.zeros(kept)]
 
 
 def grad_sums(
@@ -190,18 +190,15 @@ def grad_input(
 
 def backward(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
-    dx: Operand, dresidual: Operand | None, dtype: Any,
+    dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., list[Array]]:  # fmt: skip
     if x.size == 0:
-        return _no_sums(x.kept, dtype)
+        return _no_sums(x.kept)
     arrays = {"x": x, "dy": dy, "y": y, "dx": dx, "dresidual": dresidual}
     mean, rstd, *others = numbers
     types = {"mean": mean, "spread": rstd, **dict(zip(("gamma", "count", "dmean", "dvar"), others, strict=True))}
-    rounded = None if dtype == np.float64 else dtype
-    more = {} if rounded is None else {"gradients_type": type_of(rounded)}
-    problem = problem_of(arrays, weight, types, y is not None, dresidual is not None, frozen=frozen, **more)
-    names = "dy x y weight mean spread gamma count dmean dvar dx dresidual"
-    return _launcher(plans.backward, problem, 2, names, rounded=rounded)
+    problem = problem_of(arrays, weight, types, y is not None, dresidual is not None, frozen=frozen)
+    return _launcher(plans.backward, problem, 2, "dy x y weight mean spread gamma count dmean dvar dx dresidual")
 
 
 def writes(dtype: Any) -> bool:

@@ -173,14 +173,13 @@ ARRAYS = ("x", "y", "residual", "dy", "dx", "dresidual", "weight")
 PARAMETERS = ("gamma", "beta", "mean", "spread", "count", "dmean", "dvar", "offset", "slope")
 
 RUNNING_STATISTICS = ("running_mean", "running_var")
-ROUNDED = ("dgamma", "dbeta")
 
 TILES = Params(
-    pointers=(*ARRAYS, *PARAMETERS, *RUNNING_STATISTICS, *ROUNDED, "results", "partials", "counters"),
+    pointers=(*ARRAYS, *PARAMETERS, *RUNNING_STATISTICS, "results", "partials", "counters"),
     scalars=("rate", "correction"),
     integers=(
         *(f"{name}_strides_{axis}" for name in ARRAYS for axis in AXES),
-        *(f"{name}_type" for name in PARAMETERS + RUNNING_STATISTICS), "gradients_type",
+        *(f"{name}_type" for name in PARAMETERS + RUNNING_STATISTICS),
         "batches", "channels", "vectors", "row_vectors", "row_magic", "row_shift",
         "tiles_per_batch", "tiles", "splits", "share", "backwards", "summed", "spread_is_variance", "frozen",
     ),

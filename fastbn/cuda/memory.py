@@ -37,7 +37,7 @@ def strides_of(o: Operand) -> Strides:
 
 def problem_of(
     arrays: dict[str, Operand | None], weight: Operand | None, types: dict[str, Any] | None = None,
-    relu: bool = False, residual: bool = False, eps: float = 0.0, **options: int,
+    relu: bool = False, residual: bool = False, eps: float = 0.0, **options: bool,
 ) -> Problem:  # fmt: skip
     """The description of calls: all that a plan depends on. Types are those of per-channel numbers."""
     present = {name: o for name, o in arrays.items() if o is not None}
@@ -63,13 +63,10 @@ def place(a: Array) -> tuple[int, int]:
     return a.data.device_id, a.data.ptr % 16
 
 
-def results_of(
-    plan: Plan, rows: int, kept: int, rounded: Any = None
-) -> tuple[list[str], Callable[[], tuple[list[Array], list[int]]]]:
+def results_of(plan: Plan, rows: int, kept: int) -> tuple[list[str], Callable[[], tuple[list[Array], list[int]]]]:
     """The pointers to a plan's results and scratch, and what makes these in one allocation.
 
-    It gives rows of float64 results, one number for every kept index, or of a gradient's rounded ones, and the
-    addresses of the pointers.
+    It gives rows of float64 results, one number for every kept index, and the addresses of the pointers.
     """
     row, ndarray, shape, alloc = kept * 8, cupy.ndarray, (kept,), cupy.cuda.alloc
     scratch = {"partials": plan.partials * 8, "counters": plan.counters}
@@ -80,8 +77,6 @@ def results_of(
             starts.append(nbytes)
             nbytes += size
     others = [i * row for i in range(1, rows)]
-    if rounded is not None:
-        return [*launch.ROUNDED, *pointers], _rounded(nbytes, starts, kept, rounded)
 
     def make() -> tuple[list[Array], list[int]]:
         memory = alloc(nbytes)
@@ -94,21 +89,6 @@ def results_of(
         return results, addresses
 
     return pointers, make
-
-
-def _rounded(nbytes: int, starts: list[int], kept: int, dtype: Any) -> Callable[[], tuple[list[Array], list[int]]]:
-    """The same of gradients in another dtype, behind the float64 ones and the scratch, at a multiple of 8 bytes."""
-    ndarray, shape, alloc, row = cupy.ndarray, (kept,), cupy.cuda.alloc, kept * dtype.itemsize
-    second = -(-row // 8) * 8
-
-    def make() -> tuple[list[Array], list[int]]:
-        memory = alloc(-(-nbytes // 8) * 8 + second + row)
-        dgamma = memory + -(-nbytes // 8) * 8
-        dbeta, start = dgamma + second, memory.ptr
-        results = [ndarray(shape, dtype, dgamma), ndarray(shape, dtype, dbeta)]
-        return results, [dgamma.ptr, dbeta.ptr, start, *(start + at for at in starts)]
-
-    return make
 
 
 def folded_view(layout: Layout, a: Array) -> Array | None:

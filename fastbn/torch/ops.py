@@ -428,10 +428,11 @@ class Training(torch.autograd.Function):
         with on_stream(x), np.errstate(all="ignore"):  # PyTorch is silent about what overflows a dtype
             gamma = optional(weight)
             saved = fastbn.Saved(array(x), optional(y), gamma, *ctx.statistics)
-            dtype = None if gamma is None else gamma.dtype
-            grads = fastbn.batch_norm_backward(array(dy), saved, dtype=dtype, out=out(x))
+            grads = fastbn.batch_norm_backward(array(dy), saved, out=out(x))
+            kind = grads.gamma.dtype if gamma is None else gamma.dtype
             of_parameters = (
-                tensor(g) if wanted else None for g, wanted in zip(grads[1:3], ctx.needs_input_grad[2:4], strict=True)
+                tensor(g.astype(kind)) if wanted else None
+                for g, wanted in zip(grads[1:3], ctx.needs_input_grad[2:4], strict=True)
             )
             dz = dy if grads.residual is None else tensor(grads.residual)
             return None, tensor(grads.x), *of_parameters, dz if ctx.has_residual else None, None, None, None

@@ -68,7 +68,7 @@ SIGNATURES = {
     "out=None)",
     "batch_norm": "(x, gamma=None, beta=None, *, channel_axis=1, eps=1e-05, where=None, weights=None, residual=None, "
     "activation=None, gather=None, running=None, rate=0.1, correction=1, out=None)",
-    "batch_norm_backward": "(dy, saved, *, dmean=None, dvar=None, gather=None, dtype=None, out=None)",
+    "batch_norm_backward": "(dy, saved, *, dmean=None, dvar=None, gather=None, out=None)",
     "batch_norm_inference": "(x, mean, var, gamma=None, beta=None, *, channel_axis=1, eps=1e-05, residual=None, "
     "activation=None, out=None)",
     "fold": "(kernel, kernel_bias, mean, var, gamma=None, beta=None, *, eps=1e-05, axis=0, groups=1)",

@@ -225,19 +225,6 @@ FAULTS = [
         "scratch[ch * THREADS + threadIdx.x] = sums[ch];",
         "backward, cooperative, runs",
     ),
-    # gradients.cuh: in the parameters' type
-    Fault(
-        "rounded gradients: dgamma twice", "backward",
-        "bits_of(sums.dbeta, p.gradients_type)", "bits_of(sums.dgamma, p.gradients_type)", "rounded gradients, block",
-    ),
-    Fault(
-        "rounded gradients: not where blocks share a channel", "backward",
-        "if (p.dgamma != nullptr)", "if (p.dgamma != nullptr && p.splits == 1)", "rounded gradients, cooperative",
-    ),
-    Fault(
-        "rounded gradients: not after parts", "finish_sums",
-        "if (p.dgamma != nullptr)", "if (false)", "rounded gradients, two passes",
-    ),
     # update_running.cu
     Fault(
         "running: one channel behind the last", "update_running",

@@ -12,7 +12,6 @@
 #pragma once
 
 #include "centre.cuh"
-#include "rounding.cuh"
 #include "tile.cuh"
 
 #define NEAR_RSTD 4  // as ORDINARY_RSTD: distances are near 1, since dz is multiplied with them before rstd is
@@ -264,14 +263,10 @@ __device__ __forceinline__ void write_sums(const Params& p, const Tile& tile, i6
     }
 }
 
-// dgamma and dbeta, a row of the results each, and in the parameters' type.
+// dgamma and dbeta, a row of the results each.
 __device__ __forceinline__ Sums write_gradients(const Params& p, i64 at, const Sums& sums) {
     p.results[at] = sums.dgamma;
     p.results[p.batches * p.channels + at] = sums.dbeta;
-    if (p.dgamma != nullptr) {
-        write_bits(p.dgamma, p.gradients_type, at, bits_of(sums.dgamma, p.gradients_type));
-        write_bits(p.dbeta, p.gradients_type, at, bits_of(sums.dbeta, p.gradients_type));
-    }
     return sums;
 }
 

@@ -75,13 +75,12 @@ struct Params {
     char *x, *y, *residual, *dy, *dx, *dresidual, *weight;
     const char *gamma, *beta, *mean, *spread, *count, *dmean, *dvar, *offset, *slope;
     char *running_mean, *running_var;  // updated, if they are given
-    char *dgamma, *dbeta;              // rounded, beside the results, if they are given
     double *results, *partials;
     unsigned* counters;
     double rate, correction;  // of the running statistics
     Strides x_strides, y_strides, residual_strides, dy_strides, dx_strides, dresidual_strides, weight_strides;
     i64 gamma_type, beta_type, mean_type, spread_type, count_type, dmean_type, dvar_type, offset_type, slope_type;
-    i64 running_mean_type, running_var_type, gradients_type;
+    i64 running_mean_type, running_var_type;
     i64 batches, channels;      // kept sizes
     i64 vectors, row_vectors;   // of a channel; of these in one run of the inner axis
     i64 row_magic, row_shift;   // v / row_vectors = umulhi(v, magic) >> shift; magic 0: row_vectors is 1
