@@ -47,6 +47,15 @@ class Results(NamedTuple):
     together: Any
 
 
+class Quarters(NamedTuple):
+    """Pointers to rows of the four quarters of a segment: four streams from memory."""
+
+    first: Any
+    second: Any
+    third: Any
+    last: Any
+
+
 @inline
 def task_at(k, rows, cells, tiles):
     """Task k: rows of a tile, tiles of a row neighbours."""
@@ -80,6 +89,13 @@ def rows_of_tile(array, batch, row, column, coalesced):
     """The rows of a tile from its first value on, so many taken as one."""
     step = array.outer * coalesced
     return Rows(advance(array.values, batch * array.batch + row * step + column), step, 2 * step)
+
+
+@inline
+def quarters_of(x, quarter):
+    """Pointers to rows, so many rows apart."""
+    far = quarter * x.step
+    return Quarters(x.values, advance(x.values, far), advance(x.values, 2 * far), advance(x.values, 3 * far))
 
 
 @inline

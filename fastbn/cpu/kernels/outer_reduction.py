@@ -49,6 +49,7 @@ from fastbn.cpu.kernels.cells import (
     pitch_of,
     place_of_cell,
     places,
+    quarters_of,
     results_of,
     rows_of_tile,
     spread_affine,
@@ -112,15 +113,6 @@ class Cells(NamedTuple):
     m2: Any
 
 
-class Quarters(NamedTuple):
-    """Pointers to rows of the four quarters of a segment: four streams from memory."""
-
-    first: Any
-    second: Any
-    third: Any
-    last: Any
-
-
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
@@ -153,13 +145,6 @@ def add_rows(quarters, step, fours, rest, count, columns):
             e = load_first(quarters.last, r * step + c, count - c, FULL) - load(columns.shift, c, FULL)
             store(columns.s1, c, load(columns.s1, c, FULL) + e)
             store(columns.s2, c, fma(e, e, load(columns.s2, c, FULL)))
-
-
-@inline
-def quarters_of(x, quarter):
-    """Pointers to rows, so many rows apart."""
-    far = quarter * x.step
-    return Quarters(x.values, advance(x.values, far), advance(x.values, 2 * far), advance(x.values, 3 * far))
 
 
 @inline

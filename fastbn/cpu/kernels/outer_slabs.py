@@ -13,11 +13,13 @@ import numpy as np
 
 from fastbn.cpu.kernels.cells import (
     AHEAD,
+    Quarters,
     clear_sums,
     fill,
     pitch_of,
     place_of_cell,
     places,
+    quarters_of,
     results_of,
     spread_affine,
     spread_rounded,
@@ -49,12 +51,10 @@ from fastbn.cpu.kernels.outer_gradients import (
 from fastbn.cpu.kernels.outer_reduction import (
     PEEK,
     Cells,
-    Quarters,
     add_rows,
     better_shifts,
     merge_chunk,
     normalize_rows,
-    quarters_of,
     some_shift_is_poor,
 )
 from fastbn.cpu.kernels.simd import advance, table_rows
