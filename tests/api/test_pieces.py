@@ -1,6 +1,5 @@
 """Batch norm of views that do not fold: in pieces, without copies, as of arrays in one piece."""
 
-import itertools
 import tracemalloc
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 
 import fastbn
 from fastbn import call, cpu, cuts, pieces
-from tests.cases import checks
+from tests.cases import checks, views
 from tests.cases.views import VIEWS, cut_small_arrays
 from tests.support import DTYPES, OPTIONS, Layout, make_case, spatial_slice
 
@@ -30,11 +29,11 @@ def in_small_pieces(monkeypatch):
 
 def by_view(*options):
     """Every view with float32, and without options with one other dtype in turn; the rest is slow."""
-    cases, other = [], [dtype for dtype in DTYPES if dtype != "float32"]
-    for (i, view), dtype, name in itertools.product(enumerate(VIEWS), DTYPES, options):
-        chosen = dtype == "float32" or (name == "plain" and dtype == other[i % len(other)])
-        cases.append(pytest.param(VIEWS[view], dtype, name, marks=() if chosen else pytest.mark.slow))
-    return pytest.mark.parametrize(("layout", "dtype", "options"), cases)
+    other = [dtype for dtype in DTYPES if dtype != "float32"]
+    return views.by_view(
+        VIEWS, options,
+        lambda i, _, j, dtype, k, name: dtype == "float32" or (name == "plain" and dtype == other[i % len(other)]),
+    )  # fmt: skip
 
 
 @by_view("plain", "affine residual relu")

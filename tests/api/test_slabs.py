@@ -1,6 +1,5 @@
 """Batch norm of views whose channels have slabs: they are walked where they lie, in one launch or two."""
 
-import itertools
 import tracemalloc
 
 import numpy as np
@@ -10,9 +9,9 @@ import fastbn
 from fastbn import call, cpu, cuts
 from fastbn.cpu import memory
 from fastbn.layout import layout_in_slabs, layout_of
-from tests.cases import checks
+from tests.cases import checks, views
 from tests.cases.views import VIEWS, border, steps
-from tests.support import DTYPES, OPTIONS, Layout, make_case, reversed_axes
+from tests.support import OPTIONS, Layout, make_case, reversed_axes
 
 SLABS = {name: VIEWS[name] for name in VIEWS if name.startswith(("NC", "NH")) and "short" not in name} | {
     "NHWC long rows": Layout((3, 2, 700, 3), -1, border(0, 1, 1, 0)),
@@ -57,12 +56,10 @@ def in_slabs(monkeypatch):
 
 def by_view(*options):
     """Every view with float32, two with float16; the rest is slow, since it compiles as many kernels again."""
-    cases = []
-    for view, dtype, name in itertools.product(SLABS, DTYPES, options):
-        chosen = dtype == "float32" or (dtype == "float16" and view in ("NCHW", "NHWC"))
-        marks = () if chosen else pytest.mark.slow
-        cases.append(pytest.param(SLABS[view], dtype, name, marks=marks, id=f"{view}-{dtype}-{name}"))
-    return pytest.mark.parametrize(("layout", "dtype", "options"), cases)
+    return views.by_view(
+        SLABS, options,
+        lambda _, view, j, dtype, k, name: dtype == "float32" or (dtype == "float16" and view in ("NCHW", "NHWC")),
+    )  # fmt: skip
 
 
 @by_view("plain", "affine residual relu")

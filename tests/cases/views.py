@@ -1,9 +1,12 @@
 """Views whose axes do not fold, or only in another order than that of memory."""
 
+from itertools import product
+
 import numpy as np
+import pytest
 
 from fastbn import call, cuts
-from tests.support import Layout, reversed_axes
+from tests.support import DTYPES, Layout, reversed_axes
 
 
 def border(*margins):
@@ -54,6 +57,18 @@ VIEWS = {
     "columns kept": Layout((3, 4, 9, 21), (1, 3), border(0, 0, 1, 2)),
     "transposed": Layout((7, 9, 4, 5), 2, transposed),
 }
+
+
+def by_view(views, options, chosen):
+    """``layout``, ``dtype`` and ``options`` of a test: all combinations, of which those not ``chosen`` are slow.
+
+    It is asked of the view's number and name, and those of the dtype and option.
+    """
+    cases = []
+    for (i, view), (j, dtype), (k, name) in product(enumerate(views), enumerate(DTYPES), enumerate(options)):
+        marks = () if chosen(i, view, j, dtype, k, name) else pytest.mark.slow
+        cases.append(pytest.param(views[view], dtype, name, marks=marks, id=f"{view}-{dtype}-{name}"))
+    return pytest.mark.parametrize(("layout", "dtype", "options"), cases)
 
 
 def cut_small_arrays(monkeypatch, backend):

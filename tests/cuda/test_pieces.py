@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastbn import call
-from tests.cases import checks
+from tests.cases import checks, views
 from tests.cases.views import VIEWS, cut_small_arrays
 from tests.support import DTYPES, OPTIONS, make_case
 
@@ -22,12 +22,8 @@ def in_small_pieces(cuda_arrays, monkeypatch):
 
 def by_view(*options):
     """Every view with one dtype and option; the rest is slow: compilation."""
-    cases = []
-    for i, view in enumerate(VIEWS):
-        for j, (dtype, name) in enumerate((dtype, name) for dtype in DTYPES for name in options):
-            marks = () if j == i % (len(DTYPES) * len(options)) else pytest.mark.slow
-            cases.append(pytest.param(VIEWS[view], dtype, name, marks=marks, id=f"{view}-{dtype}-{name}"))
-    return pytest.mark.parametrize(("layout", "dtype", "options"), cases)
+    count = len(DTYPES) * len(options)
+    return views.by_view(VIEWS, options, lambda i, _view, j, _dtype, k, _name: j * len(options) + k == i % count)
 
 
 @by_view("plain", "affine residual relu")
