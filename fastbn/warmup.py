@@ -89,11 +89,8 @@ def _call_all(dtype: str, layout: str, shape: tuple[int, ...], options: tuple[st
     if len(weighting) > 1:
         return
     fastbn.batch_norm_inference(x, saved.mean, saved.rstd, channel_axis=axis, **epilogue)
-    if "residual" not in options:
-        frozen = fastbn.Saved.frozen(
-            x, saved.mean, saved.rstd, channel_axis=axis, y=y, activation=epilogue["activation"]
-        )
-        fastbn.batch_norm_backward(x, frozen)
+    frozen = fastbn.Saved.frozen(x, saved.mean, saved.rstd, channel_axis=axis, y=y, activation=epilogue["activation"])
+    fastbn.batch_norm_backward(x, frozen._replace(has_residual="residual" in options))  # as `BatchNorm` does
 
 
 def _parts(dtype: str, layout: str) -> None:
