@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from tests.cuda import forward_faults, gradient_faults, memory_faults, statistics_faults
+from tests.cuda import forward_faults, gradient_faults, memory_faults, running_faults, statistics_faults
 from tests.cuda.fault import Fault
 from tests.cuda.runs import RUNS
 from tests.simt import cuda, simt
@@ -19,7 +19,7 @@ MOST_SCHEDULES = range(200)  # until one shows a fault: some need a rare order
 SCHEDULES = {None: MOST_SCHEDULES, "checked": range(6), "stale": range(6)}
 """By the model of memory, held against which faults in what orders it are found in any order."""
 
-FAULTS = [*forward_faults.FAULTS, *gradient_faults.FAULTS]
+FAULTS = [*forward_faults.FAULTS, *running_faults.FAULTS, *gradient_faults.FAULTS]
 MEMORY_FAULTS = memory_faults.FAULTS
 
 
