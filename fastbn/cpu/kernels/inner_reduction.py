@@ -354,6 +354,12 @@ def misaligned(y, limit):
 
 
 @inline
+def write_one_affine(affine, one):
+    """Into a table's first place."""
+    affine.hi[0], affine.scale[0], affine.bias[0] = one.hi, one.scale, one.bias
+
+
+@inline
 def affine_in_all_lanes(x, table, t):
     return Affine(splat(x, table.hi[t], FULL), splat(x, table.scale[t], FULL), splat(x, table.bias[t], FULL))
 
@@ -478,7 +484,7 @@ def forward(
         n, mean, m2, unit = slab_moments(rows, weights, shape, chunks, origin)
         write_moments(moments, t, n, mean, m2, unit, eps)
         one = affine_of(x.values, moments.mean[t], moments.rstd[t], moments.gamma[t], moments.beta[t])
-        affine.hi[0], affine.scale[0], affine.bias[0] = one.hi, one.scale, one.bias
+        write_one_affine(affine, one)
         of_y, of_residual = rows_of(y, t, shape), rows_of(residual, t, shape)
         for k in range(shape.outer):
             r = row_in_turn(k, shape)

@@ -45,6 +45,7 @@ from fastbn.cpu.kernels.inner_reduction import (
     merge_chunks,
     normalize_run,
     segment_count,
+    write_one_affine,
 )
 from fastbn.cpu.kernels.simd import advance, table_rows
 from fastbn.cpu.records import (
@@ -190,7 +191,7 @@ def normalize(
     for k in range(first, last):
         task = task_at(k, shape)
         one = affine_of_index(x.values, parameters, task.channel, eps, given_rstd)
-        affine.hi[0], affine.scale[0], affine.bias[0] = one.hi, one.scale, one.bias
+        write_one_affine(affine, one)
         normalize_rows(
             x, y, residual, task.channel, task.slab, task.row, task.rows, shape, affine, relu, side_by_side, nontemporal
         )
@@ -212,7 +213,7 @@ def forward(
         n, mean, m2, unit = finished_slabs(x, t, shape, n, mean, m2, origin)
         write_moments(moments, t, n, mean, m2, unit, eps)
         one = affine_of(x.values, moments.mean[t], moments.rstd[t], moments.gamma[t], moments.beta[t])
-        affine.hi[0], affine.scale[0], affine.bias[0] = one.hi, one.scale, one.bias
+        write_one_affine(affine, one)
         for s in range(shape.far * shape.near):
             normalize_rows(x, y, residual, t, s, 0, shape.outer, shape, affine, relu, side_by_side, nontemporal)
 
