@@ -14,6 +14,7 @@ import numpy as np
 import fastbn
 from fastbn.cpu import code
 from fastbn.cpu.team import PARALLEL_FROM
+from fastbn.cuts import LEAST_IN_SLABS
 from fastbn.environment import float_dtypes
 from fastbn.threads import get_num_threads
 
@@ -63,6 +64,9 @@ def jobs(dtypes: Sequence[str]) -> list[Job]:
             work.append(
                 Job(f"{dtype} short rows {options}", partial(_call_all, dtype, "NCHW", short, OPTIONS[options]))
             )
+    if "float32" in floats:  # of the other dtypes it is rarer, and a fifth more kernels
+        for layout, channels in itertools.product(LAYOUTS, (many, 2)):
+            work.append(Job(f"float32 {layout} views", partial(_views, layout, channels)))
     work += [Job(f"{dtype} {layout} parts", partial(_parts, dtype, layout)) for dtype in floats for layout in LAYOUTS]
     work += [Job(f"{dtype} statistics", partial(_statistics, dtype)) for dtype in dtypes]
     return work
@@ -91,6 +95,21 @@ def _call_all(dtype: str, layout: str, shape: tuple[int, ...], options: tuple[st
     fastbn.batch_norm_inference(x, saved.mean, saved.rstd, channel_axis=axis, **epilogue)
     frozen = fastbn.Saved.frozen(x, saved.mean, saved.rstd, channel_axis=axis, y=y, activation=epilogue["activation"])
     fastbn.batch_norm_backward(x, frozen._replace(has_residual="residual" in options))  # as `BatchNorm` does
+
+
+def _views(layout: str, channels: int) -> None:
+    """Images without their border, large enough not to be copied, and for threads to share them."""
+    n, height, width = 8, 10, 34 + max(PARALLEL_FROM, LEAST_IN_SLABS // 4) // (64 * channels)
+    first = layout == "NCHW"
+    whole = np.ones((n, channels, height, width) if first else (n, height, width, channels), np.float32)
+    x, axis = whole[:, :, 1:-1, 1:-1] if first else whole[:, 1:-1, 1:-1], 1 if first else -1
+    for activation in (None, "relu"):
+        y, saved = fastbn.batch_norm(x, channel_axis=axis, activation=activation)
+        fastbn.batch_norm_backward(y, saved)
+        fastbn.batch_norm_inference(x, saved.mean, saved.rstd, channel_axis=axis, activation=activation)
+        fastbn.batch_norm_backward(
+            x, fastbn.Saved.frozen(x, saved.mean, saved.rstd, channel_axis=axis, y=y, activation=activation)
+        )
 
 
 def _parts(dtype: str, layout: str) -> None:
