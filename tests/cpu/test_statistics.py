@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbn
+from fastbn.cpu import sizes
 from fastbn.cpu import statistics as division
 from fastbn.cpu.statistics import PARTS, ROWS, ROWS_OF_A_PART
 from tests.support import some_slow
 
-sizes = st.lists(st.sampled_from([1, 2, 3, 5, 8, 30, 64, 500, 3000, 70_000]), min_size=1, max_size=5)
+shapes = st.lists(st.sampled_from([1, 2, 3, 5, 8, 30, 64, 500, 3000, 70_000]), min_size=1, max_size=5)
 
 
 def dimensions(shape, kept):
@@ -24,7 +25,7 @@ def dimensions(shape, kept):
     return division.dimensions(tuple(shape), tuple(steps), (0,) * len(shape), tuple(results), kept)[0]
 
 
-@given(sizes, st.sets(st.integers(0, 4)), st.sampled_from([1, 2, 4, 8]), st.booleans(), st.booleans())
+@given(shapes, st.sets(st.integers(0, 4)), st.sampled_from([1, 2, 4, 8]), st.booleans(), st.booleans())
 def test_divisions(shape, kept, itemsize, exact, squares):
     """Each row is in one part, and parts have numbers of their own for a fiftieth of the array at most."""
     d = dimensions(shape, frozenset(kept) & set(range(len(shape))))
@@ -34,6 +35,26 @@ def test_divisions(shape, kept, itemsize, exact, squares):
     if c.words[division.PIECES] <= 1:
         assert (parts - 1) * each < rows <= parts * each
     assert c.partials * 8 <= max(0.02 * itemsize * math.prod(shape), 1 << 16)
+
+
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize("shape", [(1985, 528), (1900, 2500), (850, 600), (600, 2000), (300, 1000)])
+def test_threads_share_few_rows(shape, squares):
+    """By parts of the rows where their numbers are little beside them, or else by tiles of columns."""
+    c = division.divide(dimensions(shape, frozenset({1})), False, 4, False, squares, 0)
+    assert c.tasks > 1
+    assert (c.parts > 1) == (shape[0] >= 850)
+
+
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_rows_of_a_table_are_not_a_page_apart(itemsize):
+    """Nor are two rows: a load would wait for the store to another one. 32 numbers lie between at least."""
+    for columns in range(40, 4200, 8):
+        pitch = sizes.pitch(columns)
+        assert columns <= pitch <= columns + 64
+        for rows in (1, 2):
+            beyond = rows * pitch * itemsize % 4096
+            assert 32 * itemsize <= beyond <= 4096 - 32 * itemsize
 
 
 X = np.random.default_rng(0).random((1000, 40, 100), np.float32)  # 16 MB
