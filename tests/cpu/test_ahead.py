@@ -40,23 +40,29 @@ def run(program, cache, **more):
 
 
 def left_behind(cache):
-    """Processes that were given this cache."""
-    found = []
+    """Processes that were given this cache: their commands, states and processor time, by number."""
+    found = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
                 if str(cache).encode() in file.read() and int(pid) != os.getpid():
-                    found.append(pid)
+                    with open(f"/proc/{pid}/stat") as stat:
+                        command, fields = stat.read().rsplit(")", 1)
+                    state, times = fields.split()[0], fields.split()[11:13]
+                    found[pid] = f"{command}) {state}, ticks in user and system mode: {times}"
         except OSError:
             continue
     return found
 
 
-def none_left(cache, seconds=30):
+def none_left(cache, seconds=120):
+    """A process whose parent was killed between `vfork` and `exec` has been seen in its loader for more than 30 s."""
     deadline = time.monotonic() + seconds
-    while left_behind(cache) and time.monotonic() < deadline:
+    while (found := left_behind(cache)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return not left_behind(cache)
+    if found:
+        print(found)
+    return not found
 
 
 @needs_proc
