@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,29 +43,23 @@ def statistic(
     """
     if not isinstance(options.ddof, (int, float)) or x.size == 0:
         return None
-    backend = backend_of(kind_of("x", x))
-    kept, dtype = kept_axes(x, options.axis), np.dtype(result_dtype(x, options.dtype))
-    shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if options.keepdims or axis in kept)
-    check_out(shape, dtype, out)
-    if out is not None and options.dtype is None:  # its digits are wanted
-        dtype = out.dtype.newbyteorder("=") if validation.is_float(out.dtype) else np.dtype(np.float64)
-    into_out = out is not None and _lies_well(out, dtype)
-    strides = _steps(out if into_out else np.empty(shape, dtype), x.ndim, kept, options.keepdims)
+    backend, result = backend_of(kind_of("x", x)), _result_of(x, options, out)
     plain = validation.plainer(x)
     if isinstance(x, np.ndarray) and not (x.dtype.isnative and x.flags.aligned):
         plain = _native
     seen = x if plain is None else plain(x)
     if where is not None and operand("where", where, x).dtype != bool:
         return None
-    has_mean, has_spread = "mean" in what, what != "mean"
+    has_mean, has_spread, dtype = "mean" in what, what != "mean", result.dtype
     spread_is = what if what in ("var", "std") else "var"
     wanted = Statistic(spread_is, options.skip_nan, None, dtype if has_mean else None, dtype if has_spread else None)
-    run, select = _kernel(backend, where, weights, x, seen, kept, wanted, strides)
+    run, select = _kernel(backend, where, weights, x, seen, result.kept, wanted, result.strides)
     if run is None:
         return None
-    count, ddof = x.size // max(1, math.prod(x.shape[axis] for axis in kept)), float(options.ddof)
+    count, ddof = x.size // max(1, math.prod(x.shape[axis] for axis in result.kept)), float(options.ddof)
     sure = select is None and not options.skip_nan and x.dtype.itemsize < 8 and (count > ddof or not has_spread)
-    careful, empty, scalar = Once(with_care), backend.xp.empty, shape == () and isinstance(x, np.ndarray)
+    careful, shape, into_out, empty = Once(with_care), result.shape, result.into_out, backend.xp.empty
+    tell, deliver = _teller(wanted), _deliverer(wanted, shape == () and isinstance(x, np.ndarray))
 
     def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
         seen = x if plain is None else plain(x)
@@ -81,21 +75,9 @@ def statistic(
         else:
             status = np.zeros(3)
             run(seen, mask, None, mean, spread, status, ddof)
-            if status.tobytes() != _CLEAR:  # a tenth of the time of any()
-                needs_care, no_degrees, is_empty = status.tolist()
-                if needs_care:
-                    return careful(x, where, weights, out)(x, where, weights, None, out)
-                if is_empty and has_mean:
-                    warn(EMPTY[options.skip_nan])
-                if no_degrees and has_spread:
-                    warn(NO_DEGREES)
-        if out is not None:
-            return _written(mean if has_mean else spread, out)
-        if scalar:
-            mean, spread = mean[()] if has_mean else None, spread[()] if has_spread else None
-        if has_mean:
-            return (mean, spread) if has_spread else mean
-        return spread
+            if status.tobytes() != _CLEAR and tell(status):  # a tenth of the time of any()
+                return careful(x, where, weights, out)(x, where, weights, None, out)
+        return deliver(mean, spread, out)
 
     return backend.on_its_device(call, x)
 
@@ -158,6 +140,60 @@ def _prepared(
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
+
+
+class _Result(NamedTuple):
+    """Of a reduction."""
+
+    kept: frozenset[int]
+    shape: Shape
+    dtype: np.dtype[Any]
+    strides: Shape
+    """In elements, for each axis of what is reduced."""
+    into_out: bool
+    """Kernels can write ``out`` itself, if it shares no memory with what they read."""
+
+
+def _result_of(x: Any, options: Options, out: Any) -> _Result:
+    kept, dtype = kept_axes(x, options.axis), np.dtype(result_dtype(x, options.dtype))
+    shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if options.keepdims or axis in kept)
+    check_out(shape, dtype, out)
+    if out is not None and options.dtype is None:  # its digits are wanted
+        dtype = out.dtype.newbyteorder("=") if validation.is_float(out.dtype) else np.dtype(np.float64)
+    into_out = out is not None and _lies_well(out, dtype)
+    strides = _steps(out if into_out else np.empty(shape, dtype), x.ndim, kept, options.keepdims)
+    return _Result(kept, shape, dtype, strides, into_out)
+
+
+def _teller(wanted: Statistic) -> Callable[[Any], bool]:
+    """``tell(status)`` warns of what a kernel has met. True of numbers that want more care: then it says nothing."""
+
+    def tell(status: Any) -> bool:
+        needs_care, no_degrees, is_empty = status.tolist()
+        if not needs_care:
+            if is_empty and wanted.mean is not None:
+                warn(EMPTY[wanted.skip_nan])
+            if no_degrees and wanted.spread is not None:
+                warn(NO_DEGREES)
+        return bool(needs_care)
+
+    return tell
+
+
+def _deliverer(wanted: Statistic, scalar: bool) -> Call:
+    """``deliver(mean, spread, out)`` gives what was asked for: into ``out``, of either; else arrays, or scalars."""
+    has_mean, has_spread = wanted.mean is not None, wanted.spread is not None
+
+    def deliver(mean: Any, spread: Any, out: Any) -> Any:
+        if out is not None:
+            return _written(mean if has_mean else spread, out)
+        if scalar:
+            mean, spread = mean[()] if has_mean else None, spread[()] if has_spread else None
+        if has_mean:
+            return (mean, spread) if has_spread else mean
+        return spread
+
+    return deliver
 
 
 def _steps(result: Any, ndim: int, kept: frozenset[int], keepdims: Any) -> Shape:
