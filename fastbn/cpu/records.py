@@ -91,7 +91,60 @@ class Walk(NamedTuple):
     channel: int
 
 
-INTEGERS = {record.__name__: record for record in (Shape, Slabs, Strides, SlabStrides, Chunks, Tiles, Walk)}
+class Geometry(NamedTuple):
+    """How `fastbn.cpu.statistics` divides the work: rows of a kept index, or of neighbouring ones."""
+
+    kept_dimensions: int
+    row_dimensions: int
+    rows: int
+    """Of a kept index, or of several."""
+    parts: int
+    """Of these rows."""
+    rows_of_a_part: int
+    step: int
+    """Between neighbours in a row of x."""
+    # Of rows that are reduced:
+    columns: int = 0
+    pieces: int = 1
+    """Of one row, each a part, of so many values:"""
+    piece: int = 0
+    # Of rows of kept indices:
+    channels: int = 0
+    """In a row."""
+    size: int = 1
+    """Neighbouring values of each."""
+    fold: int = 1
+    """Rows behind each other that are taken as one."""
+    tail: int = 0
+    """Values of the last folded row, if these are fewer."""
+    tile: int = 0
+    """Channels of a task."""
+    width: int = 0
+    """From a row of a thread's table to the next."""
+    kept_step: int = 1
+    """Between results of neighbours."""
+    # Of arrays:
+    itemsize: int = 0
+    mask: int = 0
+    """`statistics.OF_VALUES`, `OF_ROWS`, or 0 of none."""
+    moved: int = 0
+    """By how much values are, one of `statistics.MOVED`."""
+
+
+class Formats(NamedTuple):
+    """What results of statistics are."""
+
+    form: int
+    """One of `statistics.FORMS`."""
+    skip_nan: int
+    of_count: int
+    """Dtypes: indices into `program.FLOATS`."""
+    of_mean: int
+    of_spread: int
+
+
+_RECORDS = Shape, Slabs, Strides, SlabStrides, Chunks, Tiles, Walk, Geometry, Formats
+INTEGERS = {record.__name__: record for record in _RECORDS}
 
 
 # --- arrays in kernels ------------------------------------------------------------------------------------------------

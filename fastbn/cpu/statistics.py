@@ -16,22 +16,22 @@ import numpy as np
 from fastbn.cpu import team
 from fastbn.cpu.memory import Array
 from fastbn.cpu.program import FLOATS, NONE, Argument, Program, kind_of
+from fastbn.cpu.records import Formats, Geometry
 from fastbn.cpu.sizes import pitch
 from fastbn.dimensions import Dimension, dimensions
 from fastbn.operands import Mask, Statistic
 
-# The geometry's words; then dimensions, kept ones before rows', of four words: size, steps in x, mask and results.
-PARTS, PIECES, PIECE, ROWS, ROWS_OF_A_PART, COLUMNS, STEP, FORM, KEPT_DIMENSIONS, ROW_DIMENSIONS = range(10)
-CHANNELS, SIZE, FOLD, TILE, TAIL, WIDTH, KEPT_STEP, ITEMSIZE, MASK, SKIP_NAN = range(10, 20)
-COUNT_KIND, MEAN_KIND, SPREAD_KIND, DIMENSIONS = range(20, 24)
 OF_VALUES, OF_ROWS = 1, 2  # what a mask is of
-DIMENSION = 4
+DIMENSION = 4  # words: size, steps in x, mask and results
 FIELDS = 4  # of a part
 BUFFER = 512  # values that are converted at once
 OF_INNER = FIELDS * 8 + BUFFER + 8  # numbers that a thread of `inner` has for itself
 FORMS = ("var", "std", "m2")
 VAR, STD, SUM_OF_SQUARES = range(3)
-DIRECT = ("f4*", "f8*")  # what kernels read themselves where it lies side by side; the rest is converted on the way
+SMALL = ("n1*", "s1*", "b1*", "n2*", "s2*")  # what is added up in integers where it lies side by side
+MOVED = {"n1*": -128, "n2*": -32768}  # what is added to each of these before
+BYTES = 64  # of those, at once
+MOST_SQUARES = 1 << 20  # of 16 bits, whose sum, and twice that, is exact in float64
 EXACT = ("f8*", "s8*", "n8*")  # what float64 sums of lose something
 CAREFUL, NO_DEGREES, EMPTY, STATUS = range(4)  # what a call is told, each a float
 LEAST_SQUARE = 2.0**-900  # of a sum of squares other than 0, below which some may have been lost
@@ -44,6 +44,8 @@ FEW = 8  # kept indices in a row, below which each goes its own way along the re
 WORTH = 16  # kept indices a step apart that are worth a row
 IN_L1 = 16 << 10  # bytes of sums that `outer` goes through for each row: half the smallest first-level cache
 OF_WIDE_ROWS = 64 << 10  # the same of parts of rows: longer ones are read up to 1.6 times as fast, and sums from L2
+FEW_COLUMNS = 512  # of small integers at least, and one more for so many bytes,
+SIZE_OF_COLUMN = 8192  # of which two threads' 80 are a hundredth
 PART = 1 << 16  # values that a thread takes at once, about
 PART_OF_SQUARES = 1 << 14  # of float64, of which each of 32 sums has 512: rounding of 1e-15
 PARTS_AT_MOST = 64  # of the rows of `outer`
@@ -65,33 +67,52 @@ def kind_of_any(dtype: np.dtype[Any]) -> str | None:
     return kind if kind in ("f4*", "f8*", "u2*", "i2*") else None
 
 
-class _Division(NamedTuple):
+class Summing(NamedTuple):
+    """What is added up, and how."""
+
+    itemsize: int
+    exact: bool
+    """Sums in float64 lose digits that are wanted."""
+    squares: bool
+    small: bool = False
+    """In integers."""
+
+    def columns(self, size: int, wide: bool = False) -> int:
+        """Whose sums take half a first-level cache, of an array of so many bytes; or, in parts of rows, more."""
+        if self.small:
+            many = IN_L1 // (self.itemsize * (6 if self.squares else 4)) * (2 if wide else 1)
+            return min(many, max(FEW_COLUMNS, size // SIZE_OF_COLUMN))
+        return (OF_WIDE_ROWS if wide else IN_L1) // 8 // (3 if self.squares else 2 if self.exact else 1)
+
+
+class Division(NamedTuple):
     """How the work is divided."""
 
     kernel: str
-    words: tuple[int, ...]
+    geometry: Geometry
+    dimensions: tuple[int, ...]
+    """Kept ones before rows'."""
     tasks: int
-    parts: int
-    finishing: int  # tasks
+    finishing: int
+    """Tasks."""
     partials: int
-    own: int  # numbers that a thread has for itself
+    own: int
+    """Numbers that a thread has for itself."""
     strided: bool
-    by_rows: bool  # the mask is the same all along a row
+    mask_of_rows: bool
+    """The mask is the same all along a row."""
 
 
-def _words(names: dict[int, int], kept: list[Dimension], rows: list[Dimension]) -> tuple[int, ...]:
-    values = [0] * DIMENSIONS
-    for at, value in (names | {KEPT_DIMENSIONS: len(kept), ROW_DIMENSIONS: len(rows)}).items():
-        values[at] = value
-    return (*values, *(n for d in (*kept, *rows) for n in d[:4]))
+def _words(kept: list[Dimension], rows: list[Dimension]) -> tuple[int, ...]:
+    return tuple(n for d in (*kept, *rows) for n in d[:DIMENSION])
 
 
-def _along_reduced(d: list[Dimension], run: Dimension, exact: bool, squares: bool, form: int) -> _Division:
+def _along_reduced(d: list[Dimension], run: Dimension, how: Summing) -> Division:
     """Rows of reduced values; pieces of long ones."""
     kept = [o for o in d if o.kept]
     rows = [o for o in d if not o.kept and o is not run]
     channels, count = math.prod(o.size for o in kept), math.prod(o.size for o in rows)
-    most = PART_OF_SQUARES if exact and squares else PART
+    most = PART_OF_SQUARES if how.exact and how.squares else PART
     pieces, piece, each = 1, run.size, count
     if run.size > most:
         pieces = -(-run.size // most)
@@ -102,104 +123,97 @@ def _along_reduced(d: list[Dimension], run: Dimension, exact: bool, squares: boo
         parts = max(1, -(-count * run.size // most))
         each = -(-count // parts)
         parts = -(-count // each)
-    named = {
-        PARTS: parts, PIECES: pieces, PIECE: piece, ROWS: count, ROWS_OF_A_PART: each, COLUMNS: run.size,
-        STEP: run.step if run.size > 1 else 1, FORM: form, CHANNELS: 0, KEPT_STEP: 1,
-    }  # fmt: skip
+    geometry = Geometry(
+        len(kept), len(rows), rows=count, parts=parts, rows_of_a_part=each, step=run.step if run.size > 1 else 1,
+        columns=run.size, pieces=pieces, piece=piece,
+    )  # fmt: skip
     partials = FIELDS * parts * channels if parts > 1 else 0
-    words = _words(named, kept, rows)
-    return _Division(
-        "inner",
-        words,
-        channels * parts,
-        parts,
-        channels,
-        partials,
-        OF_INNER,
-        run.step != 1 and run.size > 1,
-        run.mask == 0,
-    )
+    strided = run.step != 1 and run.size > 1
+    words = _words(kept, rows)
+    return Division("inner", geometry, words, channels * parts, channels, partials, OF_INNER, strided, run.mask == 0)
 
 
 def _along_kept(
-    d: list[Dimension], row: Dimension, size: Dimension | None, fold: Dimension | None, most: int, itemsize: int,
-    exact: bool, squares: bool, form: int, direct: bool,
-) -> _Division:  # fmt: skip
+    d: list[Dimension], row: Dimension, size: Dimension | None, fold: Dimension | None, most: int, how: Summing
+) -> Division:
     """Rows of kept indices: ``size`` neighbouring reduced values of each, all of it ``fold`` times; `most` columns."""
     own = [o for o in (row, size) if o is not None]
     inner = 1 if size is None else size.size
     rest = [o for o in d if o not in own]
     kept, rows = [o for o in rest if o.kept], [o for o in rest if not o.kept]
     folded, tail = 1, 0
+    vector = BYTES // how.itemsize if how.small and size is None else 8
     if fold is not None:
         folded = min(fold.size, max(1, most // (row.size * inner)))
+        folded = -(-fold.size // -(-fold.size // folded))
+        if how.small:
+            folded = min(fold.size, -(-folded // vector) * vector)
         count = -(-fold.size // folded)
-        folded = -(-fold.size // count)
         tail = fold.size % folded * row.size * inner
         step = fold._replace(size=count, step=fold.step * folded, mask=fold.mask * folded)
         rows = [step if o is fold else o for o in rows]
         rows.sort(key=lambda o: o is step)  # innermost, for its short end
-    cells = row.size if folded > 1 else min(row.size, max(8, most // inner // 8 * 8))
+    cells = row.size if folded > 1 else min(row.size, max(vector, most // inner // vector * vector))
     others, count = math.prod(o.size for o in kept), math.prod(o.size for o in rows)
-    least = max(1, SHARE_OF_PARTS // (itemsize * folded), PART // (folded * cells * inner))
-    longest = 1024 if exact and squares else count
+    least = max(1, SHARE_OF_PARTS // (how.itemsize * folded), PART // (folded * cells * inner))
+    longest = 1024 if how.exact and how.squares else count
+    if how.small and how.itemsize == 2:  # sums of squares are to be exact in float64
+        longest = max(1, MOST_SQUARES // (folded * inner))
     parts = max(1, min(count // least, max(PARTS_AT_MOST, -(-count // longest))))
     each = -(-count // parts)
     parts = -(-count // each)  # none is empty
-    if others * -(-row.size // cells) == parts == 1 and count * folded * itemsize >= TWO_PARTS:
+    if others * -(-row.size // cells) == parts == 1 and count * folded * how.itemsize >= TWO_PARTS:
         parts, each = 2, -(-count // 2)
     if folded == 1 and others * parts * -(-row.size // cells) == 1:
         cells = min(cells, max(-(-row.size * others * parts // TASKS), NARROWEST // inner))
-        cells = min(row.size, -(-row.size // (8 * -(-row.size // cells))) * 8)  # as many in each tile
+        cells = min(row.size, -(-row.size // (vector * -(-row.size // cells))) * vector)  # as many in each tile
     tiles = -(-row.size // cells)
-    width = pitch(folded * -(-cells // 8) * 8 * inner + 8 * inner)
-    named = {
-        PARTS: parts, ROWS: count, ROWS_OF_A_PART: each, STEP: row.step if size is None else size.step, FORM: form,
-        CHANNELS: row.size, SIZE: inner, FOLD: folded, TILE: cells, TAIL: tail, WIDTH: width, KEPT_STEP: row.result,
-    }  # fmt: skip
-    if count <= (FEW_ROWS if row.step == 1 else SHORTEST) and size is None and folded == 1 and direct:
-        names = _words(named | {PARTS: 1, ROWS_OF_A_PART: count}, kept, rows)
-        return _Division("few", names, others * tiles, 1, 0, 0, 0, row.step != 1, row.mask == 0)
+    geometry = Geometry(
+        len(kept), len(rows), rows=count, parts=parts, rows_of_a_part=each,
+        step=row.step if size is None else size.step, channels=row.size, size=inner, fold=folded, tail=tail, tile=cells,
+        width=pitch(folded * -(-cells // 8) * 8 * inner + 8 * inner), kept_step=row.result,
+    )  # fmt: skip
+    words = _words(kept, rows)
+    if count <= (FEW_ROWS if row.step == 1 else SHORTEST) and size is None and folded == 1:
+        geometry = geometry._replace(parts=1, rows_of_a_part=count)
+        return Division("few", geometry, words, others * tiles, 0, 0, 0, row.step != 1, row.mask == 0)
     innermost = row if size is None else size
     partials = FIELDS * row.size * parts * others if parts > 1 else 0
-    finishing = others * -(-row.size // 8)
-    return _Division(
-        "outer", _words(named, kept, rows), others * parts * tiles, parts, finishing, partials, (FIELDS + 1) * width,
-        innermost.step != 1, innermost.mask == 0,
+    return Division(
+        "outer", geometry, words, others * parts * tiles, others * -(-row.size // 8), partials,
+        (FIELDS + 1) * geometry.width, innermost.step != 1, innermost.mask == 0,
     )  # fmt: skip
 
 
-def divide(
-    d: list[Dimension], masked: bool, itemsize: int, exact: bool, squares: bool, form: int, direct: bool = True
-) -> _Division:
-    """By what lies innermost. Kernels read values directly, or what was fetched."""
-    given = itemsize, exact, squares, form, direct
+def divide(d: list[Dimension], masked: bool, how: Summing) -> Division:
+    """By what lies innermost."""
     if not d or all(not o.kept for o in d):
-        return _along_reduced(d, d[-1] if d else Dimension(1, 1, 1, 0, False), exact, squares, form)
+        return _along_reduced(d, d[-1] if d else Dimension(1, 1, 1, 0, False), how)
     last, above = d[-1], d[-2] if len(d) > 1 else None
-    most = IN_L1 // 8 // (3 if squares else 2 if exact else 1)
+    size = math.prod(o.size for o in d) * how.itemsize
+    most = how.columns(size)
     if not last.kept:
         assert above is not None
         rows = math.prod(o.size for o in d if not o.kept) // last.size
         beside = last.step == 1 and above.step == last.size and (not masked or above.mask == last.mask * last.size)
         if above.kept and beside and last.size < SHORT and rows >= ENOUGH_ROWS:
-            return _along_kept(d, above, last, None, most, *given)
-        if above.kept and last.size < SHORTEST and above.size >= WORTH and not masked:
-            most = min(most, max(8, IN_L1 // (last.size * itemsize)))
-            return _along_kept(d, above, None, None, most, *given)
-        return _along_reduced(d, last, exact, squares, form)
+            return _along_kept(d, above, last, None, most, how)
+        if above.kept and last.size < (SHORTEST // 2 if how.small else SHORTEST) and above.size >= WORTH and not masked:
+            most = min(most, max(8, IN_L1 // (last.size * how.itemsize)))
+            return _along_kept(d, above, None, None, most, how)
+        return _along_reduced(d, last, how)
     beside = last.step == 1 and above is not None and above.step == last.size
     if masked and above is not None:
         beside = beside and above.mask == last.size * last.mask != 0
     if above is not None and not above.kept and beside and 2 * last.size <= most:
-        folded = _along_kept(d, last, None, above, most, *given)
+        folded = _along_kept(d, last, None, above, most, how)
         if folded.tasks > 1 or last.size < 2 * NARROWEST:
             return folded
     reduced = [o for o in d if not o.kept]
     run = max(reduced, key=lambda o: o.size, default=last)
     if last.size < FEW and not run.kept and (not masked or run.mask in (0, 1)):
-        return _along_reduced(d, run, exact, squares, form)
-    return _along_kept(d, last, None, None, most * OF_WIDE_ROWS // IN_L1, *given)
+        return _along_reduced(d, run, how)
+    return _along_kept(d, last, None, None, how.columns(size, wide=True), how)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -216,40 +230,59 @@ def plan(
     arrays: dict[str, str | None] = {"x": kind, "where": mask}
     arrays |= dict(zip(("count", "mean", "spread"), results, strict=True))
     p = Program(threads, math.prod(o.size for o in d), arrays | {"status": "f8*"}, ["ddof"])
-    c = divide(list(d), mask is not None, itemsize, exact, squares, form, kind in DIRECT)
-    words = list(c.words)
-    words[ITEMSIZE], words[SKIP_NAN] = itemsize, skip_nan
-    words[MASK] = (OF_ROWS if c.by_rows else OF_VALUES) if mask else 0
-    for at, result in zip((COUNT_KIND, MEAN_KIND, SPREAD_KIND), results, strict=True):
-        words[at] = 0 if result is None else FLOATS.index(result)
-    given: dict[str, Any] = {"squares": squares or None, "exact": exact or None}
-    given |= {"geometry": p.integers(words), "partials": p.scratch(c.partials + 64, "f8*")}
+    how = Summing(itemsize, exact, squares, kind in SMALL and mask is None)
+    c = divide(list(d), mask is not None, how)
+    if how.small and c.strided:
+        how = how._replace(small=False)
+        c = divide(list(d), mask is not None, how)
+    mask_of = 0 if mask is None else OF_ROWS if c.mask_of_rows else OF_VALUES
+    selection: dict[str, Any] = {
+        "where": p.array("where").after(starts[1]) if mask else None, "masked": mask_of == OF_VALUES or None,
+        "weighted": weighted or None, "skip_nan": skip_nan or None,
+    }  # fmt: skip
+    given: dict[str, Any] = {
+        "squares": squares or None, "exact": exact or None,
+        "geometry": p.record(c.geometry._replace(itemsize=itemsize, mask=mask_of, moved=MOVED.get(kind, 0))),
+        "dimensions": p.integers(c.dimensions),
+    }  # fmt: skip
     into: dict[str, Any] = {
         name: _address(p.array(name).after(starts[2]) if arrays[name] else NONE) for name in ("count", "mean", "spread")
     }
-    into |= {"ddof": p.number("ddof"), "status": p.array("status")}
+    formats = Formats(form, skip_nan, *(0 if result is None else FLOATS.index(result) for result in results))
+    into |= {"ddof": p.number("ddof"), "status": p.array("status"), "formats": p.record(formats)}
     x = p.array("x").after(starts[0])
-    selection: dict[str, Any] = {
-        "where": p.array("where").after(starts[1]) if mask else None, "masked": words[MASK] == OF_VALUES or None,
-        "weighted": weighted or None, "skip_nan": skip_nan or None,
-    }  # fmt: skip
     if c.kernel == "few":
-        options: dict[str, Any] = {"squares": squares or None, "exact": exact or None, "geometry": given["geometry"]}
-        p.launch("statistics_few.few", c.tasks, x=x, strided=c.strided or None, **selection, **options, **into)
+        p.launch("statistics_few.few", c.tasks, x=x, strided=c.strided or None, **selection, **given, **into)
         return p
-    direct = kind in DIRECT and not c.strided
-    data: dict[str, Any] = {
-        "x": x if direct else None, "raw": None if direct else x._replace(kind="b1*"),
-        "fetch": _address(NONE) if direct else p.function("statistics.fetch", x=kind, step="i8", out="f8*"),
-    }  # fmt: skip
-    workspace = {"workspace": p.temporary(threads * c.own, "f8*")}
-    p.launch(f"statistics_{c.kernel}.{c.kernel}", c.tasks, **(data | selection | given | workspace | into))
-    if c.parts > 1:
+    given["partials"] = p.scratch(c.partials + 64, "f8*")
+    data = _reading(p, x, c, how) | selection | given | {"workspace": p.temporary(threads * c.own, "f8*")} | into
+    p.launch(f"statistics_{c.kernel}.{c.kernel}", c.tasks, **data)
+    if c.geometry.parts > 1:
         p.launch(
             "statistics_results.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **given,
             weighted=weighted or None, **into,
         )  # fmt: skip
     return p
+
+
+def _reading(p: Program, x: Argument, c: Division, how: Summing) -> dict[str, Any]:
+    """How values are read: by the kernel itself, or a function that it calls."""
+    if not (how.small or c.strided):
+        return {"x": x, "raw": None, "fetch": _address(NONE), "integers": None}
+    if how.small:
+        function = _sums_of_integers(p, c.kernel, x.kind, how.squares)
+    else:
+        function = p.function("statistics.fetch", x=x.kind, step="i8", out="f8*")
+    return {"x": None, "raw": x._replace(kind="b1*"), "fetch": function, "integers": how.small or None}
+
+
+def _sums_of_integers(p: Program, kernel: str, kind: str, squares: bool) -> Argument:
+    """The function that adds them up."""
+    option = "bool" if squares else "none"
+    if kernel == "inner":
+        return p.function("integers.row", x=kind, squares=option, out="i8*")
+    tables = dict.fromkeys(("table", "sums", "rest"), "f8*")
+    return p.function("integers.columns", x=kind, step="i8", width="i8", squares=option, **tables)
 
 
 def _address(a: Argument) -> Argument:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 import fastbn
 from fastbn.cpu import sizes
 from fastbn.cpu import statistics as division
-from fastbn.cpu.statistics import PARTS, ROWS, ROWS_OF_A_PART
 from tests.support import some_slow
 
 shapes = st.lists(st.sampled_from([1, 2, 3, 5, 8, 30, 64, 500, 3000, 70_000]), min_size=1, max_size=5)
@@ -25,15 +24,15 @@ def dimensions(shape, kept):
     return division.dimensions(tuple(shape), tuple(steps), (0,) * len(shape), tuple(results), kept)[0]
 
 
-@given(shapes, st.sets(st.integers(0, 4)), st.sampled_from([1, 2, 4, 8]), st.booleans(), st.booleans())
-def test_divisions(shape, kept, itemsize, exact, squares):
+@given(shapes, st.sets(st.integers(0, 4)), st.sampled_from([1, 2, 4, 8]), st.booleans(), st.booleans(), st.booleans())
+def test_divisions(shape, kept, itemsize, exact, squares, small):
     """Each row is in one part, and parts have numbers of their own for a fiftieth of the array at most."""
     d = dimensions(shape, frozenset(kept) & set(range(len(shape))))
-    c = division.divide(d, False, itemsize, exact, squares, 0)
-    rows, parts, each = (c.words[at] for at in (ROWS, PARTS, ROWS_OF_A_PART))
+    c = division.divide(d, False, division.Summing(itemsize, exact, squares, small=small))
+    g = c.geometry
     assert c.tasks > 0
-    if c.words[division.PIECES] <= 1:
-        assert (parts - 1) * each < rows <= parts * each
+    if g.pieces == 1:
+        assert (g.parts - 1) * g.rows_of_a_part < g.rows <= g.parts * g.rows_of_a_part
     assert c.partials * 8 <= max(0.02 * itemsize * math.prod(shape), 1 << 16)
 
 
@@ -41,9 +40,9 @@ def test_divisions(shape, kept, itemsize, exact, squares):
 @pytest.mark.parametrize("shape", [(1985, 528), (1900, 2500), (850, 600), (600, 2000), (300, 1000)])
 def test_threads_share_few_rows(shape, squares):
     """By parts of the rows where their numbers are little beside them, or else by tiles of columns."""
-    c = division.divide(dimensions(shape, frozenset({1})), False, 4, False, squares, 0)
+    c = division.divide(dimensions(shape, frozenset({1})), False, division.Summing(4, False, squares))
     assert c.tasks > 1
-    assert (c.parts > 1) == (shape[0] >= 850)
+    assert (c.geometry.parts > 1) == (shape[0] >= 850)
 
 
 @pytest.mark.parametrize("itemsize", [4, 8])

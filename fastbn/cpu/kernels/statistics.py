@@ -14,10 +14,11 @@ Everything is summed in float64, and an array's kept indices in parts of its red
   are merged by Chan's update (eq. 2.1).
 
 `statistics_inner` goes along rows whose values are reduced, `statistics_outer` along rows of kept indices; here are
-what both share, and how parts become results. A mask has a byte, or a weight, of each value or of each row. What is
-not float32 or float64 side by side is fetched: converted, some hundred values at a time, by a kernel of its own for
-each dtype, so that the others need not know it. The geometry is laid out in `fastbn.cpu.statistics`. A part's numbers
-are (n, shift, A, B), of sums (n, _, sum, rest).
+what both share, and how parts become results. A mask has a byte, or a weight, of each value or of each row. Integers
+of up to 16 bits that lie side by side are added up by `integers`, all exactly; then the shift is a whole number. Values
+that lie apart are fetched: converted, some hundred at a time, by a kernel of its own for each dtype, so that the others
+need not know it. `fastbn.cpu.statistics` divides the work and says how the dimensions lie. A part's numbers are
+(n, shift, A, B), of sums (n, _, sum, rest).
 """
 
 from typing import Any, NamedTuple
@@ -41,16 +42,7 @@ from fastbn.cpu.kernels.doubles import (
 from fastbn.cpu.kernels.simd import address, fma, load
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
-from fastbn.cpu.statistics import (
-    DIMENSION,
-    DIMENSIONS,
-    ITEMSIZE,
-    KEPT_DIMENSIONS,
-    MASK,
-    OF_ROWS,
-    ROW_DIMENSIONS,
-    STEP,
-)
+from fastbn.cpu.statistics import DIMENSION, OF_ROWS
 
 PEEKS = 8  # values of a part, of whose mean the first shift is made
 # How much larger A^2/n may be than m2: four lose two bits of 53, sixteen four, which narrower data can spare. Sums of
@@ -85,6 +77,7 @@ class Source(NamedTuple):
     where: Any
     """The mask."""
     geometry: Any
+    dimensions: Any
 
 
 class Part(NamedTuple):
@@ -108,46 +101,54 @@ class Results(NamedTuple):
     ddof: Any
     status: Any
     """An array itself."""
+    formats: Any
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
 
 
 @inline
-def place(index, geometry, first, count):
-    """Where an index into so many dimensions is: in x, in the mask, in the results."""
+def place(index, dimensions, first, count):
+    """Where an index into ``count`` dimensions is, the first one so many words on: in x, the mask, the results."""
     x, w, o = 0, 0, 0
     for k in range(first + DIMENSION * (count - 1), first - 1, -DIMENSION):
         i, outer = index, 0
         if k > first:  # a division takes as long as fifty values
-            outer = index // geometry[k]
-            i = index - outer * geometry[k]
-        x += i * geometry[k + 1]
-        w += i * geometry[k + 2]
-        o += i * geometry[k + 3]
+            outer = index // dimensions[k]
+            i = index - outer * dimensions[k]
+        x += i * dimensions[k + 1]
+        w += i * dimensions[k + 2]
+        o += i * dimensions[k + 3]
         index = outer
     return x, w, o
 
 
 @inline
-def row_at(r, geometry):
+def kept_place(index, geometry, dimensions):
+    """The same of a kept index."""
+    return place(index, dimensions, 0, geometry.kept_dimensions)
+
+
+@inline
+def row_at(r, source):
     """Where row r is in x and in the mask."""
-    x, w, _ = place(r, geometry, DIMENSIONS + DIMENSION * geometry[KEPT_DIMENSIONS], geometry[ROW_DIMENSIONS])
+    geometry = source.geometry
+    x, w, _ = place(r, source.dimensions, DIMENSION * geometry.kept_dimensions, geometry.row_dimensions)
     return x, w
 
 
 @inline
-def rows_from(r, last, geometry):
+def rows_from(r, last, source):
     """Rows a step apart from row r on: where the first one is in x and in the mask, the steps, how many, how many of
     their dimension are left.
     """
-    first, count = DIMENSIONS + DIMENSION * geometry[KEPT_DIMENSIONS], geometry[ROW_DIMENSIONS]
-    if count == 0:
+    geometry, dimensions = source.geometry, source.dimensions
+    if geometry.row_dimensions == 0:
         return 0, 0, 0, 0, 1, 1
-    x, w = row_at(r, geometry)
-    innermost = first + DIMENSION * (count - 1)
-    left = geometry[innermost] - (r % geometry[innermost] if count > 1 else r)
-    return x, w, geometry[innermost + 1], geometry[innermost + 2], min(left, last - r), left
+    x, w = row_at(r, source)
+    innermost = DIMENSION * (geometry.kept_dimensions + geometry.row_dimensions - 1)
+    left = dimensions[innermost] - (r % dimensions[innermost] if geometry.row_dimensions > 1 else r)
+    return x, w, dimensions[innermost + 1], dimensions[innermost + 2], min(left, last - r), left
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def tally(n, mask, w):
 @inline
 def row_counts(where, at, geometry):
     """Whether a mask of rows has this one."""
-    return geometry[MASK] != OF_ROWS or value_at(where, at) != 0.0
+    return geometry.mask != OF_ROWS or value_at(where, at) != 0.0
 
 
 @inline
@@ -302,8 +303,8 @@ def field(workspace, at, used):
 def fetched(source, at, n, workspace, into):
     """Copy n values of any dtype to a place in ``workspace`` as float64."""
     params = reserve(3)
-    put_word(params, address(source.raw, at * source.geometry[ITEMSIZE]))
-    put_word(params + 8, source.geometry[STEP])
+    put_word(params, address(source.raw, at * source.geometry.itemsize))
+    put_word(params + 8, source.geometry.step)
     put_word(params + 16, address(workspace, into))
     enter(source.fetch, params, 0, 0, n)
 

@@ -14,8 +14,8 @@ from fastbn.cpu.kernels.statistics import (
     Source,
     add,
     eight,
+    kept_place,
     one_by_one,
-    place,
     row_counts,
     rows_from,
     tallied,
@@ -23,18 +23,7 @@ from fastbn.cpu.kernels.statistics import (
     weight_of_row,
 )
 from fastbn.cpu.kernels.statistics_results import Cells, checks, finish
-from fastbn.cpu.statistics import (
-    CAREFUL,
-    CHANNELS,
-    DIMENSIONS,
-    KEPT_DIMENSIONS,
-    KEPT_STEP,
-    MASK,
-    OF_VALUES,
-    ROWS,
-    STEP,
-    TILE,
-)
+from fastbn.cpu.statistics import CAREFUL, OF_VALUES
 
 
 @inline
@@ -42,8 +31,8 @@ def sums(x, source, at, step, w_at, some, q, squares, exact, o):
     """Of eight columns from a place on: their counts, and the sums around q that `add` makes."""
     zero, geometry = everywhere(0.0), source.geometry
     n, a, b, of_rows, r = zero, zero, zero, 0.0, 0
-    while r < geometry[ROWS]:
-        x_row, w_row, x_step, w_step, rows, _ = rows_from(r, geometry[ROWS], geometry)
+    while r < geometry.rows:
+        x_row, w_row, x_step, w_step, rows, _ = rows_from(r, geometry.rows, source)
         r += rows
         x_row, w_row = at + x_row, w_at + w_row
         for _ in range(rows):
@@ -80,30 +69,30 @@ def finish_columns(x, source, at, step, w_at, some, squares, o, results, to):
         if checks(squares, o.exact, o.weighted) and underflowed(lane(b, 0)):
             results.status[CAREFUL] = 1.0
         m2 = zero_where_not_positive(m2, m2)
-        finish(n, each, q, a, zero, m2, squares, checked, source.geometry, results, to)
+        finish(n, each, q, a, zero, m2, squares, checked, results, to)
     if squares is None:
-        finish(n, each, zero, hi, lo, zero, squares, checked, source.geometry, results, to)
+        finish(n, each, zero, hi, lo, zero, squares, checked, results, to)
 
 
 @kernel
 def few(
-    thread, first, last, x, strided, where, masked, weighted, skip_nan, squares, exact, geometry, count, mean, spread,
-    ddof, status,
+    thread, first, last, x, strided, where, masked, weighted, skip_nan, squares, exact, geometry, dimensions, count,
+    mean, spread, ddof, status, formats,
 ):  # fmt: skip
     """A task is a tile of columns."""
-    o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, None, 0, where, geometry)
-    results = Results(count, mean, spread, ddof, status)
-    channels, tile, step = geometry[CHANNELS], geometry[TILE], only_if(strided, geometry[STEP])
+    o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, None, 0, where, geometry, dimensions)
+    results = Results(count, mean, spread, ddof, status, formats)
+    channels, tile, step = geometry.channels, geometry.tile, only_if(strided, geometry.step)
     tiles = -(-channels // tile)
     for task in range(first, last):
         k = task // tiles
         cell = (task - k * tiles) * tile
         end = min(cell + tile, channels)
-        at, w_at, o_at = place(k, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
-        by = 1 if geometry[MASK] == OF_VALUES else 0
+        at, w_at, o_at = kept_place(k, geometry, dimensions)
+        by = 1 if geometry.mask == OF_VALUES else 0
         for c in range(cell, end, LANES):
-            x_at, w_c = at + c * geometry[STEP], w_at + c * by
-            to = Cells(o_at + c * geometry[KEPT_STEP], geometry[KEPT_STEP], min(LANES, end - c))
+            x_at, w_c = at + c * geometry.step, w_at + c * by
+            to = Cells(o_at + c * geometry.kept_step, geometry.kept_step, min(LANES, end - c))
             if to.count == LANES:
                 finish_columns(x, source, x_at, step, w_c, None, squares, o, results, to)
             else:

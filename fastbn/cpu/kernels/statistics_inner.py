@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastbn.cpu.kernels.calls import reserve
 from fastbn.cpu.kernels.compiler import inline, kernel
-from fastbn.cpu.kernels.doubles import LANES, everywhere, lane, value_at
+from fastbn.cpu.kernels.doubles import LANES, everywhere, lane, unless, value_at
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
+from fastbn.cpu.kernels.simd import address
 from fastbn.cpu.kernels.statistics import (
     LOOKS,
     PEEKS,
@@ -23,8 +25,8 @@ from fastbn.cpu.kernels.statistics import (
     eight,
     fetched,
     is_far,
+    kept_place,
     one_by_one,
-    place,
     row_at,
     row_counts,
     rows_from,
@@ -36,23 +38,10 @@ from fastbn.cpu.kernels.statistics import (
     weight_of_row,
 )
 from fastbn.cpu.kernels.statistics_results import checks, merge_parts
-from fastbn.cpu.statistics import (
-    BUFFER,
-    CAREFUL,
-    COLUMNS,
-    DIMENSIONS,
-    FIELDS,
-    KEPT_DIMENSIONS,
-    MASK,
-    OF_INNER,
-    OF_VALUES,
-    PARTS,
-    PIECE,
-    PIECES,
-    ROWS,
-    ROWS_OF_A_PART,
-    STEP,
-)
+from fastbn.cpu.kernels.team import enter
+from fastbn.cpu.kernels.team import load as word_at
+from fastbn.cpu.kernels.team import store as put_word
+from fastbn.cpu.statistics import BUFFER, CAREFUL, FIELDS, OF_INNER, OF_VALUES
 
 LONG = 4096  # values of a row from which its quarters are read side by side: up to twice as fast as one stream
 
@@ -105,11 +94,11 @@ def peek(source, part, exact, workspace, buffer):
     origin, s, n = 0.0, 0.0, 0
     for k in range(1 << bits):
         column = k * columns >> bits  # from rows and columns all over: without divisions, which take as long as a row
-        x_row, w_at = row_at(part.first + (k * rows >> bits), geometry)
-        x_row += part.at + column * geometry[STEP]
-        w_at += part.w_at + (column if geometry[MASK] == OF_VALUES else 0)
+        x_row, w_at = row_at(part.first + (k * rows >> bits), source)
+        x_row += part.at + column * geometry.step
+        w_at += part.w_at + (column if geometry.mask == OF_VALUES else 0)
         number = value_of(source.x, source.raw, source, x_row, workspace, buffer)
-        if np.isfinite(number) and (geometry[MASK] == 0 or value_at(source.where, w_at) != 0.0):
+        if np.isfinite(number) and (geometry.mask == 0 or value_at(source.where, w_at) != 0.0):
             if n == 0:
                 origin = number
             s += number - origin
@@ -169,7 +158,7 @@ def add_any_row(x, raw, source, at, w_at, columns, w, q, o, sums, workspace, buf
     if raw is not None:
         for c in range(0, columns, BUFFER):
             some = min(BUFFER, columns - c)
-            fetched(source, at + c * source.geometry[STEP], some, workspace, buffer)
+            fetched(source, at + c * source.geometry.step, some, workspace, buffer)
             sums = add_row(workspace, source, buffer, w_at + c, some, w, q, o, sums)
     return sums
 
@@ -181,7 +170,7 @@ def sums_of_rows(source, part, shift, o, workspace, buffer):
     sums = Sums(zero, zero, zero, zero, zero, zero, zero, zero, zero)
     r, n = part.first, 0.0
     while r < part.last:
-        x_row, w_row, x_step, w_step, rows, _ = rows_from(r, part.last, source.geometry)
+        x_row, w_row, x_step, w_step, rows, _ = rows_from(r, part.last, source)
         r += rows
         x_row, w_row = part.at + x_row, part.w_at + w_row
         for _ in range(rows):
@@ -202,6 +191,60 @@ def sums_of_rows(source, part, shift, o, workspace, buffer):
 
 
 @inline
+def sums_of_integers(source, part, squares):
+    """n, shift, A and B of a part of small integers: exact, the shift being a whole number near the mean."""
+    geometry, sums, params = source.geometry, reserve(2), reserve(3)
+    put_word(sums, 0)
+    put_word(sums + 8, 0)
+    put_word(params + 8, 1)
+    put_word(params + 16, sums)
+    r = part.first
+    while r < part.last:
+        x_row, _, x_step, _, rows, _ = rows_from(r, part.last, source)
+        r += rows
+        x_row += part.at
+        for _ in range(rows):
+            put_word(params, address(source.raw, x_row * geometry.itemsize))
+            enter(source.fetch, params, 0, 0, part.columns)
+            x_row += x_step
+    n, a, b, q = (part.last - part.first) * part.columns, word_at(sums), word_at(sums + 8), 0
+    if squares is not None:
+        q = (2 * a + n) // (2 * n)
+        a -= q * n
+        b -= q * (2 * a + q * n)
+    if squares is None:
+        a -= geometry.moved * n
+    return float(n), float(q - geometry.moved), float(a), float(b)
+
+
+@inline
+def sums_around_a_shift(source, part, o, squares, workspace, buffer):
+    """n, shift, A and B of a part, and whether squares underflowed."""
+    shift, n, a, b, lost = 0.0, 0.0, 0.0, 0.0, False
+    if squares is not None:
+        shift = peek(source, part, o.exact, workspace, buffer)
+    for look in range(LOOKS):
+        lower_underflow_flag()
+        n, a, b = sums_of_rows(source, part, shift, o, workspace, buffer)
+        lost = checks(squares, o.exact, o.weighted) and underflowed(b)
+        if squares is None or n == 0.0 or look + 1 == LOOKS or not is_far(n, a, b, o):
+            break
+        shift = short(shift + a / n, o.exact)
+    return n, shift, a, b, lost
+
+
+@inline
+def sums_of(source, part, o, squares, integers, floats, workspace, buffer):
+    """Of either."""
+    n, shift, a, b, lost = 0.0, 0.0, 0.0, 0.0, False
+    if integers is not None:
+        n, shift, a, b = sums_of_integers(source, part, squares)
+    if floats is not None:
+        n, shift, a, b, lost = sums_around_a_shift(source, part, o, squares, workspace, buffer)
+    return n, shift, a, b, lost
+
+
+@inline
 def count_of(of_rows, of_values, counts):
     """Whichever it is that counts."""
     if counts is None:
@@ -214,13 +257,13 @@ def count_of(of_rows, of_values, counts):
 
 @kernel
 def inner(
-    thread, first, last, x, raw, fetch, where, masked, weighted, skip_nan, squares, exact, geometry, partials,
-    workspace, count, mean, spread, ddof, status,
+    thread, first, last, x, raw, fetch, integers, where, masked, weighted, skip_nan, squares, exact, geometry,
+    dimensions, partials, workspace, count, mean, spread, ddof, status, formats,
 ):  # fmt: skip
     """A task is a part of a kept index: rows, or a piece of one. Results of up to eight are made at once."""
-    o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, raw, fetch, where, geometry)
-    results = Results(count, mean, spread, ddof, status)
-    parts, pieces, columns = geometry[PARTS], geometry[PIECES], geometry[COLUMNS]
+    o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, raw, fetch, where, geometry, dimensions)
+    results = Results(count, mean, spread, ddof, status, formats)
+    parts, pieces, columns = geometry.parts, geometry.pieces, geometry.columns
     own = thread * OF_INNER
     buffer = own + FIELDS * LANES
     waiting, first_at, last_at, step = 0, 0, 0, 1
@@ -229,41 +272,31 @@ def inner(
         if parts > 1:
             t = task // parts
             k = task - t * parts
-        at, w_at, o_at = place(t, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
-        r, width = k * geometry[ROWS_OF_A_PART], columns
-        end = min(r + geometry[ROWS_OF_A_PART], geometry[ROWS])
+        at, w_at, o_at = kept_place(t, geometry, dimensions)
+        r, width = k * geometry.rows_of_a_part, columns
+        end = min(r + geometry.rows_of_a_part, geometry.rows)
         if pieces > 1:
             r = k // pieces
-            end, start = r + 1, (k - r * pieces) * geometry[PIECE]
-            width = min(geometry[PIECE], columns - start)
-            at += start * geometry[STEP]
-            w_at += start if geometry[MASK] == OF_VALUES else 0
+            end, start = r + 1, (k - r * pieces) * geometry.piece
+            width = min(geometry.piece, columns - start)
+            at += start * geometry.step
+            w_at += start if geometry.mask == OF_VALUES else 0
         part = Part(at, w_at, r, end, width)
-        shift = 0.0
-        if squares is not None:
-            shift = peek(source, part, exact, workspace, buffer)
-        n, a, b, lost = 0.0, 0.0, 0.0, False
-        for look in range(LOOKS):
-            lower_underflow_flag()
-            n, a, b = sums_of_rows(source, part, shift, o, workspace, buffer)
-            lost = checks(squares, exact, weighted) and underflowed(b)
-            if squares is None or n == 0.0 or look + 1 == LOOKS or not is_far(n, a, b, o):
-                break
-            shift = short(shift + a / n, exact)
+        n, shift, a, b, lost = sums_of(source, part, o, squares, integers, unless(integers, True), workspace, buffer)
         if lost:
             status[CAREFUL] = 1.0
         if parts > 1:
             put_part(partials, FIELDS * task, 1, n, shift, a, b)
             continue
         if (waiting > 0 and o_at - last_at != step and waiting > 1) or waiting == LANES:
-            merge_parts(workspace, own, LANES, 0, 1, waiting, o, geometry, results, first_at, step)
+            merge_parts(workspace, own, LANES, 0, 1, waiting, o, results, first_at, step)
             waiting = 0
         put_part(workspace, own + waiting, LANES, n, shift, a, b)
         if waiting == 0:
             first_at = o_at
         step, last_at, waiting = o_at - last_at, o_at, waiting + 1
     if waiting > 0:
-        merge_parts(workspace, own, LANES, 0, 1, waiting, o, geometry, results, first_at, step)
+        merge_parts(workspace, own, LANES, 0, 1, waiting, o, results, first_at, step)
 
 
 @inline

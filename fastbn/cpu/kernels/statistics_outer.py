@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastbn.cpu.kernels.calls import reserve
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.doubles import (
     LANES,
@@ -23,11 +24,12 @@ from fastbn.cpu.kernels.doubles import (
     put_values,
     shortened,
     some_values,
+    unless,
     values,
     which_count,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
-from fastbn.cpu.kernels.simd import any_greater, load, store
+from fastbn.cpu.kernels.simd import address, any_greater, load, store
 from fastbn.cpu.kernels.statistics import (
     LOOKS,
     PEEKS,
@@ -41,8 +43,8 @@ from fastbn.cpu.kernels.statistics import (
     far,
     fetched,
     field,
+    kept_place,
     one_by_one,
-    place,
     row_counts,
     rows_from,
     short,
@@ -52,26 +54,11 @@ from fastbn.cpu.kernels.statistics import (
     weight_of_row,
 )
 from fastbn.cpu.kernels.statistics_results import checks, merge_parts
-from fastbn.cpu.statistics import (
-    CAREFUL,
-    CHANNELS,
-    DIMENSIONS,
-    FIELDS,
-    FOLD,
-    KEPT_DIMENSIONS,
-    KEPT_STEP,
-    MASK,
-    OF_ROWS,
-    OF_VALUES,
-    PARTS,
-    ROWS,
-    ROWS_OF_A_PART,
-    SIZE,
-    STEP,
-    TAIL,
-    TILE,
-    WIDTH,
-)
+from fastbn.cpu.kernels.team import enter
+from fastbn.cpu.kernels.team import store as put_word
+from fastbn.cpu.statistics import CAREFUL, FIELDS, OF_ROWS, OF_VALUES
+
+BIG = 1.5 * 2.0**52  # added and taken off again, it rounds to a whole number
 
 
 class Table(NamedTuple):
@@ -187,7 +174,7 @@ def add_quarters(x, source, at, step, w_at, w_step, rows, o, table, columns):
     """Rows of four quarters, read side by side; how many, and what they weigh. None if rows may be left out."""
     if x is None:
         return 0, 0.0
-    if source.geometry[MASK] == OF_ROWS and o.weighted is None:
+    if source.geometry.mask == OF_ROWS and o.weighted is None:
         return 0, 0.0
     quarter, n = rows // 4, 0.0
     jump, w_jump = quarter * step, quarter * w_step
@@ -217,19 +204,19 @@ def add_rows(source, part, o, table):
     geometry = source.geometry
     r, n = part.first, 0.0
     while r < part.last:
-        x_row, w_row, x_step, w_step, rows, left = rows_from(r, part.last, geometry)
+        x_row, w_row, x_step, w_step, rows, left = rows_from(r, part.last, source)
         x_row, w_row = part.at + x_row, part.w_at + w_row
         r += rows
-        whole = rows - 1 if geometry[TAIL] > 0 and rows == left else rows  # the last one of folded rows may be short
+        whole = rows - 1 if geometry.tail > 0 and rows == left else rows  # the last one of folded rows may be short
         done, weight = add_quarters(source.x, source, x_row, x_step, w_row, w_step, whole, o, table, part.columns)
-        n += weight * geometry[FOLD]
+        n += weight * geometry.fold
         for k in range(done, rows):
-            width, w_k = part.columns if k < whole else geometry[TAIL], w_row + k * w_step
+            width, w_k = part.columns if k < whole else geometry.tail, w_row + k * w_step
             if row_counts(source.where, w_k, geometry):
                 weight = weight_at_row(source, w_k, o)
                 add_any_row(source.x, source.raw, source, x_row + k * x_step, w_k, everywhere(weight), o, table, width)
-                n += weight * (geometry[FOLD] if k < whole else geometry[TAIL] // (geometry[CHANNELS] * geometry[SIZE]))
-    return n * geometry[SIZE]
+                n += weight * (geometry.fold if k < whole else geometry.tail // (geometry.channels * geometry.size))
+    return n * geometry.size
 
 
 # --- shifts -----------------------------------------------------------------------------------------------------------
@@ -271,9 +258,9 @@ def peek_at_columns(source, part, cells, masked, exact, table):
     count = min(PEEKS, max(1, (part.last - part.first) >> (4 if exact is None else 2)))
     for k in range(count):
         r = part.first + k * (part.last - part.first) // count
-        row, w_row, _, _, _, left = rows_from(r, part.last, geometry)
+        row, w_row, _, _, _, left = rows_from(r, part.last, source)
         w_row += part.w_at
-        width = geometry[TAIL] if geometry[TAIL] > 0 and left == 1 else columns
+        width = geometry.tail if geometry.tail > 0 and left == 1 else columns
         if row_counts(source.where, w_row, geometry):
             peek_at_any_row(source.x, source.raw, source, part.at + row, w_row, masked, width, k == 0, table)
     for c in range(0, columns, LANES):
@@ -282,13 +269,13 @@ def peek_at_columns(source, part, cells, masked, exact, table):
         mu = q + s / choose(greater(n, everywhere(0.0)), n, everywhere(1.0))
         store(numbers, shifts_at(table, c), shortened(mu, exact))
     if cells < columns:
-        of_first = geometry[SIZE] if geometry[FOLD] == 1 else 1
+        of_first = geometry.size if geometry.fold == 1 else 1
         for j in range(cells):
-            origin, s = numbers[shifts_at(table, j * geometry[SIZE])], 0.0
+            origin, s = numbers[shifts_at(table, j * geometry.size)], 0.0
             for i in range(of_first):
-                s += numbers[shifts_at(table, j * geometry[SIZE] + i)] - origin
+                s += numbers[shifts_at(table, j * geometry.size + i)] - origin
             numbers[sums_at(table, j)] = short(origin + s / of_first, exact)
-        spread_shifts(geometry[SIZE], columns, cells, table)
+        spread_shifts(geometry.size, columns, cells, table)
 
 
 @inline
@@ -349,11 +336,11 @@ def values_if(option, a, at, step):
 @inline
 def gather_columns(geometry, cells, o, table):
     """The sums of each cell's columns, moved side by side."""
-    size, numbers = geometry[SIZE], table.numbers
+    size, numbers = geometry.size, table.numbers
     rest, counts = first_there(o.squares, o.exact), one_by_one(o)
     for j in range(0, cells, LANES):
         n, a, b = everywhere(0.0), everywhere(0.0), everywhere(0.0)
-        for k in range(geometry[FOLD]):
+        for k in range(geometry.fold):
             for i in range(size):
                 c = (k * cells + j) * size + i
                 n = n + values_if(counts, numbers, counts_at(table, c), size)
@@ -375,7 +362,7 @@ def fill_counts(n, cells, counts, table):
 def sums_of_columns(source, part, cells, squares, o, table):
     """n, shift, A and B of each cell, side by side in the table; whether squares underflowed."""
     geometry, lost = source.geometry, False
-    size, columns = geometry[SIZE], part.columns
+    size, columns = geometry.size, part.columns
     if squares is not None:
         peek_at_columns(source, part, cells, o.masked, o.exact, table)
     for look in range(LOOKS):
@@ -394,15 +381,80 @@ def sums_of_columns(source, part, cells, squares, o, table):
     return lost
 
 
+# --- small integers ---------------------------------------------------------------------------------------------------
+
+
+@inline
+def add_integer_rows(source, part, table):
+    """Rows of a part to the sums of their columns; how many values of a cell that are."""
+    geometry, params = source.geometry, reserve(7)
+    put_word(params + 24, 1)
+    for k, row in enumerate((counts_at(table, 0), sums_at(table, 0), rest_at(table, 0))):  # counts and shifts are free
+        put_word(params + 32 + 8 * k, address(table.numbers, row))
+    r, n = part.first, 0
+    while r < part.last:
+        x_row, _, step, _, rows, left = rows_from(r, part.last, source)
+        r += rows
+        whole = rows - 1 if geometry.tail > 0 and rows == left else rows
+        put_word(params, address(source.raw, (part.at + x_row) * geometry.itemsize))
+        put_word(params + 8, step)
+        put_word(params + 16, part.columns)
+        enter(source.fetch, params, 0, 0, whole)
+        n += whole * geometry.fold
+        if whole < rows:
+            put_word(params + 16, geometry.tail)
+            enter(source.fetch, params, 0, whole, rows)
+            n += geometry.tail // (geometry.channels * geometry.size)
+    return n * geometry.size
+
+
+@inline
+def sums_of_integer_columns(source, part, cells, squares, o, table):
+    """n, shift, A and B of each cell, exact; the shift is a whole number near the mean."""
+    geometry, numbers, big = source.geometry, table.numbers, everywhere(BIG)
+    clear(table, sums_at(table, 0), part.columns)
+    clear(table, rest_at(table, 0), part.columns)
+    count = add_integer_rows(source, part, table)
+    if part.columns > cells:
+        gather_columns(geometry, cells, o, table)
+    fill_counts(float(count), cells, None, table)
+    n, moved = everywhere(float(count)), everywhere(float(geometry.moved))
+    for j in range(0, cells, LANES):
+        a = load(numbers, sums_at(table, j), 64)
+        if squares is not None:
+            q = (a / n + big) - big
+            a = a - q * n
+            b = load(numbers, rest_at(table, j), 64) - q * (a + a + q * n)
+            store(numbers, shifts_at(table, j), q - moved)
+            store(numbers, rest_at(table, j), b)
+        if squares is None:
+            a = a - moved * n
+        store(numbers, sums_at(table, j), a)
+
+
+@inline
+def sums_of(source, part, cells, squares, o, integers, floats, table):
+    """Of either; whether squares underflowed."""
+    lost = False
+    if integers is not None:
+        sums_of_integer_columns(source, part, cells, squares, o, table)
+    if floats is not None:
+        lost = sums_of_columns(source, part, cells, squares, o, table)
+    return lost
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
 @kernel
 def outer(
-    thread, first, last, x, raw, fetch, where, masked, weighted, skip_nan, squares, exact, geometry, partials,
-    workspace, count, mean, spread, ddof, status,
+    thread, first, last, x, raw, fetch, integers, where, masked, weighted, skip_nan, squares, exact, geometry,
+    dimensions, partials, workspace, count, mean, spread, ddof, status, formats,
 ):  # fmt: skip
     """A task is a tile of cells in a part of the rows; tiles of a row are neighbours."""
-    o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, raw, fetch, where, geometry)
-    results = Results(count, mean, spread, ddof, status)
-    parts, channels, tile, pitch = geometry[PARTS], geometry[CHANNELS], geometry[TILE], geometry[WIDTH]
+    o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, raw, fetch, where, geometry, dimensions)
+    results = Results(count, mean, spread, ddof, status, formats)
+    parts, channels, tile, pitch = geometry.parts, geometry.channels, geometry.tile, geometry.width
     tiles = -(-channels // tile)
     table = Table(workspace, thread * (FIELDS + 1) * pitch, pitch)
     for task in range(first, last):
@@ -410,14 +462,14 @@ def outer(
         cell = (task - rest * tiles) * tile
         k = rest // parts
         cells = min(tile, channels - cell)
-        at, w_at, o_at = place(k, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
-        r = (rest - k * parts) * geometry[ROWS_OF_A_PART]
+        at, w_at, o_at = kept_place(k, geometry, dimensions)
+        r = (rest - k * parts) * geometry.rows_of_a_part
         part = Part(
-            at + cell * geometry[SIZE] * geometry[STEP],
-            w_at + cell * geometry[SIZE] if geometry[MASK] == OF_VALUES else w_at,
-            r, min(r + geometry[ROWS_OF_A_PART], geometry[ROWS]), geometry[FOLD] * cells * geometry[SIZE],
+            at + cell * geometry.size * geometry.step,
+            w_at + cell * geometry.size if geometry.mask == OF_VALUES else w_at,
+            r, min(r + geometry.rows_of_a_part, geometry.rows), geometry.fold * cells * geometry.size,
         )  # fmt: skip
-        if sums_of_columns(source, part, cells, squares, o, table):
+        if sums_of(source, part, cells, squares, o, integers, unless(integers, True), table):
             status[CAREFUL] = 1.0
         if parts > 1:
             to = FIELDS * channels * rest + cell
@@ -426,5 +478,5 @@ def outer(
                     numbers = load(workspace, table.own + f * pitch + j, 64)
                     put_values(partials, to + f * channels + j, numbers, min(LANES, cells - j))
         else:
-            o_at += cell * geometry[KEPT_STEP]
-            merge_parts(workspace, table.own, pitch, 0, 1, cells, o, geometry, results, o_at, geometry[KEPT_STEP])
+            o_at += cell * geometry.kept_step
+            merge_parts(workspace, table.own, pitch, 0, 1, cells, o, results, o_at, geometry.kept_step)

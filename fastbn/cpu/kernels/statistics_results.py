@@ -20,26 +20,8 @@ from fastbn.cpu.kernels.doubles import (
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import any_greater, fma, load, root, zero_where_not_positive
-from fastbn.cpu.kernels.statistics import Options, Results, field, place, two_sum
-from fastbn.cpu.statistics import (
-    CAREFUL,
-    CHANNELS,
-    COUNT_KIND,
-    DIMENSIONS,
-    EMPTY,
-    FIELDS,
-    FORM,
-    KEPT_DIMENSIONS,
-    KEPT_STEP,
-    LEAST_SQUARE,
-    MEAN_KIND,
-    NO_DEGREES,
-    PARTS,
-    SKIP_NAN,
-    SPREAD_KIND,
-    STD,
-    SUM_OF_SQUARES,
-)
+from fastbn.cpu.kernels.statistics import Options, Results, field, kept_place, two_sum
+from fastbn.cpu.statistics import CAREFUL, EMPTY, FIELDS, LEAST_SQUARE, NO_DEGREES, STD, SUM_OF_SQUARES
 
 
 class Cells(NamedTuple):
@@ -51,7 +33,7 @@ class Cells(NamedTuple):
 
 
 @inline
-def merge_parts(a, at, pitch, far, parts, cells, o, geometry, results, o_at, step):
+def merge_parts(a, at, pitch, far, parts, cells, o, results, o_at, step):
     """Results of some kept indices from their parts, ``far`` apart, whose four fields are a pitch apart."""
     zero = everywhere(0.0)
     for j in range(0, cells, LANES):
@@ -78,7 +60,6 @@ def merge_parts(a, at, pitch, far, parts, cells, o, geometry, results, o_at, ste
             m2,
             o.squares,
             first_there(o.exact, o.weighted),
-            geometry,
             results,
             to,
         )
@@ -110,7 +91,7 @@ def checks(squares, exact, weighted):
 
 
 @inline
-def finish(n, each, origin, hi, lo, m2, squares, checked, geometry, results, to):
+def finish(n, each, origin, hi, lo, m2, squares, checked, results, to):
     """Results of up to eight kept indices; each is 1 / n."""
     zero, one = everywhere(0.0), everywhere(1.0)
     among = first_lanes(to.count)
@@ -125,31 +106,31 @@ def finish(n, each, origin, hi, lo, m2, squares, checked, geometry, results, to)
     better = mu + rest
     mu = choose(finite(better), better, mu)
     if squares is not None:
-        put_spread(n, m2, checked, geometry, results, to, among)
+        put_spread(n, m2, checked, results, to, among)
     elif checked is not None and any_greater(choose(among, choose(finite(s), zero, one), zero), zero):
         results.status[CAREFUL] = 1.0
-    put_results(results.mean, geometry[MEAN_KIND], to, mu)
-    put_results(results.count, geometry[COUNT_KIND], to, n)
+    put_results(results.mean, results.formats.of_mean, to, mu)
+    put_results(results.count, results.formats.of_count, to, n)
     if any_greater(choose(among, choose(greater(n, zero), zero, one), zero), zero):
         results.status[EMPTY] = 1.0
 
 
 @inline
-def put_spread(n, m2, checked, geometry, results, to, among):
+def put_spread(n, m2, checked, results, to, among):
     """Variances, their roots, or M2."""
     zero, one = everywhere(0.0), everywhere(1.0)
     result = choose(greater(n, zero), m2, everywhere(np.nan))
-    if geometry[FORM] != SUM_OF_SQUARES:
+    if results.formats.form != SUM_OF_SQUARES:
         degrees = n - everywhere(results.ddof)
         left = choose(greater(degrees, zero), degrees, zero)
         result = m2 / left
-        if geometry[SKIP_NAN] != 0:
+        if results.formats.skip_nan != 0:
             result = choose(greater(left, zero), result, everywhere(np.nan))
-        if geometry[FORM] == STD:
+        if results.formats.form == STD:
             result = root(result)
         if any_greater(choose(among, choose(greater(degrees, zero), zero, one), zero), zero):
             results.status[NO_DEGREES] = 1.0
-    put_results(results.spread, geometry[SPREAD_KIND], to, result)
+    put_results(results.spread, results.formats.of_spread, to, result)
     if checked is not None:
         small = choose(greater(everywhere(LEAST_SQUARE), m2), m2, zero)
         unsound = choose(finite(m2), small, one)
@@ -181,22 +162,21 @@ def put(out, to, v):
 
 @kernel
 def finish_parts(
-    thread, first, last, squares, exact, geometry, partials, weighted, count, mean, spread, ddof, status
+    thread, first, last, squares, exact, geometry, dimensions, partials, weighted, count, mean, spread, ddof, status,
+    formats,
 ):  # fmt: skip
     """A task is a kept index of `inner`, or up to eight neighbours of `outer`."""
-    o, results = Options(squares, exact, None, weighted, None), Results(count, mean, spread, ddof, status)
-    parts, channels = geometry[PARTS], geometry[CHANNELS]
+    o, results = Options(squares, exact, None, weighted, None), Results(count, mean, spread, ddof, status, formats)
+    parts, channels = geometry.parts, geometry.channels
     groups = -(-channels // LANES)
     for task in range(first, last):
         if channels == 0:
-            _, _, o_at = place(task, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
-            merge_parts(partials, FIELDS * parts * task, 1, FIELDS, parts, 1, o, geometry, results, o_at, 1)
+            _, _, o_at = kept_place(task, geometry, dimensions)
+            merge_parts(partials, FIELDS * parts * task, 1, FIELDS, parts, 1, o, results, o_at, 1)
         else:
             k = task // groups
             cell = (task - k * groups) * LANES
-            _, _, o_at = place(k, geometry, DIMENSIONS, geometry[KEPT_DIMENSIONS])
-            at, o_at = FIELDS * channels * parts * k + cell, o_at + cell * geometry[KEPT_STEP]
+            _, _, o_at = kept_place(k, geometry, dimensions)
+            at, o_at = FIELDS * channels * parts * k + cell, o_at + cell * geometry.kept_step
             some = min(LANES, channels - cell)
-            merge_parts(
-                partials, at, channels, FIELDS * channels, parts, some, o, geometry, results, o_at, geometry[KEPT_STEP]
-            )
+            merge_parts(partials, at, channels, FIELDS * channels, parts, some, o, results, o_at, geometry.kept_step)
