@@ -151,8 +151,7 @@ def _along_kept(
         count = -(-fold.size // folded)
         tail = fold.size % folded * row.size * inner
         step = fold._replace(size=count, step=fold.step * folded, mask=fold.mask * folded)
-        rows = [step if o is fold else o for o in rows]
-        rows.sort(key=lambda o: o is step)  # innermost, for its short end
+        rows = [o for o in rows if o is not fold] + [step][: count - 1]  # innermost, for its short end
     cells = row.size if folded > 1 else min(row.size, max(vector, most // inner // vector * vector))
     others, count = math.prod(o.size for o in kept), math.prod(o.size for o in rows)
     least = max(1, SHARE_OF_PARTS // (how.itemsize * folded), PART // (folded * cells * inner))
@@ -281,7 +280,7 @@ def _sums_of_integers(p: Program, kernel: str, kind: str, squares: bool) -> Argu
     option = "bool" if squares else "none"
     if kernel == "inner":
         return p.function("integers.row", x=kind, squares=option, out="i8*")
-    tables = dict.fromkeys(("table", "sums", "rest"), "f8*")
+    tables = dict.fromkeys(("table", "sums", "rest"), "f8*") | {"state": "i8*"}
     return p.function("integers.columns", x=kind, step="i8", width="i8", squares=option, **tables)
 
 

@@ -92,6 +92,17 @@ def test_lengths(size, dtype):
             np.testing.assert_allclose(fastbn.var(x, axis=axis), var, rtol=1e-15, atol=0)
 
 
+@by_dtype
+@pytest.mark.parametrize("border", [1, 3])
+def test_images_without_their_border(border, dtype):
+    """Rows of some columns, or some rows of them, before the next ones lie elsewhere."""
+    x = anything(dtype, (3, 160, 70, 5))[:, border:-border, border:-border]
+    for axis in ((0, 1, 2), (1, 2), (0, 1)):
+        mean, var = exact(x, axis)
+        np.testing.assert_array_max_ulp(fastbn.mean(x, axis=axis).ravel(), mean, 1)
+        np.testing.assert_allclose(fastbn.var(x, axis=axis).ravel(), var, rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(1000,), (300, 200)])
 def test_every_byte_of_a_bool_that_is_not_zero_counts_once(shape):
     """As in NumPy's sums of bools that are views of other bytes."""

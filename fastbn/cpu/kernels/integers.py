@@ -361,22 +361,34 @@ def add_rest(x, first, last, at, end, step, sums, rest, squares):
         add_eight(x, first, last, at, step, end - at, sums, rest, squares)
 
 
+@inline
+def flush_all(x, columns, squares, table, sums, rest):
+    """The table's sums to those in float64; zeros remain."""
+    words = SUMS if squares is None else SUMS + SQUARES
+    for k in range(columns // count_of(x)):
+        flush(table, k * words, no_values(x), squares, sums, rest, k * count_of(x))
+        for at in range(k * words, (k + 1) * words, LANES):
+            put(table, at, everywhere(0.0))
+
+
 @kernel
-def columns(thread, first, last, x, step, width, squares, table, sums, rest):
+def columns(thread, first, last, x, step, width, squares, table, sums, rest, state):
     """Add rows from the first to the last, a step apart, to the sums of their columns, in float64, and of squares.
 
-    The table has room for 1.5 words a column. It, too, goes along with rows, four at once.
+    They go to a table of integers, four rows at once along it, with room for 1.5 words a column. It is flushed when
+    it holds MOST_ROWS, or when no rows are given; ``state`` has how many it holds, and how many columns.
     """
-    count = count_of(x)
-    words, whole = SUMS if squares is None else SUMS + SQUARES, width // count
-    for begun in range(first, last, MOST_ROWS):
-        end = min(begun + MOST_ROWS, last)
-        for at in range(0, whole * words, LANES):
-            put(table, at, everywhere(0.0))
-        r = begun
+    count, held = count_of(x), state[0]
+    words, r = SUMS if squares is None else SUMS + SQUARES, first
+    if held == MOST_ROWS or first == last:
+        flush_all(x, state[1], squares, table, sums, rest)
+        held = 0
+    while r < last:
+        end = min(r + MOST_ROWS - held, last)
+        held += end - r
         while r < end:
             rows = 4 if r + 4 <= end else 1
-            for k in range(whole):
+            for k in range(width // count):
                 at = r * step + k * count
                 v = pairs(x, at)
                 if rows == 4:
@@ -385,6 +397,8 @@ def columns(thread, first, last, x, step, width, squares, table, sums, rest):
                 else:
                     add_rows(table, k * words, squares, v, None, None, None)
             r += rows
-        for k in range(whole):
-            flush(table, k * words, no_values(x), squares, sums, rest, k * count)
-    add_rest(x, first, last, whole * count, width, step, sums, rest, squares)
+        if r < last:
+            flush_all(x, state[1], squares, table, sums, rest)
+            held = 0
+    add_rest(x, first, last, width // count * count, width, step, sums, rest, squares)
+    state[0] = held

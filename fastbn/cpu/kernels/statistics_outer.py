@@ -387,10 +387,15 @@ def sums_of_columns(source, part, cells, squares, o, table):
 @inline
 def add_integer_rows(source, part, table):
     """Rows of a part to the sums of their columns; how many values of a cell that are."""
-    geometry, params = source.geometry, reserve(7)
+    geometry, params, state = source.geometry, reserve(8), reserve(2)
+    clear(table, counts_at(table, 0), 2 * table.pitch)  # a table of integers, where counts and shifts will be
+    put_word(state, 0)
+    put_word(state + 8, part.columns)
     put_word(params + 24, 1)
-    for k, row in enumerate((counts_at(table, 0), sums_at(table, 0), rest_at(table, 0))):  # counts and shifts are free
-        put_word(params + 32 + 8 * k, address(table.numbers, row))
+    put_word(params + 32, address(table.numbers, counts_at(table, 0)))
+    put_word(params + 40, address(table.numbers, sums_at(table, 0)))
+    put_word(params + 48, address(table.numbers, rest_at(table, 0)))
+    put_word(params + 56, state)
     r, n = part.first, 0
     while r < part.last:
         x_row, _, step, _, rows, left = rows_from(r, part.last, source)
@@ -398,13 +403,16 @@ def add_integer_rows(source, part, table):
         whole = rows - 1 if geometry.tail > 0 and rows == left else rows
         put_word(params, address(source.raw, (part.at + x_row) * geometry.itemsize))
         put_word(params + 8, step)
-        put_word(params + 16, part.columns)
-        enter(source.fetch, params, 0, 0, whole)
+        if whole > 0:
+            put_word(params + 16, part.columns)
+            enter(source.fetch, params, 0, 0, whole)
         n += whole * geometry.fold
         if whole < rows:
             put_word(params + 16, geometry.tail)
             enter(source.fetch, params, 0, whole, rows)
             n += geometry.tail // (geometry.channels * geometry.size)
+    put_word(params + 16, part.columns)
+    enter(source.fetch, params, 0, 0, 0)
     return n * geometry.size
 
 
