@@ -210,6 +210,16 @@ def first_lanes(typing, n):
 
 
 @intrinsic
+def last_lanes(typing, n):
+    """The last n of eight."""
+
+    def codegen(context, builder, sig, args):
+        return builder.not_(lanes_below(builder, builder.sub(I64(LANES), args[0]), LANES))
+
+    return MASK(types.intp), codegen
+
+
+@intrinsic
 def finite(typing, v):
     """Those that are neither infinite nor NaN."""
 
@@ -274,6 +284,28 @@ def lane(typing, v, k):
         return builder.extract_element(args[0], builder.trunc(args[1], I32))
 
     return types.float64(v, types.intp), codegen
+
+
+@intrinsic
+def row_sums(typing, table, at):
+    """Of eight vectors behind each other: the sum over the lanes of each."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.VectorType(I32, LANES)
+        places = (builder.gep(args[0], [builder.add(args[1], I64(k * LANES))]) for k in range(LANES))
+        vectors = [builder.load(builder.bitcast(p, DOUBLES.llvm.as_pointer()), align=8) for p in places]
+        while len(vectors) > 1:  # lanes of pairs are halved, and put side by side
+            halves = []
+            for one, other in zip(vectors[::2], vectors[1::2], strict=True):
+                index = [
+                    [2 * i + odd for i in range(LANES // 2)] + [LANES + 2 * i + odd for i in range(LANES // 2)]
+                    for odd in (0, 1)
+                ]
+                halves.append(builder.fadd(*(builder.shuffle_vector(one, other, ir.Constant(kind, i)) for i in index)))
+            vectors = halves
+        return vectors[0]
+
+    return DOUBLES(table, types.intp), codegen
 
 
 def _nothing(*arguments):

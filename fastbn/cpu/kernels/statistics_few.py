@@ -1,14 +1,36 @@
-"""Statistics of few rows of kept indices, such as the five rows of an array of (5, 1 000 000): see `statistics`.
+"""Statistics of few values of each kept index, such as (5, 1 000 000) has on axis 0: see `statistics`.
 
-Eight columns at a time go through all rows twice, and the second time their values are in the first-level cache: for
-the mean, which is the shift of the sums of squares, and for these. Nothing is kept in memory between.
+Eight kept indices at a time go through their values twice, and the second time these are in the first-level cache: for
+the mean, which is the shift of the sums of squares, and for these. Nothing is kept in memory between. Where kept
+indices are neighbours, a lane is one of them; where their own values are, as in (1 000 000, 50) on axis 1, eight values
+of one are read at once, and the lanes of eight such sums are added up in the end.
 """
 
+from fastbn.cpu.kernels.calls import doubles, reserve
 from fastbn.cpu.kernels.compiler import inline, kernel
-from fastbn.cpu.kernels.doubles import LANES, choose, everywhere, finite, first_there, greater, lane, only_if, shortened
+from fastbn.cpu.kernels.doubles import (
+    LANES,
+    both,
+    choose,
+    everywhere,
+    finite,
+    first_there,
+    greater,
+    lane,
+    last_lanes,
+    only_if,
+    row_sums,
+    shortened,
+    some_values,
+    unless,
+    values,
+    which_count,
+)
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
+from fastbn.cpu.kernels.simd import store as put
 from fastbn.cpu.kernels.simd import zero_where_not_positive
 from fastbn.cpu.kernels.statistics import (
+    Eight,
     Options,
     Results,
     Source,
@@ -19,15 +41,19 @@ from fastbn.cpu.kernels.statistics import (
     row_counts,
     rows_from,
     tallied,
+    two_sum,
     weight_by_row,
     weight_of_row,
 )
 from fastbn.cpu.kernels.statistics_results import Cells, checks, finish
 from fastbn.cpu.statistics import CAREFUL, OF_VALUES
 
+COUNTS, RESTS, SHIFTS = (k * LANES * LANES for k in (1, 2, 3))  # behind the sums, in the table of `sums_of_rows`
+NUMBERS = SHIFTS + LANES
+
 
 @inline
-def sums(x, source, at, step, w_at, some, q, squares, exact, o):
+def sums_of_columns(x, source, at, step, w_at, some, q, squares, exact, o):
     """Of eight columns from a place on: their counts, and the sums around q that `add` makes."""
     zero, geometry = everywhere(0.0), source.geometry
     n, a, b, of_rows, r = zero, zero, zero, 0.0, 0
@@ -47,6 +73,76 @@ def sums(x, source, at, step, w_at, some, q, squares, exact, o):
 
 
 @inline
+def add_short_row(x, source, at, q, squares, exact, o):
+    """The values of one kept index to sums in lanes; the last ones are read together with some that were before."""
+    zero, geometry = everywhere(0.0), source.geometry
+    n, a, b, r = zero, zero, zero, 0
+    while r < geometry.rows:
+        x_row, _, _, _, rows, _ = rows_from(r, geometry.rows, source)
+        r += rows
+        x_row += at
+        for i in range(0, rows & -LANES, LANES):
+            e = eight(x, source, x_row + i, None, 0, zero, q, None, o)
+            a, b = add(a, b, e, q, squares, exact)
+            n = tallied(n, e, o)
+        if rows % LANES > 0:
+            v = some_values(x, x_row + rows - LANES, None, None)
+            mask = counting_last(v, rows % LANES, o.skip_nan)
+            e = Eight(choose(mask, v, q), mask, None)
+            a, b = add(a, b, e, q, squares, exact)
+            n = tallied(n, e, o)
+    return n, a, b
+
+
+@inline
+def counting_last(v, count, skip_nan):
+    mask = last_lanes(count)
+    if skip_nan is not None:
+        mask = both(mask, which_count(None, 0, v, None, skip_nan))
+    return mask
+
+
+@inline
+def sums_of_rows(x, source, at, step, some, q, squares, exact, o):
+    """Of eight kept indices from a place on, or the first ``some``, a step apart: as `sums_of_columns`."""
+    table, zero = doubles(reserve(NUMBERS)), everywhere(0.0)
+    put(table, SHIFTS, q)
+    for k in range(LANES):
+        n, a, b = zero, zero, zero
+        if k < some:
+            n, a, b = add_short_row(x, source, at + k * step, everywhere(table[SHIFTS + k]), squares, exact, o)
+        put(table, k * LANES, a)
+        put(table, COUNTS + k * LANES, n)
+        put(table, RESTS + k * LANES, b)
+    n = count_of(row_sums(table, COUNTS), float(source.geometry.rows), one_by_one(o))
+    a, b = totals(table, 0, RESTS, squares, exact)
+    return n, a, b
+
+
+@inline
+def totals(table, sums, rests, squares, exact):
+    """Over the lanes of eight sums each, and of what these lost, or of squares."""
+    if squares is None and exact is not None:
+        a, b = values(table, sums, LANES), values(table, rests, LANES)
+        for k in range(1, LANES):
+            a, lost = two_sum(a, values(table, sums + k, LANES))
+            b = b + (lost + values(table, rests + k, LANES))
+        return a, b
+    return row_sums(table, sums), row_sums(table, rests)
+
+
+@inline
+def sums(x, source, at, step, w_at, some, q, squares, exact, along, across, o, count):
+    """By columns or by rows, whichever lies side by side."""
+    n, a, b = q, q, q
+    if along is not None:
+        n, a, b = sums_of_rows(x, source, at, step, count, q, squares, exact, o)
+    if across is not None:
+        n, a, b = sums_of_columns(x, source, at, step, w_at, some, q, squares, exact, o)
+    return n, a, b
+
+
+@inline
 def count_of(of_values, of_rows, counts):
     """Each column's own, or the same of all."""
     if counts is None:
@@ -55,16 +151,17 @@ def count_of(of_values, of_rows, counts):
 
 
 @inline
-def finish_columns(x, source, at, step, w_at, some, squares, o, results, to):
+def finish_columns(x, source, at, step, w_at, some, squares, along, o, results, to):
     """Results of eight columns, or the first ``some``."""
     zero, checked = everywhere(0.0), first_there(o.exact, o.weighted)
-    n, hi, lo = sums(x, source, at, step, w_at, some, zero, None, checked, o)
+    across = unless(along, True)
+    n, hi, lo = sums(x, source, at, step, w_at, some, zero, None, checked, along, across, o, to.count)
     each = everywhere(1.0) / n
     if squares is not None:
         mu = (hi + lo) * each
         q = choose(finite(mu), shortened(mu, o.exact), zero)
         lower_underflow_flag()
-        _, a, b = sums(x, source, at, step, w_at, some, q, squares, o.exact, o)
+        _, a, b = sums(x, source, at, step, w_at, some, q, squares, o.exact, along, across, o, to.count)
         m2 = b - a * (a * choose(greater(n, zero), each, zero))
         if checks(squares, o.exact, o.weighted) and underflowed(lane(b, 0)):
             results.status[CAREFUL] = 1.0
@@ -76,8 +173,8 @@ def finish_columns(x, source, at, step, w_at, some, squares, o, results, to):
 
 @kernel
 def few(
-    thread, first, last, x, strided, where, masked, weighted, skip_nan, squares, exact, geometry, dimensions, count,
-    mean, spread, ddof, status, formats,
+    thread, first, last, x, strided, along, where, masked, weighted, skip_nan, squares, exact, geometry, dimensions,
+    count, mean, spread, ddof, status, formats,
 ):  # fmt: skip
     """A task is a tile of columns."""
     o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, None, 0, where, geometry, dimensions)
@@ -94,6 +191,6 @@ def few(
             x_at, w_c = at + c * geometry.step, w_at + c * by
             to = Cells(o_at + c * geometry.kept_step, geometry.kept_step, min(LANES, end - c))
             if to.count == LANES:
-                finish_columns(x, source, x_at, step, w_c, None, squares, o, results, to)
+                finish_columns(x, source, x_at, step, w_c, None, squares, along, o, results, to)
             else:
-                finish_columns(x, source, x_at, step, w_c, to.count, squares, o, results, to)
+                finish_columns(x, source, x_at, step, w_c, to.count, squares, along, o, results, to)
