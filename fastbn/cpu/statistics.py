@@ -38,9 +38,10 @@ LEAST_SQUARE = 2.0**-900  # of a sum of squares other than 0, below which some m
 
 SHORT = 512  # values of a reduced row, below which rows lie side by side in those of `outer`
 ENOUGH_ROWS = 8  # of those, for their sums to be worth the space
-SHORTEST = 1 << 10  # bytes of a reduced row, below which eight neighbours are read together; of small integers,
+SHORTEST = 128  # values of a reduced row, below which eight neighbours are read together; of small integers,
 SMALLEST = 64
-ALONG = 160  # bytes of one from which each is read along, not a value of each at once: up to three times as fast
+ALONG = 160  # bytes of such a row from which each is read along, not a value of each at once: up to three times as fast
+AT_ONCE = 1 << 10  # bytes of a kept index's values below which longer rows are read so, too
 FEW_ROWS = 12  # rows of neighbouring kept indices, up to which all are read for eight columns at once
 FEW = 8  # kept indices in a row, below which each goes its own way along the reduced ones
 WORTH = 16  # kept indices a step apart that are worth a row
@@ -177,10 +178,10 @@ def _along_kept(
         width=pitch(folded * -(-cells // 8) * 8 * inner + 8 * inner), kept_step=row.result,
     )  # fmt: skip
     words = _words(kept, rows)
-    few = FEW_ROWS if row.step == 1 else SHORTEST // how.itemsize
+    along = row.step != 1 and bool(rows) and rows[-1].step == 1 and rows[-1].size * how.itemsize >= ALONG
+    few = FEW_ROWS if row.step == 1 else max(SHORTEST, AT_ONCE // how.itemsize if along else 0)
     if count <= few and size is None and folded == 1:
         geometry = geometry._replace(parts=1, rows_of_a_part=count)
-        along = row.step != 1 and bool(rows) and rows[-1].step == 1 and rows[-1].size * how.itemsize >= ALONG
         return Division("few", geometry, words, others * tiles, 0, 0, 0, row.step != 1, row.mask == 0, along)
     innermost = row if size is None else size
     partials = FIELDS * row.size * parts * others if parts > 1 else 0
@@ -203,7 +204,8 @@ def divide(d: list[Dimension], masked: bool, how: Summing) -> Division:
         beside = last.step == 1 and above.step == last.size and (not masked or above.mask == last.mask * last.size)
         if above.kept and beside and last.size < SHORT and rows >= ENOUGH_ROWS:
             return _along_kept(d, above, last, None, most, how)
-        short = last.size * how.itemsize < (SMALLEST if how.small else SHORTEST)
+        short = last.size < (SMALLEST if how.small else SHORTEST)
+        short = short or (not how.small and ALONG <= rows * last.size * how.itemsize < AT_ONCE)
         if above.kept and short and above.size >= WORTH and not masked:
             most = min(most, max(8, IN_L1 // (last.size * how.itemsize)))
             return _along_kept(d, above, None, None, most, how)
