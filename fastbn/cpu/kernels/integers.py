@@ -67,8 +67,7 @@ def kind_name(array):
 
 def _pairs(array):
     """What 64 bytes of the array's values are."""
-    bits = array.dtype.bitwidth
-    return _KINDS[2 * bits, True]
+    return _KINDS[2 * array.dtype.bitwidth, True]
 
 
 def _lower(builder, v, kind):
