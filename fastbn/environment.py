@@ -116,7 +116,7 @@ def threading_layer() -> str:
 
     if get_num_threads() == 1:
         return "none: one thread"
-    if team.HERE:
+    if team.here:
         return "fastbn's own"
     fastbn.mean(np.zeros(1 << 18, np.float32))
     return f"Numba's: {importlib.import_module('numba').threading_layer()}"

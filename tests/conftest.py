@@ -19,6 +19,9 @@ pytest.register_assert_rewrite("tests.adapters", "tests.cases", "tests.cpu", "te
 
 os.environ.setdefault("FASTBN_COMPILE_HELPER", "0")  # tests have a worker on each core
 
+_lines = (Path(__file__).parent / "slow.txt").read_text().splitlines()
+SLOW = re.compile("|".join(re.escape(line).replace(r"\*", ".*") for line in _lines if line and line[0] != "#"))
+
 try:
     from xdist.scheduler import LoadScopeScheduling
 except ModuleNotFoundError:
@@ -40,6 +43,13 @@ class ByKernels(LoadScopeScheduling):
         path, _, name = nodeid.partition("::")
         words = re.split(r"\W", name)
         return " ".join([path, *(word for word in words if word in DTYPES or word.startswith("sm_"))])
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW.fullmatch(item.nodeid):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish():

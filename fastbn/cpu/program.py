@@ -16,14 +16,21 @@ import numpy as np
 
 from fastbn.cpu.code import Kernel, address, addresses, is_missing
 from fastbn.cpu.records import MARKS, SlabStrides, Strides
-from fastbn.cpu.team import OF_THE_TEAM, RUNTIME, team_for
+from fastbn.cpu.team import OF_THE_TEAM, POSSIBLE, RUNTIME, team_for
 
 # Where an argument comes from: itself; a number given at each call; an array given at each call, or the scratch memory,
 # so many bytes from the first element; whether a number given is at least so large.
 CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST, TEMPORARY, INTEGERS, FUNCTION = range(8)
 MOST_ARGUMENTS = 32
 ON_STACK = 3 << 10  # bytes of scratch memory at most; with more a frame exceeds 4 kB, which Windows makes a call for
-HELD = 1 << 17  # elements below which a call keeps the interpreter's lock: handing it over can take as long as a call
+
+# The interpreter's lock is let go of by calls of so many elements, so that other Python threads run meanwhile. Shorter
+# calls than KEPT take less than handing it over. Those below LONG take it back at once only if others give it away: a
+# thread that computes in Python keeps it for 5 ms. So they measure the wait, and after a long one keep the lock for
+# REST times as long.
+KEPT, LONG = 1 << 15, 1 << 20
+NEVER, ALWAYS = 0, 1  # release it; or the address of the time from which on calls may
+LONG_WAIT, REST = 1_000_000, 8  # ns
 
 # The words of a program, in bytes: its header, then its vectors, then its launches with their arguments.
 TEAM, RELEASES, SAVE_THREAD, RESTORE_THREAD, INC_REF, NO_MEMORY, MALLOC, FREE = range(0, 64, 8)
@@ -83,7 +90,7 @@ class Program:
     """
 
     def __init__(self, threads: int, size: int, arrays: dict[str, str | None], numbers: Sequence[str] = ()) -> None:
-        self.threads, self._releases = threads, size >= HELD
+        self.threads, self._releases = threads, _releases(size)
         self._slots = {name: 8 * i for i, name in enumerate((*arrays, *numbers))}
         self._kinds = {name: kind or "none" for name, kind in arrays.items()} | dict.fromkeys(numbers, "f8")
         self._launches: list[tuple[str, int, int, dict[str, Words]]] = []
@@ -208,6 +215,17 @@ class Program:
         mine[pointers] += mine.ctypes.data + 8 * len(words)
         # Threads may prepare it at once; the words of the first are everybody's, or a call's team would never change.
         self._words, self.call = vars(self).setdefault("_prepared", (mine, _built_in(_call, "calls.call", mine)))
+
+
+def _releases(size: int) -> int:
+    """The word `RELEASES` of a program for so many elements."""
+    if size < KEPT or (size < LONG and not POSSIBLE):
+        return NEVER
+    return ALWAYS if size >= LONG else ctypes.addressof(_released_from)
+
+
+_released_from = ctypes.c_int64(0)
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_released_from))  # for ever: functions may outlive this module
 
 
 def _words(given: Argument | Strided | bool | float | None) -> Words:

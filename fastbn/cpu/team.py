@@ -31,8 +31,8 @@ MOST = 256  # members
 # Numbers of system calls: futex, gettid.
 CALLS = {"x86_64": (202, 186), "aarch64": (98, 178), "riscv64": (98, 178), "ppc64le": (221, 207)}
 FUTEX, GETTID = CALLS.get(platform.machine(), (0, 0)) if sys.platform == "linux" else (0, 0)
-HERE = FUTEX > 0 or sys.platform == "darwin"
-futexes = FUTEX > 0
+POSSIBLE = FUTEX > 0 or sys.platform == "darwin"  # on this system: a constant in compiled code
+here, futexes = POSSIBLE, FUTEX > 0
 MONOTONIC = getattr(time, "CLOCK_MONOTONIC", 1)
 
 # The team's memory, in lines of 128 bytes (two of the processor's, which are fetched in pairs): the job, which stays
@@ -60,7 +60,7 @@ def team_for(threads: int) -> int:
     """What runs a program's tasks: a team's memory, an odd number for Numba's threads, or 0: this thread alone."""
     if threads < 2:
         return 0
-    if not HERE:
+    if not here:
         return _numbas_threads()
     if _hired < threads - 1 and not _refused and _starting.acquire(blocking=False):
         try:

@@ -9,6 +9,8 @@ import pytest
 
 from tests import structure
 
+TESTS = Path(__file__).parent.parent
+
 
 def test_no_circles():
     assert structure.circles(structure.graph_of(structure.PACKAGE)) == []
@@ -60,8 +62,6 @@ def test_what_may_not_import_what(rule):
 
 # --- the tests --------------------------------------------------------------------------------------------------------
 
-TESTS = Path(__file__).parent.parent
-
 
 def imported_test_modules(folder):
     """Pairs of a file and a test module that it imports."""
@@ -104,3 +104,12 @@ def test_shared_tests_run_once_on_numpy_arrays():
 
 def _body(path):
     return ast.parse(path.read_text()).body
+
+
+def test_slow_tests_are_there():
+    """Each line of slow.txt names a file and a function; shared ones are in tests/cases."""
+    shared = "".join(path.read_text() for path in (TESTS / "cases").glob("*.py"))
+    for line in (TESTS / "slow.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            file, *_, function = line.partition("[")[0].split("::")
+            assert f"def {function}(" in (TESTS.parent / file).read_text() + shared, line

@@ -16,11 +16,11 @@ PRELUDE = """
     import numpy as np
     import fastbn
     from fastbn.cpu import program, team
-    team.PARALLEL_FROM = program.HELD = 0
+    team.PARALLEL_FROM = program.KEPT = program.LONG = 0
     if os.environ.get("CONDITIONS"):
         team.futexes = False
     if os.environ.get("NUMBA_THREADING_LAYER"):
-        team.HERE = False
+        team.here = False
     fastbn.threads.set_num_threads(int(os.environ.get("THREADS", "2")) or None)
     rng = np.random.default_rng(0)
     shapes = (4, 6, 30, 30), (8, 40), (20, 9, 5, 5), (500, 33), (1, 8, 16)

@@ -6,6 +6,9 @@ one from kernels that work.
 
 import ctypes
 import inspect
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import llvmlite.binding as llvm
@@ -37,6 +40,7 @@ LEFT_OUT = {
     "NopythonRewrites": "no array expressions",
     "NoPythonSupportedFeatureValidation": "for messages to people",
     "AnnotateTypes": "for people",
+    "IRLegalization": "deletes variables, which hold nothing that is counted",
     "DumpParforDiagnostics": "no parallel loops",
 }
 
@@ -121,3 +125,24 @@ def test_records_of_integers():
     kind = compiler.KINDS["Shape"]
     assert (kind.instance_class, kind.fields, set(kind.types)) == (Shape, Shape._fields, {types.int64})
     assert set(INTEGERS) <= set(compiler.KINDS)
+
+
+NAMES = """
+import sys
+from fastbn.cpu import team
+team.POSSIBLE, team.FUTEX = {possible}, 0
+from fastbn.cpu.kernels import calls, compiler
+sys.stdout.buffer.write(compiler.object_code(calls.call, (), "symbol", [None])[0])
+"""
+POSIX = {"clock_gettime"} | {f"pthread_{name}" for name in ("mutex_lock", "mutex_unlock", "cond_wait", "cond_signal")}
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+@pytest.mark.parametrize(("possible", "names"), [(False, set()), (True, POSIX)], ids=["Windows", "macOS"])
+def test_code_names_what_the_system_has(possible, names, tmp_path):
+    """LLVM ends the process where code refers to a function that is not there."""
+    made = subprocess.run([sys.executable, "-c", NAMES.format(possible=possible)], capture_output=True, check=True)
+    (tmp_path / "calls.o").write_bytes(made.stdout)
+    command = ["nm", "--undefined-only", "--format=posix", "calls.o"]
+    listed = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, text=True)
+    assert {line.split()[0] for line in listed.stdout.splitlines()} == names

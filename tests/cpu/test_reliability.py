@@ -18,7 +18,7 @@ from tests.support import some_slow
 LAYERS = ["omp", "workqueue", "tbb"]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in Linux's /proc")
-needs_team = pytest.mark.skipif(not team.HERE, reason="Numba's threads run kernels on this system")
+needs_team = pytest.mark.skipif(not team.here, reason="Numba's threads run kernels on this system")
 
 # --- several Python threads -------------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ def test_workers_of_a_data_loader(method, tmp_path):
             print(len({{b[3] for b in got}} - {{os.getpid()}}))
             print(*sorted({{b[1] for b in got}}), max(b[2] for b in got))
     """
-    assert run(program) == ["True", "2", "1", "1" if team.HERE else "0"]
+    assert run(program) == ["True", "2", "1", "1" if team.here else "0"]
 
 
 # --- beside PyTorch ---------------------------------------------------------------------------------------------------
@@ -367,6 +367,7 @@ def test_ends_at_once(end, times):
 def test_interrupted(when):
     """Ctrl-C ends a loop of calls before long; the next call is right, and the process ends."""
     program = """
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
         x = rng.standard_normal((16, 64, 60, 60)).astype(np.float32)
         with fastbn.threads.num_threads(1):
             y = answer(x)

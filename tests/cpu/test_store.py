@@ -219,7 +219,7 @@ def test_a_warm_process_never_imports_numba():
     loaded, compiled, hired, *imported = run(PACKAGE.parent, EVERYTHING, **warm).split()
     assert int(loaded) > 10, (loaded, compiled, hired, imported)
     assert (compiled, imported) == ("0", [])
-    assert hired == ("1" if team.HERE else "0")
+    assert hired == ("1" if team.here else "0")
 
 
 @pytest.mark.slow

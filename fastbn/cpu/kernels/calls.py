@@ -11,9 +11,10 @@ from numba.extending import intrinsic
 
 from fastbn.cpu.kernels.compiler import inline, plain
 from fastbn.cpu.kernels.simd import value
-from fastbn.cpu.kernels.team import load, run_tasks, store
+from fastbn.cpu.kernels.team import load, nanoseconds, run_tasks, store
 from fastbn.cpu.objects import DATA_AT, FLOAT_AT
 from fastbn.cpu.program import (
+    ALWAYS,
     ARGUMENT,
     AT_LEAST,
     DATA,
@@ -23,13 +24,16 @@ from fastbn.cpu.program import (
     INC_REF,
     LAUNCH,
     LAUNCHES,
+    LONG_WAIT,
     MALLOC,
     MOST_ARGUMENTS,
+    NEVER,
     NO_MEMORY,
     NOWHERE,
     NUMBER,
     ON_STACK,
     RELEASES,
+    REST,
     RESTORE_THREAD,
     SAVE_THREAD,
     SCRATCH,
@@ -38,10 +42,12 @@ from fastbn.cpu.program import (
     VECTOR,
     VECTORS,
 )  # fmt: skip
+from fastbn.cpu.team import POSSIBLE
 
 word = types.int64
 I64 = ir.IntType(64)
 STACK = ON_STACK // 8
+CLOCK = 2  # words of a clock
 F8, F4, U2, I2 = (FLOATS.index(kind) for kind in ("f8*", "f4*", "u2*", "i2*"))
 
 
@@ -147,6 +153,31 @@ def argument(args, scratch, at):
     return extra
 
 
+@inline
+def release(words, clock):
+    """Let go of the interpreter's lock, if this call is to: what `take_back` wants, or 0."""
+    releases = load(words + RELEASES)
+    if releases == NEVER:
+        return 0
+    if POSSIBLE and releases != ALWAYS and nanoseconds(clock) < load(releases):
+        return 0
+    return invoke(load(words + SAVE_THREAD), 0)
+
+
+@inline
+def take_back(words, thread, clock):
+    """Have the lock again; if that took long, calls that need not release it keep it for some time."""
+    releases = load(words + RELEASES)
+    if POSSIBLE and releases != ALWAYS:
+        before = nanoseconds(clock)
+        invoke(load(words + RESTORE_THREAD), thread)
+        after = nanoseconds(clock)
+        if after - before > LONG_WAIT:
+            store(releases, after + REST * (after - before))
+    else:
+        invoke(load(words + RESTORE_THREAD), thread)
+
+
 @plain
 def call(me, args, count):
     """``PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t nargs)``; self is the array of its words."""
@@ -157,7 +188,8 @@ def call(me, args, count):
         if taken == 0:
             return invoke(load(words + NO_MEMORY), 0)
         scratch = taken + 63 & ~63
-    thread = invoke(load(words + SAVE_THREAD), 0) if load(words + RELEASES) else 0
+    clock = reserve(CLOCK)
+    thread = release(words, clock)
     at = words + HEADER
     for _ in range(load(words + VECTORS)):
         fill_vector(args, scratch, at)
@@ -171,7 +203,7 @@ def call(me, args, count):
             at += ARGUMENT
         run_tasks(load(words + TEAM), entry, params, tasks, num_threads, lately)
     if thread:
-        invoke(load(words + RESTORE_THREAD), thread)
+        take_back(words, thread, clock)
     if taken:
         invoke(load(words + FREE), taken)
     invoke(load(words + INC_REF), me)

@@ -1,0 +1,108 @@
+"""Which calls let go of the interpreter's lock, and that none waits long for it again and again."""
+
+import ctypes
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn.cpu import program, team
+
+
+def random(shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+needs_clock = pytest.mark.skipif(not team.POSSIBLE, reason="such calls keep the lock on this system")
+
+
+@pytest.fixture
+def lock(monkeypatch, fresh_plans):
+    """What calls do with the lock, which stays where it is; ``lock.wait`` seconds until it is taken back."""
+    done = Lock()
+    save = ctypes.PYFUNCTYPE(ctypes.c_int64)(done.save)
+    restore = ctypes.PYFUNCTYPE(None, ctypes.c_int64)(done.restore)
+    places = dict(zip(program._OF_PYTHON, program._of_python(*program._OF_PYTHON), strict=True))
+    places["PyEval_SaveThread"] = ctypes.cast(save, ctypes.c_void_p).value
+    places["PyEval_RestoreThread"] = ctypes.cast(restore, ctypes.c_void_p).value
+    monkeypatch.setattr(program, "_of_python", lambda *names: [places[name] for name in names])
+    monkeypatch.setattr(program._released_from, "value", 0)
+    done.functions = save, restore  # which live as long as programs that call them
+    return done
+
+
+class Lock:
+    def __init__(self):
+        self.released, self.taken, self.wait = 0, [], 0.0
+
+    def save(self):
+        self.released += 1
+        return 7
+
+    def restore(self, thread):
+        self.taken.append(thread)
+        time.sleep(self.wait)
+
+    def times(self, elements):
+        """That one call of so many elements lets go of it."""
+        before = self.released
+        fastbn.batch_norm(random((4, elements // 4)))
+        assert self.taken == [7] * self.released
+        return self.released - before
+
+
+def test_by_size(lock):
+    assert lock.times(program.KEPT - 4) == 0
+    assert lock.times(program.KEPT) == team.POSSIBLE
+    assert lock.times(program.LONG) == 1
+
+
+@needs_clock
+def test_after_a_long_wait(lock):
+    lock.wait = program.LONG_WAIT / 1e9
+    assert lock.times(program.KEPT) == 1
+    lock.wait = 0.0
+    before = time.monotonic_ns()
+    rest = program._released_from.value - before
+    assert rest > 0.9 * program.REST * program.LONG_WAIT
+    assert [lock.times(elements) for elements in (program.KEPT, 2 * program.KEPT, program.LONG)] == [0, 0, 1]
+    time.sleep(rest / 1e9)
+    assert lock.times(2 * program.KEPT) == 1
+
+
+@needs_clock
+def test_after_a_short_wait(lock):
+    for _ in range(20):
+        program._released_from.value = 0
+        start = time.perf_counter_ns()
+        assert lock.times(program.KEPT) == 1
+        short = time.perf_counter_ns() - start < program.LONG_WAIT  # unless the machine has held the call up
+        assert not (short and program._released_from.value)
+
+
+@needs_clock
+def test_beside_a_thread_that_computes_in_python(monkeypatch):
+    """Were the lock given away by each call, each would wait for the interpreter's switch interval."""
+    monkeypatch.setattr(program._released_from, "value", 0)
+    x, out, calls = random((4, program.KEPT // 2)), np.empty((4, program.KEPT // 2), np.float32), 1000
+    fastbn.batch_norm(x, out=out)
+    stop = threading.Event()
+
+    def compute():
+        while not stop.is_set():
+            pass
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        start = time.perf_counter()
+        for _ in range(calls):
+            fastbn.batch_norm(x, out=out)
+        took = time.perf_counter() - start
+    finally:
+        stop.set()
+        thread.join()
+    assert took < calls * sys.getswitchinterval() / 2
