@@ -24,13 +24,15 @@ CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST, TEMPORARY, INTEGERS, FUNCTION = range
 MOST_ARGUMENTS = 32
 ON_STACK = 3 << 10  # bytes of scratch memory at most; with more a frame exceeds 4 kB, which Windows makes a call for
 
-# The interpreter's lock is let go of by calls of so many elements, so that other Python threads run meanwhile. Shorter
-# calls than KEPT take less than handing it over. Those below LONG take it back at once only if others give it away: a
-# thread that computes in Python keeps it for 5 ms. So they measure the wait, and after a long one keep the lock for
-# REST times as long.
-KEPT, LONG = 1 << 15, 1 << 20
-NEVER, ALWAYS = 0, 1  # release it; or the address of the time from which on calls may
-LONG_WAIT, REST = 1_000_000, 8  # ns
+# The interpreter's lock is let go of by calls of so many elements, so that other Python threads run meanwhile. Below
+# KEPT handing it over takes longer than that saves: eight threads together took 1.3 times one's time at 2^15, 0.7 at
+# 2^17. But a thread that computes in Python gives the lock back only after 5 ms, a hundred times as long as such calls:
+# below LONG they measure how long they wait for it, and when waits lately were more than WORTH times as long as the
+# work done without it, calls keep it for REST times as long.
+KEPT, LONG = 1 << 16, 1 << 22
+NEVER, ALWAYS = 0, 1  # release it; or the address of the time from which on calls do, and of what was lost by waiting
+WORTH, REST = 4, 8
+LONG_WAIT, MOST_WON = 4_000_000, 20_000_000  # ns: lost at once; of time that was well spent, as much as counts
 
 # The words of a program, in bytes: its header, then its vectors, then its launches with their arguments.
 TEAM, RELEASES, SAVE_THREAD, RESTORE_THREAD, INC_REF, NO_MEMORY, MALLOC, FREE = range(0, 64, 8)
@@ -221,11 +223,11 @@ def _releases(size: int) -> int:
     """The word `RELEASES` of a program for so many elements."""
     if size < KEPT or (size < LONG and not POSSIBLE):
         return NEVER
-    return ALWAYS if size >= LONG else ctypes.addressof(_released_from)
+    return ALWAYS if size >= LONG else ctypes.addressof(_lock)
 
 
-_released_from = ctypes.c_int64(0)
-ctypes.pythonapi.Py_IncRef(ctypes.py_object(_released_from))  # for ever: functions may outlive this module
+_lock = (ctypes.c_int64 * 2)()  # the time, and the time lost
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_lock))  # for ever: functions may outlive this module
 
 
 def _words(given: Argument | Strided | bool | float | None) -> Words:

@@ -29,7 +29,7 @@ def lock(monkeypatch, fresh_plans):
     places["PyEval_SaveThread"] = ctypes.cast(save, ctypes.c_void_p).value
     places["PyEval_RestoreThread"] = ctypes.cast(restore, ctypes.c_void_p).value
     monkeypatch.setattr(program, "_of_python", lambda *names: [places[name] for name in names])
-    monkeypatch.setattr(program._released_from, "value", 0)
+    program._lock[:] = 0, 0
     done.functions = save, restore  # which live as long as programs that call them
     return done
 
@@ -62,11 +62,10 @@ def test_by_size(lock):
 
 @needs_clock
 def test_after_a_long_wait(lock):
-    lock.wait = program.LONG_WAIT / 1e9
+    lock.wait = 2 * program.LONG_WAIT / 1e9
     assert lock.times(program.KEPT) == 1
     lock.wait = 0.0
-    before = time.monotonic_ns()
-    rest = program._released_from.value - before
+    rest = program._lock[0] - time.monotonic_ns()
     assert rest > 0.9 * program.REST * program.LONG_WAIT
     assert [lock.times(elements) for elements in (program.KEPT, 2 * program.KEPT, program.LONG)] == [0, 0, 1]
     time.sleep(rest / 1e9)
@@ -74,19 +73,38 @@ def test_after_a_long_wait(lock):
 
 
 @needs_clock
-def test_after_a_short_wait(lock):
+def test_after_short_waits(lock):
     for _ in range(20):
-        program._released_from.value = 0
+        program._lock[:] = 0, 0
         start = time.perf_counter_ns()
         assert lock.times(program.KEPT) == 1
         short = time.perf_counter_ns() - start < program.LONG_WAIT  # unless the machine has held the call up
-        assert not (short and program._released_from.value)
+        assert not (short and program._lock[0])
 
 
 @needs_clock
-def test_beside_a_thread_that_computes_in_python(monkeypatch):
+def test_a_long_wait_among_others_is_none(lock):
+    """A thread that has the lock may have lost its processor."""
+    program._lock[1] = -program.MOST_WON
+    lock.wait = program.LONG_WAIT / 1e9
+    assert lock.times(program.KEPT) == 1
+    assert program._lock[1] < -program.MOST_WON / 2
+    assert program._lock[0] == 0
+    lock.wait = 2 * program.MOST_WON / 1e9
+    assert lock.times(program.KEPT) == 1
+    assert program._lock[0] > 0
+
+
+@needs_clock
+def test_work_without_the_lock_makes_up_for_waits(lock):
+    lock.times(2 * program.LONG // 4)
+    assert -program.MOST_WON <= program._lock[1] < 0
+
+
+@needs_clock
+def test_beside_a_thread_that_computes_in_python():
     """Were the lock given away by each call, each would wait for the interpreter's switch interval."""
-    monkeypatch.setattr(program._released_from, "value", 0)
+    program._lock[:] = 0, 0
     x, out, calls = random((4, program.KEPT // 2)), np.empty((4, program.KEPT // 2), np.float32), 1000
     fastbn.batch_norm(x, out=out)
     stop = threading.Event()

@@ -27,6 +27,7 @@ from fastbn.cpu.program import (
     LONG_WAIT,
     MALLOC,
     MOST_ARGUMENTS,
+    MOST_WON,
     NEVER,
     NO_MEMORY,
     NOWHERE,
@@ -41,6 +42,7 @@ from fastbn.cpu.program import (
     TEAM,
     VECTOR,
     VECTORS,
+    WORTH,
 )  # fmt: skip
 from fastbn.cpu.team import POSSIBLE
 
@@ -155,27 +157,31 @@ def argument(args, scratch, at):
 
 @inline
 def release(words, clock):
-    """Let go of the interpreter's lock, if this call is to: what `take_back` wants, or 0."""
-    releases = load(words + RELEASES)
+    """Let go of the interpreter's lock, if this call is to: what `take_back` wants, a thread or 0, and the time."""
+    releases, began = load(words + RELEASES), 0
     if releases == NEVER:
-        return 0
-    if POSSIBLE and releases != ALWAYS and nanoseconds(clock) < load(releases):
-        return 0
-    return invoke(load(words + SAVE_THREAD), 0)
+        return 0, began
+    if POSSIBLE and releases != ALWAYS:
+        began = nanoseconds(clock)
+        if began < load(releases):
+            return 0, began
+    return invoke(load(words + SAVE_THREAD), 0), began
 
 
 @inline
-def take_back(words, thread, clock):
-    """Have the lock again; if that took long, calls that need not release it keep it for some time."""
-    releases = load(words + RELEASES)
+def take_back(words, thread, clock, began):
+    """Have the lock again. Where that has taken too long lately, calls that need not release it keep it for a while."""
+    releases, before = load(words + RELEASES), 0
     if POSSIBLE and releases != ALWAYS:
         before = nanoseconds(clock)
-        invoke(load(words + RESTORE_THREAD), thread)
-        after = nanoseconds(clock)
-        if after - before > LONG_WAIT:
-            store(releases, after + REST * (after - before))
-    else:
-        invoke(load(words + RESTORE_THREAD), thread)
+    invoke(load(words + RESTORE_THREAD), thread)
+    if POSSIBLE and releases != ALWAYS:
+        after, balance = nanoseconds(clock), releases + 8
+        lost = max(-MOST_WON, load(balance) + after - before - WORTH * (before - began))
+        if lost > LONG_WAIT:
+            store(releases, after + REST * lost)
+            lost = 0
+        store(balance, lost)
 
 
 @plain
@@ -189,7 +195,7 @@ def call(me, args, count):
             return invoke(load(words + NO_MEMORY), 0)
         scratch = taken + 63 & ~63
     clock = reserve(CLOCK)
-    thread = release(words, clock)
+    thread, began = release(words, clock)
     at = words + HEADER
     for _ in range(load(words + VECTORS)):
         fill_vector(args, scratch, at)
@@ -203,7 +209,7 @@ def call(me, args, count):
             at += ARGUMENT
         run_tasks(load(words + TEAM), entry, params, tasks, num_threads, lately)
     if thread:
-        take_back(words, thread, clock)
+        take_back(words, thread, clock, began)
     if taken:
         invoke(load(words + FREE), taken)
     invoke(load(words + INC_REF), me)
