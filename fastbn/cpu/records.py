@@ -129,6 +129,12 @@ class Geometry(NamedTuple):
     """`statistics.OF_VALUES`, `OF_ROWS`, or 0 of none."""
     moved: int = 0
     """By how much values are, one of `statistics.MOVED`."""
+    ahead: int = 0
+    """From a value of a row to the one that is prefetched with it,"""
+    turn: int = 0
+    """from which column on that is in a row further on,"""
+    skip: int = 0
+    """and so by how much further than its neighbour."""
 
 
 class Formats(NamedTuple):

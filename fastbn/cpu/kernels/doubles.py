@@ -21,6 +21,7 @@ from fastbn.cpu.kernels.llvm import (
     lanes_below,
     masked,
     pointer_to,
+    prefetch_line,
     shuffle,
     size_of,
 )
@@ -122,6 +123,18 @@ def some_values(typing, array, at, step, some):
         return _in_float64(builder, _stored(builder, array, pointer, first), array.dtype)
 
     return DOUBLES(array, types.intp, types.intp if strided else step, types.intp if few else some), codegen
+
+
+@intrinsic
+def prefetch_values(typing, array, at):
+    """Ask for the lines of four times eight values, which need not exist."""
+
+    def codegen(context, builder, sig, args):
+        for line in range(0, 4 * LANES * size_of(array), 64):
+            prefetch_line(builder, pointer_to(builder, array, *args, 1), line)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), codegen
 
 
 @intrinsic

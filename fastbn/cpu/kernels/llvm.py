@@ -52,6 +52,14 @@ def as_words(builder, v):
     return builder.asm(ir.FunctionType(words.type, [words.type]), "", "=x,0", [words], side_effect=False)
 
 
+def prefetch_line(builder, pointer, after=0):
+    """Ask for the line so many bytes from a pointer on, to the second-level cache; it need not exist."""
+    place = builder.gep(builder.bitcast(pointer, ir.IntType(8).as_pointer()), [I64(after)])
+    kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [place, I32(0), I32(2), I32(1)])
+
+
 def lanes_below(builder, n, lanes):
     kind = ir.VectorType(I32, lanes)
     single = builder.insert_element(ir.Constant(kind, ir.Undefined), builder.trunc(n, I32), I32(0))

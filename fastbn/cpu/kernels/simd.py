@@ -39,6 +39,7 @@ from fastbn.cpu.kernels.llvm import (
     lanes_below,
     masked,
     pointer_to,
+    prefetch_line,
     shuffle,
     size_of,
 )
@@ -368,15 +369,12 @@ def store_nontemporal(typing, array, at, v):
 
 @intrinsic
 def prefetch(typing, array, at):
-    """Ask for the line of an element, to the second-level cache, ahead of its use; it need not exist."""
+    """Ask for the line of an element ahead of its use; it need not exist."""
     if array == types.none:
         return _absent(types.none, array, types.intp)
 
     def codegen(context, builder, sig, args):
-        pointer = builder.bitcast(pointer_to(builder, array, args[0], args[1], 1), ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, I32(0), I32(2), I32(1)])
+        prefetch_line(builder, pointer_to(builder, array, *args, 1))
         return context.get_dummy_value()
 
     return types.none(array, types.intp), codegen
