@@ -29,7 +29,7 @@ from fastbn.cpu.kernels.doubles import (
     which_count,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
-from fastbn.cpu.kernels.simd import address, any_greater, load, store
+from fastbn.cpu.kernels.simd import address, any_greater, load, prefetch, store
 from fastbn.cpu.kernels.statistics import (
     LOOKS,
     PEEKS,
@@ -132,11 +132,16 @@ def add_vector(x, source, at, w_at, w, some, o, table, c):
 
 
 @inline
-def add_vectors(x, source, at, far, w_at, w_far, weights, some, o, table, c):
+def add_vectors(x, source, at, step, far, w_at, w_far, weights, some, o, table, c):
     """The same of four rows, each ``far`` from the one before."""
     rest, counts = first_there(o.squares, o.exact), one_by_one(o)
     q, n, a, b = loaded(table, c, o.squares, rest, counts)
     at, w_at = at + c, w_at + c
+    if c & (64 // source.geometry.itemsize - 1) == 0:
+        prefetch(x, at + step)
+        prefetch(x, at + far + step)
+        prefetch(x, at + 2 * far + step)
+        prefetch(x, at + 3 * far + step)
     e0 = eight(x, source, at, None, w_at, weights[0], q, some, o)
     e1 = eight(x, source, at + far, None, w_at + w_far, weights[1], q, some, o)
     e2 = eight(x, source, at + 2 * far, None, w_at + 2 * w_far, weights[2], q, some, o)
@@ -156,12 +161,12 @@ def add_one_row(x, source, at, w_at, w, o, table, columns):
 
 
 @inline
-def add_four_rows(x, source, at, far, w_at, w_far, weights, o, table, columns):
+def add_four_rows(x, source, at, step, far, w_at, w_far, weights, o, table, columns):
     whole = columns & -LANES
     for c in range(0, whole, LANES):
-        add_vectors(x, source, at, far, w_at, w_far, weights, None, o, table, c)
+        add_vectors(x, source, at, step, far, w_at, w_far, weights, None, o, table, c)
     if whole < columns:
-        add_vectors(x, source, at, far, w_at, w_far, weights, columns - whole, o, table, whole)
+        add_vectors(x, source, at, step, far, w_at, w_far, weights, columns - whole, o, table, whole)
 
 
 @inline
@@ -183,7 +188,7 @@ def add_quarters(x, source, at, step, w_at, w_step, rows, o, table, columns):
         w0, w1 = weight_at_row(source, w_k, o), weight_at_row(source, w_k + w_jump, o)
         w2, w3 = weight_at_row(source, w_k + 2 * w_jump, o), weight_at_row(source, w_k + 3 * w_jump, o)
         weights = everywhere(w0), everywhere(w1), everywhere(w2), everywhere(w3)
-        add_four_rows(x, source, at + k * step, jump, w_k, w_jump, weights, o, table, columns)
+        add_four_rows(x, source, at + k * step, step, jump, w_k, w_jump, weights, o, table, columns)
         n += (w0 + w1) + (w2 + w3)
     return 4 * quarter, n
 
