@@ -75,7 +75,9 @@ from fastbn.cpu.sizes import AFFINE, PAD, PIECE, SEGMENT
 WIDE = 128  # bytes of a vector where weights cost precision: fewer additions a lane
 NARROW, SINGLE = 32, 4  # bytes at the ends of rows, where masked stores would be slow on AMD processors
 ONE_ROW = Walk(0, 0, 0, 0, 0, 0, 0, 0)  # after which none follows
-AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise passes 5 % faster
+# Values that are prefetched, as processors do it within 4 kB alone: elementwise passes are 1.1 times as fast, sums of
+# rows of 12 kB and more 1.2 times.
+AHEAD = 2048
 
 
 # --- where things are -------------------------------------------------------------------------------------------------
@@ -223,8 +225,17 @@ def row_after(t, outer, channel, shape, walk):
 
 
 @inline
-def unweighted_sums(x, rows, columns, shift):
-    """n, sum(x - shift), sum((x - shift)^2).
+def ahead_of(chunk, x, shape):
+    """From a value of a chunk to one that is summed later, in the same pair of rows or the next; 0 if there is none."""
+    ahead = min(AHEAD, shape.inner)
+    if chunk.column + ahead < shape.inner:
+        return ahead
+    return ahead - shape.inner + x.twice if chunk.row + 2 < shape.outer else 0
+
+
+@inline
+def unweighted_sums(x, rows, columns, shift, ahead):
+    """n, sum(x - shift), sum((x - shift)^2); what follows ``ahead`` is prefetched.
 
     Two rows at a time: two streams from memory are read half as fast again as one (30 GB/s against 20).
     """
@@ -237,6 +248,8 @@ def unweighted_sums(x, rows, columns, shift):
     for r in range(0, pairs, 2):
         row = start_of_row(x, r)
         for i in range(row, row + whole, n):
+            prefetch(x.values, i + ahead)
+            prefetch(x.values, i + x.step + ahead)
             e = load(x.values, i, FULL) - q
             s1 = s1 + e
             s2 = fma(e, e, s2)
@@ -272,11 +285,11 @@ def weighted_sums(x, weight, rows, columns, shift):
 
 
 @inline
-def chunk_sums(x, weight, chunk, shift):
+def chunk_sums(x, weight, chunk, shift, shape):
     """Of one chunk of a slab."""
     part = rows_from(x, chunk.row, chunk.column)
     if weight is None:
-        return unweighted_sums(part, chunk.rows, chunk.columns, shift)
+        return unweighted_sums(part, chunk.rows, chunk.columns, shift, ahead_of(chunk, x, shape))
     return weighted_sums(part, rows_from(weight, chunk.row, chunk.column), chunk.rows, chunk.columns, shift)
 
 
@@ -295,10 +308,10 @@ def merge_chunks(x, weight, shape, largest, first, end, origin, some):
     n, mean, m2, shift = some.n, some.mean, some.m2, some.shift
     for k in range(first, end):
         chunk = chunk_at(k, shape, largest)
-        count, s1, s2 = chunk_sums(x, weight, chunk, shift)
+        count, s1, s2 = chunk_sums(x, weight, chunk, shift, shape)
         if needs_new_shift(count, s1, s2):
             shift = rounded(x.values, shift + s1 / count)
-            count, s1, s2 = chunk_sums(x, weight, chunk, shift)
+            count, s1, s2 = chunk_sums(x, weight, chunk, shift, shape)
         if count != 0.0:
             from_shift = s1 / count
             n, mean, m2 = merged(n, mean, m2, count, shift - origin + from_shift, positive_or_nan(s2 - s1 * from_shift))
