@@ -297,7 +297,7 @@ def _sums_of_integers(p: Program, kernel: str, kind: str, squares: bool) -> Argu
     """The function that adds them up."""
     option = "bool" if squares else "none"
     if kernel == "inner":
-        return p.function("integers.row", x=kind, squares=option, out="i8*")
+        return p.function("integers.row", x=kind, squares=option, out="i8*", ahead="i8", turn="i8", skip="i8")
     tables = dict.fromkeys(("table", "sums", "rest"), "f8*") | {"state": "i8*"}
     return p.function("integers.columns", x=kind, step="i8", width="i8", squares=option, **tables)
 

@@ -21,12 +21,12 @@ from numba.extending import intrinsic, models, register_model
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.doubles import DOUBLES, LANES, everywhere, lane, some_values
 from fastbn.cpu.kernels.llvm import I32, I64, lanes_below, pointer_to, size_of
-from fastbn.cpu.kernels.simd import fma, load
+from fastbn.cpu.kernels.simd import fma, load, prefetch
 from fastbn.cpu.kernels.simd import store as put
 from fastbn.cpu.statistics import BYTES, MOVED
 
 ROUNDS = 32  # of eight values a lane, the most whose sum a lane of 16 bits holds: 32 * 8 * -128 = -2^15
-LONG = 64  # rounds of a row from which its quarters are read side by side: 16 kB
+LONG = 96  # rounds of a row from which its quarters are read side by side: 24 kB
 MOST_ROWS = 256  # of a value a lane: 256 * -128 = -2^15; squares of bytes would have room for 262 000
 SUMS, SQUARES = 2 * BYTES // 8, 4 * BYTES // 8  # words of a table for 64 bytes of columns
 
@@ -299,10 +299,10 @@ def rest_of_row(x, at, end, squares):
 
 
 @kernel
-def row(thread, first, last, x, squares, out):
+def row(thread, first, last, x, squares, out, ahead, turn, skip):
     """Add to two words of ``out``: the sum of at most 2^20 values, and the sum of squares, if these are wanted.
 
-    A long row's quarters are read side by side, as in `statistics_inner`.
+    A long row's quarters are read side by side, and others' values prefetched, as in `statistics_inner`.
     """
     count = count_of(x)
     quarter = (last - first) // (4 * count)
@@ -312,6 +312,12 @@ def row(thread, first, last, x, squares, out):
         few = no_values(x)
         for k in range(begun, min(begun + ROUNDS, quarter)):
             at = first + k * jump
+            if far == count:
+                later = at + ahead + (skip if at >= turn else 0)
+                prefetch(x, later)
+                prefetch(x, later + count)
+                prefetch(x, later + 2 * count)
+                prefetch(x, later + 3 * count)
             v0, v1, v2, v3 = pairs(x, at), pairs(x, at + far), pairs(x, at + 2 * far), pairs(x, at + 3 * far)
             few = plus(few, plus(plus(halves(v0), halves(v1)), plus(halves(v2), halves(v3))))
             if squares is not None:

@@ -202,11 +202,14 @@ def sums_of_rows(source, part, shift, o, workspace, buffer):
 @inline
 def sums_of_integers(source, part, squares):
     """n, shift, A and B of a part of small integers: exact, the shift being a whole number near the mean."""
-    geometry, sums, params = source.geometry, reserve(2), reserve(3)
+    geometry, sums, params = source.geometry, reserve(2), reserve(6)
     put_word(sums, 0)
     put_word(sums + 8, 0)
     put_word(params + 8, 1)
     put_word(params + 16, sums)
+    put_word(params + 24, geometry.ahead)
+    put_word(params + 32, geometry.turn)
+    put_word(params + 40, geometry.skip)
     r = part.first
     while r < part.last:
         x_row, _, x_step, _, rows, _ = rows_from(r, part.last, source)
