@@ -397,6 +397,8 @@ def columns(thread, first, last, x, step, width, squares, table, sums, rest, sta
                 at = r * step + k * count
                 v = pairs(x, at)
                 if rows == 4:
+                    for j in range(4, 8):
+                        prefetch(x, at + j * step)
                     v1, v2, v3 = pairs(x, at + step), pairs(x, at + 2 * step), pairs(x, at + 3 * step)
                     add_rows(table, k * words, squares, v, v1, v2, v3)
                 else:
