@@ -27,8 +27,8 @@ from fastbn.cpu.kernels.doubles import (
     which_count,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
+from fastbn.cpu.kernels.simd import prefetch, zero_where_not_positive
 from fastbn.cpu.kernels.simd import store as put
-from fastbn.cpu.kernels.simd import zero_where_not_positive
 from fastbn.cpu.kernels.statistics import (
     Eight,
     Options,
@@ -46,7 +46,7 @@ from fastbn.cpu.kernels.statistics import (
     weight_of_row,
 )
 from fastbn.cpu.kernels.statistics_results import Cells, checks, finish
-from fastbn.cpu.statistics import CAREFUL, OF_VALUES
+from fastbn.cpu.statistics import AHEAD, CAREFUL, OF_VALUES
 
 COUNTS, RESTS, SHIFTS = (k * LANES * LANES for k in (1, 2, 3))  # behind the sums, in the table of `sums_of_rows`
 NUMBERS = SHIFTS + LANES
@@ -56,7 +56,7 @@ NUMBERS = SHIFTS + LANES
 def sums_of_columns(x, source, at, step, w_at, some, q, squares, exact, o):
     """Of eight columns from a place on: their counts, and the sums around q that `add` makes."""
     zero, geometry = everywhere(0.0), source.geometry
-    n, a, b, of_rows, r = zero, zero, zero, 0.0, 0
+    n, a, b, of_rows, r, ahead = zero, zero, zero, 0.0, 0, AHEAD // geometry.itemsize
     while r < geometry.rows:
         x_row, w_row, x_step, w_step, rows, _ = rows_from(r, geometry.rows, source)
         r += rows
@@ -64,6 +64,8 @@ def sums_of_columns(x, source, at, step, w_at, some, q, squares, exact, o):
         for _ in range(rows):
             if row_counts(source.where, w_row, geometry):
                 weight = weight_of_row(source.where, w_row, weight_by_row(o))
+                if step is not None and squares is None:
+                    prefetch(x, x_row + ahead)
                 e = eight(x, source, x_row, step, w_row, everywhere(weight), q, some, o)
                 a, b = add(a, b, e, q, squares, exact)
                 n, of_rows = tallied(n, e, o), of_rows + weight
@@ -76,12 +78,14 @@ def sums_of_columns(x, source, at, step, w_at, some, q, squares, exact, o):
 def add_short_row(x, source, at, q, squares, exact, o):
     """The values of one kept index to sums in lanes; the last ones are read together with some that were before."""
     zero, geometry = everywhere(0.0), source.geometry
-    n, a, b, r = zero, zero, zero, 0
+    n, a, b, r, ahead = zero, zero, zero, 0, AHEAD // geometry.itemsize
     while r < geometry.rows:
         x_row, _, _, _, rows, _ = rows_from(r, geometry.rows, source)
         r += rows
         x_row += at
         for i in range(0, rows & -LANES, LANES):
+            if squares is None:
+                prefetch(x, x_row + i + ahead)
             e = eight(x, source, x_row + i, None, 0, zero, q, None, o)
             a, b = add(a, b, e, q, squares, exact)
             n = tallied(n, e, o)
