@@ -56,7 +56,7 @@ from fastbn.cpu.kernels.statistics import (
 from fastbn.cpu.kernels.statistics_results import checks, merge_parts
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
-from fastbn.cpu.statistics import CAREFUL, FIELDS, OF_ROWS, OF_VALUES
+from fastbn.cpu.statistics import AHEAD, CAREFUL, FIELDS, OF_ROWS, OF_VALUES
 
 BIG = 1.5 * 2.0**52  # added and taken off again, it rounds to a whole number
 
@@ -125,6 +125,7 @@ def add_vector(x, source, at, w_at, w, some, o, table, c):
     """Eight columns, or ``some`` of them, of a row."""
     rest, counts = first_there(o.squares, o.exact), one_by_one(o)
     q, n, a, b = loaded(table, c, o.squares, rest, counts)
+    prefetch(x, at + c + AHEAD // source.geometry.itemsize)
     e = eight(x, source, at + c, None, w_at + c, w, q, some, o)
     a, b = add(a, b, e, q, o.squares, o.exact)
     n = tallied(n, e, o)
