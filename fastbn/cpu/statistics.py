@@ -40,7 +40,10 @@ SHORT = 512  # values of a reduced row, below which rows lie side by side in tho
 ENOUGH_ROWS = 8  # of those, for their sums to be worth the space
 SHORTEST = 128  # values of a reduced row, below which eight neighbours are read together; of small integers,
 SMALLEST = 64
-ALONG = 160  # bytes of such a row from which each is read along, not a value of each at once: up to three times as fast
+ALONG = (
+    32,
+    128,
+)  # values, and bytes, of such a row from which each is read along, not a value of each: up to three times
 AT_ONCE = 1 << 10  # bytes of a kept index's values below which longer rows are read so, too
 FEW_ROWS = 12  # rows of neighbouring kept indices, up to which all are read for eight columns at once
 FEW = 8  # kept indices in a row, below which each goes its own way along the reduced ones
@@ -87,6 +90,10 @@ class Summing(NamedTuple):
             many = IN_L1 // (self.itemsize * (6 if self.squares else 4)) * (2 if wide else 1)
             return min(many, max(FEW_COLUMNS, size // SIZE_OF_COLUMN))
         return (OF_WIDE_ROWS if wide else IN_L1) // 8 // (3 if self.squares else 2 if self.exact else 1)
+
+    def along(self, values: int) -> bool:
+        """Whether so many of a kept index are read along."""
+        return values >= ALONG[0] and values * self.itemsize >= ALONG[1]
 
 
 class Division(NamedTuple):
@@ -197,7 +204,7 @@ def _along_kept(
         width=pitch(folded * -(-cells // 8) * 8 * inner + 8 * inner), kept_step=row.result,
     )  # fmt: skip
     words = _words(kept, rows)
-    along = row.step != 1 and bool(rows) and rows[-1].step == 1 and rows[-1].size * how.itemsize >= ALONG
+    along = row.step != 1 and bool(rows) and rows[-1].step == 1 and how.along(rows[-1].size)
     few = FEW_ROWS if row.step == 1 else max(SHORTEST, AT_ONCE // how.itemsize if along else 0)
     if count <= few and size is None and folded == 1:
         geometry = geometry._replace(parts=1, rows_of_a_part=count)
@@ -224,7 +231,7 @@ def divide(d: list[Dimension], masked: bool, how: Summing) -> Division:
         if above.kept and beside and last.size < SHORT and rows >= ENOUGH_ROWS:
             return _along_kept(d, above, last, None, most, how)
         short = last.size < (SMALLEST if how.small else SHORTEST)
-        short = short or (not how.small and ALONG <= rows * last.size * how.itemsize < AT_ONCE)
+        short = short or (not how.small and how.along(rows * last.size) and rows * last.size * how.itemsize < AT_ONCE)
         if above.kept and short and above.size >= WORTH and not masked:
             most = min(most, max(8, IN_L1 // (last.size * how.itemsize)))
             return _along_kept(d, above, None, None, most, how)
