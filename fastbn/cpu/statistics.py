@@ -40,10 +40,7 @@ SHORT = 512  # values of a reduced row, below which rows lie side by side in tho
 ENOUGH_ROWS = 8  # of those, for their sums to be worth the space
 SHORTEST = 128  # values of a reduced row, below which eight neighbours are read together; of small integers,
 SMALLEST = 64
-ALONG = (
-    32,
-    128,
-)  # values, and bytes, of such a row from which each is read along, not a value of each: up to three times
+ALONG = 32, 128  # values, and bytes, of such a row from which each is read along: up to three times as fast
 AT_ONCE = 1 << 10  # bytes of a kept index's values below which longer rows are read so, too
 FEW_ROWS = 12  # rows of neighbouring kept indices, up to which all are read for eight columns at once
 FEW = 8  # kept indices in a row, below which each goes its own way along the reduced ones
