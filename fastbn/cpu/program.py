@@ -30,6 +30,7 @@ ON_STACK = 3 << 10  # bytes of scratch memory at most; with more a frame exceeds
 # below LONG they measure how long they wait for it, and when waits lately were more than WORTH times as long as the
 # work done without it, calls keep it for REST times as long.
 KEPT, LONG = 1 << 16, 1 << 22
+KEPT_UNTIMED = 1 << 17  # where the system's clock is not asked
 NEVER, ALWAYS = 0, 1  # release it; or the address of the time from which on calls do, and of what was lost by waiting
 WORTH, REST = 4, 8
 LONG_WAIT, MOST_WON = 4_000_000, 20_000_000  # ns: lost at once; of time that was well spent, as much as counts
@@ -221,9 +222,9 @@ class Program:
 
 def _releases(size: int) -> int:
     """The word `RELEASES` of a program for so many elements."""
-    if size < KEPT or (size < LONG and not POSSIBLE):
+    if size < KEPT if POSSIBLE else size < KEPT_UNTIMED:
         return NEVER
-    return ALWAYS if size >= LONG else ctypes.addressof(_lock)
+    return ctypes.addressof(_lock) if POSSIBLE and size < LONG else ALWAYS
 
 
 _lock = (ctypes.c_int64 * 2)()  # the time, and the time lost
