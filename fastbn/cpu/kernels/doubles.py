@@ -128,6 +128,8 @@ def some_values(typing, array, at, step, some):
 @intrinsic
 def prefetch_values(typing, array, at):
     """Ask for the lines of four times eight values, which need not exist."""
+    if array == types.none:
+        return types.none(array, types.intp), _dummy
 
     def codegen(context, builder, sig, args):
         for line in range(0, 4 * LANES * size_of(array), 64):

@@ -35,18 +35,12 @@ from fastbn.cpu.kernels.common import (
     write_linear,
 )
 from fastbn.cpu.kernels.compiler import inline, kernel
-from fastbn.cpu.kernels.inner_reduction import (
-    NARROW,
-    ONE_ROW,
-    SINGLE,
+from fastbn.cpu.kernels.inner_places import (
     Place,
     chunk_at,
     chunk_count,
-    gap_of,
     kept_at,
     kept_range,
-    load_across,
-    misaligned,
     piece_start,
     place_behind,
     place_of,
@@ -55,6 +49,14 @@ from fastbn.cpu.kernels.inner_reduction import (
     segment_count,
     values_from,
     values_in_run,
+)
+from fastbn.cpu.kernels.inner_reduction import (
+    NARROW,
+    ONE_ROW,
+    SINGLE,
+    gap_of,
+    load_across,
+    misaligned,
 )
 from fastbn.cpu.kernels.simd import (
     advance,

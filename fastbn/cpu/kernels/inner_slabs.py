@@ -36,15 +36,17 @@ from fastbn.cpu.kernels.inner_gradients import (
     grad_input_run,
     write_one_linear,
 )
+from fastbn.cpu.kernels.inner_places import (
+    Place,
+    chunk_count,
+    segment_count,
+)
 from fastbn.cpu.kernels.inner_reduction import (
     ONE_ROW,
     Gaps,
-    Place,
     Some,
-    chunk_count,
     merge_chunks,
     normalize_run,
-    segment_count,
     write_one_affine,
 )
 from fastbn.cpu.kernels.simd import advance, table_rows

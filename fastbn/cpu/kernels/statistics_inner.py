@@ -10,7 +10,7 @@ import numpy as np
 
 from fastbn.cpu.kernels.calls import reserve
 from fastbn.cpu.kernels.compiler import inline, kernel
-from fastbn.cpu.kernels.doubles import LANES, everywhere, lane, prefetch_values, unless, value_at
+from fastbn.cpu.kernels.doubles import LANES, everywhere, lane, only_if, prefetch_values, unless, value_at
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import address
 from fastbn.cpu.kernels.statistics import (
@@ -120,14 +120,8 @@ def add_each(s, e, q, squares, exact):
 
 
 @inline
-def prefetch_row(x, at, ahead):
-    if ahead is not None:
-        prefetch_values(x, at)
-
-
-@inline
-def add_row(x, source, at, w_at, columns, w, q, o, sums, ahead):
-    """A row of one weight, or of a mask's, to the sums; what comes later is prefetched."""
+def add_row(x, source, at, w_at, columns, w, q, o, sums, in_memory):
+    """A row of one weight, or of a mask's, to the sums; what is in memory behind it is prefetched."""
     n, a0, a1, a2, a3, b0, b1, b2, b3 = sums
     geometry = source.geometry
     far, jump, end = LANES, 4 * LANES, columns & -4 * LANES
@@ -138,7 +132,8 @@ def add_row(x, source, at, w_at, columns, w, q, o, sums, ahead):
     i = 0
     while i < end:  # a range of unknown step would be counted by a division for each row
         if far == LANES:
-            prefetch_row(x, at + i + geometry.ahead + (geometry.skip if i >= geometry.turn else 0), ahead)
+            later = geometry.ahead + (geometry.skip if i >= geometry.turn else 0)
+            prefetch_values(only_if(in_memory, x), at + i + later)
         e0 = eight(x, source, at + i, None, w_at + i, w, q, None, o)
         e1 = eight(x, source, at + i + far, None, w_at + i + far, w, q, None, o)
         e2 = eight(x, source, at + i + 2 * far, None, w_at + i + 2 * far, w, q, None, o)
