@@ -330,21 +330,24 @@ def _nothing(*arguments):
 
 @intrinsic
 def put_values(typing, array, at, v, n):
-    """Write the first n lanes side by side, in the array's dtype."""
+    """Write the first n lanes side by side, or all if it is None, in the array's dtype."""
     if array == types.none:
-        return types.none(
-            array, types.intp, v, types.intp
-        ), lambda context, builder, sig, args: context.get_dummy_value()
+        return _nothing(array, types.intp, v, n)
+    few = n != types.none
 
     def codegen(context, builder, sig, args):
         v = args[2] if array.dtype == types.float64 else builder.fptrunc(args[2], FLOATS.llvm)
         v = encode(builder, v, array.dtype, FLOATS)
-        pointer, mask = pointer_to(builder, array, args[0], args[1], LANES), lanes_below(builder, args[3], LANES)
-        kind = ir.FunctionType(ir.VoidType(), [v.type, pointer.type, I32, mask.type])
-        builder.call(masked(builder, "store", kind, v.type), [v, pointer, I32(size_of(array)), mask])
+        pointer = pointer_to(builder, array, args[0], args[1], LANES)
+        if few:
+            mask = lanes_below(builder, args[3], LANES)
+            kind = ir.FunctionType(ir.VoidType(), [v.type, pointer.type, I32, mask.type])
+            builder.call(masked(builder, "store", kind, v.type), [v, pointer, I32(size_of(array)), mask])
+        else:
+            builder.store(v, pointer, align=size_of(array))
         return context.get_dummy_value()
 
-    return types.none(array, types.intp, v, types.intp), codegen
+    return types.none(array, types.intp, v, types.intp if few else n), codegen
 
 
 @intrinsic

@@ -318,11 +318,11 @@ def fetch(thread, first, last, x, step, out):
     whole = last - (last - first) % LANES
     if step == 1:
         for i in range(first, whole, LANES):
-            put_values(out, i, some_values(x, i, None, None), LANES)
+            put_values(out, i, some_values(x, i, None, None), None)
         if whole < last:
             put_values(out, whole, some_values(x, whole, None, last - whole), last - whole)
     else:
         for i in range(first, whole, LANES):
-            put_values(out, i, some_values(x, i * step, step, None), LANES)
+            put_values(out, i, some_values(x, i * step, step, None), None)
         if whole < last:
             put_values(out, whole, some_values(x, whole * step, step, last - whole), last - whole)

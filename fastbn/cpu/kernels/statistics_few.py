@@ -56,7 +56,8 @@ NUMBERS = SHIFTS + LANES
 def sums_of_columns(x, source, at, step, w_at, some, q, squares, exact, o):
     """Of eight columns from a place on: their counts, and the sums around q that `add` makes."""
     zero, geometry = everywhere(0.0), source.geometry
-    n, a, b, of_rows, r, ahead = zero, zero, zero, 0.0, 0, AHEAD // geometry.itemsize
+    n, a, b, of_rows, r, line = zero, zero, zero, 0.0, 0, 64 // geometry.itemsize
+    ahead = at + AHEAD // geometry.itemsize
     while r < geometry.rows:
         x_row, w_row, x_step, w_step, rows, _ = rows_from(r, geometry.rows, source)
         r += rows
@@ -64,8 +65,9 @@ def sums_of_columns(x, source, at, step, w_at, some, q, squares, exact, o):
         for _ in range(rows):
             if row_counts(source.where, w_row, geometry):
                 weight = weight_of_row(source.where, w_row, weight_by_row(o))
-                if step is not None and squares is None:
-                    prefetch(x, x_row + ahead)
+                if step is not None and squares is None and geometry.rows >= LANES:
+                    prefetch(x, ahead)
+                    ahead += line
                 e = eight(x, source, x_row, step, w_row, everywhere(weight), q, some, o)
                 a, b = add(a, b, e, q, squares, exact)
                 n, of_rows = tallied(n, e, o), of_rows + weight
@@ -164,7 +166,8 @@ def finish_columns(x, source, at, step, w_at, some, squares, along, o, results, 
     if squares is not None:
         mu = (hi + lo) * each
         q = choose(finite(mu), shortened(mu, o.exact), zero)
-        lower_underflow_flag()
+        if checks(squares, o.exact, o.weighted):
+            lower_underflow_flag()
         _, a, b = sums(x, source, at, step, w_at, some, q, squares, o.exact, along, across, o, to.count)
         m2 = b - a * (a * choose(greater(n, zero), each, zero))
         if checks(squares, o.exact, o.weighted) and underflowed(lane(b, 0)):

@@ -231,7 +231,8 @@ def sums_around_a_shift(source, part, o, squares, workspace, buffer):
     if squares is not None:
         shift = peek(source, part, o.exact, workspace, buffer)
     for look in range(LOOKS):
-        lower_underflow_flag()
+        if checks(squares, o.exact, o.weighted):
+            lower_underflow_flag()
         n, a, b = sums_of_rows(source, part, shift, o, workspace, buffer)
         lost = checks(squares, o.exact, o.weighted) and underflowed(b)
         if squares is None or n == 0.0 or look + 1 == LOOKS or not is_far(n, a, b, o):

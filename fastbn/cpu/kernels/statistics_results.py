@@ -40,7 +40,8 @@ def merge_parts(a, at, pitch, far, parts, cells, o, results, o_at, step):
         n, hi, lo, m2 = zero, zero, zero, zero
         among = first_lanes(cells - j)  # in the other lanes are other numbers, or none yet
         origin = choose(among, field(a, at + pitch + j, o.squares), zero)
-        lower_underflow_flag()
+        if checks(o.squares, o.exact, o.weighted):
+            lower_underflow_flag()
         for k in range(parts):
             here = at + k * far + j
             part_n, s = choose(among, load(a, here, 64), zero), choose(among, load(a, here + 2 * pitch, 64), zero)
@@ -153,7 +154,9 @@ def put_results(out, kind, to, v):
 
 @inline
 def put(out, to, v):
-    if to.step == 1:
+    if to.step == 1 and to.count == LANES:  # stores under a mask take twelve times as long on some processors
+        put_values(out, to.at, v, None)
+    elif to.step == 1:
         put_values(out, to.at, v, to.count)
     else:
         for k in range(to.count):
