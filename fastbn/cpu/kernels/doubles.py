@@ -116,13 +116,48 @@ def some_values(typing, array, at, step, some):
         return types.none(array, types.intp, step, some), _dummy
 
     def codegen(context, builder, sig, args):
-        first = lanes_below(builder, args[3], LANES) if few else None
-        if strided:
-            return _in_float64(builder, _gathered(builder, array, args[:3], first), array.dtype)
-        pointer = pointer_to(builder, array, args[0], args[1], LANES)
-        return _in_float64(builder, _stored(builder, array, pointer, first), array.dtype)
+        return _in_float64(builder, _some(builder, array, args, strided, few), array.dtype)
 
     return DOUBLES(array, types.intp, types.intp if strided else step, types.intp if few else some), codegen
+
+
+def _some(builder, array, args, strided, few):
+    first = lanes_below(builder, args[3], LANES) if few else None
+    if strided:
+        return _gathered(builder, array, args[:3], first)
+    return _stored(builder, array, pointer_to(builder, array, args[0], args[1], LANES), first)
+
+
+@intrinsic
+def values_to_test(typing, array, at, step, some, skip_nan):
+    """`some_values`; floats of 32 bits or fewer as float32 if NaNs are to be found: half the instructions."""
+    strided, few = step != types.none, some != types.none
+    short = skip_nan != types.none and array.dtype in (types.float32, types.uint16, types.int16)
+    v = FLOATS if short else DOUBLES
+
+    def codegen(context, builder, sig, args):
+        stored = _some(builder, array, args, strided, few)
+        return decode(builder, stored, array.dtype, v) if short else _in_float64(builder, stored, array.dtype)
+
+    return v(array, types.intp, types.intp if strided else step, types.intp if few else some, skip_nan), codegen
+
+
+@intrinsic
+def in_float64(typing, v):
+    def codegen(context, builder, sig, args):
+        return args[0] if v == DOUBLES else builder.fpext(args[0], DOUBLES.llvm)
+
+    return DOUBLES(v), codegen
+
+
+@intrinsic
+def in_type_of(typing, v, number):
+    """Float64 in the type of v, which has these numbers."""
+
+    def codegen(context, builder, sig, args):
+        return args[1] if v == DOUBLES else builder.fptrunc(args[1], v.llvm)
+
+    return v(v, number), codegen
 
 
 @intrinsic
@@ -272,6 +307,20 @@ def greater(typing, a, b):
 
 
 @intrinsic
+def counted(typing, n, one, two, three, four):
+    """In each lane, n and how many of four masks have it; n without masks."""
+    if one == types.none:
+        return n(n, one, two, three, four), lambda context, builder, sig, args: args[0]
+
+    def codegen(context, builder, sig, args):
+        kind = ir.VectorType(I32, LANES)
+        total = reduce(builder.add, (builder.sext(mask, kind) for mask in args[1:]))  # of lanes that are -1 or 0
+        return builder.fsub(args[0], builder.sitofp(total, n.llvm))
+
+    return n(n, one, two, three, four), codegen
+
+
+@intrinsic
 def choose(typing, mask, a, b):
     """The lanes of a that the mask has, else those of b."""
     if mask == types.none:
@@ -280,6 +329,18 @@ def choose(typing, mask, a, b):
 
 
 # --- lanes ------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def hidden(typing, number):
+    """The number, of which LLVM knows nothing."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(I64, [I64])
+        bits = builder.asm(kind, "", "=r,0", [builder.bitcast(args[0], I64)], side_effect=False)
+        return builder.bitcast(bits, DOUBLE)
+
+    return types.float64(types.float64), codegen
 
 
 @intrinsic

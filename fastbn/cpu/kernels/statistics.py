@@ -30,13 +30,17 @@ from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.doubles import (
     LANES,
     choose,
+    counted,
     everywhere,
     first_there,
+    in_float64,
+    in_type_of,
     only_if,
     put_values,
     some_values,
     unless,
     value_at,
+    values_to_test,
     which_count,
 )
 from fastbn.cpu.kernels.simd import address, fma, load
@@ -241,10 +245,10 @@ def short(number, exact):
 def eight(x, source, at, step, w_at, row_weight, q, some, o):
     """Eight values, or the first ``some``, side by side if the step is None."""
     where = only_if(o.masked, source.where)
-    v = some_values(x, at, step, some)
+    v = values_to_test(x, at, step, some, o.skip_nan)
     mask = which_count(where, w_at, v, some, o.skip_nan)
     w = first_there(some_values(only_if(o.weighted, where), w_at, None, some), only_if(o.weighted, row_weight))
-    return Eight(choose(mask, v, q), mask, w)
+    return Eight(in_float64(choose(mask, v, in_type_of(v, q))), mask, w)
 
 
 @inline
@@ -263,6 +267,16 @@ def weight_by_row(o):
 def tallied(n, e, o):
     """What these weigh added to n, if values count one by one."""
     return tally(n, only_if(one_by_one(o), e.mask), e.w)
+
+
+@inline
+def all_tallied(n, e, o):
+    """The same of four times eight."""
+    if o.masked is None and o.weighted is None:
+        m0, m1 = only_if(o.skip_nan, e[0].mask), only_if(o.skip_nan, e[1].mask)
+        m2, m3 = only_if(o.skip_nan, e[2].mask), only_if(o.skip_nan, e[3].mask)
+        return counted(n, m0, m1, m2, m3)
+    return tallied(tallied(tallied(tallied(n, e[0], o), e[1], o), e[2], o), e[3], o)
 
 
 @inline

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastbn.cpu.kernels.calls import reserve
 from fastbn.cpu.kernels.compiler import inline, kernel
-from fastbn.cpu.kernels.doubles import LANES, everywhere, lane, only_if, prefetch_values, unless, value_at
+from fastbn.cpu.kernels.doubles import LANES, everywhere, hidden, lane, only_if, prefetch_values, unless, value_at
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import address
 from fastbn.cpu.kernels.statistics import (
@@ -22,6 +22,7 @@ from fastbn.cpu.kernels.statistics import (
     Source,
     add,
     add_four,
+    all_tallied,
     eight,
     fetched,
     is_far,
@@ -138,7 +139,7 @@ def add_row(x, source, at, w_at, columns, w, q, o, sums, in_memory):
         e1 = eight(x, source, at + i + far, None, w_at + i + far, w, q, None, o)
         e2 = eight(x, source, at + i + 2 * far, None, w_at + i + 2 * far, w, q, None, o)
         e3 = eight(x, source, at + i + 3 * far, None, w_at + i + 3 * far, w, q, None, o)
-        n = tallied(tallied(tallied(tallied(n, e0, o), e1, o), e2, o), e3, o)
+        n = all_tallied(n, (e0, e1, e2, e3), o)
         sums = add_each(Sums(n, a0, a1, a2, a3, b0, b1, b2, b3), (e0, e1, e2, e3), q, o.squares, o.exact)
         n, a0, a1, a2, a3, b0, b1, b2, b3 = sums
         i += jump
@@ -227,7 +228,8 @@ def sums_of_integers(source, part, squares):
 @inline
 def sums_around_a_shift(source, part, o, squares, workspace, buffer):
     """n, shift, A and B of a part, and whether squares underflowed."""
-    shift, n, a, b, lost = 0.0, 0.0, 0.0, 0.0, False
+    # LLVM would choose a known number in place of NaNs after the conversion to float64: nanmean 0.9 times as fast.
+    shift, n, a, b, lost = hidden(0.0), 0.0, 0.0, 0.0, False
     if squares is not None:
         shift = peek(source, part, o.exact, workspace, buffer)
     for look in range(LOOKS):

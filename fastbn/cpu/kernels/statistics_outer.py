@@ -20,6 +20,7 @@ from fastbn.cpu.kernels.doubles import (
     first_lanes,
     first_there,
     greater,
+    hidden,
     only_if,
     put_values,
     shortened,
@@ -39,6 +40,7 @@ from fastbn.cpu.kernels.statistics import (
     Source,
     add,
     add_four,
+    all_tallied,
     eight,
     far,
     fetched,
@@ -109,8 +111,10 @@ def loaded(table, c, q_is_used, rest_is_used, counts):
     """The numbers of eight columns; zeros of those that are not used."""
     numbers = table.numbers
     a, b = load(numbers, sums_at(table, c), 64), field(numbers, rest_at(table, c), rest_is_used)
-    q, n = field(numbers, shifts_at(table, c), q_is_used), field(numbers, counts_at(table, c), counts)
-    return q, n, a, b
+    n = field(numbers, counts_at(table, c), counts)
+    if q_is_used is None:
+        return everywhere(hidden(0.0)), n, a, b  # see `statistics_inner.sums_around_a_shift`
+    return load(numbers, shifts_at(table, c), 64), n, a, b
 
 
 @inline
@@ -148,7 +152,7 @@ def add_vectors(x, source, at, step, far, w_at, w_far, weights, some, o, table, 
     e2 = eight(x, source, at + 2 * far, None, w_at + 2 * w_far, weights[2], q, some, o)
     e3 = eight(x, source, at + 3 * far, None, w_at + 3 * w_far, weights[3], q, some, o)
     a, b = add_four(a, b, (e0, e1, e2, e3), q, o.squares, o.exact)
-    n = tallied(tallied(tallied(tallied(n, e0, o), e1, o), e2, o), e3, o)
+    n = all_tallied(n, (e0, e1, e2, e3), o)
     stored(table, c, n, a, b, rest, counts)
 
 
