@@ -120,9 +120,13 @@ class Geometry(NamedTuple):
     tile: int = 0
     """Channels of a task."""
     width: int = 0
-    """From a row of a thread's table to the next."""
+    """From a row of a thread's table to the next,"""
+    own: int = 0
+    """and to another thread's."""
     kept_step: int = 1
-    """Between results of neighbours."""
+    """Between results of neighbours,"""
+    mask_step: int = 0
+    """and between their bytes of a mask."""
     # Of arrays:
     itemsize: int = 0
     mask: int = 0

@@ -109,6 +109,8 @@ class Division(NamedTuple):
     strided: bool
     mask_of_rows: bool
     """The mask is the same all along a row."""
+    mask_of_cells: bool = False
+    """The mask has a byte of each row of kept indices, several of which are taken as one."""
     along: bool = False
     """Values of a kept index are neighbours, enough for a vector."""
 
@@ -160,7 +162,13 @@ def _in_fours(size: int, most: int) -> int:
 
 
 def _along_kept(
-    d: list[Dimension], row: Dimension, size: Dimension | None, fold: Dimension | None, most: int, how: Summing
+    d: list[Dimension],
+    row: Dimension,
+    size: Dimension | None,
+    fold: Dimension | None,
+    most: int,
+    masked: bool,
+    how: Summing,
 ) -> Division:
     """Rows of kept indices: ``size`` neighbouring reduced values of each, all of it ``fold`` times; `most` columns."""
     own = [o for o in (row, size) if o is not None]
@@ -198,19 +206,24 @@ def _along_kept(
     geometry = Geometry(
         len(kept), len(rows), rows=count, parts=parts, rows_of_a_part=each,
         step=row.step if size is None else size.step, channels=row.size, size=inner, fold=folded, tail=tail, tile=cells,
-        width=pitch(folded * -(-cells // 8) * 8 * inner + 8 * inner), kept_step=row.result,
+        width=pitch(folded * -(-cells // 8) * 8 * inner + 8 * inner), kept_step=row.result, mask_step=row.mask,
     )  # fmt: skip
     words = _words(kept, rows)
     along = row.step != 1 and bool(rows) and rows[-1].step == 1 and how.along(rows[-1].size)
+    along = along and (not masked or rows[-1].mask == 1)
     few = FEW_ROWS if row.step == 1 else max(SHORTEST, AT_ONCE // how.itemsize if along else 0)
     if count <= few and size is None and folded == 1:
         geometry = geometry._replace(parts=1, rows_of_a_part=count)
-        return Division("few", geometry, words, others * tiles, 0, 0, 0, row.step != 1, row.mask == 0, along)
+        of_rows = row.mask == 0 and not along
+        return Division("few", geometry, words, others * tiles, 0, 0, 0, row.step != 1, of_rows, along=along)
     innermost = row if size is None else size
+    of_cells = fold is not None and masked and innermost.mask == 0 != fold.mask
+    of_thread = (FIELDS + 1 + (4 if of_cells else 0)) * geometry.width
     partials = FIELDS * row.size * parts * others if parts > 1 else 0
     return Division(
-        "outer", geometry, words, others * parts * tiles, others * -(-row.size // 8), partials,
-        (FIELDS + 1) * geometry.width, innermost.step != 1, innermost.mask == 0,
+        "outer", geometry._replace(own=of_thread), words, others * parts * tiles, others * -(-row.size // 8), partials,
+        of_thread,
+        innermost.step != 1, innermost.mask == 0 and not of_cells, of_cells,
     )  # fmt: skip
 
 
@@ -226,25 +239,28 @@ def divide(d: list[Dimension], masked: bool, how: Summing) -> Division:
         rows = math.prod(o.size for o in d if not o.kept) // last.size
         beside = last.step == 1 and above.step == last.size and (not masked or above.mask == last.mask * last.size)
         if above.kept and beside and last.size < SHORT and rows >= ENOUGH_ROWS:
-            return _along_kept(d, above, last, None, most, how)
+            return _along_kept(d, above, last, None, most, masked, how)
         short = last.size < (SMALLEST if how.small else SHORTEST)
         short = short or (not how.small and how.along(rows * last.size) and rows * last.size * how.itemsize < AT_ONCE)
-        if above.kept and short and above.size >= WORTH and not masked:
+        if masked:  # only where all is added up at once
+            values, long = rows * last.size, last.mask == 1 and how.along(last.size)
+            short = (values < SHORTEST and (long or values < ALONG[0])) or (long and values * how.itemsize < AT_ONCE)
+        if above.kept and short and above.size >= WORTH:
             most = min(most, max(8, IN_L1 // (last.size * how.itemsize)))
-            return _along_kept(d, above, None, None, most, how)
+            return _along_kept(d, above, None, None, most, masked, how)
         return _along_reduced(d, last, how)
     beside = last.step == 1 and above is not None and above.step == last.size
-    if masked and above is not None:
-        beside = beside and above.mask == last.size * last.mask != 0
+    if masked and above is not None:  # a byte of each value, or of each row
+        beside = beside and (above.mask == last.size * last.mask or (last.mask == 0 and above.mask == 1))
     if above is not None and not above.kept and beside and 2 * last.size <= most:
-        folded = _along_kept(d, last, None, above, most, how)
+        folded = _along_kept(d, last, None, above, most, masked, how)
         if folded.tasks > 1 or last.size < 2 * NARROWEST:
             return folded
     reduced = [o for o in d if not o.kept]
     run = max(reduced, key=lambda o: o.size, default=last)
     if last.size < FEW and not run.kept and (not masked or run.mask in (0, 1)):
         return _along_reduced(d, run, how)
-    return _along_kept(d, last, None, None, how.columns(size, wide=True), how)
+    return _along_kept(d, last, None, None, how.columns(size, wide=True), masked, how)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -283,10 +299,12 @@ def plan(
     into |= {"ddof": p.number("ddof"), "status": p.array("status"), "formats": p.record(formats)}
     x = p.array("x").after(starts[0])
     if c.kernel == "few":
-        lying: dict[str, Any] = {"x": x, "strided": c.strided or None, "along": (c.along and mask is None) or None}
+        lying: dict[str, Any] = {"x": x, "strided": c.strided or None, "along": c.along or None}
         p.launch("statistics_few.few", c.tasks, **(lying | selection | given | into))
         return p
     given["partials"] = p.scratch(c.partials + 64, "f8*")
+    if c.kernel == "outer":
+        selection["by_cell"] = c.mask_of_cells or None
     data = _reading(p, x, c, how) | selection | given | {"workspace": p.temporary(threads * c.own, "f8*")} | into
     p.launch(f"statistics_{c.kernel}.{c.kernel}", c.tasks, **data)
     if c.geometry.parts > 1:

@@ -63,6 +63,29 @@ def check_masks(dtype, function, of):
     report(failures)
 
 
+PIXELS = [((31, 9, 3), (0, 1)), ((40, 50, 3), (0, 1)), ((40, 50, 12), (0, 1)), ((5, 40, 30, 2), (1, 2))]
+SHORT_ROWS = [((70, 3), 1), ((70, 10), 1), ((53, 33), 1), ((41, 100), 1), ((19, 5, 7), (1, 2))]
+
+
+@by_function
+@pytest.mark.parametrize("dtype", some_slow(["float32", "float64", "float16", "int16"], ["float32"]))
+def test_pixels_and_short_rows(dtype, function):
+    """Masks of a pixel's channels together, and those of a few values a kept index, which are read eight at once."""
+    failures = []
+    for shape, axis in [*PIXELS, *SHORT_ROWS]:
+        x, rng = maker(dtype)(shape), np.random.default_rng(len(failures))
+        masks = {"pixels": (*shape[:-1], 1), "all": shape, "last axis": shape[-1:]}
+        for name, of in masks.items():
+            where = rng.random(of) < 0.7
+            if of[-1] > 1:
+                where[..., 0] |= ~where.any(axis=-1)
+            for seen, mask in (x, where), (x[::-1], where[::-1] if name != "last axis" else where):
+                exact = oracle.exact(seen, axis, mask)
+                if (exact.count > 0).all():
+                    check(failures, f"{shape} {axis}, {name}", function, seen, exact, axis=axis, where=mask)
+    report(failures)
+
+
 @by_function
 @pytest.mark.parametrize("dtype", some_slow(["float16", "float32", "float64"], ["float32"]))
 def test_what_is_left_out_is_not_seen(dtype, function):

@@ -230,27 +230,28 @@ def _not_zero(builder, stored, dtype):
 
 
 @intrinsic
-def which_count(typing, where, at, v, some, skip_nan):
+def which_count(typing, where, at, step, v, some, skip_nan):
     """Of eight values, or of the first ``some``: those whose byte, or weight, is not zero, and that are not NaN if
-    these are skipped; None if all count.
+    these are skipped; None if all count. Bytes are side by side if the step is None.
     """
-    present = [where != types.none, some != types.none, skip_nan != types.none]
+    present, strided = [where != types.none, some != types.none, skip_nan != types.none], step != types.none
     if not any(present):
-        return types.none(where, types.intp, v, some, skip_nan), _dummy
+        return types.none(where, types.intp, step, v, some, skip_nan), _dummy
 
     def codegen(context, builder, sig, args):
         masks, first = [], None
         if present[1]:
-            first = lanes_below(builder, args[3], LANES)
+            first = lanes_below(builder, args[4], LANES)
             masks.append(first)
         if present[0]:
-            pointer = pointer_to(builder, where, args[0], args[1], LANES)
-            masks.append(_not_zero(builder, _stored(builder, where, pointer, first), where.dtype))
+            stored = _some(builder, where, [*args[:3], args[4]], strided, present[1])
+            masks.append(_not_zero(builder, stored, where.dtype))
         if present[2]:
-            masks.append(builder.fcmp_ordered("ord", args[2], args[2]))
+            masks.append(builder.fcmp_ordered("ord", args[3], args[3]))
         return reduce(builder.and_, masks)
 
-    return MASK(where, types.intp, v, types.intp if present[1] else some, skip_nan), codegen
+    step = types.intp if strided else step
+    return MASK(where, types.intp, step, v, types.intp if present[1] else some, skip_nan), codegen
 
 
 @intrinsic
@@ -282,7 +283,9 @@ def finite(typing, v):
 
 @intrinsic
 def both(typing, a, b):
-    """The lanes that two masks have."""
+    """The lanes that two masks have; b may be None."""
+    if b == types.none:
+        return a(a, b), lambda context, builder, sig, args: args[0]
     return a(a, b), lambda context, builder, sig, args: builder.and_(*args)
 
 
@@ -409,6 +412,25 @@ def put_values(typing, array, at, v, n):
         return context.get_dummy_value()
 
     return types.none(array, types.intp, v, types.intp if few else n), codegen
+
+
+@intrinsic
+def array_at(typing, address, like):
+    """An array at an address, of the dtype of another."""
+    return like(address, like), lambda context, builder, sig, args: builder.inttoptr(args[0], args[1].type)
+
+
+@intrinsic
+def repeat_value(typing, array, at, out, to):
+    """Write a value eight times, side by side, into another array of its dtype."""
+
+    def codegen(context, builder, sig, args):
+        single = builder.load(pointer_to(builder, array, args[0], args[1], 1), align=size_of(array))
+        pointer = pointer_to(builder, out, args[2], args[3], LANES)
+        builder.store(shuffle(builder, single, [0] * LANES), pointer, align=size_of(array))
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, out, types.intp), codegen
 
 
 @intrinsic

@@ -242,12 +242,12 @@ def short(number, exact):
 
 
 @inline
-def eight(x, source, at, step, w_at, row_weight, q, some, o):
-    """Eight values, or the first ``some``, side by side if the step is None."""
+def eight(x, source, at, step, w_at, w_step, row_weight, q, some, o):
+    """Eight values, or the first ``some``, and those of a mask; either side by side if its step is None."""
     where = only_if(o.masked, source.where)
     v = values_to_test(x, at, step, some, o.skip_nan)
-    mask = which_count(where, w_at, v, some, o.skip_nan)
-    w = first_there(some_values(only_if(o.weighted, where), w_at, None, some), only_if(o.weighted, row_weight))
+    mask = which_count(where, w_at, w_step, v, some, o.skip_nan)
+    w = first_there(some_values(only_if(o.weighted, where), w_at, w_step, some), only_if(o.weighted, row_weight))
     return Eight(in_float64(choose(mask, v, in_type_of(v, q))), mask, w)
 
 

@@ -21,10 +21,8 @@ from fastbn.cpu.kernels.doubles import (
     only_if,
     row_sums,
     shortened,
-    some_values,
     unless,
     values,
-    which_count,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import prefetch, zero_where_not_positive
@@ -46,14 +44,14 @@ from fastbn.cpu.kernels.statistics import (
     weight_of_row,
 )
 from fastbn.cpu.kernels.statistics_results import Cells, checks, finish
-from fastbn.cpu.statistics import AHEAD, CAREFUL, OF_VALUES
+from fastbn.cpu.statistics import AHEAD, CAREFUL
 
 COUNTS, RESTS, SHIFTS = (k * LANES * LANES for k in (1, 2, 3))  # behind the sums, in the table of `sums_of_rows`
 NUMBERS = SHIFTS + LANES
 
 
 @inline
-def sums_of_columns(x, source, at, step, w_at, some, q, squares, exact, o):
+def sums_of_columns(x, source, at, step, w_at, w_across, some, q, squares, exact, o):
     """Of eight columns from a place on: their counts, and the sums around q that `add` makes."""
     zero, geometry = everywhere(0.0), source.geometry
     n, a, b, of_rows, r, line = zero, zero, zero, 0.0, 0, 64 // geometry.itemsize
@@ -68,7 +66,7 @@ def sums_of_columns(x, source, at, step, w_at, some, q, squares, exact, o):
                 if step is not None and squares is None and geometry.rows >= LANES:
                     prefetch(x, ahead)
                     ahead += line
-                e = eight(x, source, x_row, step, w_row, everywhere(weight), q, some, o)
+                e = eight(x, source, x_row, step, w_row, w_across, everywhere(weight), q, some, o)
                 a, b = add(a, b, e, q, squares, exact)
                 n, of_rows = tallied(n, e, o), of_rows + weight
             x_row += x_step
@@ -77,46 +75,40 @@ def sums_of_columns(x, source, at, step, w_at, some, q, squares, exact, o):
 
 
 @inline
-def add_short_row(x, source, at, q, squares, exact, o):
+def add_short_row(x, source, at, w_at, q, squares, exact, o):
     """The values of one kept index to sums in lanes; the last ones are read together with some that were before."""
     zero, geometry = everywhere(0.0), source.geometry
     n, a, b, r, ahead = zero, zero, zero, 0, AHEAD // geometry.itemsize
     while r < geometry.rows:
-        x_row, _, _, _, rows, _ = rows_from(r, geometry.rows, source)
+        x_row, w_row, _, _, rows, _ = rows_from(r, geometry.rows, source)
         r += rows
-        x_row += at
+        x_row, w_row = at + x_row, w_at + w_row
         for i in range(0, rows & -LANES, LANES):
             if squares is None:
                 prefetch(x, x_row + i + ahead)
-            e = eight(x, source, x_row + i, None, 0, zero, q, None, o)
+            e = eight(x, source, x_row + i, None, w_row + i, None, zero, q, None, o)
             a, b = add(a, b, e, q, squares, exact)
             n = tallied(n, e, o)
         if rows % LANES > 0:
-            v = some_values(x, x_row + rows - LANES, None, None)
-            mask = counting_last(v, rows % LANES, o.skip_nan)
-            e = Eight(choose(mask, v, q), mask, None)
+            last = rows - LANES
+            e = eight(x, source, x_row + last, None, w_row + last, None, zero, q, None, o)
+            mask = both(last_lanes(rows % LANES), e.mask)
+            e = Eight(choose(mask, e.v, q), mask, e.w)
             a, b = add(a, b, e, q, squares, exact)
             n = tallied(n, e, o)
     return n, a, b
 
 
 @inline
-def counting_last(v, count, skip_nan):
-    mask = last_lanes(count)
-    if skip_nan is not None:
-        mask = both(mask, which_count(None, 0, v, None, skip_nan))
-    return mask
-
-
-@inline
-def sums_of_rows(x, source, at, step, some, q, squares, exact, o):
+def sums_of_rows(x, source, at, step, w_at, w_step, some, q, squares, exact, o):
     """Of eight kept indices from a place on, or the first ``some``, a step apart: as `sums_of_columns`."""
     table, zero = doubles(reserve(NUMBERS)), everywhere(0.0)
     put(table, SHIFTS, q)
     for k in range(LANES):
         n, a, b = zero, zero, zero
         if k < some:
-            n, a, b = add_short_row(x, source, at + k * step, everywhere(table[SHIFTS + k]), squares, exact, o)
+            shift = everywhere(table[SHIFTS + k])
+            n, a, b = add_short_row(x, source, at + k * step, w_at + k * w_step, shift, squares, exact, o)
         put(table, k * LANES, a)
         put(table, COUNTS + k * LANES, n)
         put(table, RESTS + k * LANES, b)
@@ -138,13 +130,13 @@ def totals(table, sums, rests, squares, exact):
 
 
 @inline
-def sums(x, source, at, step, w_at, some, q, squares, exact, along, across, o, count):
+def sums(x, source, at, step, w_at, w_step, some, q, squares, exact, along, across, o, count):
     """By columns or by rows, whichever lies side by side."""
     n, a, b = q, q, q
     if along is not None:
-        n, a, b = sums_of_rows(x, source, at, step, count, q, squares, exact, o)
+        n, a, b = sums_of_rows(x, source, at, step, w_at, w_step, count, q, squares, exact, o)
     if across is not None:
-        n, a, b = sums_of_columns(x, source, at, step, w_at, some, q, squares, exact, o)
+        n, a, b = sums_of_columns(x, source, at, step, w_at, w_step, some, q, squares, exact, o)
     return n, a, b
 
 
@@ -157,18 +149,18 @@ def count_of(of_values, of_rows, counts):
 
 
 @inline
-def finish_columns(x, source, at, step, w_at, some, squares, along, o, results, to):
+def finish_columns(x, source, at, step, w_at, w_step, some, squares, along, o, results, to):
     """Results of eight columns, or the first ``some``."""
     zero, checked = everywhere(0.0), first_there(o.exact, o.weighted)
     across = unless(along, True)
-    n, hi, lo = sums(x, source, at, step, w_at, some, zero, None, checked, along, across, o, to.count)
+    n, hi, lo = sums(x, source, at, step, w_at, w_step, some, zero, None, checked, along, across, o, to.count)
     each = everywhere(1.0) / n
     if squares is not None:
         mu = (hi + lo) * each
         q = choose(finite(mu), shortened(mu, o.exact), zero)
         if checks(squares, o.exact, o.weighted):
             lower_underflow_flag()
-        _, a, b = sums(x, source, at, step, w_at, some, q, squares, o.exact, along, across, o, to.count)
+        _, a, b = sums(x, source, at, step, w_at, w_step, some, q, squares, o.exact, along, across, o, to.count)
         m2 = b - a * (a * choose(greater(n, zero), each, zero))
         if checks(squares, o.exact, o.weighted) and underflowed(lane(b, 0)):
             results.status[CAREFUL] = 1.0
@@ -186,18 +178,18 @@ def few(
     """A task is a tile of columns."""
     o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, None, 0, where, geometry, dimensions)
     results = Results(count, mean, spread, ddof, status, formats)
-    channels, tile, step = geometry.channels, geometry.tile, only_if(strided, geometry.step)
+    channels, tile = geometry.channels, geometry.tile
+    step, w_step = only_if(strided, geometry.step), only_if(strided, geometry.mask_step)
     tiles = -(-channels // tile)
     for task in range(first, last):
         k = task // tiles
         cell = (task - k * tiles) * tile
         end = min(cell + tile, channels)
         at, w_at, o_at = kept_place(k, geometry, dimensions)
-        by = 1 if geometry.mask == OF_VALUES else 0
         for c in range(cell, end, LANES):
-            x_at, w_c = at + c * geometry.step, w_at + c * by
+            x_at, w_c = at + c * geometry.step, w_at + c * geometry.mask_step
             to = Cells(o_at + c * geometry.kept_step, geometry.kept_step, min(LANES, end - c))
             if to.count == LANES:
-                finish_columns(x, source, x_at, step, w_c, None, squares, along, o, results, to)
+                finish_columns(x, source, x_at, step, w_c, w_step, None, squares, along, o, results, to)
             else:
-                finish_columns(x, source, x_at, step, w_c, to.count, squares, along, o, results, to)
+                finish_columns(x, source, x_at, step, w_c, w_step, to.count, squares, along, o, results, to)

@@ -135,21 +135,21 @@ def add_row(x, source, at, w_at, columns, w, q, o, sums, in_memory):
         if far == LANES:
             later = geometry.ahead + (geometry.skip if i >= geometry.turn else 0)
             prefetch_values(only_if(in_memory, x), at + i + later)
-        e0 = eight(x, source, at + i, None, w_at + i, w, q, None, o)
-        e1 = eight(x, source, at + i + far, None, w_at + i + far, w, q, None, o)
-        e2 = eight(x, source, at + i + 2 * far, None, w_at + i + 2 * far, w, q, None, o)
-        e3 = eight(x, source, at + i + 3 * far, None, w_at + i + 3 * far, w, q, None, o)
+        e0 = eight(x, source, at + i, None, w_at + i, None, w, q, None, o)
+        e1 = eight(x, source, at + i + far, None, w_at + i + far, None, w, q, None, o)
+        e2 = eight(x, source, at + i + 2 * far, None, w_at + i + 2 * far, None, w, q, None, o)
+        e3 = eight(x, source, at + i + 3 * far, None, w_at + i + 3 * far, None, w, q, None, o)
         n = all_tallied(n, (e0, e1, e2, e3), o)
         sums = add_each(Sums(n, a0, a1, a2, a3, b0, b1, b2, b3), (e0, e1, e2, e3), q, o.squares, o.exact)
         n, a0, a1, a2, a3, b0, b1, b2, b3 = sums
         i += jump
     for i in range(done, columns & -LANES, LANES):
-        e = eight(x, source, at + i, None, w_at + i, w, q, None, o)
+        e = eight(x, source, at + i, None, w_at + i, None, w, q, None, o)
         n = tallied(n, e, o)
         a0, b0 = add(a0, b0, e, q, o.squares, o.exact)
     i = columns & -LANES
     if i < columns:
-        e = eight(x, source, at + i, None, w_at + i, w, q, columns - i, o)
+        e = eight(x, source, at + i, None, w_at + i, None, w, q, columns - i, o)
         n = tallied(n, e, o)
         a1, b1 = add(a1, b1, e, q, o.squares, o.exact)
     return Sums(n, a0, a1, a2, a3, b0, b1, b2, b3)

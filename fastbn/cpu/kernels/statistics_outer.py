@@ -13,6 +13,7 @@ from fastbn.cpu.kernels.calls import reserve
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.doubles import (
     LANES,
+    array_at,
     both,
     choose,
     everywhere,
@@ -23,6 +24,7 @@ from fastbn.cpu.kernels.doubles import (
     hidden,
     only_if,
     put_values,
+    repeat_value,
     shortened,
     some_values,
     unless,
@@ -64,7 +66,9 @@ BIG = 1.5 * 2.0**52  # added and taken off again, it rounds to a whole number
 
 
 class Table(NamedTuple):
-    """A thread's: rows of counts, shifts, A and B of its columns, a pitch apart, and behind them what is fetched."""
+    """A thread's: rows of counts, shifts, A and B of its columns, a pitch apart, and behind them what is fetched,
+    and masks of four rows.
+    """
 
     numbers: Any
     own: Any
@@ -95,6 +99,11 @@ def rest_at(table, c):
 @inline
 def buffer_of(table):
     return table.own + FIELDS * table.pitch
+
+
+@inline
+def masks_of(table):
+    return table.own + (FIELDS + 1) * table.pitch
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -130,7 +139,7 @@ def add_vector(x, source, at, w_at, w, some, o, table, c):
     rest, counts = first_there(o.squares, o.exact), one_by_one(o)
     q, n, a, b = loaded(table, c, o.squares, rest, counts)
     prefetch(x, at + c + AHEAD // source.geometry.itemsize)
-    e = eight(x, source, at + c, None, w_at + c, w, q, some, o)
+    e = eight(x, source, at + c, None, w_at + c, None, w, q, some, o)
     a, b = add(a, b, e, q, o.squares, o.exact)
     n = tallied(n, e, o)
     stored(table, c, n, a, b, rest, counts)
@@ -147,10 +156,10 @@ def add_vectors(x, source, at, step, far, w_at, w_far, weights, some, o, table, 
         prefetch(x, at + far + step)
         prefetch(x, at + 2 * far + step)
         prefetch(x, at + 3 * far + step)
-    e0 = eight(x, source, at, None, w_at, weights[0], q, some, o)
-    e1 = eight(x, source, at + far, None, w_at + w_far, weights[1], q, some, o)
-    e2 = eight(x, source, at + 2 * far, None, w_at + 2 * w_far, weights[2], q, some, o)
-    e3 = eight(x, source, at + 3 * far, None, w_at + 3 * w_far, weights[3], q, some, o)
+    e0 = eight(x, source, at, None, w_at, None, weights[0], q, some, o)
+    e1 = eight(x, source, at + far, None, w_at + w_far, None, weights[1], q, some, o)
+    e2 = eight(x, source, at + 2 * far, None, w_at + 2 * w_far, None, weights[2], q, some, o)
+    e3 = eight(x, source, at + 3 * far, None, w_at + 3 * w_far, None, weights[3], q, some, o)
     a, b = add_four(a, b, (e0, e1, e2, e3), q, o.squares, o.exact)
     n = all_tallied(n, (e0, e1, e2, e3), o)
     stored(table, c, n, a, b, rest, counts)
@@ -180,7 +189,32 @@ def weight_at_row(source, at, o):
 
 
 @inline
-def add_quarters(x, source, at, step, w_at, w_step, rows, o, table, columns):
+def mask_of_row(source, w_at, columns, by_cell, table, k):
+    """A row's mask, and where it begins there: as it lies, or, if it has a byte of each cell, in the k-th place for
+    such, with one of each column.
+    """
+    if by_cell is None:
+        return source.where, w_at
+    into, pitch, size = (
+        array_at(address(table.numbers, masks_of(table)), source.where),
+        table.pitch,
+        source.geometry.channels,
+    )
+    for j in range((size - 1) & -LANES, -1, -LANES):  # the last first: what spills over is overwritten
+        to = k * pitch + j
+        for i in range(columns // size):
+            repeat_value(source.where, w_at + i, into, to)
+            to += size
+    return into, k * pitch
+
+
+@inline
+def masked_by(source, where):
+    return Source(source.x, source.raw, source.fetch, where, source.geometry, source.dimensions)
+
+
+@inline
+def add_quarters(x, source, at, step, w_at, w_step, rows, by_cell, o, table, columns):
     """Rows of four quarters, read side by side; how many, and what they weigh. None if rows may be left out."""
     if x is None:
         return 0, 0.0
@@ -193,14 +227,23 @@ def add_quarters(x, source, at, step, w_at, w_step, rows, o, table, columns):
         w0, w1 = weight_at_row(source, w_k, o), weight_at_row(source, w_k + w_jump, o)
         w2, w3 = weight_at_row(source, w_k + 2 * w_jump, o), weight_at_row(source, w_k + 3 * w_jump, o)
         weights = everywhere(w0), everywhere(w1), everywhere(w2), everywhere(w3)
-        add_four_rows(x, source, at + k * step, step, jump, w_k, w_jump, weights, o, table, columns)
+        where, w_first = mask_of_row(source, w_k, columns, by_cell, table, 0)
+        w_far = w_jump
+        if by_cell is not None:
+            w_far = table.pitch
+            for i in range(1, 4):
+                mask_of_row(source, w_k + i * w_jump, columns, by_cell, table, i)
+        masked = masked_by(source, where)
+        add_four_rows(x, masked, at + k * step, step, jump, w_first, w_far, weights, o, table, columns)
         n += (w0 + w1) + (w2 + w3)
     return 4 * quarter, n
 
 
 @inline
-def add_any_row(x, raw, source, at, w_at, w, o, table, columns):
+def add_any_row(x, raw, source, at, w_at, w, by_cell, o, table, columns):
     """`add_one_row` of either array."""
+    where, w_at = mask_of_row(source, w_at, columns, by_cell, table, 0)
+    source = masked_by(source, where)
     if x is not None:
         add_one_row(x, source, at, w_at, w, o, table, columns)
     if raw is not None:
@@ -209,7 +252,7 @@ def add_any_row(x, raw, source, at, w_at, w, o, table, columns):
 
 
 @inline
-def add_rows(source, part, o, table):
+def add_rows(source, part, by_cell, o, table):
     """Rows of a part to the sums of their columns; what a cell weighs of them, if values do not count one by one."""
     geometry = source.geometry
     r, n = part.first, 0.0
@@ -218,13 +261,16 @@ def add_rows(source, part, o, table):
         x_row, w_row = part.at + x_row, part.w_at + w_row
         r += rows
         whole = rows - 1 if geometry.tail > 0 and rows == left else rows  # the last one of folded rows may be short
-        done, weight = add_quarters(source.x, source, x_row, x_step, w_row, w_step, whole, o, table, part.columns)
+        done, weight = add_quarters(
+            source.x, source, x_row, x_step, w_row, w_step, whole, by_cell, o, table, part.columns
+        )
         n += weight * geometry.fold
         for k in range(done, rows):
             width, w_k = part.columns if k < whole else geometry.tail, w_row + k * w_step
             if row_counts(source.where, w_k, geometry):
                 weight = weight_at_row(source, w_k, o)
-                add_any_row(source.x, source.raw, source, x_row + k * x_step, w_k, everywhere(weight), o, table, width)
+                w = everywhere(weight)
+                add_any_row(source.x, source.raw, source, x_row + k * x_step, w_k, w, by_cell, o, table, width)
                 n += weight * (geometry.fold if k < whole else geometry.tail // (geometry.channels * geometry.size))
     return n * geometry.size
 
@@ -239,7 +285,7 @@ def peek_at_row(x, source, at, w_at, masked, width, first, table):
     for c in range(0, width, LANES):
         some = min(LANES, width - c)
         v = some_values(x, at + c, None, some)
-        counts = both(finite(v), which_count(only_if(masked, source.where), w_at + c, v, some, None))
+        counts = both(finite(v), which_count(only_if(masked, source.where), w_at + c, None, v, some, None))
         n, q = load(numbers, counts_at(table, c), 64), load(numbers, shifts_at(table, c), 64)
         if first or masked is not None:
             q = choose(both(counts, greater(one, n)), v, q)
@@ -249,8 +295,10 @@ def peek_at_row(x, source, at, w_at, masked, width, first, table):
 
 
 @inline
-def peek_at_any_row(x, raw, source, at, w_at, masked, width, first, table):
+def peek_at_any_row(x, raw, source, at, w_at, masked, width, first, by_cell, table):
     """The same of either array."""
+    where, w_at = mask_of_row(source, w_at, width, by_cell, table, 0)
+    source = masked_by(source, where)
     if x is not None:
         peek_at_row(x, source, at, w_at, masked, width, first, table)
     if raw is not None:
@@ -259,7 +307,7 @@ def peek_at_any_row(x, raw, source, at, w_at, masked, width, first, table):
 
 
 @inline
-def peek_at_columns(source, part, cells, masked, exact, table):
+def peek_at_columns(source, part, cells, masked, by_cell, exact, table):
     """A shift for each column, the same for all of a cell, from some rows of a part; their sums are used meanwhile."""
     geometry, numbers, columns = source.geometry, table.numbers, part.columns
     clear(table, counts_at(table, 0), columns)
@@ -272,7 +320,7 @@ def peek_at_columns(source, part, cells, masked, exact, table):
         w_row += part.w_at
         width = geometry.tail if geometry.tail > 0 and left == 1 else columns
         if row_counts(source.where, w_row, geometry):
-            peek_at_any_row(source.x, source.raw, source, part.at + row, w_row, masked, width, k == 0, table)
+            peek_at_any_row(source.x, source.raw, source, part.at + row, w_row, masked, width, k == 0, by_cell, table)
     for c in range(0, columns, LANES):
         n, q = load(numbers, counts_at(table, c), 64), load(numbers, shifts_at(table, c), 64)
         s = load(numbers, sums_at(table, c), 64)
@@ -369,18 +417,18 @@ def fill_counts(n, cells, counts, table):
 
 
 @inline
-def sums_of_columns(source, part, cells, squares, o, table):
+def sums_of_columns(source, part, cells, squares, by_cell, o, table):
     """n, shift, A and B of each cell, side by side in the table; whether squares underflowed."""
     geometry, lost = source.geometry, False
     size, columns = geometry.size, part.columns
     if squares is not None:
-        peek_at_columns(source, part, cells, o.masked, o.exact, table)
+        peek_at_columns(source, part, cells, o.masked, by_cell, o.exact, table)
     for look in range(LOOKS):
         clear(table, counts_at(table, 0), columns)
         lower_underflow_flag()
         clear(table, sums_at(table, 0), columns)
         clear(table, rest_at(table, 0), columns)
-        n = add_rows(source, part, o, table)
+        n = add_rows(source, part, by_cell, o, table)
         lost = checks(squares, o.exact, o.weighted) and underflowed(table.numbers[rest_at(table, 0)])
         if columns > cells:
             gather_columns(geometry, cells, o, table)
@@ -451,13 +499,13 @@ def sums_of_integer_columns(source, part, cells, squares, o, table):
 
 
 @inline
-def sums_of(source, part, cells, squares, o, integers, floats, table):
+def sums_of(source, part, cells, squares, by_cell, o, integers, floats, table):
     """Of either; whether squares underflowed."""
     lost = False
     if integers is not None:
         sums_of_integer_columns(source, part, cells, squares, o, table)
     if floats is not None:
-        lost = sums_of_columns(source, part, cells, squares, o, table)
+        lost = sums_of_columns(source, part, cells, squares, by_cell, o, table)
     return lost
 
 
@@ -466,15 +514,15 @@ def sums_of(source, part, cells, squares, o, integers, floats, table):
 
 @kernel
 def outer(
-    thread, first, last, x, raw, fetch, integers, where, masked, weighted, skip_nan, squares, exact, geometry,
-    dimensions, partials, workspace, count, mean, spread, ddof, status, formats,
+    thread, first, last, x, raw, fetch, integers, where, masked, weighted, skip_nan, by_cell, squares, exact,
+    geometry, dimensions, partials, workspace, count, mean, spread, ddof, status, formats,
 ):  # fmt: skip
     """A task is a tile of cells in a part of the rows; tiles of a row are neighbours."""
     o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, raw, fetch, where, geometry, dimensions)
     results = Results(count, mean, spread, ddof, status, formats)
     parts, channels, tile, pitch = geometry.parts, geometry.channels, geometry.tile, geometry.width
     tiles = -(-channels // tile)
-    table = Table(workspace, thread * (FIELDS + 1) * pitch, pitch)
+    table = Table(workspace, thread * geometry.own, pitch)
     for task in range(first, last):
         rest = task // tiles
         cell = (task - rest * tiles) * tile
@@ -487,7 +535,7 @@ def outer(
             w_at + cell * geometry.size if geometry.mask == OF_VALUES else w_at,
             r, min(r + geometry.rows_of_a_part, geometry.rows), geometry.fold * cells * geometry.size,
         )  # fmt: skip
-        if sums_of(source, part, cells, squares, o, integers, unless(integers, True), table):
+        if sums_of(source, part, cells, squares, by_cell, o, integers, unless(integers, True), table):
             status[CAREFUL] = 1.0
         if parts > 1:
             to = FIELDS * channels * rest + cell
