@@ -5,8 +5,6 @@ Each column has its sums in a thread's workspace, which stays in the first-level
 together, ``fold`` of them; then the sums of a cell's columns are added up in the end.
 """
 
-from typing import Any, NamedTuple
-
 import numpy as np
 
 from fastbn.cpu.kernels.calls import reserve
@@ -21,14 +19,12 @@ from fastbn.cpu.kernels.doubles import (
     first_lanes,
     first_there,
     greater,
-    hidden,
     only_if,
     put_values,
     repeat_value,
     shortened,
     some_values,
     unless,
-    values,
     which_count,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
@@ -46,18 +42,30 @@ from fastbn.cpu.kernels.statistics import (
     eight,
     far,
     fetched,
-    field,
     kept_place,
     one_by_one,
     row_counts,
     rows_from,
     short,
     tallied,
-    together,
     weight_by_row,
     weight_of_row,
 )
 from fastbn.cpu.kernels.statistics_results import checks, merge_parts
+from fastbn.cpu.kernels.statistics_table import (
+    Table,
+    buffer_of,
+    clear,
+    counts_at,
+    fill_counts,
+    gather_columns,
+    loaded,
+    masks_of,
+    rest_at,
+    shifts_at,
+    stored,
+    sums_at,
+)
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
 from fastbn.cpu.statistics import AHEAD, CAREFUL, FIELDS, OF_ROWS, OF_VALUES
@@ -65,72 +73,7 @@ from fastbn.cpu.statistics import AHEAD, CAREFUL, FIELDS, OF_ROWS, OF_VALUES
 BIG = 1.5 * 2.0**52  # added and taken off again, it rounds to a whole number
 
 
-class Table(NamedTuple):
-    """A thread's: rows of counts, shifts, A and B of its columns, a pitch apart, and behind them what is fetched,
-    and masks of four rows.
-    """
-
-    numbers: Any
-    own: Any
-    pitch: Any
-
-
-@inline
-def counts_at(table, c):
-    return table.own + c
-
-
-@inline
-def shifts_at(table, c):
-    return table.own + table.pitch + c
-
-
-@inline
-def sums_at(table, c):
-    return table.own + 2 * table.pitch + c
-
-
-@inline
-def rest_at(table, c):
-    """B: sums of squares, or what sums lost."""
-    return table.own + 3 * table.pitch + c
-
-
-@inline
-def buffer_of(table):
-    return table.own + FIELDS * table.pitch
-
-
-@inline
-def masks_of(table):
-    return table.own + (FIELDS + 1) * table.pitch
-
-
 # --- rows -------------------------------------------------------------------------------------------------------------
-
-
-@inline
-def store_if(option, numbers, at, v):
-    if option is not None:
-        store(numbers, at, v)
-
-
-@inline
-def loaded(table, c, q_is_used, rest_is_used, counts):
-    """The numbers of eight columns; zeros of those that are not used."""
-    numbers = table.numbers
-    a, b = load(numbers, sums_at(table, c), 64), field(numbers, rest_at(table, c), rest_is_used)
-    n = field(numbers, counts_at(table, c), counts)
-    if q_is_used is None:
-        return everywhere(hidden(0.0)), n, a, b  # see `statistics_inner.sums_around_a_shift`
-    return load(numbers, shifts_at(table, c), 64), n, a, b
-
-
-@inline
-def stored(table, c, n, a, b, rest_is_used, counts):
-    store(table.numbers, sums_at(table, c), a)
-    store_if(rest_is_used, table.numbers, rest_at(table, c), b)
-    store_if(counts, table.numbers, counts_at(table, c), n)
 
 
 @inline
@@ -376,44 +319,6 @@ def better_shifts(size, columns, cells, exact, table):
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
-
-
-@inline
-def clear(table, at, count):
-    for c in range(0, count, LANES):
-        store(table.numbers, at + c, everywhere(0.0))
-
-
-@inline
-def values_if(option, a, at, step):
-    if option is None:
-        return everywhere(0.0)
-    return values(a, at, step)
-
-
-@inline
-def gather_columns(geometry, cells, o, table):
-    """The sums of each cell's columns, moved side by side."""
-    size, numbers = geometry.size, table.numbers
-    rest, counts = first_there(o.squares, o.exact), one_by_one(o)
-    for j in range(0, cells, LANES):
-        n, a, b = everywhere(0.0), everywhere(0.0), everywhere(0.0)
-        for k in range(geometry.fold):
-            for i in range(size):
-                c = (k * cells + j) * size + i
-                n = n + values_if(counts, numbers, counts_at(table, c), size)
-                more = values_if(rest, numbers, rest_at(table, c), size)
-                a, b = together(a, b, values(numbers, sums_at(table, c), size), more, o.squares, o.exact)
-        store_if(o.squares, numbers, shifts_at(table, j), values(numbers, shifts_at(table, j * size), size))
-        stored(table, j, n, a, b, rest, counts)
-
-
-@inline
-def fill_counts(n, cells, counts, table):
-    """What each cell weighs, if all weigh the same."""
-    if counts is None:
-        for j in range(0, cells, LANES):
-            store(table.numbers, counts_at(table, j), everywhere(n))
 
 
 @inline
