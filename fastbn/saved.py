@@ -22,8 +22,8 @@ class Gradients(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What `batch_norm` saves for `batch_norm_backward`. It refers to x, y, gamma and
-    `where`, so these must not change in between.
+    """What `batch_norm` saves for `batch_norm_backward`. It refers to x, y, gamma,
+    `where` and `weights`, so these must not change in between.
 
     `arrays` and `from_arrays` take it apart into arrays and a hashable rest, as frameworks want to store it.
     """

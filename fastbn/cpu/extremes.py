@@ -31,7 +31,7 @@ def find_beyond(kept: int, rstd: Any, gamma: Any) -> Callable[[Array, Array | No
 
 def weight_in_range(weight: Array | None, x: Array) -> tuple[Array | None, int]:
     """The weight over 2^k, and k: 0, unless products with float32 squares could leave the range."""
-    if weight is None or weight.dtype != np.float64 or x.itemsize == 8 or weight.size == 0:
+    if weight is None or weight.dtype == np.bool_ or x.itemsize == 8 or weight.size == 0:
         return weight, 0
     _, k = math.frexp(float(weight.max()))
     return (weight, 0) if abs(k) <= 60 else (np.ldexp(weight, -k), k)

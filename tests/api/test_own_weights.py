@@ -73,6 +73,34 @@ def test_the_check_sees_a_mask_that_is_not_its_channels_own():
         check_moments(case, fastbn.moments(np.nan_to_num(case.x), **rolled))
 
 
+@pytest.mark.parametrize("axis", some_slow([1, -1], [1]))
+@pytest.mark.parametrize("dtype", some_slow(DTYPES, ["float32"]))
+def test_float32_weights(dtype, axis):
+    """They are not converted, and give the bits of the same numbers in float64, at every scale."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 6, 7, 6)).astype(DTYPES[dtype])
+    for scale in (1.0, 2.0**110, 2.0**-110):
+        weights = (rng.random(x.shape) * scale).astype(np.float32)
+        for where in (None, rng.random(x.shape) < 0.7):
+            found = trained(x, weights, where, axis)
+            assert found[1].weight.dtype == np.float32
+            assert where is not None or np.shares_memory(found[1].weight, weights)
+            expected = trained(x, weights.astype(float), where, axis)
+            for one, other in zip(arrays_of(found), arrays_of(expected), strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+def trained(x, weights, where, axis):
+    y, saved = fastbn.batch_norm(x, weights=weights, where=where, channel_axis=axis)
+    sums = fastbn.grad_sums(y, x, saved.mean, saved.rstd, weights=weights, where=where, channel_axis=axis)
+    return y, saved, fastbn.batch_norm_backward(y, saved), sums
+
+
+def arrays_of(results):
+    y, saved, gradients, sums = results
+    return y, *saved.moments, saved.rstd, *gradients[:3], *sums
+
+
 SHAPES = [(4, 3, 6), (1, 3, 1), (4, 3, 1), (3, 6), (3, 1), (6,), (1, 1, 1), ()]
 
 

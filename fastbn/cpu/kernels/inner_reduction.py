@@ -68,6 +68,7 @@ from fastbn.cpu.kernels.simd import (
     advance,
     blended,
     converted,
+    exactly_summed,
     first_lanes,
     fma,
     lanes,
@@ -154,11 +155,11 @@ def weighted_sums(x, weight, rows, columns, shift):
     q = splat(x.values, shift, WIDE)
     s1 = splat(x.values, 0.0, WIDE)
     s2 = splat(x.values, 0.0, WIDE)
-    count = load_first(weight.values, 0, 0, s1)
+    count = exactly_summed(weight.values, load_first(weight.values, 0, 0, s1))
     for r in range(rows):
         for i in range(0, columns, n):
             stored = load_first(weight.values, start_of_row(weight, r) + i, min(n, columns - i), s1)
-            count = count + stored
+            count = count + exactly_summed(weight.values, stored)
             w = converted(stored, s1)
             e = load_first(x.values, start_of_row(x, r) + i, min(n, columns - i), WIDE) - q
             e = zero_where_zero(w, e)

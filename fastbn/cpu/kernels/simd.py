@@ -199,6 +199,17 @@ def converted(typing, v, like):
     return to(v, like), codegen
 
 
+@intrinsic
+def exactly_summed(typing, array, v):
+    """Weights of an array as what their sums are exact in, or nearly: float32 of bools, float64 of all others."""
+    to = Vector(types.float64, v.lanes) if array.dtype == types.float32 else v
+
+    def codegen(context, builder, sig, args):
+        return args[1] if v == to else builder.fpext(args[1], to.llvm)
+
+    return to(array, v), codegen
+
+
 @intrinsic(prefer_literal=True)
 def narrowed(typing, array, v, width):
     """The first lanes of v: as many as ``width`` bytes of the array's compute type."""
