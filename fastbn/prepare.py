@@ -25,6 +25,8 @@ from fastbn.saved import Gradients, Saved
 from fastbn.ways import Way, Ways, arriving
 
 Call = Callable[..., Any]
+# Where results are among what kernels take: y of `forward`, y of `normalize`, dx and dresidual.
+Y, NORMALIZED, DX, DRESIDUAL, DX_ALONE = 5, 2, 10, 11, 12
 new: Any = tuple.__new__  # of named tuples: their own takes twice as long, 0.4 us of a call
 
 
@@ -57,25 +59,19 @@ def batch_norm(
             types = (running[0].dtype, running[1].dtype) if by_kernels else None
             run = kernels.forward(x_, weight_, y_, residual_, gamma_type, beta_type, eps, relu, types)
         else:
-            moments, float64 = kernels.moments(x_, weight_), backend.xp.dtype(float)
+            float64 = backend.xp.dtype(float)
             parameters = Affine(float64, float64, gamma_type, beta_type)
-            run = _over_ranks(
-                backend, layout, moments, kernels.normalize(x_, y_, residual_, parameters, None, relu), eps
-            )
+            moments, apply = kernels.moments(x_, weight_), kernels.normalize(x_, y_, residual_, parameters, None, relu)
+            run = _over_ranks(backend, layout, moments, apply, eps)
     shaped, arrive = ways.shaped(), arriving(to_x, None, to_gamma, to_beta, to_residual, to_y)
-    has_residual, gathered = residual is not None, gather is not None
-    check_own_memory = _own_memory(backend)
+    has_residual, gathered, check_running = residual is not None, gather is not None, _running_check(backend)
 
     def call(
         x: Any, gamma: Any, beta: Any, where: Any, weights: Any, residual: Any, out: Any, gather: Any, running: Any,
         rate: Any, correction: Any,
     ) -> tuple[Any, Saved]:  # fmt: skip
         if running is not None:
-            if type(rate) is not float or not 0.0 <= rate <= 1.0:
-                rate = validation.rate(rate)
-            if type(correction) is not float:
-                correction = validation.real("correction", correction)
-            check_own_memory(*running, x, gamma, beta, where, weights, residual, out)
+            rate, correction = check_running(running, rate, correction, x, gamma, beta, where, weights, residual, out)
         if plain is not None:
             x = plain(x)
         if out is None:
@@ -95,14 +91,13 @@ def batch_norm(
             count, mean, m2, rstd = run(*given, *running, rate, correction)
         else:
             count, mean, m2, rstd = run(*given, gather) if gathered else run(*given)
-        if given[5] is not y:
-            layout.unfold(given[5], y)
+        if given[Y] is not y:
+            layout.unfold(given[Y], y)
         if shaped is not None:
             count, mean, m2, rstd = shaped(count), shaped(mean), shaped(m2), shaped(rstd)
         moments = new(Moments, (count, mean, m2))
         if running is not None and not by_kernels:
-            running_mean, running_var = running
-            update_running(running_mean, running_var, moments, rate=rate, correction=correction, out=running)
+            update_running(running[0], running[1], moments, rate=rate, correction=correction, out=running)
         made = (
             kept_x, y if relu else None, gamma, weight, moments, mean, rstd, count, axes, activation, has_residual,
             gathered,
@@ -112,22 +107,31 @@ def batch_norm(
     return backend.on_its_device(call, x)
 
 
-def _own_memory(backend: Backend) -> Call:
-    """``check(mean, var, *others)`` raises where running statistics share memory with each other or with others."""
+def _running_check(backend: Backend) -> Call:
+    """``check(running, rate, correction, *others)`` gives the two numbers.
+
+    It raises where running statistics share memory with each other or with others.
+    """
     apart, overlap = backend.apart, backend.overlap
     names = "running[1]", "x", "gamma", "beta", "where", "weights", "residual", "out"
 
-    def check(mean: Any, var: Any, *others: Any) -> None:
+    def check(running: tuple[Any, Any], rate: Any, correction: Any, *others: Any) -> tuple[float, float]:
+        mean, var = running
+        if type(rate) is not float or not 0.0 <= rate <= 1.0:
+            rate = validation.rate(rate)
+        if type(correction) is not float:
+            correction = validation.real("correction", correction)
         for a in others:  # which `apart` does not count
             if a is mean or a is var:
                 break
         else:
             if mean is not var and apart(mean, var, *others) and apart(var, *others):
-                return
+                return rate, correction
         for one, array in (("running[0]", mean), ("running[1]", var)):
             for name, other in zip(names, (var, *others), strict=True):
                 if name != one and other is not None and overlap(array, other):
                     raise ValueError(f"{one}: expected memory of its own, which is updated, got some of {name}'s")
+        return rate, correction
 
     return check
 
@@ -209,10 +213,10 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         if arrive is not None:
             given = arrive(*given)
         dgamma, dbeta = run(*given, gather) if gathered else run(*given)
-        if given[10] is not dx:
-            layout.unfold(given[10], dx)
-        if given[11] is not dresidual:
-            layout.unfold(given[11], dresidual)
+        if given[DX] is not dx:
+            layout.unfold(given[DX], dx)
+        if given[DRESIDUAL] is not dresidual:
+            layout.unfold(given[DRESIDUAL], dresidual)
         if shaped is not None:
             dgamma, dbeta = shaped(dgamma), shaped(dbeta)
         gradients = new(Gradients, (dx, dgamma, dbeta, dresidual))
@@ -302,8 +306,8 @@ def normalize(
         if arrive is not None:
             given = arrive(*given)
         run(*given)
-        if given[2] is not y:
-            layout.unfold(given[2], y)
+        if given[NORMALIZED] is not y:
+            layout.unfold(given[NORMALIZED], y)
         return y
 
     return backend.on_its_device(call, x)
@@ -391,8 +395,8 @@ def grad_input(
         if arrive is not None:
             given = arrive(*given)
         run(*given)
-        if given[12] is not dx:
-            layout.unfold(given[12], dx)
+        if given[DX_ALONE] is not dx:
+            layout.unfold(given[DX_ALONE], dx)
         return dx
 
     return backend.on_its_device(call, x)
