@@ -80,6 +80,8 @@ class Summing(NamedTuple):
     squares: bool
     small: bool = False
     """In integers."""
+    mask: int = 0
+    """Bytes of its elements, or 0 without one."""
 
     def columns(self, size: int, wide: bool = False) -> int:
         """Whose sums take half a first-level cache, of an array of so many bytes; or, in parts of rows, more."""
@@ -162,13 +164,7 @@ def _in_fours(size: int, most: int) -> int:
 
 
 def _along_kept(
-    d: list[Dimension],
-    row: Dimension,
-    size: Dimension | None,
-    fold: Dimension | None,
-    most: int,
-    masked: bool,
-    how: Summing,
+    d: list[Dimension], row: Dimension, size: Dimension | None, fold: Dimension | None, most: int, how: Summing
 ) -> Division:
     """Rows of kept indices: ``size`` neighbouring reduced values of each, all of it ``fold`` times; `most` columns."""
     own = [o for o in (row, size) if o is not None]
@@ -210,15 +206,15 @@ def _along_kept(
     )  # fmt: skip
     words = _words(kept, rows)
     along = row.step != 1 and bool(rows) and rows[-1].step == 1 and how.along(rows[-1].size)
-    along = along and (not masked or rows[-1].mask == 1)
+    along = along and (not how.mask or rows[-1].mask == 1)
     few = FEW_ROWS if row.step == 1 else max(SHORTEST, AT_ONCE // how.itemsize if along else 0)
     if count <= few and size is None and folded == 1:
         geometry = geometry._replace(parts=1, rows_of_a_part=count)
         of_rows = row.mask == 0 and not along
         return Division("few", geometry, words, others * tiles, 0, 0, 0, row.step != 1, of_rows, along=along)
     innermost = row if size is None else size
-    of_cells = fold is not None and masked and innermost.mask == 0 != fold.mask
-    of_thread = (FIELDS + 1 + (4 if of_cells else 0)) * geometry.width
+    of_cells = fold is not None and how.mask > 0 and innermost.mask == 0 != fold.mask
+    of_thread = (FIELDS + 1) * geometry.width + (-(-4 * geometry.width * how.mask // 8) if of_cells else 0)
     partials = FIELDS * row.size * parts * others if parts > 1 else 0
     return Division(
         "outer", geometry._replace(own=of_thread), words, others * parts * tiles, others * -(-row.size // 8), partials,
@@ -227,7 +223,7 @@ def _along_kept(
     )  # fmt: skip
 
 
-def divide(d: list[Dimension], masked: bool, how: Summing) -> Division:
+def divide(d: list[Dimension], how: Summing) -> Division:
     """By what lies innermost."""
     if not d or all(not o.kept for o in d):
         return _along_reduced(d, d[-1] if d else Dimension(1, 1, 1, 0, False), how)
@@ -237,30 +233,30 @@ def divide(d: list[Dimension], masked: bool, how: Summing) -> Division:
     if not last.kept:
         assert above is not None
         rows = math.prod(o.size for o in d if not o.kept) // last.size
-        beside = last.step == 1 and above.step == last.size and (not masked or above.mask == last.mask * last.size)
+        beside = last.step == 1 and above.step == last.size and (not how.mask or above.mask == last.mask * last.size)
         if above.kept and beside and last.size < SHORT and rows >= ENOUGH_ROWS:
-            return _along_kept(d, above, last, None, most, masked, how)
+            return _along_kept(d, above, last, None, most, how)
         short = last.size < (SMALLEST if how.small else SHORTEST)
         short = short or (not how.small and how.along(rows * last.size) and rows * last.size * how.itemsize < AT_ONCE)
-        if masked:  # only where all is added up at once
+        if how.mask:  # only where all is added up at once
             values, long = rows * last.size, last.mask == 1 and how.along(last.size)
             short = (values < SHORTEST and (long or values < ALONG[0])) or (long and values * how.itemsize < AT_ONCE)
         if above.kept and short and above.size >= WORTH:
             most = min(most, max(8, IN_L1 // (last.size * how.itemsize)))
-            return _along_kept(d, above, None, None, most, masked, how)
+            return _along_kept(d, above, None, None, most, how)
         return _along_reduced(d, last, how)
     beside = last.step == 1 and above is not None and above.step == last.size
-    if masked and above is not None:  # a byte of each value, or of each row
+    if how.mask and above is not None:  # a byte of each value, or of each row
         beside = beside and (above.mask == last.size * last.mask or (last.mask == 0 and above.mask == 1))
     if above is not None and not above.kept and beside and 2 * last.size <= most:
-        folded = _along_kept(d, last, None, above, most, masked, how)
+        folded = _along_kept(d, last, None, above, most, how)
         if folded.tasks > 1 or last.size < 2 * NARROWEST:
             return folded
     reduced = [o for o in d if not o.kept]
     run = max(reduced, key=lambda o: o.size, default=last)
-    if last.size < FEW and not run.kept and (not masked or run.mask in (0, 1)):
+    if last.size < FEW and not run.kept and (not how.mask or run.mask in (0, 1)):
         return _along_reduced(d, run, how)
-    return _along_kept(d, last, None, None, how.columns(size, wide=True), masked, how)
+    return _along_kept(d, last, None, None, how.columns(size, wide=True), how)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -277,11 +273,11 @@ def plan(
     arrays: dict[str, str | None] = {"x": kind, "where": mask}
     arrays |= dict(zip(("count", "mean", "spread"), results, strict=True))
     p = Program(threads, math.prod(o.size for o in d), arrays | {"status": "f8*"}, ["ddof"])
-    how = Summing(itemsize, exact, squares, kind in SMALL and mask is None)
-    c = divide(list(d), mask is not None, how)
+    how = Summing(itemsize, exact, squares, kind in SMALL and mask is None, int(mask[1]) if mask else 0)
+    c = divide(list(d), how)
     if how.small and c.strided:
         how = how._replace(small=False)
-        c = divide(list(d), mask is not None, how)
+        c = divide(list(d), how)
     mask_of = 0 if mask is None else OF_ROWS if c.mask_of_rows else OF_VALUES
     selection: dict[str, Any] = {
         "where": p.array("where").after(starts[1]) if mask else None, "masked": mask_of == OF_VALUES or None,

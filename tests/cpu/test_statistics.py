@@ -28,7 +28,7 @@ def dimensions(shape, kept):
 def test_divisions(shape, kept, itemsize, exact, squares, small):
     """Each row is in one part, and parts have numbers of their own for a fiftieth of the array at most."""
     d = dimensions(shape, frozenset(kept) & set(range(len(shape))))
-    c = division.divide(d, False, division.Summing(itemsize, exact, squares, small=small))
+    c = division.divide(d, division.Summing(itemsize, exact, squares, small=small))
     g = c.geometry
     assert c.tasks > 0
     if g.pieces == 1:
@@ -40,7 +40,7 @@ def test_divisions(shape, kept, itemsize, exact, squares, small):
 @pytest.mark.parametrize("shape", [(1985, 528), (1900, 2500), (850, 600), (600, 2000), (300, 1000)])
 def test_threads_share_few_rows(shape, squares):
     """By parts of the rows where their numbers are little beside them, or else by tiles of columns."""
-    c = division.divide(dimensions(shape, frozenset({1})), False, division.Summing(4, False, squares))
+    c = division.divide(dimensions(shape, frozenset({1})), division.Summing(4, False, squares))
     assert c.tasks > 1
     assert (c.geometry.parts > 1) == (shape[0] >= 850)
 
