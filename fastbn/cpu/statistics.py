@@ -238,9 +238,10 @@ def divide(d: list[Dimension], how: Summing) -> Division:
             return _along_kept(d, above, last, None, most, how)
         short = last.size < (SMALLEST if how.small else SHORTEST)
         short = short or (not how.small and how.along(rows * last.size) and rows * last.size * how.itemsize < AT_ONCE)
-        if how.mask:  # only where all is added up at once
-            values, long = rows * last.size, last.mask == 1 and how.along(last.size)
-            short = (values < SHORTEST and (long or values < ALONG[0])) or (long and values * how.itemsize < AT_ONCE)
+        if how.mask:  # only where all is added up at once; neighbours' bytes may lie apart where their values do
+            values, along = rows * last.size, last.step == last.mask == 1 and how.along(last.size)
+            most_along = max(SHORTEST, AT_ONCE // how.itemsize) if along else 0
+            short = above.step != 1 and values < max(ALONG[0], most_along)
         if above.kept and short and above.size >= WORTH:
             most = min(most, max(8, IN_L1 // (last.size * how.itemsize)))
             return _along_kept(d, above, None, None, most, how)

@@ -64,7 +64,7 @@ def check_masks(dtype, function, of):
 
 
 PIXELS = [((31, 9, 3), (0, 1)), ((40, 50, 3), (0, 1)), ((40, 50, 12), (0, 1)), ((5, 40, 30, 2), (1, 2))]
-SHORT_ROWS = [((70, 3), 1), ((70, 10), 1), ((53, 33), 1), ((41, 100), 1), ((19, 5, 7), (1, 2))]
+SHORT_ROWS = [((70, 3), 1), ((70, 10), 1), ((53, 33), 1), ((41, 100), 1), ((20, 260), 1), ((19, 5, 7), (1, 2))]
 
 
 @by_function
@@ -79,7 +79,9 @@ def test_pixels_and_short_rows(dtype, function):
             where = rng.random(of) < 0.7
             if of[-1] > 1:
                 where[..., 0] |= ~where.any(axis=-1)
-            for seen, mask in (x, where), (x[::-1], where[::-1] if name != "last axis" else where):
+            backwards = x[::-1], where[::-1] if name != "last axis" else where
+            steps = x[..., ::2], where[..., ::2].copy()
+            for seen, mask in (x, where), backwards, steps:
                 exact = oracle.exact(seen, axis, mask)
                 if (exact.count > 0).all():
                     check(failures, f"{shape} {axis}, {name}", function, seen, exact, axis=axis, where=mask)
