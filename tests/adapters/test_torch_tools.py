@@ -2,12 +2,16 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
-from torch.fx.experimental.optimization import fuse  # noqa: E402
+
+with warnings.catch_warnings():  # PyTorch's own, of `torch.jit`, when it is imported for the first time
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval  # noqa: E402
 
 import fastbn.torch as ft  # noqa: E402
