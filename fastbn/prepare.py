@@ -84,6 +84,8 @@ def batch_norm(
                 out[...] = result
                 return out, saved._replace(x=kept_x, y=out if relu else None)
         weight, w = (None, None) if weigh is None else weigh(where, weights)
+        if weight is not None and out is not None and backend.overlap(out, weight):
+            weight = weight.copy()  # for the backward pass: y is going to be there
         given = x, w, gamma, beta, residual, y
         if arrive is not None:
             given = arrive(*given)

@@ -90,6 +90,17 @@ def test_float32_weights(dtype, axis):
                 np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_weights_that_the_output_overwrites(dtype):
+    """The backward pass has them still."""
+    rng = np.random.default_rng(0)
+    x, weights = rng.standard_normal((4, 3, 5)).astype(dtype), rng.random((4, 3, 5)).astype(dtype)
+    expected, gradients = trained(x, weights.copy(), None, 1)[::2]
+    y, saved = fastbn.batch_norm(x, weights=weights, out=weights)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(fastbn.batch_norm_backward(y, saved).x, gradients.x)
+
+
 def trained(x, weights, where, axis):
     y, saved = fastbn.batch_norm(x, weights=weights, where=where, channel_axis=axis)
     sums = fastbn.grad_sums(y, x, saved.mean, saved.rstd, weights=weights, where=where, channel_axis=axis)
