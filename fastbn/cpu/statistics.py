@@ -218,8 +218,7 @@ def _along_kept(
     partials = FIELDS * row.size * parts * others if parts > 1 else 0
     return Division(
         "outer", geometry._replace(own=of_thread), words, others * parts * tiles, others * -(-row.size // 8), partials,
-        of_thread,
-        innermost.step != 1, innermost.mask == 0 and not of_cells, of_cells,
+        of_thread, innermost.step != 1, innermost.mask == 0 and not of_cells, of_cells,
     )  # fmt: skip
 
 

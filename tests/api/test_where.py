@@ -88,6 +88,19 @@ def test_pixels_and_short_rows(dtype, function):
     report(failures)
 
 
+@pytest.mark.parametrize("n", [3, 10, 33, 100])
+def test_short_rows_left_out_whole(n):
+    """A mask of kept indices alone: the others have the results that they have without one."""
+    x, where = maker("float32")((70, n)), np.random.default_rng(n).random((70, 1)) < 0.7
+    kept = where[:, 0]
+    for function in (fastbn.mean, fastbn.var):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of empty slices
+            found = function(x, axis=1, where=where)
+        np.testing.assert_allclose(found[kept], function(x, axis=1)[kept], rtol=1e-6)
+        assert np.isnan(found[~kept]).all()
+
+
 @by_function
 @pytest.mark.parametrize("dtype", some_slow(["float16", "float32", "float64"], ["float32"]))
 def test_what_is_left_out_is_not_seen(dtype, function):

@@ -138,17 +138,13 @@ def mask_of_row(source, w_at, columns, by_cell, table, k):
     """
     if by_cell is None:
         return source.where, w_at
-    into, pitch, size = (
-        array_at(address(table.numbers, masks_of(table)), source.where),
-        table.pitch,
-        source.geometry.channels,
-    )
+    into, size = array_at(address(table.numbers, masks_of(table)), source.where), source.geometry.channels
     for j in range((size - 1) & -LANES, -1, -LANES):  # the last first: what spills over is overwritten
-        to = k * pitch + j
+        to = k * table.pitch + j
         for i in range(columns // size):
             repeat_value(source.where, w_at + i, into, to)
             to += size
-    return into, k * pitch
+    return into, k * table.pitch
 
 
 @inline
