@@ -5,8 +5,8 @@ A backend is a module. `fastbn.cpu` is the one of NumPy arrays, `fastbn.cuda` th
 Kernels are prepared for operands (`fastbn.operands`): folded arrays ``(batch, outer, channel, inner)`` of one dtype,
 float16, bfloat16, float32 or float64, and vectors of parameters, a float of each kept index, whose dtypes are given.
 What is prepared runs on arrays that lie so, in any shape, since kernels see but addresses. A weight is None, or an
-array of bools, float64 or what the backend `weighs`, with size 1 where it does not vary. Results are float64 vectors of
-``batch * channel`` numbers. Arrays that are written may be inputs as well, element for element. What is absent is None.
+array of bools, float32 or float64, with size 1 where it does not vary. Results are float64 vectors of ``batch *
+channel`` numbers. Arrays that are written may be inputs as well, element for element. What is absent is None.
 """
 
 from __future__ import annotations
@@ -99,9 +99,6 @@ class Backend(Protocol):
 
     def writes(self, dtype: Any) -> bool:
         """Whether `update_running` and `forward` write vectors of a dtype."""
-
-    def weighs(self, dtype: Any) -> bool:
-        """Whether kernels take weights of a dtype, beside bools and float64."""
 
     def merge(self, kept: int, types: tuple[tuple[Any, Any, Any], ...]) -> Callable[..., Any]:
         """``run(count, mean, m2, count, mean, m2, ...)`` gives those of all: `fastbn.formulas.united`."""

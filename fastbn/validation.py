@@ -170,14 +170,14 @@ def rate(number: Any) -> float:
     return found
 
 
-def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape, short: bool = False) -> Any:
-    """Where * weights with the dimensions of x: None, bool, float64, or float32 if such weights are to stay so."""
+def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape) -> Any:
+    """Where * weights with the dimensions of x: None, bool, float64, or float32 as such weights are."""
     if where is not None:
         if where.dtype != bool:
             raise TypeError(f"where: expected dtype bool, got {where.dtype}")
         where = _spread("where", where, shape)
     if weights is not None:
-        dtype = xp.float32 if short and weights.dtype == xp.float32 else xp.float64
+        dtype = xp.float32 if weights.dtype == xp.float32 else xp.float64
         weights = _spread("weights", sensible_weights(xp, weights), shape).astype(dtype, copy=False)
     if where is None or weights is None:
         return where if weights is None else weights

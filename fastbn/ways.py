@@ -83,10 +83,9 @@ class Ways:
         if where is None and weights is None:
             return None, None
         layout, xp, shape = self.layout, self.backend.xp, self.shape
-        short = self.backend.weighs(xp.dtype(xp.float32))
 
         def way(where: Any, weights: Any) -> tuple[Any, Any]:
-            combined = validation.combined_weight(xp, where, weights, shape, short)
+            combined = validation.combined_weight(xp, where, weights, shape)
             return combined, layout.fold_weight(xp, combined, shape)
 
         return self._operand(way(where, weights)[1]), way

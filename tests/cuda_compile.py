@@ -305,7 +305,7 @@ def line(variant: Variant, code: Compiled, architecture: int) -> str:
     layout = f"rows of {variant['RUN']}" if variant["RUN"] else layout
     layout = ("reduced inner", "kept inner")[variant["ALONG_KEPT"]] if variant.strided else layout
     dtype, layout = ("any", "numbers") if variant.of_numbers else (DTYPES[variant["DTYPE"]], layout)
-    weight = ("", "bool weight", "weight")[variant["WEIGHT"]]
+    weight = ("", "bool weight", "weight", "float32 weight")[variant["WEIGHT"]]
     options = ("RELU", "RESIDUAL", "WIDE", "SUMS", "SQUARES", "MASK", "SKIP_NAN", "IN_FLOAT64")
     names = (weight, *(name.lower()[:3] for name in options if variant[name]))
     loads, stores = (" ".join(f"{b}x{n}" for b, n in sorted(w.items())[::-1]) for w in (code.loads, code.stores))

@@ -120,7 +120,7 @@ def planned(architecture: int) -> tuple[Variant, ...]:
     variants = set()
     for kernel, macros in found:
         known = dict(macros)
-        options = {"WEIGHT": (1, 2) if known.get("WEIGHT") else (0,), "RELU": (0, 1), "RESIDUAL": (0, 1)}
+        options = {"WEIGHT": (1, 2, 3) if known.get("WEIGHT") else (0,), "RELU": (0, 1), "RESIDUAL": (0, 1)}
         fixed = ("RESIDUAL",) if known.get("RUN") else ()  # on which the number of vectors depends
         here = [name for name in options if name in launch.OPTIONAL[kernel] and name not in fixed]
         for values in itertools.product(*(options[name] for name in here)):

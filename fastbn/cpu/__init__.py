@@ -57,7 +57,6 @@ __all__ = [
     "same_or_apart",
     "statistic",
     "update_running",
-    "weighs",
     "writes",
     "xp",
 ]
@@ -297,10 +296,6 @@ def backward(
 
 def writes(dtype: Any) -> bool:
     return dtype in (np.dtype(np.float32), np.dtype(float))
-
-
-def weighs(dtype: Any) -> bool:
-    return bool(dtype == np.float32)
 
 
 def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool, fresh: bool) -> Callable[..., object]:

@@ -55,7 +55,6 @@ __all__ = [
     "same_or_apart",
     "statistic",
     "update_running",
-    "weighs",
     "writes",
     "xp",
 ]
@@ -204,10 +203,6 @@ def backward(
 
 def writes(dtype: Any) -> bool:
     return True
-
-
-def weighs(dtype: Any) -> bool:
-    return False
 
 
 def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool, fresh: bool) -> Callable[..., None]:

@@ -18,6 +18,7 @@ cupy = launch.cupy
 Array = Any  # cupy.ndarray
 
 _TYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+_WEIGHTS = {"bool": 1, "float64": 2, "float32": 3}
 _known_types: dict[Any, int] = {}
 
 
@@ -48,7 +49,7 @@ def problem_of(
         dtype=type_of(first.dtype),
         itemsize=first.dtype.itemsize,
         operands=tuple((name, problems.Operand(strides_of(o), o.offset)) for name, o in present.items()),
-        weight=0 if weight is None else 1 if weight.dtype == np.bool_ else 2,
+        weight=0 if weight is None else _WEIGHTS[weight.dtype.name],
         weight_strides=() if weight is None else strides_of(weight),
         types=tuple((name, type_of(dtype)) for name, dtype in (types or {}).items() if dtype is not None),
         relu=relu,

@@ -76,7 +76,7 @@ class Problem(NamedTuple):
     operands: Operands
     """Arrays that are read or written by vectors, by their names in `launch.ARRAYS`, x or dy first."""
     weight: int
-    """0 none, 1 bool, 2 float64."""
+    """0 none, 1 bool, 2 float64, 3 float32."""
     weight_strides: Strides
     types: tuple[tuple[str, int], ...]
     """The dtypes of per-channel numbers, by their names in `launch.PARAMETERS` and `RUNNING_STATISTICS`."""

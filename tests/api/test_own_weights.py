@@ -75,36 +75,36 @@ def test_the_check_sees_a_mask_that_is_not_its_channels_own():
 
 @pytest.mark.parametrize("axis", some_slow([1, -1], [1]))
 @pytest.mark.parametrize("dtype", some_slow(DTYPES, ["float32"]))
-def test_float32_weights(dtype, axis):
+def test_float32_weights(dtype, axis, kind):
     """They are not converted, and give the bits of the same numbers in float64, at every scale."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, 6, 7, 6)).astype(DTYPES[dtype])
     for scale in (1.0, 2.0**110, 2.0**-110):
         weights = (rng.random(x.shape) * scale).astype(np.float32)
         for where in (None, rng.random(x.shape) < 0.7):
-            found = trained(x, weights, where, axis)
+            found = trained(kind, x, weights, where, axis)
             assert found[1].weight.dtype == np.float32
-            assert where is not None or np.shares_memory(found[1].weight, weights)
-            expected = trained(x, weights.astype(float), where, axis)
+            assert kind is not fastbn or where is not None or np.shares_memory(found[1].weight, weights)
+            expected = trained(kind, x, weights.astype(float), where, axis)
             for one, other in zip(arrays_of(found), arrays_of(expected), strict=True):
                 np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_weights_that_the_output_overwrites(dtype):
+def test_weights_that_the_output_overwrites(dtype, kind):
     """The backward pass has them still."""
     rng = np.random.default_rng(0)
     x, weights = rng.standard_normal((4, 3, 5)).astype(dtype), rng.random((4, 3, 5)).astype(dtype)
-    expected, gradients = trained(x, weights.copy(), None, 1)[::2]
-    y, saved = fastbn.batch_norm(x, weights=weights, out=weights)
+    expected, gradients = trained(kind, x, weights.copy(), None, 1)[::2]
+    y, saved = kind.batch_norm(x, weights=weights, out=weights)
     np.testing.assert_array_equal(y, expected)
-    np.testing.assert_array_equal(fastbn.batch_norm_backward(y, saved).x, gradients.x)
+    np.testing.assert_array_equal(kind.batch_norm_backward(y, saved).x, gradients.x)
 
 
-def trained(x, weights, where, axis):
-    y, saved = fastbn.batch_norm(x, weights=weights, where=where, channel_axis=axis)
-    sums = fastbn.grad_sums(y, x, saved.mean, saved.rstd, weights=weights, where=where, channel_axis=axis)
-    return y, saved, fastbn.batch_norm_backward(y, saved), sums
+def trained(kind, x, weights, where, axis):
+    y, saved = kind.batch_norm(x, weights=weights, where=where, channel_axis=axis)
+    sums = kind.grad_sums(y, x, saved.mean, saved.rstd, weights=weights, where=where, channel_axis=axis)
+    return y, saved, kind.batch_norm_backward(y, saved), sums
 
 
 def arrays_of(results):

@@ -101,7 +101,7 @@ def test_all_that_is_planned_is_chosen_from(architecture):
         "RUN": {0, *cuda_variants.ROWS},
         "THREADS": {32, 64, 128, 256},
         "WIDE": {0, 1},
-        "WEIGHT": {0, 1, 2},
+        "WEIGHT": {0, 1, 2, 3},
         "RELU": {0, 1},
         "RESIDUAL": {0, 1},
         "CLUSTER": {1, 2, 4, 8} if problems.tuning_of(architecture).cluster > 1 else {1},

@@ -12,7 +12,7 @@
 //   WIDE              1: a channel has 2^31 vectors or more
 //   STEPS             how a channel's vectors lie in all arrays, where 32 bits count them: 1 at equal distances, 2 in rows
 //                     without gaps, 0 in any other way: an address takes 1, 5 and 12 instructions
-//   WEIGHT            0 none, 1 bool, 2 float64
+//   WEIGHT            0 none, 1 bool, 2 float64, 3 float32
 //   RELU, RESIDUAL    0 or 1
 //   CLUSTER           blocks of a cluster, 1 without
 //   MIN_BLOCKS        resident on a multiprocessor at least: without it ptxas spills a few bytes to reach a number of
@@ -340,6 +340,8 @@ __device__ __forceinline__ double weight_of(const Params& p, const Tile& tile, I
     const i64 index = tile.base(p.weight_strides) + at.offset(p.weight_strides) + along;
 #if WEIGHT == 1
     return reinterpret_cast<const unsigned char*>(p.weight)[index] ? 1.0 : 0.0;
+#elif WEIGHT == 3
+    return reinterpret_cast<const float*>(p.weight)[index];
 #else
     return reinterpret_cast<const double*>(p.weight)[index];
 #endif
