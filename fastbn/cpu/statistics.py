@@ -37,7 +37,7 @@ CAREFUL, NO_DEGREES, EMPTY, STATUS = range(4)  # what a call is told, each a flo
 LEAST_SQUARE = 2.0**-900  # of a sum of squares other than 0, below which some may have been lost
 
 SHORT = 512  # values of a reduced row, below which rows lie side by side in those of `outer`
-ENOUGH_ROWS = 8  # of those, for their sums to be worth the space
+ENOUGH_ROWS, ENOUGH_LONG_ROWS = 8, 12  # of those, for their sums to be worth the space; of rows of 128 values or more
 SHORTEST = 128  # values of a reduced row, below which eight neighbours are read together; of small integers,
 SMALLEST = 64
 ALONG = 32, 128  # values, and bytes, of such a row from which each is read along: up to three times as fast
@@ -233,7 +233,9 @@ def divide(d: list[Dimension], how: Summing) -> Division:
         assert above is not None
         rows = math.prod(o.size for o in d if not o.kept) // last.size
         beside = last.step == 1 and above.step == last.size and (not how.mask or above.mask == last.mask * last.size)
-        if above.kept and beside and last.size < SHORT and rows >= ENOUGH_ROWS:
+        along = last.size >= SHORTEST and not how.small and (how.squares or not how.exact)
+        enough = ENOUGH_LONG_ROWS if along else ENOUGH_ROWS
+        if above.kept and beside and last.size < SHORT and rows >= enough:
             return _along_kept(d, above, last, None, most, how)
         short = last.size < (SMALLEST if how.small else SHORTEST)
         short = short or (not how.small and how.along(rows * last.size) and rows * last.size * how.itemsize < AT_ONCE)

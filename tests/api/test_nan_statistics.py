@@ -187,6 +187,20 @@ def test_constants(shape, value, function):
         assert (getattr(fastbn, function)(x, axis) == expected).all()
 
 
+@by_function
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [5, 11, 20, 70])
+def test_constants_behind_nans(size, dtype, function):
+    """Values that look first at what is left out."""
+    x = np.full((13, 9, size), np.arange(9)[:, np.newaxis] * 0.1, dtype)
+    expected = x[0, :, 0].copy() if function == "nanmean" else 0
+    x[:, :, : size // 2] = np.nan
+    x[0, 3] = np.nan
+    np.testing.assert_allclose(
+        getattr(fastbn, function)(x, (0, 2)), expected, rtol=1e-7 if dtype == np.float32 else 1e-15
+    )
+
+
 def test_float32_sums_do_not_drift():
     x = (100 + np.random.default_rng(2).random((1 << 17, 3))).astype(np.float32)
     x[::3, 0] = x[1::5, 2] = np.nan

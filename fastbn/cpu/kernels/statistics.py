@@ -38,9 +38,11 @@ from fastbn.cpu.kernels.doubles import (
     in_type_of,
     only_if,
     put_values,
+    row_sums,
     some_values,
     unless,
     value_at,
+    values,
     values_to_test,
     which_count,
 )
@@ -207,6 +209,18 @@ def together(a, b, more_a, more_b, squares, exact):
         s, lost = two_sum(a, more_a)
         return s, lost + (b + more_b)
     return a + more_a, b + more_b
+
+
+@inline
+def totals(table, sums, rests, squares, exact):
+    """Over the lanes of eight sums each, and of what these lost, or of squares."""
+    if squares is None and exact is not None:
+        a, b = values(table, sums, LANES), values(table, rests, LANES)
+        for k in range(1, LANES):
+            a, lost = two_sum(a, values(table, sums + k, LANES))
+            b = b + (lost + values(table, rests + k, LANES))
+        return a, b
+    return row_sums(table, sums), row_sums(table, rests)
 
 
 @inline

@@ -22,7 +22,6 @@ from fastbn.cpu.kernels.doubles import (
     row_sums,
     shortened,
     unless,
-    values,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import prefetch, zero_where_not_positive
@@ -39,7 +38,7 @@ from fastbn.cpu.kernels.statistics import (
     row_counts,
     rows_from,
     tallied,
-    two_sum,
+    totals,
     weight_by_row,
     weight_of_row,
 )
@@ -118,18 +117,6 @@ def sums_of_rows(x, source, at, step, w_at, w_step, some, q, squares, exact, o):
 
 
 @inline
-def totals(table, sums, rests, squares, exact):
-    """Over the lanes of eight sums each, and of what these lost, or of squares."""
-    if squares is None and exact is not None:
-        a, b = values(table, sums, LANES), values(table, rests, LANES)
-        for k in range(1, LANES):
-            a, lost = two_sum(a, values(table, sums + k, LANES))
-            b = b + (lost + values(table, rests + k, LANES))
-        return a, b
-    return row_sums(table, sums), row_sums(table, rests)
-
-
-@inline
 def sums(x, source, at, step, w_at, w_step, some, q, squares, exact, along, across, o, count):
     """By columns or by rows, whichever lies side by side."""
     n, a, b = q, q, q
@@ -149,6 +136,14 @@ def count_of(of_values, of_rows, counts):
 
 
 @inline
+def divided(a, n, each, exact):
+    """The mean, which of equal values is theirs: so rounded for float64, in any way for narrower ones."""
+    if exact is None:
+        return a * each
+    return a / n
+
+
+@inline
 def finish_columns(x, source, at, step, w_at, w_step, some, squares, along, o, results, to):
     """Results of eight columns, or the first ``some``."""
     zero, checked = everywhere(0.0), first_there(o.exact, o.weighted)
@@ -156,7 +151,7 @@ def finish_columns(x, source, at, step, w_at, w_step, some, squares, along, o, r
     n, hi, lo = sums(x, source, at, step, w_at, w_step, some, zero, None, checked, along, across, o, to.count)
     each = everywhere(1.0) / n
     if squares is not None:
-        mu = (hi + lo) * each
+        mu = divided(hi + lo, n, each, o.exact)
         q = choose(finite(mu), shortened(mu, o.exact), zero)
         if checks(squares, o.exact, o.weighted):
             lower_underflow_flag()

@@ -7,7 +7,7 @@ together, ``fold`` of them; then the sums of a cell's columns are added up in th
 
 import numpy as np
 
-from fastbn.cpu.kernels.calls import reserve
+from fastbn.cpu.kernels.calls import doubles, reserve
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.doubles import (
     LANES,
@@ -22,9 +22,11 @@ from fastbn.cpu.kernels.doubles import (
     only_if,
     put_values,
     repeat_value,
+    row_sums,
     shortened,
     some_values,
     unless,
+    values,
     which_count,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
@@ -53,6 +55,7 @@ from fastbn.cpu.kernels.statistics import (
 )
 from fastbn.cpu.kernels.statistics_results import checks, merge_parts
 from fastbn.cpu.kernels.statistics_table import (
+    LONG_CELL,
     Table,
     buffer_of,
     clear,
@@ -70,6 +73,7 @@ from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
 from fastbn.cpu.statistics import AHEAD, CAREFUL, FIELDS, OF_ROWS, OF_VALUES
 
+OF_EIGHT_SHIFTS = (2 * LANES + 1) * LANES  # numbers: lanes of the sums and counts of eight cells, and their origins
 BIG = 1.5 * 2.0**52  # added and taken off again, it rounds to a whole number
 
 
@@ -218,40 +222,52 @@ def add_rows(source, part, by_cell, o, table):
 
 
 @inline
-def peek_at_row(x, source, at, w_at, masked, width, first, table):
-    """A row to the sums around the first values that count in each column, and to their counts."""
+def peek_at_row(x, source, at, w_at, masked, width, run, step, first, table):
+    """A row to the sums around the first values that count in each column, and to their counts: vectors a step apart of
+    every ``run`` columns.
+    """
     numbers, zero, one = table.numbers, everywhere(0.0), everywhere(1.0)
-    for c in range(0, width, LANES):
-        some = min(LANES, width - c)
-        v = some_values(x, at + c, None, some)
-        counts = both(finite(v), which_count(only_if(masked, source.where), w_at + c, None, v, some, None))
-        n, q = load(numbers, counts_at(table, c), 64), load(numbers, shifts_at(table, c), 64)
-        if first or masked is not None:
-            q = choose(both(counts, greater(one, n)), v, q)
-            store(numbers, shifts_at(table, c), q)
-        store(numbers, sums_at(table, c), load(numbers, sums_at(table, c), 64) + choose(counts, v - q, zero))
-        store(numbers, counts_at(table, c), n + choose(counts, one, zero))
+    for start in range(0, width, run):
+        end = min(start + run, width)
+        for c in range(start, end, step):
+            some = min(LANES, end - c)
+            v = some_values(x, at + c, None, some)
+            counts = both(finite(v), which_count(only_if(masked, source.where), w_at + c, None, v, some, None))
+            n, q = load(numbers, counts_at(table, c), 64), load(numbers, shifts_at(table, c), 64)
+            if first or masked is not None:
+                q = choose(both(counts, greater(one, n)), v, q)
+                store(numbers, shifts_at(table, c), q)
+            store(numbers, sums_at(table, c), load(numbers, sums_at(table, c), 64) + choose(counts, v - q, zero))
+            store(numbers, counts_at(table, c), n + choose(counts, one, zero))
 
 
 @inline
-def peek_at_any_row(x, raw, source, at, w_at, masked, width, first, by_cell, table):
+def peek_at_any_row(x, raw, source, at, w_at, masked, width, run, step, first, by_cell, table):
     """The same of either array."""
     where, w_at = mask_of_row(source, w_at, width, by_cell, table, 0)
     source = masked_by(source, where)
     if x is not None:
-        peek_at_row(x, source, at, w_at, masked, width, first, table)
+        peek_at_row(x, source, at, w_at, masked, width, run, step, first, table)
     if raw is not None:
         fetched(source, at, width, table.numbers, buffer_of(table))
-        peek_at_row(table.numbers, source, buffer_of(table), w_at, masked, width, first, table)
+        peek_at_row(table.numbers, source, buffer_of(table), w_at, masked, width, run, step, first, table)
 
 
 @inline
 def peek_at_columns(source, part, cells, masked, by_cell, exact, table):
-    """A shift for each column, the same for all of a cell, from some rows of a part; their sums are used meanwhile."""
+    """A shift for each column, the same for all of a cell, from some rows of a part; their sums are used meanwhile.
+
+    Of a cell's columns some are enough: of neighbours a vector or two, of those in rows taken as one the first.
+    """
     geometry, numbers, columns = source.geometry, table.numbers, part.columns
-    clear(table, counts_at(table, 0), columns)
-    clear(table, shifts_at(table, 0), columns)
-    clear(table, sums_at(table, 0), columns)
+    size, seen, run, step = geometry.size, columns, columns, LANES
+    if size >= LONG_CELL:
+        run, step = size, size if size < 4 * LANES else (size + 1) // 2
+    elif size == 1 and cells < columns:
+        seen = min(columns, PEEKS * cells)
+    clear(table, counts_at(table, 0), seen)
+    clear(table, shifts_at(table, 0), seen)
+    clear(table, sums_at(table, 0), seen)
     count = min(PEEKS, max(1, (part.last - part.first) >> (4 if exact is None else 2)))
     for k in range(count):
         r = part.first + k * (part.last - part.first) // count
@@ -259,32 +275,94 @@ def peek_at_columns(source, part, cells, masked, by_cell, exact, table):
         w_row += part.w_at
         width = geometry.tail if geometry.tail > 0 and left == 1 else columns
         if row_counts(source.where, w_row, geometry):
-            peek_at_any_row(source.x, source.raw, source, part.at + row, w_row, masked, width, k == 0, by_cell, table)
-    for c in range(0, columns, LANES):
-        n, q = load(numbers, counts_at(table, c), 64), load(numbers, shifts_at(table, c), 64)
-        s = load(numbers, sums_at(table, c), 64)
-        mu = q + s / choose(greater(n, everywhere(0.0)), n, everywhere(1.0))
-        store(numbers, shifts_at(table, c), shortened(mu, exact))
-    if cells < columns:
-        of_first = geometry.size if geometry.fold == 1 else 1
-        for j in range(cells):
-            origin, s = numbers[shifts_at(table, j * geometry.size)], 0.0
-            for i in range(of_first):
-                s += numbers[shifts_at(table, j * geometry.size + i)] - origin
-            numbers[sums_at(table, j)] = short(origin + s / of_first, exact)
-        spread_shifts(geometry.size, columns, cells, table)
+            peek_at_any_row(
+                source.x, source.raw, source, part.at + row, w_row, masked, min(width, seen), run, step, k == 0,
+                by_cell, table,
+            )  # fmt: skip
+    if cells == columns:
+        for c in range(0, columns, LANES):
+            n, q = load(numbers, counts_at(table, c), 64), load(numbers, shifts_at(table, c), 64)
+            s = load(numbers, sums_at(table, c), 64)
+            mu = q + s / choose(greater(n, everywhere(0.0)), n, everywhere(1.0))
+            store(numbers, shifts_at(table, c), shortened(mu, exact))
+    else:
+        if size >= LONG_CELL:
+            for j in range(0, cells, LANES):
+                store(numbers, sums_at(table, j), shortened(shifts_of_long_cells(j, size, step, table), exact))
+        elif size > 1:
+            for j in range(0, cells, LANES):
+                store(numbers, sums_at(table, j), shortened(shifts_of_short_cells(j, size, table), exact))
+        else:
+            for j in range(cells):
+                numbers[sums_at(table, j)] = short(shift_of_folds(j, cells, seen, table), exact)
+        spread_shifts(size, columns, cells, table)
+
+
+@inline
+def shifts_of_short_cells(j, size, table):
+    """Of eight cells, the means of what was looked at in columns side by side, around the first one that
+    counts, so that they are those of constants. Lanes are cells.
+    """
+    numbers, zero, one = table.numbers, everywhere(0.0), everywhere(1.0)
+    origin, n, s = zero, zero, zero
+    for c in range(j * size, (j + 1) * size):
+        more, q = values(numbers, counts_at(table, c), size), values(numbers, shifts_at(table, c), size)
+        origin = choose(greater(n, zero), origin, q)
+        s = s + choose(greater(more, zero), values(numbers, sums_at(table, c), size) + more * (q - origin), zero)
+        n = n + more
+    return origin + s / choose(greater(n, zero), n, one)
+
+
+@inline
+def shifts_of_long_cells(first, size, step, table):
+    """The same of longer ones: lanes are columns."""
+    numbers, zero, one = table.numbers, everywhere(0.0), everywhere(1.0)
+    lanes = doubles(reserve(OF_EIGHT_SHIFTS))
+    for k in range(LANES):
+        c, origin, n, s = (first + k) * size, 0.0, zero, zero
+        for i in range(c, c + size):
+            if numbers[counts_at(table, i)] > 0.0:
+                origin = numbers[shifts_at(table, i)]
+                break
+        for i in range(0, size, step):
+            more = choose(first_lanes(size - i), load(numbers, counts_at(table, c + i), 64), zero)
+            distances = load(numbers, shifts_at(table, c + i), 64) - everywhere(origin)
+            sums = load(numbers, sums_at(table, c + i), 64) + more * distances
+            s = s + choose(greater(more, zero), sums, zero)
+            n = n + more
+        store(lanes, k * LANES, s)
+        store(lanes, (LANES + k) * LANES, n)
+        lanes[2 * LANES * LANES + k] = origin
+    n, origins = row_sums(lanes, LANES * LANES), load(lanes, 2 * LANES * LANES, 64)
+    return origins + row_sums(lanes, 0) / choose(greater(n, zero), n, one)
+
+
+@inline
+def shift_of_folds(first, step, end, table):
+    """The same of columns a step apart."""
+    numbers, origin, n, s = table.numbers, 0.0, 0.0, 0.0
+    for c in range(first, end, step):
+        more, q = numbers[counts_at(table, c)], numbers[shifts_at(table, c)]
+        if more > 0.0:
+            origin = q if n == 0.0 else origin
+            s += numbers[sums_at(table, c)] + more * (q - origin)
+            n += more
+    return origin + s / n if n > 0.0 else 0.0
 
 
 @inline
 def spread_shifts(size, columns, cells, table):
-    """The shift of each cell, from where its sum stands, to all of its columns."""
-    j, c = 0, 0
-    while c < columns:
-        q = table.numbers[sums_at(table, j)]
-        for i in range(c, c + size):
-            table.numbers[shifts_at(table, i)] = q
-        c += size
-        j = j + 1 if j + 1 < cells else 0
+    """The shift of each cell, from where its sum stands, to all of its columns; what spills over is overwritten."""
+    numbers = table.numbers
+    if size == 1:
+        for c in range(0, columns, cells):
+            for j in range(0, cells, LANES):
+                store(numbers, shifts_at(table, c + j), load(numbers, sums_at(table, j), 64))
+    else:
+        for j in range(cells):
+            q = everywhere(numbers[sums_at(table, j)])
+            for c in range(j * size, (j + 1) * size, LANES):
+                store(numbers, shifts_at(table, c), q)
 
 
 @inline
