@@ -267,6 +267,11 @@ def eight(x, source, at, step, w_at, w_step, row_weight, q, some, o):
 
 
 @inline
+def masked_by(source, where):
+    return Source(source.x, source.raw, source.fetch, where, source.geometry, source.dimensions)
+
+
+@inline
 def one_by_one(o):
     """True where values count one by one, else None."""
     return first_there(o.masked, o.skip_nan)

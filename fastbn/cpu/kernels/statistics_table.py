@@ -6,15 +6,17 @@ from fastbn.cpu.kernels.calls import doubles, reserve
 from fastbn.cpu.kernels.compiler import inline
 from fastbn.cpu.kernels.doubles import (
     LANES,
+    array_at,
     choose,
     everywhere,
     first_lanes,
     first_there,
     hidden,
+    repeat_value,
     row_sums,
     values,
 )
-from fastbn.cpu.kernels.simd import load, store
+from fastbn.cpu.kernels.simd import address, load, store
 from fastbn.cpu.kernels.statistics import field, one_by_one, together, totals
 from fastbn.cpu.statistics import FIELDS
 
@@ -23,44 +25,27 @@ OF_EIGHT = 3 * LANES * LANES  # numbers: lanes of the sums, of what these lost, 
 
 
 class Table(NamedTuple):
-    """A thread's: rows of counts, shifts, A and B of its columns, a pitch apart, and behind them what is fetched,
-    and masks of four rows.
-    """
+    """A thread's: where its rows begin, of which each column has a number."""
 
     numbers: Any
-    own: Any
+    counts: Any
+    shifts: Any
+    sums: Any
+    """A: sums of values, or of distances from the shift."""
+    rest: Any
+    """B: sums of squares, or what sums lost."""
+    buffer: Any
+    """For what is fetched."""
+    masks: Any
+    """Of four rows, a byte or a weight of each column."""
     pitch: Any
 
 
 @inline
-def counts_at(table, c):
-    return table.own + c
-
-
-@inline
-def shifts_at(table, c):
-    return table.own + table.pitch + c
-
-
-@inline
-def sums_at(table, c):
-    return table.own + 2 * table.pitch + c
-
-
-@inline
-def rest_at(table, c):
-    """B: sums of squares, or what sums lost."""
-    return table.own + 3 * table.pitch + c
-
-
-@inline
-def buffer_of(table):
-    return table.own + FIELDS * table.pitch
-
-
-@inline
-def masks_of(table):
-    return table.own + (FIELDS + 1) * table.pitch
+def table_at(numbers, own, pitch):
+    """The table of a thread whose workspace begins there."""
+    buffer = own + FIELDS * pitch
+    return Table(numbers, own, own + pitch, own + 2 * pitch, own + 3 * pitch, buffer, buffer + pitch, pitch)
 
 
 @inline
@@ -73,18 +58,18 @@ def store_if(option, numbers, at, v):
 def loaded(table, c, q_is_used, rest_is_used, counts):
     """The numbers of eight columns; zeros of those that are not used."""
     numbers = table.numbers
-    a, b = load(numbers, sums_at(table, c), 64), field(numbers, rest_at(table, c), rest_is_used)
-    n = field(numbers, counts_at(table, c), counts)
+    a, b = load(numbers, table.sums + c, 64), field(numbers, table.rest + c, rest_is_used)
+    n = field(numbers, table.counts + c, counts)
     if q_is_used is None:
         return everywhere(hidden(0.0)), n, a, b  # see `statistics_inner.sums_around_a_shift`
-    return load(numbers, shifts_at(table, c), 64), n, a, b
+    return load(numbers, table.shifts + c, 64), n, a, b
 
 
 @inline
 def stored(table, c, n, a, b, rest_is_used, counts):
-    store(table.numbers, sums_at(table, c), a)
-    store_if(rest_is_used, table.numbers, rest_at(table, c), b)
-    store_if(counts, table.numbers, counts_at(table, c), n)
+    store(table.numbers, table.sums + c, a)
+    store_if(rest_is_used, table.numbers, table.rest + c, b)
+    store_if(counts, table.numbers, table.counts + c, n)
 
 
 @inline
@@ -98,7 +83,23 @@ def fill_counts(n, cells, counts, table):
     """What each cell weighs, if all weigh the same."""
     if counts is None:
         for j in range(0, cells, LANES):
-            store(table.numbers, counts_at(table, j), everywhere(n))
+            store(table.numbers, table.counts + j, everywhere(n))
+
+
+@inline
+def mask_of_row(source, w_at, columns, by_cell, table, k):
+    """A row's mask, and where it begins there: as it lies, or, if it has a byte of each cell, in the k-th place for
+    such, with one of each column.
+    """
+    if by_cell is None:
+        return source.where, w_at
+    into, size = array_at(address(table.numbers, table.masks), source.where), source.geometry.channels
+    for j in range((size - 1) & -LANES, -1, -LANES):  # the last first: what spills over is overwritten
+        to = k * table.pitch + j
+        for i in range(columns // size):
+            repeat_value(source.where, w_at + i, into, to)
+            to += size
+    return into, k * table.pitch
 
 
 @inline
@@ -111,48 +112,35 @@ def values_if(option, a, at, step):
 @inline
 def gather_columns(geometry, cells, o, table):
     """The sums of each cell's columns, moved side by side."""
-    if geometry.size == 1:
-        add_folds(geometry.fold * cells, cells, o, table)
-    elif geometry.size < LONG_CELL:
-        add_short_cells(geometry.size, cells, o, table)
+    if geometry.size < LONG_CELL:
+        add_columns(geometry.fold, geometry.size, cells, o, table)
     else:
         add_long_cells(geometry.size, cells, o, table)
 
 
 @inline
-def add_folds(columns, cells, o, table):
-    """Of cells whose columns are in each of the rows that were taken as one."""
+def add_columns(fold, size, cells, o, table):
+    """Of cells with few neighbouring columns, or one in each of the rows that were taken as one: lanes are cells."""
     rest, counts = first_there(o.squares, o.exact), one_by_one(o)
     for j in range(0, cells, LANES):
         n, a, b = everywhere(0.0), everywhere(0.0), everywhere(0.0)
-        for c in range(j, columns, cells):
-            _, more_n, more_a, more_b = loaded(table, c, None, rest, counts)
-            n = n + more_n
-            a, b = together(a, b, more_a, more_b, o.squares, o.exact)
-        stored(table, j, n, a, b, rest, counts)
-
-
-@inline
-def add_short_cells(size, cells, o, table):
-    """Of cells whose columns lie side by side: lanes are cells."""
-    rest, counts = first_there(o.squares, o.exact), one_by_one(o)
-    for j in range(0, cells, LANES):
-        n, a, b = everywhere(0.0), everywhere(0.0), everywhere(0.0)
-        for c in range(j * size, (j + 1) * size):
-            n = n + values_if(counts, table.numbers, counts_at(table, c), size)
-            more = values_if(rest, table.numbers, rest_at(table, c), size)
-            a, b = together(a, b, values(table.numbers, sums_at(table, c), size), more, o.squares, o.exact)
-        store_if(o.squares, table.numbers, shifts_at(table, j), values(table.numbers, shifts_at(table, j * size), size))
+        for k in range(fold):
+            for i in range(size):
+                c = (k * cells + j) * size + i
+                n = n + values_if(counts, table.numbers, table.counts + c, size)
+                more = values_if(rest, table.numbers, table.rest + c, size)
+                a, b = together(a, b, values(table.numbers, table.sums + c, size), more, o.squares, o.exact)
+        store_if(o.squares, table.numbers, table.shifts + j, values(table.numbers, table.shifts + j * size, size))
         stored(table, j, n, a, b, rest, counts)
 
 
 @inline
 def add_long_cells(size, cells, o, table):
-    """Of longer ones: lanes are columns, and eight cells' are added up together."""
+    """Of cells with many: lanes are columns, and eight cells' are added up together."""
     rest, counts, zero = first_there(o.squares, o.exact), one_by_one(o), everywhere(0.0)
     lanes = doubles(reserve(OF_EIGHT))
     for j in range(0, cells, LANES):
-        for k in range(LANES):
+        for k in range(min(LANES, cells - j)):
             n, a, b, first = zero, zero, zero, (j + k) * size
             for i in range(0, size, LANES):
                 there = first_lanes(size - i)
@@ -162,6 +150,6 @@ def add_long_cells(size, cells, o, table):
             store(lanes, k * LANES, a)
             store(lanes, (LANES + k) * LANES, b)
             store(lanes, (2 * LANES + k) * LANES, n)
-        store_if(o.squares, table.numbers, shifts_at(table, j), values(table.numbers, shifts_at(table, j * size), size))
+        store_if(o.squares, table.numbers, table.shifts + j, values(table.numbers, table.shifts + j * size, size))
         a, b = totals(lanes, 0, LANES * LANES, o.squares, o.exact)
         stored(table, j, row_sums(lanes, 2 * LANES * LANES), a, b, rest, counts)
