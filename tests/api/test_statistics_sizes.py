@@ -123,7 +123,7 @@ def test_middle_axes(dtype, function):
 @by_sum
 @pytest.mark.parametrize("dtype", some_slow(["float32", "float64", "float16", "int32"], ["float32"]))
 def test_short_rows_beside_each_other(dtype, function):
-    """Of images smaller than 23 x 23: a kept index has neighbouring columns, of which some are looked at for a shift."""
+    """Of small images: a kept index has neighbouring columns, of which some are looked at for a shift."""
     line, failures = maker(dtype)((300_017,)), []
     for images, channels in ((8, 9), (11, 1), (13, 3), (40, 17)):
         for size in (2, 3, 7, 8, 9, 11, 12, 13, 16, 17, 24, 31, 32, 33, 49, 65, 127, 128, 130, 300):
