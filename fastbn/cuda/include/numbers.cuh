@@ -74,9 +74,14 @@ template <> struct Words<1> { typedef unsigned char type; };
 typedef typename Words<VECTOR * sizeof(T)>::type Packed;
 typedef typename Words<VECTOR>::type Bytes;  // of a mask
 
+#define PAIRS (DTYPE == BFLOAT16 && VECTOR > 1)
+
 union Elements {
     Packed packed;
     T each[VECTOR];
+#if PAIRS
+    unsigned pairs[VECTOR / 2];
+#endif
 };
 
 union Flags {
@@ -109,7 +114,11 @@ struct Batch {
     __device__ __forceinline__ Value at(int k, int j) const {
         Elements elements;
         elements.packed = items[k];
+#if PAIRS
+        return bfloat16_of_pair(elements.pairs[j / 2], j % 2);
+#else
         return decoded(elements.each[j]);
+#endif
     }
 
     __device__ __forceinline__ bool takes(int k, int j) const {

@@ -102,9 +102,14 @@ typedef typename Words<VECTOR * sizeof(T)>::type Packed;
 
 typedef Packed Items[ITEMS_PER_THREAD];
 
+#define PAIRS (DTYPE == 1 && VECTOR > 1)  // of bfloat16
+
 union Elements {
     Packed packed;
     T each[VECTOR];
+#if PAIRS
+    unsigned pairs[VECTOR / 2];
+#endif
 };
 
 __device__ __forceinline__ real decoded(T element) {
@@ -130,7 +135,11 @@ __device__ __forceinline__ T encoded(real value) {
 __device__ __forceinline__ real element(const Packed& packed, int j) {
     Elements elements;
     elements.packed = packed;
+#if PAIRS
+    return bfloat16_of_pair(elements.pairs[j / 2], j % 2);
+#else
     return decoded(elements.each[j]);
+#endif
 }
 
 // --- where a thread stands -------------------------------------------------------------------------------------------
