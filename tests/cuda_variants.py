@@ -121,7 +121,8 @@ def planned(architecture: int) -> tuple[Variant, ...]:
     for kernel, macros in found:
         known = dict(macros)
         options = {"WEIGHT": (1, 2, 3) if known.get("WEIGHT") else (0,), "RELU": (0, 1), "RESIDUAL": (0, 1)}
-        fixed = ("RESIDUAL",) if known.get("RUN") else ()  # on which the number of vectors depends
+        vectors_depend_on_it = known.get("RUN") or (known.get("ALONG_CHANNELS") and known.get("DTYPE") in (0, 1))
+        fixed = ("RESIDUAL",) if vectors_depend_on_it else ()
         here = [name for name in options if name in launch.OPTIONAL[kernel] and name not in fixed]
         for values in itertools.product(*(options[name] for name in here)):
             changed = dict(zip(here, values, strict=True))
@@ -141,7 +142,8 @@ def _problems(architecture: int) -> Iterator[Any]:
         reduced = (8, 1 << 8, 1 << 12, 1 << 17, 1 << 23, 1 << 36)
         lasts = itertools.product((1, 2, 4, 8, 16, 32, 64), reduced)
         shapes = [(True, channels, n) for channels, n in lasts] + [(False, 64, n) for n in reduced]
-        for (along, channels, n), off, weight in itertools.product(shapes, offs, (0, 2)):
+        cases = itertools.product(shapes, offs, (0, 2), (False, True) if itemsize == 2 else (False,))
+        for (along, channels, n), off, weight, residual in cases:
             shape = (1, n, channels, 1) if along else (1, 1, channels, n)
             strides = (0, channels, 1, 0) if along else (0, 0, n, 1)
             if n == 1 << 12:  # two reduced axes, between which there is a gap
@@ -149,7 +151,7 @@ def _problems(architecture: int) -> Iterator[Any]:
                 shape = (1, 2, channels, n)
             operands = (("x", problems.Operand(strides, off)),)
             yield problems.Problem(
-                device, shape, dtype, itemsize, operands, weight, strides, (), relu=False, residual=False
+                device, shape, dtype, itemsize, operands, weight, strides, (), relu=False, residual=residual
             )
         for samples, n, residual in itertools.product((1, 32, 1 << 14), ROWS, (False, True)):
             operands = (("x", problems.Operand((0, 64 * n, n, 1), 0)),)

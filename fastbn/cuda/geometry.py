@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from fastbn.cuda.problems import BFLOAT16, Problem, Tuning, tuning_of
 
+WIDE_FROM = 1 << 31
+"""Vectors of a channel from which kernels count them in 64 bits."""
+
 
 def vector_of(problem: Problem, axis: int, most: int) -> int:
     """Elements of a load along an axis: a power of two to which sizes, strides and addresses of all arrays agree."""
@@ -48,6 +51,11 @@ class Geometry(NamedTuple):
     """Elements of a channel in its row, where vectors run on from one channel into the next."""
 
     @property
+    def wide(self) -> bool:
+        """Whether vectors are counted in 64 bits."""
+        return self.vectors >= WIDE_FROM
+
+    @property
     def width(self) -> int:
         """Channels of a tile."""
         if self.run:
@@ -74,16 +82,17 @@ class Kept(NamedTuple):
     arrays: int
 
 
-def work_of(problem: Problem, kept: Kept | None = None) -> Work:
+def work_of(problem: Problem, kept: Kept | None = None, most: int = 16) -> Work:
+    """With vectors of so many elements at most."""
     tuning = tuning_of(problem.device.architecture)
-    return Work(problem, tuning, geometry_of(problem, tuning, kept))
+    return Work(problem, tuning, geometry_of(problem, tuning, kept, most))
 
 
-def geometry_of(problem: Problem, tuning: Tuning, kept: Kept | None) -> Geometry:
+def geometry_of(problem: Problem, tuning: Tuning, kept: Kept | None, most: int = 16) -> Geometry:
     batch, outer, channel, inner = problem.shape
     strides = problem.operands[0][1].strides
     along = channel > 1 and (inner == 1 or abs(strides[2]) < abs(strides[3]))
-    most = 16 // problem.itemsize
+    most = min(most, 16 // problem.itemsize)
     if problem.weight or (kept and along):
         # What a thread needs for eight channels leaves registers for one block a multiprocessor; with weights, four
         # spill beside a residual.
@@ -201,6 +210,21 @@ def items_of(work: Work, arrays: int) -> int:
     converted = problem.dtype == BFLOAT16 and problem.device.architecture < 80  # by other instructions
     beside = geometry.run and (problem.residual or converted or problem.itemsize == 8)
     return max(1, items // 2) if beside else items  # beside two channels, eight spill
+
+
+def deeper(work: Work, kernel: str, arrays: int) -> tuple[Work, int] | None:
+    """Halves channels-last with twice the loads in flight, 64 kB a multiprocessor, and vectors that a thread then has.
+
+    None where two blocks a multiprocessor have no registers for it, or load a residual meanwhile. Sums of gradients
+    have too few for eight channels of a thread: four take 110 of 128.
+    """
+    problem, _, geometry = work
+    if kernel == "grad_sums":
+        work = work_of(problem, most=4)
+    simple = steps_of(problem, work.geometry) == 1 and not work.geometry.wide
+    if problem.itemsize > 2 or problem.weight or problem.residual or not (geometry.along_channels and simple):
+        return None
+    return work, 2 * items_of(work, arrays)
 
 
 class Scratch(NamedTuple):

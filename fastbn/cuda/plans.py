@@ -17,6 +17,7 @@ from fastbn.cuda.geometry import (
     Geometry,
     Kept,
     Work,
+    deeper,
     doubles_of_partial,
     items_of,
     most_splits,
@@ -31,9 +32,6 @@ from fastbn.cuda.launch import Device, Launch
 from fastbn.cuda.problems import FLOAT32, Operand, Problem
 
 NOTHING: Mapping[str, int] = {}
-WIDE_FROM = 1 << 31
-"""Vectors of a channel from which kernels count them in 64 bits."""
-
 STRATEGIES = ("block", "cluster", "cooperative", "two passes")
 
 
@@ -68,12 +66,12 @@ class Plan(NamedTuple):
 # --- one launch of any kernel -----------------------------------------------------------------------------------------
 
 
-def _division(vectors: int, by: int) -> tuple[int, int]:
+def _division(by: int) -> tuple[int, int]:
     """Multiplier and shift for which ``(v * multiplier >> 32) >> shift`` is ``v // by``, for all v < 2^31.
 
     Granlund & Montgomery, "Division by invariant integers using multiplication", PLDI 1994.
     """
-    if by == 1 or vectors >= WIDE_FROM:
+    if by == 1:
         return 0, 0
     bits = (by - 1).bit_length()
     return (1 << (31 + bits)) // by + 1, bits - 1
@@ -85,7 +83,7 @@ def _launch(
 ) -> Launch:  # fmt: skip
     problem, _, geometry = work
     macros = _macros(work, kernel, threads, items, cluster)
-    magic, shift = _division(geometry.vectors, geometry.row_vectors)
+    magic, shift = (0, 0) if geometry.wide else _division(geometry.row_vectors)
     everything: dict[str, float] = {
         **dict(problem.options),
         **fields,
@@ -113,7 +111,6 @@ def _launch(
 def _macros(work: Work, kernel: str, threads: int, items: int, cluster: int = 1) -> launch.Macros:
     problem, tuning, geometry = work
     blocks = tuning.backward_blocks if kernel == "backward" and geometry.along_channels else 2
-    wide = geometry.vectors >= WIDE_FROM
     options = {"WEIGHT": problem.weight, "RELU": int(problem.relu), "RESIDUAL": int(problem.residual)}
     return (
         ("DTYPE", problem.dtype),
@@ -123,8 +120,8 @@ def _macros(work: Work, kernel: str, threads: int, items: int, cluster: int = 1)
         ("LANES", geometry.lanes),
         ("THREADS", threads),
         ("ITEMS_PER_THREAD", items),
-        ("WIDE", int(wide)),
-        ("STEPS", 0 if wide else steps_of(problem, geometry)),
+        ("WIDE", int(geometry.wide)),
+        ("STEPS", 0 if geometry.wide else steps_of(problem, geometry)),
         *((name, value if name in launch.OPTIONAL[kernel] else 0) for name, value in options.items()),
         ("CLUSTER", cluster),
         ("MIN_BLOCKS", blocks),
@@ -224,13 +221,31 @@ def _cooperative(
 
 def _pass(work: Work, kernel: str, arrays: int, fields: Mapping[str, int] = NOTHING) -> tuple[Launch, int]:
     """A launch, and its blocks for each tile: the device is full, and a block has enough to do."""
-    problem, tuning, geometry = work
-    threads, items = threads_of(geometry, geometry.vectors, tuning.threads), items_of(work, arrays)
-    wanted = -(-tuning.passes * problem.device.processors // max(1, geometry.tiles))
-    enough = geometry.vectors // (2 * threads // geometry.lanes * items)
-    splits = max(1, min(wanted, enough, most_splits(work)))
-    step = _launch(work, kernel, geometry.tiles * splits, threads, items, splits=splits, fields=fields)
+    items, deep = items_of(work, arrays), deeper(work, kernel, arrays)
+    if deep is not None and _fills(*deep):
+        work, items = deep
+    geometry = work.geometry
+    splits = max(1, min(_wanted(work), _useful(work, items), most_splits(work)))
+    step = _launch(work, kernel, geometry.tiles * splits, _threads(work), items, splits=splits, fields=fields)
     return step, splits
+
+
+def _threads(work: Work) -> int:
+    return threads_of(work.geometry, work.geometry.vectors, work.tuning.threads)
+
+
+def _wanted(work: Work) -> int:
+    """Blocks for each tile that fill the device."""
+    return -(-work.tuning.passes * work.problem.device.processors // max(1, work.geometry.tiles))
+
+
+def _useful(work: Work, items: int) -> int:
+    """Blocks for each tile that have two chunks each."""
+    return work.geometry.vectors // (2 * _threads(work) // work.geometry.lanes * items)
+
+
+def _fills(work: Work, items: int) -> bool:
+    return _useful(work, items) >= _wanted(work)
 
 
 MERGED_CHANNELS = 4

@@ -100,7 +100,7 @@ class Run:
             patch.setattr(checks, "SAME_BITS", False)
             patch.setitem(plans.FORCED, "strategy", self.strategy)
             if self.wide:
-                patch.setattr(plans, "WIDE_FROM", 0)
+                patch.setattr(geometry, "WIDE_FROM", 0)
             if self.any_strides:
                 patch.setattr(geometry, "MOST_NEAR", 0)
             self.check(case)

@@ -14,6 +14,7 @@ CASES = (
     ("H200", (256, 64, 112, 112), "NHWC", "float16", "forward"),
     ("H200", (32, 256, 56, 56), "NHWC", "float32", "backward"),
     ("RTX 5090", (256, 64, 112, 112), "NHWC", "float16", "forward"),
+    ("B200", (32, 1024, 14, 14), "NHWC", "bfloat16", "forward"),
     ("RTX 5090", (256, 256, 56, 56), "NCHW", "float32", "forward"),
 )
 """Of each way the ones that take most; `python -m tests.cuda.slots --above` asks of all."""
@@ -28,10 +29,12 @@ def test_memory_is_the_limit(case):
 
 
 @pytest.mark.slow
-def test_bytes_in_flight_of_large_arrays():
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_bytes_in_flight_of_large_arrays(dtype):
     for layout in ("NCHW", "NHWC"):
-        found = slots.slots("H200", ((256, 256, 56, 56), layout, "float32", "forward"))
-        assert found.in_flight >= slots.ENOUGH
+        for operation in ("forward", "backward", "inference"):
+            found = slots.slots("H200", ((256, 256, 56, 56), layout, dtype, operation))
+            assert found.in_flight >= slots.ENOUGH, (layout, operation)
 
 
 def test_what_a_loop_counts():

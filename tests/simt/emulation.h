@@ -320,6 +320,10 @@ inline float bfloat16_to_float(unsigned short bits) {
     return simt::bit_cast<float>(static_cast<unsigned>(bits) << 16);
 }
 
+inline float bfloat16_of_pair(unsigned bits, int upper) {
+    return simt::bit_cast<float>(upper ? bits & 0xffff0000u : bits << 16);
+}
+
 inline unsigned short float_to_bfloat16(float value) {
     const unsigned bits = simt::bit_cast<unsigned>(value);
     if (value != value) return 0x7fff;

@@ -12,11 +12,6 @@ typedef unsigned long long u64;
 #define FLOAT32 2
 #define FLOAT64 3
 
-// One of two side by side: the upper one is cut out by one instruction, where by itself it takes two or three.
-__device__ __forceinline__ float bfloat16_of_pair(unsigned bits, int upper) {
-    return __uint_as_float(upper ? bits & 0xffff0000u : bits << 16);
-}
-
 __device__ __forceinline__ double parameter(const char* data, i64 type, i64 index, double otherwise) {
     if (data == nullptr) return otherwise;
     if (type == FLOAT64) return reinterpret_cast<const double*>(data)[index];
