@@ -37,11 +37,13 @@ CAREFUL, NO_DEGREES, EMPTY, STATUS = range(4)  # what a call is told, each a flo
 LEAST_SQUARE = 2.0**-900  # of a sum of squares other than 0, below which some may have been lost
 
 SHORT = 512  # values of a reduced row, below which rows lie side by side in those of `outer`
-ENOUGH_ROWS, ENOUGH_LONG_ROWS = 8, 12  # of those, for their sums to be worth the space; of rows of 128 values or more
-SHORTEST = 128  # values of a reduced row, below which eight neighbours are read together; of small integers,
+ENOUGH_ROWS, ENOUGH_LONG_ROWS = 8, 12  # of those, for their sums to be worth the space; of rows from
+LONG_ROW = 128  # values on
+SHORTEST = 16  # values of a reduced row, below which eight neighbours are read together; of small integers,
 SMALLEST = 64
-ALONG = 32, 128  # values, and bytes, of such a row from which each is read along: up to three times as fast
-AT_ONCE = 1 << 10  # bytes of a kept index's values below which longer rows are read so, too
+FEW_VALUES = 128  # of a kept index, up to which those of longer rows are read so, too
+ALONG = 32, 128  # values, and bytes, of a row from which each is read along: up to three times as fast, and of
+AT_ONCE = 1 << 10  # bytes of a kept index's values
 FEW_ROWS = 12  # rows of neighbouring kept indices, up to which all are read for eight columns at once
 FEW = 8  # kept indices in a row, below which each goes its own way along the reduced ones
 WORTH = 16  # kept indices a step apart that are worth a row
@@ -93,6 +95,10 @@ class Summing(NamedTuple):
     def along(self, values: int) -> bool:
         """Whether so many of a kept index are read along."""
         return values >= ALONG[0] and values * self.itemsize >= ALONG[1]
+
+    def few(self, along: bool) -> int:
+        """Values of a kept index, up to which all are read at once."""
+        return max(FEW_VALUES, AT_ONCE // self.itemsize) if along else FEW_VALUES
 
 
 class Division(NamedTuple):
@@ -207,7 +213,7 @@ def _along_kept(
     words = _words(kept, rows)
     along = row.step != 1 and bool(rows) and rows[-1].step == 1 and how.along(rows[-1].size)
     along = along and (not how.mask or rows[-1].mask == 1)
-    few = FEW_ROWS if row.step == 1 else max(SHORTEST, AT_ONCE // how.itemsize if along else 0)
+    few = FEW_ROWS if row.step == 1 else how.few(along)
     if count <= few and size is None and folded == 1:
         geometry = geometry._replace(parts=1, rows_of_a_part=count)
         of_rows = row.mask == 0 and not along
@@ -233,16 +239,16 @@ def divide(d: list[Dimension], how: Summing) -> Division:
         assert above is not None
         rows = math.prod(o.size for o in d if not o.kept) // last.size
         beside = last.step == 1 and above.step == last.size and (not how.mask or above.mask == last.mask * last.size)
-        along = last.size >= SHORTEST and not how.small and (how.squares or not how.exact)
-        enough = ENOUGH_LONG_ROWS if along else ENOUGH_ROWS
+        one_by_one = last.size >= LONG_ROW and not how.small and (how.squares or not how.exact)
+        enough = ENOUGH_LONG_ROWS if one_by_one else ENOUGH_ROWS
         if above.kept and beside and last.size < SHORT and rows >= enough:
             return _along_kept(d, above, last, None, most, how)
-        short = last.size < (SMALLEST if how.small else SHORTEST)
-        short = short or (not how.small and how.along(rows * last.size) and rows * last.size * how.itemsize < AT_ONCE)
+        values = rows * last.size
+        along = last.step == 1 and (not how.mask or last.mask == 1) and how.along(last.size)
+        few = values <= how.few(along) and (last.size < LONG_ROW or along)
+        short = last.size < SMALLEST if how.small else last.size < SHORTEST or few
         if how.mask:  # only where all is added up at once; neighbours' bytes may lie apart where their values do
-            values, along = rows * last.size, last.step == last.mask == 1 and how.along(last.size)
-            most_along = max(SHORTEST, AT_ONCE // how.itemsize) if along else 0
-            short = above.step != 1 and values < max(ALONG[0], most_along)
+            short = above.step != 1 and values < (how.few(along) if along else ALONG[0])
         if above.kept and short and above.size >= WORTH:
             most = min(most, max(8, IN_L1 // (last.size * how.itemsize)))
             return _along_kept(d, above, None, None, most, how)
