@@ -39,7 +39,7 @@ LEAST_SQUARE = 2.0**-900  # of a sum of squares other than 0, below which some m
 SHORT = 512  # values of a reduced row, below which rows lie side by side in those of `outer`
 ENOUGH_ROWS, ENOUGH_LONG_ROWS = 8, 12  # of those, for their sums to be worth the space; of rows from
 LONG_ROW = 128  # values on
-SHORTEST = 16  # values of a reduced row, below which eight neighbours are read together; of small integers,
+SHORTEST = 8  # values of a reduced row, below which eight neighbours are read together; of small integers,
 SMALLEST = 64
 FEW_VALUES = 128  # of a kept index, up to which those of longer rows are read so, too
 ALONG = 32, 128  # values, and bytes, of a row from which each is read along: up to three times as fast, and of
@@ -52,6 +52,10 @@ OF_WIDE_ROWS = 64 << 10  # the same of parts of rows: longer ones are read up to
 FEW_COLUMNS = 512  # of small integers at least, and one more for so many bytes,
 SIZE_OF_COLUMN = 8192  # of which two threads' 80 are a hundredth
 AHEAD = 8 << 10  # bytes that rows are prefetched ahead: processors do it within a page alone; 1.3 to 1.6 times as fast
+NEXT = (
+    64 << 10
+)  # bytes of a kept index, up to which the next one's are prefetched, where they lie nearer than its rows:
+AHEAD_OF_ROWS = 32 << 10  # rows of images of one channel are each in a page of its own, 1.4 to 5 times as slow without
 PART = 1 << 16  # values that a thread takes at once, about
 PART_OF_SQUARES = 1 << 14  # of float64, of which each of 32 sums has 512: rounding of 1e-15
 PARTS_AT_MOST = 64  # of the rows of `outer`
@@ -145,7 +149,7 @@ def _along_reduced(d: list[Dimension], run: Dimension, how: Summing) -> Division
         parts = -(-count // each)
     geometry = Geometry(
         len(kept), len(rows), rows=count, parts=parts, rows_of_a_part=each, step=run.step if run.size > 1 else 1,
-        columns=run.size, pieces=pieces, piece=piece, **_ahead(run, (rows or kept)[-1:], how),
+        columns=run.size, pieces=pieces, piece=piece, **_ahead(run, rows, kept, how),
     )  # fmt: skip
     partials = FIELDS * parts * channels if parts > 1 else 0
     strided = run.step != 1 and run.size > 1
@@ -153,11 +157,15 @@ def _along_reduced(d: list[Dimension], run: Dimension, how: Summing) -> Division
     return Division("inner", geometry, words, channels * parts, channels, partials, OF_INNER, strided, run.mask == 0)
 
 
-def _ahead(run: Dimension, above: list[Dimension], how: Summing) -> dict[str, int]:
-    """What is prefetched, in rows that follow each other along a dimension."""
-    step = above[0].step if above else run.size
-    rows, rest = divmod(AHEAD // how.itemsize, run.size)
-    return {"ahead": rows * step + rest, "turn": run.size - rest, "skip": step - run.size}
+def _ahead(run: Dimension, rows: list[Dimension], kept: list[Dimension], how: Summing) -> dict[str, int]:
+    """What is prefetched: in rows that follow each other, or in those of kept indices that do, which may be nearer."""
+    values = run.size * math.prod(o.size for o in rows)
+    if kept and rows and abs(kept[-1].step) < abs(rows[-1].step) and values * how.itemsize <= NEXT:
+        return {"ahead": kept[-1].step * max(1, AHEAD_OF_ROWS // (values * how.itemsize)), "turn": run.size, "skip": 0}
+    above = rows or kept
+    step = above[-1].step if above else run.size
+    whole, rest = divmod(AHEAD // how.itemsize, run.size)
+    return {"ahead": whole * step + rest, "turn": run.size - rest, "skip": step - run.size}
 
 
 def _in_fours(size: int, most: int) -> int:

@@ -143,6 +143,9 @@ def add_row(x, source, at, w_at, columns, w, q, o, sums, in_memory):
         sums = add_each(Sums(n, a0, a1, a2, a3, b0, b1, b2, b3), (e0, e1, e2, e3), q, o.squares, o.exact)
         n, a0, a1, a2, a3, b0, b1, b2, b3 = sums
         i += jump
+    if done < columns:
+        later = geometry.ahead + (geometry.skip if done >= geometry.turn else 0)
+        prefetch_values(only_if(in_memory, x), at + done + later)
     for i in range(done, columns & -LANES, LANES):
         e = eight(x, source, at + i, None, w_at + i, None, w, q, None, o)
         n = tallied(n, e, o)
