@@ -39,6 +39,8 @@ LEAST_SQUARE = 2.0**-900  # of a sum of squares other than 0, below which some m
 SHORT = 512  # values of a reduced row, below which rows lie side by side in those of `outer`
 ENOUGH_ROWS, ENOUGH_LONG_ROWS = 8, 12  # of those, for their sums to be worth the space; of rows from
 LONG_ROW = 128  # values on
+ENOUGH_FOR_SQUARES = 25  # the same of squares of float32 and float64, from
+LONG_FOR_SQUARES = 28  # values on
 SHORTEST = 8  # values of a reduced row, below which eight neighbours are read together; of small integers,
 SMALLEST = 64
 FEW_VALUES = 128  # of a kept index, up to which those of longer rows are read so, too
@@ -99,6 +101,13 @@ class Summing(NamedTuple):
     def along(self, values: int) -> bool:
         """Whether so many of a kept index are read along."""
         return values >= ALONG[0] and values * self.itemsize >= ALONG[1]
+
+    def enough(self, size: int) -> int:
+        """Rows of so many values, beside each other, from which on each column has a sum."""
+        if self.squares and self.itemsize >= 4 and not (self.small or self.mask) and size >= LONG_FOR_SQUARES:
+            return ENOUGH_FOR_SQUARES
+        long = size >= LONG_ROW and not self.small and (self.squares or not self.exact)
+        return ENOUGH_LONG_ROWS if long else ENOUGH_ROWS
 
     def few(self, along: bool) -> int:
         """Values of a kept index, up to which all are read at once."""
@@ -247,9 +256,7 @@ def divide(d: list[Dimension], how: Summing) -> Division:
         assert above is not None
         rows = math.prod(o.size for o in d if not o.kept) // last.size
         beside = last.step == 1 and above.step == last.size and (not how.mask or above.mask == last.mask * last.size)
-        one_by_one = last.size >= LONG_ROW and not how.small and (how.squares or not how.exact)
-        enough = ENOUGH_LONG_ROWS if one_by_one else ENOUGH_ROWS
-        if above.kept and beside and last.size < SHORT and rows >= enough:
+        if above.kept and beside and last.size < SHORT and rows >= how.enough(last.size):
             return _along_kept(d, above, last, None, most, how)
         values = rows * last.size
         along = last.step == 1 and (not how.mask or last.mask == 1) and how.along(last.size)
