@@ -218,11 +218,12 @@ def deeper(work: Work, kernel: str, arrays: int) -> tuple[Work, int] | None:
     None where two blocks a multiprocessor have no registers for it, or load a residual meanwhile. Sums of gradients
     have too few for eight channels of a thread: four take 110 of 128.
     """
-    problem, _, geometry = work
+    problem = work.problem
+    if problem.itemsize > 2 or problem.weight or problem.residual or not work.geometry.along_channels:
+        return None
     if kernel == "grad_sums":
         work = work_of(problem, most=4)
-    simple = steps_of(problem, work.geometry) == 1 and not work.geometry.wide
-    if problem.itemsize > 2 or problem.weight or problem.residual or not (geometry.along_channels and simple):
+    if work.geometry.wide or steps_of(problem, work.geometry) != 1:
         return None
     return work, 2 * items_of(work, arrays)
 

@@ -331,6 +331,32 @@ def test_when_indices_have_64_bits():
         assert macros["WIDE"] == wide
 
 
+def test_large_halves_have_twice_the_loads_in_flight():
+    """Where the device is full, and registers suffice."""
+
+    def passed(kernel, arrays, dtype=0, n=1 << 22, **changes):
+        strides = (0, 64, 1, 0)
+        problem = problems.Problem(
+            launch.Device(0, 80, 108, 163 << 10), (1, n, 64, 1), dtype, (2, 2, 4)[dtype],
+            (("x", problems.Operand(strides, 0)),), 0, strides, (), False, False,
+        )._replace(**changes)  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "function", lambda _, kernel, macros: (kernel, macros))
+            macros = dict(plans._pass(geometry.work_of(problem), kernel, arrays)[0].compiled[1])
+        return macros["VECTOR"], macros["ITEMS_PER_THREAD"]
+
+    for dtype in (0, 1):
+        for kernel, arrays, deep, plain in (
+            ("statistics", 1, (8, 8), (8, 4)), ("normalize", 1, (8, 8), (8, 4)),
+            ("grad_input", 2, (8, 4), (8, 2)), ("grad_sums", 2, (4, 8), (8, 2)),
+        ):  # fmt: skip
+            assert passed(kernel, arrays, dtype) == deep
+            for changes in ({"n": 1 << 17}, {"residual": True}):
+                assert passed(kernel, arrays, dtype, **changes) == plain
+    assert passed("statistics", 1, weight=2) == (2, 2)
+    assert passed("statistics", 1, 2) == (4, 8)
+
+
 def test_division():
     """By multiplication and shift: exact for every vector that 32 bits number."""
     rng = np.random.default_rng(0)

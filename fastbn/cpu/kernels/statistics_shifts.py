@@ -65,13 +65,13 @@ def peek_at_columns(source, part, cells, masked, by_cell, exact, table):
     """
     geometry, numbers, columns = source.geometry, table.numbers, part.columns
     size, seen, run, skip = geometry.size, columns, columns, 0
-    look, apart = size, 1  # columns of a cell, and how far apart they are
+    look, apart = size, 1  # how far a cell's columns reach, and how far apart they are
     if size >= LONG_CELL:
         run, skip = size, size // 2
         look = min(LANES, size - skip)
     elif size == 1 and cells < columns:
         seen = min(columns, PEEKS * cells)
-        apart = cells
+        look, apart = seen, cells
     clear(table, table.counts, seen)
     clear(table, table.shifts, seen)
     clear(table, table.sums, seen)
@@ -95,7 +95,7 @@ def peek_at_columns(source, part, cells, masked, by_cell, exact, table):
     else:
         for j in range(cells):
             first = j * size + skip
-            shift = shift_of_columns(first, apart, first + look if apart == 1 else seen, table)
+            shift = shift_of_columns(first, apart, first + look, table)
             numbers[table.sums + j] = short(shift, exact)
         spread_shifts(size, columns, cells, table)
 
