@@ -54,9 +54,7 @@ OF_WIDE_ROWS = 64 << 10  # the same of parts of rows: longer ones are read up to
 FEW_COLUMNS = 512  # of small integers at least, and one more for so many bytes,
 SIZE_OF_COLUMN = 8192  # of which two threads' 80 are a hundredth
 AHEAD = 8 << 10  # bytes that rows are prefetched ahead: processors do it within a page alone; 1.3 to 1.6 times as fast
-NEXT = (
-    64 << 10
-)  # bytes of a kept index, up to which the next one's are prefetched, where they lie nearer than its rows:
+NEXT = 64 << 10  # bytes of a kept index, up to which those of the next are prefetched, if they lie nearer than its rows
 AHEAD_OF_ROWS = 32 << 10  # rows of images of one channel are each in a page of its own, 1.4 to 5 times as slow without
 PART = 1 << 16  # values that a thread takes at once, about
 PART_OF_SQUARES = 1 << 14  # of float64, of which each of 32 sums has 512: rounding of 1e-15
