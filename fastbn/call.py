@@ -1,8 +1,8 @@
 """From a call's signature to the prepared call that runs it.
 
 A signature is all that decides how a call goes, but for the numbers in its arrays: kinds, shapes, strides, dtypes,
-alignment, options. The first call of a signature is prepared (`fastbn.prepare`): arguments are checked, layouts and
-kernels chosen. What comes of that is kept and runs this call and all later ones.
+alignment, options. The first call of a signature is prepared (`fastbn.prepare_forward` and the like): arguments are
+checked, layouts and kernels chosen. What comes of that is kept and runs this call and all later ones.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Batch normalization in one call: forward, backward, and inference.
 
 A function makes the signature of its call and runs the call that was prepared for it (`fastbn.call`,
-`fastbn.prepare`).
+`fastbn.prepare_forward`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastbn import prepare, validation
+from fastbn import prepare_forward, prepare_gradients, validation
 from fastbn.call import Unlike, axes_of, describe, find, keep, number_of
 from fastbn.primitives import Activation, Axes
 from fastbn.saved import Gradients, Saved
@@ -117,7 +117,7 @@ def batch_norm(
     if run is None:
         run = keep(
             signature,
-            prepare.batch_norm(
+            prepare_forward.batch_norm(
                 x, gamma, beta, where, weights, residual, out, gather, running, channel_axis, eps, activation
             ),
         )
@@ -195,7 +195,7 @@ def batch_norm_backward(
         )  # fmt: skip
     run = find(signature)
     if run is None:
-        run = keep(signature, prepare.batch_norm_backward(dy, saved, dmean, dvar, out, gather))
+        run = keep(signature, prepare_gradients.batch_norm_backward(dy, saved, dmean, dvar, out, gather))
     gradients: Gradients = run(dy, saved, dmean, dvar, out, gather)
     return gradients
 
@@ -250,7 +250,7 @@ def batch_norm_inference(
     if run is None:
         run = keep(
             signature,
-            prepare.normalize(
+            prepare_forward.normalize(
                 x, mean, var, gamma, beta, residual, out, channel_axis, validation.epsilon(eps), activation, "var"
             ),
         )

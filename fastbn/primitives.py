@@ -5,7 +5,7 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any, Literal
 
-from fastbn import prepare
+from fastbn import prepare_folding, prepare_forward, prepare_gradients
 from fastbn.call import axes_of, describe, find, keep, number_of
 
 __all__ = ["fold", "grad_input", "grad_sums", "normalize"]
@@ -59,7 +59,9 @@ def normalize(
     if run is None:
         run = keep(
             signature,
-            prepare.normalize(x, mean, rstd, gamma, beta, residual, out, channel_axis, None, activation, "rstd"),
+            prepare_forward.normalize(
+                x, mean, rstd, gamma, beta, residual, out, channel_axis, None, activation, "rstd"
+            ),
         )
     return run(x, mean, rstd, gamma, beta, residual, out)
 
@@ -102,7 +104,7 @@ def grad_sums(
     )  # fmt: skip
     run = find(signature)
     if run is None:
-        run = keep(signature, prepare.grad_sums(dy, x, mean, rstd, where, weights, channel_axis))
+        run = keep(signature, prepare_gradients.grad_sums(dy, x, mean, rstd, where, weights, channel_axis))
     sums: tuple[Any, Any] = run(dy, x, mean, rstd, where, weights)
     return sums
 
@@ -167,7 +169,9 @@ def grad_input(
     if run is None:
         run = keep(
             signature,
-            prepare.grad_input(dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, out, channel_axis),
+            prepare_gradients.grad_input(
+                dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, out, channel_axis
+            ),
         )
     return run(dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, out)
 
@@ -236,6 +240,6 @@ def fold(
     )  # fmt: skip
     run = find(signature)
     if run is None:
-        run = keep(signature, prepare.fold(kernel, kernel_bias, mean, var, gamma, beta, eps, axis, groups))
+        run = keep(signature, prepare_folding.fold(kernel, kernel_bias, mean, var, gamma, beta, eps, axis, groups))
     folded: tuple[Any, Any] = run(kernel, kernel_bias, mean, var, gamma, beta)
     return folded

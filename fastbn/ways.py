@@ -104,6 +104,25 @@ class Ways:
             return None
         return lambda vector: layout.kept_array(xp, vector)
 
+    def through(self, run: Callable[..., Any], *ways: Way, results: tuple[int, ...] = ()) -> Callable[..., Any]:
+        """``run`` with arrays that go to it by their ways, one each, and with results, at these places, back from it.
+
+        It may take more arguments after these.
+        """
+        arrive, arrays, unfold = arriving(*ways), len(ways), self.layout.unfold
+        if arrive is None:
+            return run
+
+        def through(*arguments: Any) -> Any:
+            given = arrive(*arguments[:arrays])
+            returned = run(*given, *arguments[arrays:])
+            for place in results:
+                if given[place] is not arguments[place]:
+                    unfold(given[place], arguments[place])
+            return returned
+
+        return through
+
     def askew(self, out: Any, *inputs: Any) -> bool:
         """Whether an input shares memory with `out` but not element for element: it would be lost before it is read."""
         if self.backend.apart(out, *inputs):

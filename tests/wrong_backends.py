@@ -4,6 +4,11 @@ import types
 
 from fastbn import cpu
 
+PREPARING = (
+    "prepare_forward", "prepare_gradients", "prepare_folding", "prepare_reductions", "direct_reductions",
+    "reductions_by_moments",
+)  # fmt: skip
+
 
 def broken(name, change):
     """The CPU backend with one function's results changed: ``change(arguments, result)``."""
@@ -21,7 +26,7 @@ def broken(name, change):
 def use(monkeypatch, backend):
     """For every call, none of which is prepared."""
     monkeypatch.setattr("fastbn.call._prepared", {})
-    for module in ("prepare", "prepare_reductions", "direct_reductions", "reductions_by_moments"):
+    for module in PREPARING:
         monkeypatch.setattr(f"fastbn.{module}.backend_of", lambda kind: backend)
 
 
