@@ -38,7 +38,7 @@ def grad_sums(
     """``program(dy, x, y, weight, mean, rstd, sums)``: these are `records.Sums`."""
     arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights}
     arrays |= {**dict(zip(("mean", "rstd"), parameters, strict=True)), "sums": "f8*"}
-    p = Program(num_threads, math.prod(shape), arrays)
+    p = Program(num_threads, 2 * math.prod(shape), arrays)
     problem = problem_of(p, shape, kind, num_threads, {"dy": dys, "x": xs, "y": ys, "weight": ws})
     table = p.scratch(2 * problem.kept, "f8*")  # the first rows of `records.GradientParameters`
     p.vector("mean", problem.kept, 0.0, table)
@@ -96,7 +96,7 @@ def grad_input(
     arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "dx": kind}
     names = (*GradientParameters._fields, *Sums._fields)
     arrays |= {"dresidual": kind if drs else None, **dict(zip(names, parameters, strict=True))}
-    p = Program(num_threads, math.prod(shape), arrays, ["nontemporal"])
+    p = Program(num_threads, 2 * math.prod(shape), arrays, ["nontemporal"])
     strides = {"dy": dys, "x": xs, "y": ys, "weight": ws, "dx": dxs, "dresidual": drs}
     problem = problem_of(p, shape, kind, num_threads, strides)
     table, mixed = _gradient_parameters(problem, parameters)
@@ -165,7 +165,7 @@ def backward(
     arrays = {"dy": kind, "x": kind, "y": kind if ys else None, "weight": weights, "dx": kind}
     arrays |= {"dresidual": kind if drs else None}
     arrays |= {**dict(zip(GradientParameters._fields, parameters, strict=True)), "sums": "f8*"}
-    p = Program(num_threads, math.prod(shape), arrays, ["nontemporal"])
+    p = Program(num_threads, 3 * math.prod(shape), arrays, ["nontemporal"])
     strides = {"dy": dys, "x": xs, "y": ys, "weight": ws, "dx": dxs, "dresidual": drs}
     problem = problem_of(p, shape, kind, num_threads, strides)
     table, mixed = _gradient_parameters(problem, parameters)

@@ -147,7 +147,7 @@ def forward(
     """``program(x, weight, y, residual, gamma, beta, table, eps, nontemporal)``: the table is of `records.Moments`."""
     arrays = {"x": kind, "weight": weights, "y": kind, "residual": kind if rs else None}
     arrays |= {**dict(zip(("gamma", "beta"), parameters, strict=True)), "table": "f8*"}
-    p = Program(num_threads, math.prod(shape), arrays, ["eps", "nontemporal"])
+    p = Program(num_threads, 2 * math.prod(shape), arrays, ["eps", "nontemporal"])
     p.followed_by = partial(
         backward, shape, kind, xs, xs, ys if relu else None, ws, weights, xs, rs, ("f8*",) * 6, frozen=False,
         num_threads=num_threads,

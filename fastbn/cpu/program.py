@@ -24,13 +24,14 @@ CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST, TEMPORARY, INTEGERS, FUNCTION = range
 MOST_ARGUMENTS = 32
 ON_STACK = 3 << 10  # bytes of scratch memory at most; with more a frame exceeds 4 kB, which Windows makes a call for
 
-# The interpreter's lock is let go of by calls of so many elements, so that other Python threads run meanwhile. Below
-# KEPT handing it over takes longer than that saves: eight threads together took 1.3 times one's time at 2^15, 0.7 at
-# 2^17. But a thread that computes in Python gives the lock back only after 5 ms, a hundred times as long as such calls:
-# below LONG they measure how long they wait for it, and when waits lately were more than WORTH times as long as the
-# work done without it, calls keep it for REST times as long.
-KEPT, LONG = 1 << 16, 1 << 22
-KEPT_UNTIMED = 1 << 17  # where the system's clock is not asked
+# The interpreter's lock is let go of by calls with so much work, so that other Python threads run meanwhile. Below
+# KEPT, 12 us, handing it over takes longer than that saves: eight threads together took 1.3 to 1.5 times one's time
+# with 9 us, 0.7 to 0.95 from 14 us on. But a thread that computes in Python gives the lock back only after 5 ms, a
+# hundred times as long as such calls: below LONG they measure how long they wait for it, and when waits lately were more
+# than WORTH times as long as the work done without it, calls keep it for REST times as long. Threads that wait for it at
+# once, for each other among others, share the time that is lost.
+KEPT, LONG = 3 << 15, 1 << 23
+KEPT_UNTIMED = 1 << 18  # where the system's clock is not asked
 NEVER, ALWAYS = 0, 1  # release it; or the address of the time from which on calls do, and of what was lost by waiting
 WORTH, REST = 4, 8
 LONG_WAIT, MOST_WON = 4_000_000, 20_000_000  # ns: lost at once; of time that was well spent, as much as counts
@@ -84,16 +85,16 @@ class Program:
     ----------
     threads : int
         That run the tasks, at most.
-    size : int
-        Elements of the arrays.
+    work : int
+        Elements of all arrays that kernels go through, each as often as they do; writing along costs nothing.
     arrays : dict
         Names of the arrays that a call gives, in order, and their kinds; None for one that is always absent.
     numbers : sequence of str
         Names of the floats that it gives behind them.
     """
 
-    def __init__(self, threads: int, size: int, arrays: dict[str, str | None], numbers: Sequence[str] = ()) -> None:
-        self.threads, self._releases = threads, _releases(size)
+    def __init__(self, threads: int, work: int, arrays: dict[str, str | None], numbers: Sequence[str] = ()) -> None:
+        self.threads, self._releases = threads, _releases(work)
         self._slots = {name: 8 * i for i, name in enumerate((*arrays, *numbers))}
         self._kinds = {name: kind or "none" for name, kind in arrays.items()} | dict.fromkeys(numbers, "f8")
         self._launches: list[tuple[str, int, int, dict[str, Words]]] = []
@@ -220,14 +221,14 @@ class Program:
         self._words, self.call = vars(self).setdefault("_prepared", (mine, _built_in(_call, "calls.call", mine)))
 
 
-def _releases(size: int) -> int:
-    """The word `RELEASES` of a program for so many elements."""
-    if size < KEPT if POSSIBLE else size < KEPT_UNTIMED:
+def _releases(work: int) -> int:
+    """The word `RELEASES` of a program with so much work."""
+    if work < KEPT if POSSIBLE else work < KEPT_UNTIMED:
         return NEVER
-    return ctypes.addressof(_lock) if POSSIBLE and size < LONG else ALWAYS
+    return ctypes.addressof(_lock) if POSSIBLE and work < LONG else ALWAYS
 
 
-_lock = (ctypes.c_int64 * 2)()  # the time, and the time lost
+_lock = (ctypes.c_int64 * 3)()  # the time; the time lost; how many threads wait
 ctypes.pythonapi.Py_IncRef(ctypes.py_object(_lock))  # for ever: functions may outlive this module
 
 

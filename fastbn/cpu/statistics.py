@@ -293,7 +293,7 @@ def plan(
     squares = results[2] is not None or (exact and weighted)  # the sum of weights is rounded
     arrays: dict[str, str | None] = {"x": kind, "where": mask}
     arrays |= dict(zip(("count", "mean", "spread"), results, strict=True))
-    p = Program(threads, math.prod(o.size for o in d), arrays | {"status": "f8*"}, ["ddof"])
+    p = Program(threads, (1 + squares) * math.prod(o.size for o in d), arrays | {"status": "f8*"}, ["ddof"])
     how = Summing(itemsize, exact, squares, kind in SMALL and mask is None, int(mask[1]) if mask else 0)
     c = divide(list(d), how)
     if how.small and c.strided:

@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from fastbn.cpu.kernels.compiler import inline, plain
 from fastbn.cpu.kernels.simd import value
-from fastbn.cpu.kernels.team import load, nanoseconds, run_tasks, store
+from fastbn.cpu.kernels.team import add, load, nanoseconds, run_tasks, store
 from fastbn.cpu.objects import DATA_AT, FLOAT_AT
 from fastbn.cpu.program import (
     ALWAYS,
@@ -172,14 +172,16 @@ def release(words, clock):
 def take_back(words, thread, clock, began):
     """Have the lock again. Where that has taken too long lately, calls that need not release it keep it for a while."""
     releases, before = load(words + RELEASES), 0
+    balance, waiting = releases + 8, releases + 16
     if POSSIBLE and releases != ALWAYS:
         before = nanoseconds(clock)
+        add(waiting, 1)
     invoke(load(words + RESTORE_THREAD), thread)
     if POSSIBLE and releases != ALWAYS:
-        after, balance = nanoseconds(clock), releases + 8
-        lost = max(-MOST_WON, load(balance) + after - before - WORTH * (before - began))
+        waited = (nanoseconds(clock) - before) // max(1, add(waiting, -1))
+        lost = max(-MOST_WON, load(balance) + waited - WORTH * (before - began))
         if lost > LONG_WAIT:
-            store(releases, after + REST * lost)
+            store(releases, nanoseconds(clock) + REST * lost)
             lost = 0
         store(balance, lost)
 
