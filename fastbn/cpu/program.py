@@ -27,9 +27,9 @@ ON_STACK = 3 << 10  # bytes of scratch memory at most; with more a frame exceeds
 # The interpreter's lock is let go of by calls with so much work, so that other Python threads run meanwhile. Below
 # KEPT, 12 us, handing it over takes longer than that saves: eight threads together took 1.3 to 1.5 times one's time
 # with 9 us, 0.7 to 0.95 from 14 us on. But a thread that computes in Python gives the lock back only after 5 ms, a
-# hundred times as long as such calls: below LONG they measure how long they wait for it, and when waits lately were more
-# than WORTH times as long as the work done without it, calls keep it for REST times as long. Threads that wait for it at
-# once, for each other among others, share the time that is lost.
+# hundred times as long as such calls: below LONG they measure how long they wait for it, and when waits lately were
+# more than WORTH times as long as the work done without it, calls keep it for REST times as long. Threads that wait
+# for it at once, for each other among others, share the time that is lost.
 KEPT, LONG = 3 << 15, 1 << 23
 KEPT_UNTIMED = 1 << 18  # where the system's clock is not asked
 NEVER, ALWAYS = 0, 1  # release it; or the address of the time from which on calls do, and of what was lost by waiting

@@ -11,7 +11,6 @@ import pytest
 import fastbn
 from fastbn.cpu import program, team
 
-
 KEPT, LONG = program.KEPT // 2, program.LONG // 2  # elements of a forward pass, which goes through them twice
 
 
