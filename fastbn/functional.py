@@ -188,10 +188,12 @@ def batch_norm_backward(
     """
     signature: Any = Unlike()
     if type(saved) is Saved:
-        x, y, gamma, weight, moments, mean, rstd, count, channel_axis, *options = saved
+        s = saved
         signature = (
-            "batch_norm_backward", describe(dy, x, y, gamma, weight, mean, rstd, count, dmean, dvar, out),
-            None if gather is None else callable(gather), moments is None, axes_of(channel_axis), *options,
+            "batch_norm_backward",
+            describe(dy, s.x, s.y, s.gamma, s.weight, s.mean, s.rstd, s.count, dmean, dvar, out),
+            None if gather is None else callable(gather), s.moments is None, axes_of(s.channel_axis), s.activation,
+            s.has_residual, s.gathered,
         )  # fmt: skip
     run = find(signature)
     if run is None:

@@ -340,16 +340,29 @@ def population(moments_of_batches: Iterable[Moments]) -> tuple[Any, Any]:
             f"moments_of_batches: expected Moments to iterate over, got {type(moments_of_batches).__name__}"
         )
     batches = list(moments_of_batches)
+    signature: Any = Unlike()
+    if all(type(m) is Moments for m in batches):
+        signature = ("population", describe(*itertools.chain(*batches)))
+    run = find(signature)
+    if run is None:
+        run = keep(signature, _prepare_population(batches))
+    both: tuple[Any, Any] = run(batches)
+    return both
+
+
+def _prepare_population(batches: list[Moments]) -> Call:
     if not batches:
         raise ValueError("moments_of_batches: expected at least one Moments, got none")
     with device_of(*batches):
-        xp = _checked_together({f"moments_of_batches[{i}]": batch for i, batch in enumerate(batches)}).xp
-        used, mean, var = (xp.zeros(batches[0].count.shape) for _ in range(3))
-        with np.errstate(invalid="ignore"):  # infinities of both signs
-            for m in batches:
-                counts = m.count > 1
-                used += counts
-                mean += xp.where(counts, m.mean, 0.0)
-                var += xp.where(counts, m.var(correction=1), 0.0)
-        divisor = xp.where(used > 0, used, np.nan)
-        return mean / divisor, var / divisor
+        backend = _checked_together({f"moments_of_batches[{i}]": batch for i, batch in enumerate(batches)})
+    xp = backend.xp
+
+    def call(batches: list[Moments]) -> tuple[Any, Any]:
+        count, mean, m2 = (xp.stack(arrays, dtype=float) for arrays in zip(*batches, strict=True))
+        with np.errstate(all="ignore"):  # infinities of both signs, and batches that do not count
+            counts = count > 1
+            used = counts.sum(axis=0)  # 0 / 0 where no batch does
+            mean = xp.where(counts, mean, 0.0).sum(axis=0) / used
+            return mean, xp.where(counts, m2 / (count - 1), 0.0).sum(axis=0) / used
+
+    return backend.on_its_device(call, batches[0].count)

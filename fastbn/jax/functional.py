@@ -16,6 +16,7 @@ from numpy.lib.array_utils import normalize_axis_tuple
 
 import fastbn
 from fastbn.jax import xla
+from fastbn.saved import make_saved
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 BITS = jnp.uint32  # two hold a float64
@@ -344,8 +345,10 @@ def _backward_on_host(
     else:
         count, mean, m2, rstd = np.ascontiguousarray(first).view(np.float64)[..., 0]
         moments = fastbn.Moments(count, mean, m2)
-        axis, activation = options["channel_axis"], options["activation"]
-        saved = fastbn.Saved(x, y, gamma, None, moments, mean, rstd, count, axis, activation, relu, False)
+        saved = make_saved(
+            x=x, y=y, gamma=gamma, weight=None, moments=moments, mean=mean, rstd=rstd, has_residual=relu,
+            gathered=False, **options,
+        )  # fmt: skip
     grads = fastbn.batch_norm_backward(dy, saved, out=outputs[0])
     outputs[1][...] = grads.gamma, grads.beta
     if relu:

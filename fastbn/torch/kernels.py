@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastbn
+from fastbn.saved import make_saved
 from fastbn.torch.formulas import values_per_channel
 from fastbn.torch.tensors import array, on_stream, tensor
 
@@ -75,9 +76,9 @@ def batch_norm_backward(
             count = type(x_)(mean_.shape, np.float64)
             count.fill(values_per_channel(x))
             moments = fastbn.Moments(count, mean_, mean_)  # of the sum of squares the backward pass knows rstd
-        saved = fastbn.Saved(
-            x_, optional(y), optional(weight), None, moments, mean_, rstd_, None if moments is None else moments.count,
-            1, None if y is None else "relu", with_dz, False,
+        saved = make_saved(
+            x=x_, y=optional(y), gamma=optional(weight), weight=None, moments=moments, mean=mean_, rstd=rstd_,
+            channel_axis=1, activation=None if y is None else "relu", has_residual=with_dz, gathered=False,
         )  # fmt: skip
         grads = fastbn.batch_norm_backward(array(dy), saved, dmean=optional(dmean), dvar=optional(dvar), out=out(x))
         dz = tensor(grads.residual) if with_dz else x.new_empty(0)

@@ -409,7 +409,7 @@ class Training(torch.autograd.Function):
         (made,) = saved
         if residual is not None and not relu:
             made = made._replace(has_residual=False)  # its gradient is dy itself
-        ctx.statistics = made[3:]  # what is no tensor of PyTorch's
+        ctx.saved = made._replace(x=None, y=None, gamma=None)  # these are tensors of PyTorch's
         ctx.relu, ctx.has_residual, ctx.eps = relu, residual is not None, eps
         ctx.set_materialize_grads(False)
         return y
@@ -427,12 +427,12 @@ class Training(torch.autograd.Function):
             return None, *_gradients(ctx, (x, y, weight, mean, rstd), dy, None, None), None
         with on_stream(x), np.errstate(all="ignore"):  # PyTorch is silent about what overflows a dtype
             gamma = optional(weight)
-            saved = fastbn.Saved(array(x), optional(y), gamma, *ctx.statistics)
+            saved = ctx.saved._replace(x=array(x), y=optional(y), gamma=gamma)
             grads = fastbn.batch_norm_backward(array(dy), saved, out=out(x))
             kind = grads.gamma.dtype if gamma is None else gamma.dtype
             of_parameters = (
                 tensor(g.astype(kind)) if wanted else None
-                for g, wanted in zip(grads[1:3], ctx.needs_input_grad[2:4], strict=True)
+                for g, wanted in zip((grads.gamma, grads.beta), ctx.needs_input_grad[2:4], strict=True)
             )
             dz = dy if grads.residual is None else tensor(grads.residual)
             return None, tensor(grads.x), *of_parameters, dz if ctx.has_residual else None, None, None, None
