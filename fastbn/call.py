@@ -127,6 +127,19 @@ def keep(signature: Any, call: Call) -> Call:
     return call
 
 
+class Once:
+    """What is prepared when it is wanted first."""
+
+    def __init__(self, prepare: Callable[..., Call]) -> None:
+        self._prepare = prepare
+        self._made: Call | None = None
+
+    def __call__(self, *arguments: Any) -> Call:
+        if self._made is None:
+            self._made = self._prepare(*arguments)
+        return self._made
+
+
 def forget() -> None:
     """Drop what was prepared, for those who change how work is divided."""
     _prepared.clear()

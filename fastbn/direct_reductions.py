@@ -14,14 +14,13 @@ import numpy as np
 from fastbn import validation
 from fastbn.arrays import is_foreign, kind_of
 from fastbn.backend import backend_of
+from fastbn.call import Call, Once
 from fastbn.layout import Shape
 from fastbn.merging import Moments
 from fastbn.operands import Mask, Statistic
 from fastbn.reduction_arguments import (
     EMPTY,
     NO_DEGREES,
-    Call,
-    Once,
     Options,
     check_out,
     kept_axes,

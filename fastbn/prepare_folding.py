@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 from fastbn import validation
 from fastbn.arrays import device_of, one_kind
 from fastbn.backend import backend_of
+from fastbn.call import Call
 from fastbn.formulas import reciprocal_std
 from fastbn.layout import Shape, layout_of
-
-Call = Callable[..., Any]
 
 
 def fold(

@@ -7,12 +7,12 @@ and runs these. What is left to look at in each call is whether `out` overlaps a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fastbn import validation
 from fastbn.arrays import device_of, one_kind
 from fastbn.backend import Backend, backend_of
+from fastbn.call import Call, Once
 from fastbn.formulas import batch_rstd
 from fastbn.layout import Layout
 from fastbn.merging import Moments, merge, update_running
@@ -20,9 +20,6 @@ from fastbn.operands import Affine
 from fastbn.pieces import kernels_for
 from fastbn.saved import Saved, make_saved, new
 from fastbn.ways import Ways
-
-Call = Callable[..., Any]
-Y, NORMALIZED = 5, 2  # where y is among what kernels take: `forward`'s, `normalize`'s
 
 
 def batch_norm(
@@ -55,7 +52,10 @@ def batch_norm(
             parameters = Affine(float64, float64, gamma_type, beta_type)
             moments, apply = kernels.moments(x_, weight_), kernels.normalize(x_, y_, residual_, parameters, None, relu)
             run = _over_ranks(backend, layout, moments, apply, eps)
-        run = ways.through(run, to_x, None, to_gamma, to_beta, to_residual, to_y, results=(Y,))
+        arriving = {
+            "x": to_x, "weight": None, "gamma": to_gamma, "beta": to_beta, "residual": to_residual, "y": to_y,
+        }  # fmt: skip
+        run = ways.through(run, arriving, results=["y"])
         axes, activation = validation.static_axes(channel_axis), "relu" if relu else None
         options = _Options(axes, eps, activation, residual is not None, gather is not None)
         return backend.on_its_device(_forward(ways, run, options, plain, weigh, updates, backend.allocator(x)), x)
@@ -75,7 +75,7 @@ def _forward(ways: Ways, run: Call, options: _Options, plain: Any, weigh: Any, u
     """The call of `batch_norm`; ``updates`` says that the kernel does so with running statistics."""
     backend, shaped = ways.backend, ways.shaped()
     axes, eps, activation, has_residual, gathered = options
-    relu, check_running = activation is not None, _running_check(backend)
+    relu, check_running, apart = activation is not None, _running_check(backend), Once(batch_norm)
 
     def call(
         x: Any, gamma: Any, beta: Any, where: Any, weights: Any, residual: Any, out: Any, gather: Any, running: Any,
@@ -91,7 +91,7 @@ def _forward(ways: Ways, run: Call, options: _Options, plain: Any, weigh: Any, u
             y, kept_x = out, None if backend.overlap(out, x) else x
             if ways.askew(out, x, residual, gamma, beta, where, weights):
                 alone = x, gamma, beta, where, weights, residual, None, gather, running
-                result, saved = batch_norm(*alone, axes, eps, activation)(*alone, rate, correction)
+                result, saved = apart(*alone, axes, eps, activation)(*alone, rate, correction)
                 out[...] = result
                 return out, saved._replace(x=kept_x, y=out if relu else None)
         weight, w = (None, None) if weigh is None else weigh(where, weights)
@@ -187,8 +187,11 @@ def normalize(
         y_, to_y = ways.result(x, out)
         parameters = Affine(mean_type, spread_type, gamma_type, beta_type)
         run = kernels.normalize(x_, y_, residual_, parameters, eps, relu)
-        arriving = to_x, to_residual, to_y, to_mean, to_spread, to_gamma, to_beta
-        run, make = ways.through(run, *arriving, results=(NORMALIZED,)), backend.allocator(x)
+        arriving = {
+            "x": to_x, "residual": to_residual, "y": to_y, "mean": to_mean, "spread": to_spread, "gamma": to_gamma,
+            "beta": to_beta,
+        }  # fmt: skip
+        run, make, apart = ways.through(run, arriving, results=["y"]), backend.allocator(x), Once(normalize)
 
     def call(x: Any, mean: Any, spread: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> Any:
         if plain is not None:
@@ -196,8 +199,8 @@ def normalize(
         if out is None:
             y = make(x)
         elif ways.askew(out, x, residual, mean, spread, gamma, beta):
-            apart = normalize(x, mean, spread, gamma, beta, residual, None, axes, eps, activation, name)
-            out[...] = apart(x, mean, spread, gamma, beta, residual, None)
+            alone = x, mean, spread, gamma, beta, residual, None
+            out[...] = apart(*alone, axes, eps, activation, name)(*alone)
             return out
         else:
             y = out

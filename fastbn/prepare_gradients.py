@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 from fastbn import validation
 from fastbn.arrays import device_of, one_kind
 from fastbn.backend import Backend, backend_of
+from fastbn.call import Call, Once
 from fastbn.layout import Layout
 from fastbn.operands import Numbers
 from fastbn.pieces import kernels_for
 from fastbn.saved import Gradients, Saved, new
 from fastbn.ways import Way, Ways
-
-Call = Callable[..., Any]
-DX, DRESIDUAL, DX_ALONE = 10, 11, 12  # where results are among what kernels take: `backward`'s, `grad_input`'s
 
 
 def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, gather: Any) -> Call:
@@ -49,15 +46,17 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
                 backend, layout, kernels.grad_sums(dy_, x_, y_, weight_, numbers.mean, numbers.rstd),
                 kernels.grad_input(dy_, x_, y_, weight_, numbers, sums, dx_, residual_),
             )  # fmt: skip
-        arriving = to_dy, to_x, to_y, to_weight, *to_numbers, to_dx, to_residual
-        run = ways.through(run, *arriving, results=(DX, DRESIDUAL))
+        arriving = {
+            "dy": to_dy, "x": to_x, "y": to_y, "weight": to_weight, **to_numbers, "dx": to_dx, "dresidual": to_residual,
+        }  # fmt: skip
+        run = ways.through(run, arriving, results=["dx", "dresidual"])
         return backend.on_its_device(_backward(ways, run, saved, plain, backend.allocator(x)), x)
 
 
 def _backward(ways: Ways, run: Call, saved: Saved, plain: Any, make: Call) -> Call:
     """The call of `batch_norm_backward`, with what is like the saved values."""
     shaped, gathered, has_residual = ways.shaped(), saved.gathered, saved.has_residual
-    frozen, relu = saved.moments is None, saved.activation is not None
+    frozen, relu, apart = saved.moments is None, saved.activation is not None, Once(batch_norm_backward)
 
     def call(dy: Any, saved: Saved, dmean: Any, dvar: Any, out: Any, gather: Any) -> Gradients:
         x, y, gamma, weight, mean, rstd = saved.x, saved.y, saved.gamma, saved.weight, saved.mean, saved.rstd
@@ -68,8 +67,8 @@ def _backward(ways: Ways, run: Call, saved: Saved, plain: Any, make: Call) -> Ca
         if out is None:
             dx = make(x)
         elif ways.askew(out, dy, x, y, gamma, weight, mean, rstd, count, dmean, dvar):
-            apart = batch_norm_backward(dy, saved, dmean, dvar, None, gather)
-            gradients = apart(dy, saved, dmean, dvar, None, gather)
+            alone = dy, saved, dmean, dvar, None, gather
+            gradients = apart(*alone)(*alone)
             out[...] = gradients.x
             return gradients._replace(x=out)
         else:
@@ -88,14 +87,18 @@ def _backward(ways: Ways, run: Call, saved: Saved, plain: Any, make: Call) -> Ca
     return call
 
 
-def _numbers(ways: Ways, saved: Saved, dmean: Any, dvar: Any) -> tuple[Numbers, tuple[Way, ...]]:
+def _numbers(ways: Ways, saved: Saved, dmean: Any, dvar: Any) -> tuple[Numbers, dict[str, Way]]:
     """Of a backward pass, and their ways."""
-    found = (
-        ways.vector(saved.mean), ways.vector(saved.rstd), ways.parameter("saved.gamma", saved.gamma),
-        ways.vector(None if saved.moments is None else saved.count),
-        ways.parameter("dmean", dmean), ways.parameter("dvar", dvar),
-    )  # fmt: skip
-    return Numbers(*(dtype for dtype, _ in found)), tuple(way for _, way in found)
+    found = {
+        "mean": ways.vector(saved.mean),
+        "rstd": ways.vector(saved.rstd),
+        "gamma": ways.parameter("saved.gamma", saved.gamma),
+        "count": ways.vector(None if saved.moments is None else saved.count),
+        "dmean": ways.parameter("dmean", dmean),
+        "dvar": ways.parameter("dvar", dvar),
+    }
+    types, to_numbers = {k: dtype for k, (dtype, _) in found.items()}, {k: way for k, (_, way) in found.items()}
+    return Numbers(**types), {name: to_numbers[name] for name in Numbers._fields}
 
 
 def _check_saved(saved: Any, gather: Any) -> None:
@@ -151,7 +154,8 @@ def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any, c
         kernels, ways = kernels_for(ways, weight_, [x, dy], [])
         (dy_, to_dy), (x_, to_x) = ways.data(dy), ways.data(x)
         run = kernels.grad_sums(dy_, x_, None, weight_, mean_type, rstd_type)
-        run, shaped = ways.through(run, to_dy, to_x, None, None, to_mean, to_rstd), ways.shaped()
+        arriving = {"dy": to_dy, "x": to_x, "y": None, "weight": None, "mean": to_mean, "rstd": to_rstd}
+        run, shaped = ways.through(run, arriving), ways.shaped()
 
     def call(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any) -> tuple[Any, Any]:
         weight = None if weigh is None else weigh(where, weights)[1]
@@ -193,9 +197,12 @@ def grad_input(
         dx_, to_dx = ways.result(x, out)
         numbers = Numbers(mean_type, rstd_type, gamma_type, count_type)
         run = kernels.grad_input(dy_, x_, None, weight_, numbers, (dgamma_type, dbeta_type), dx_, None)
-        vectors = to_mean, to_rstd, to_gamma, to_count, None, None, to_dgamma, to_dbeta
-        run = ways.through(run, to_dy, to_x, None, None, *vectors, to_dx, None, results=(DX_ALONE,))
-        make = backend.allocator(x)
+        arriving = {
+            "dy": to_dy, "x": to_x, "y": None, "weight": None, "mean": to_mean, "rstd": to_rstd, "gamma": to_gamma,
+            "count": to_count, "dmean": None, "dvar": None, "dgamma": to_dgamma, "dbeta": to_dbeta, "dx": to_dx,
+            "dresidual": None,
+        }  # fmt: skip
+        run, make, apart = ways.through(run, arriving, results=["dx"]), backend.allocator(x), Once(grad_input)
 
     def call(
         dy: Any, x: Any, mean: Any, rstd: Any, gamma: Any, dgamma: Any, dbeta: Any, count: Any, where: Any,
@@ -207,7 +214,7 @@ def grad_input(
             dx = make(x)
         elif ways.askew(out, dy, x, mean, rstd, gamma, dgamma, dbeta, None if constant else count, where, weights):
             without = dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, None
-            out[...] = grad_input(*without, axes)(*without)
+            out[...] = apart(*without, axes)(*without)
             return out
         else:
             dx = out

@@ -13,10 +13,11 @@ import numpy as np
 from fastbn import direct_reductions, reductions_by_moments, validation
 from fastbn.arrays import device_of, one_kind
 from fastbn.backend import Backend, backend_of
+from fastbn.call import Call, Once
 from fastbn.cuts import is_cut
 from fastbn.layout import layout_of
 from fastbn.merging import Moments
-from fastbn.reduction_arguments import Call, Once, Options, check_nan_form, kept_axes, operand
+from fastbn.reduction_arguments import Options, check_nan_form, kept_axes, operand
 
 
 def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: Options) -> Call:

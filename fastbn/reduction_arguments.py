@@ -14,21 +14,6 @@ from fastbn import validation
 from fastbn.arrays import is_foreign, kind_of, one_kind
 from fastbn.layout import Shape
 
-Call = Callable[..., Any]
-
-
-class Once:
-    """What is prepared when it is wanted first."""
-
-    def __init__(self, prepare: Callable[..., Call]) -> None:
-        self._prepare = prepare
-        self._made: Call | None = None
-
-    def __call__(self, *arguments: Any) -> Call:
-        if self._made is None:
-            self._made = self._prepare(*arguments)
-        return self._made
-
 
 class Options(NamedTuple):
     """What decides a statistic beside its arrays."""

@@ -15,14 +15,13 @@ import numpy as np
 from fastbn import validation
 from fastbn.arrays import device_of, kind_of
 from fastbn.backend import backend_of
+from fastbn.call import Call, Once
 from fastbn.cuts import walked_by
 from fastbn.layout import Shape, layout_of
 from fastbn.merging import Moments
 from fastbn.reduction_arguments import (
     EMPTY,
     NO_DEGREES,
-    Call,
-    Once,
     Options,
     beside,
     check_out,

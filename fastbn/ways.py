@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastbn import validation
@@ -104,19 +104,20 @@ class Ways:
             return None
         return lambda vector: layout.kept_array(xp, vector)
 
-    def through(self, run: Callable[..., Any], *ways: Way, results: tuple[int, ...] = ()) -> Callable[..., Any]:
-        """``run`` with arrays that go to it by their ways, one each, and with results, at these places, back from it.
+    def through(self, run: Callable[..., Any], ways: dict[str, Way], results: Sequence[str] = ()) -> Callable[..., Any]:
+        """``run`` with arrays that go to it by their ways, in this order, and with those that are results back from it.
 
         It may take more arguments after these.
         """
-        arrive, arrays, unfold = arriving(*ways), len(ways), self.layout.unfold
+        arrive, arrays, unfold = arriving(*ways.values()), len(ways), self.layout.unfold
         if arrive is None:
             return run
+        places = [list(ways).index(name) for name in results]
 
         def through(*arguments: Any) -> Any:
             given = arrive(*arguments[:arrays])
             returned = run(*given, *arguments[arrays:])
-            for place in results:
+            for place in places:
                 if given[place] is not arguments[place]:
                     unfold(given[place], arguments[place])
             return returned
