@@ -1,14 +1,13 @@
-"""Statistics from the moments that batch norm's kernels give: of CuPy arrays, and wherever care is needed.
+"""Statistics from the moments that batch norm's kernels give, where the kernel for statistics is none or gives up.
 
-Kernels give count, mean, M2 and rstd of each kept index, from which a statistic follows in one of two ways: fast, for
-plain arguments and ordinary numbers, or with care for everything else: `where`, `out`, NumPy's warnings, squares beyond
-the range of float64, variances beyond that of their dtype.
+So with weights on CuPy arrays, deviations from given values (``mean=``), `moments` of floats that batch norm walks, and
+numbers that need care: squares beyond the range of float64, variances beyond that of their dtype. The moments are
+count, mean, M2 and rstd of each kept index.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +32,7 @@ from fastbn.reduction_arguments import (
 )
 from fastbn.ways import Way, Ways
 
-LEAST, MOST = 1e-290, 1e300  # of sums of squares in float64, between which no square has left its range
+LEAST = 1e-290  # of sums of squares in float64: below, squares may have underflowed
 
 
 def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: Options) -> Call:
@@ -53,25 +52,15 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
         check_out(shape, dtype, out)
         table_of, to_kept = table(x, kept, wide, where, weights)
         backend = backend_of(kind)
-    plain = where is None and weights is None and given is None and out is None and kind == "numpy"
-    divisor = 0.0
-    if plain and isinstance(options.ddof, (int, float)):
-        divisor = x.size / max(1, math.prod(x.shape[axis] for axis in kept)) - options.ddof
-    f = _Finish(dtype, shape, to_kept, options.ddof, divisor, wide or x.dtype == np.float64, options.skip_nan)
-    careful, fast = _CAREFUL[what], _FAST[what]
-    usual = divisor > 0 and dtype in (x.dtype, np.float64)
+    f, finish = _Result(dtype, shape, options.ddof, wide or x.dtype == np.float64, options.skip_nan), _FINISH[what]
 
     def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
         vectors = table_of(x, where, weights)
-        if usual:
-            done = fast(f, vectors)
-            if done is not None:
-                return done
         count, mean, m2, rstd = vectors if to_kept is None else map(to_kept, vectors)
         if given is not None:
             values = beside("mean", given, x, single).astype(np.float64).squeeze(single)
             m2, rstd = np.where(count == 0, 0.0, m2 + count * (values - mean) ** 2), None
-        return careful(f, count, mean, m2, rstd, out)
+        return finish(f, count, mean, m2, rstd, out)
 
     return backend.on_its_device(call, x)
 
@@ -133,21 +122,14 @@ def table(x: Any, kept: frozenset[int], wide: bool, where: Any, weights: Any) ->
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-class _Finish:
-    """What is known of a result before the numbers."""
+class _Result(NamedTuple):
+    """What is known of one before the numbers."""
 
-    def __init__(
-        self, dtype: Any, shape: Shape, to_kept: Way, ddof: Any, divisor: float, in_float64: bool, skip_nan: bool
-    ) -> None:
-        self.dtype, self.shape, self.to_kept, self.ddof, self.divisor = dtype, shape, to_kept, ddof, divisor
-        self.skip_nan = skip_nan
-        self.sums_are_float64 = in_float64
-        largest = {2: 65504.0, 4: 3e38}.get(dtype.itemsize, MOST) if dtype.name != "bfloat16" else 3e38
-        self.most = min(MOST, largest * divisor)
-
-    def kept(self, vector: Any) -> Any:
-        """A vector in the result's shape."""
-        return (vector if self.to_kept is None else self.to_kept(vector)).reshape(self.shape)
+    dtype: Any
+    shape: Shape
+    ddof: Any
+    sums_are_float64: bool
+    skip_nan: bool
 
     def cast(self, value: Any, out: Any) -> Any:
         """As NumPy does; written to `out` if given; a full reduction is a scalar."""
@@ -160,43 +142,12 @@ class _Finish:
         return value[()] if isinstance(value, np.ndarray) else value
 
 
-def _fast_mean(f: _Finish, vectors: Any) -> Any:
-    mean = vectors[1]
-    return f.dtype.type(mean[0]) if f.shape == () else f.kept(mean).astype(f.dtype)
-
-
-def _fast_var(f: _Finish, vectors: Any) -> Any:
-    """None where a square, or the variance, is out of range, or there are NaNs."""
-    m2 = vectors[2]
-    if f.shape == ():
-        number = float(m2[0])
-        return f.dtype.type(number / f.divisor) if LEAST < number < f.most else None
-    if not (m2.min() > LEAST and m2.max() < f.most):
-        return None
-    return f.kept(m2 / f.divisor).astype(f.dtype, copy=False)
-
-
-def _fast_std(f: _Finish, vectors: Any) -> Any:
-    m2 = vectors[2]
-    if f.shape == ():
-        number = float(m2[0])
-        return f.dtype.type(math.sqrt(number / f.divisor)) if LEAST < number < f.most else None
-    if not (m2.min() > LEAST and m2.max() < f.most):
-        return None
-    return f.kept(np.sqrt(m2 / f.divisor)).astype(f.dtype, copy=False)
-
-
-def _fast_mean_var(f: _Finish, vectors: Any) -> Any:
-    variance = _fast_var(f, vectors)
-    return None if variance is None else (_fast_mean(f, vectors), variance)
-
-
-def _mean(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any) -> Any:
+def _mean(f: _Result, count: Any, mean: Any, m2: Any, rstd: Any, out: Any) -> Any:
     warn_if(lambda: count == 0, count, EMPTY[f.skip_nan])
     return f.cast(mean, out)
 
 
-def _var(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any, root: bool = False) -> Any:
+def _var(f: _Result, count: Any, mean: Any, m2: Any, rstd: Any, out: Any, root: bool = False) -> Any:
     """By rstd where the squares of float64 left the range."""
     warn_if(lambda: count - f.ddof <= 0, count, NO_DEGREES)
     with np.errstate(all="ignore"):
@@ -212,14 +163,12 @@ def _var(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any, root: 
     return f.cast(value, out)
 
 
-def _std(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any) -> Any:
+def _std(f: _Result, count: Any, mean: Any, m2: Any, rstd: Any, out: Any) -> Any:
     return _var(f, count, mean, m2, rstd, out, root=True)
 
 
-def _mean_var(f: _Finish, count: Any, mean: Any, m2: Any, rstd: Any, out: Any) -> Any:
+def _mean_var(f: _Result, count: Any, mean: Any, m2: Any, rstd: Any, out: Any) -> Any:
     return _mean(f, count, mean, m2, rstd, out), _var(f, count, mean, m2, rstd, out)
 
 
-_FAST = {"mean": _fast_mean, "var": _fast_var, "std": _fast_std, "mean_var": _fast_mean_var}
-
-_CAREFUL: dict[str, Call] = {"mean": _mean, "var": _var, "std": _std, "mean_var": _mean_var}
+_FINISH: dict[str, Call] = {"mean": _mean, "var": _var, "std": _std, "mean_var": _mean_var}
