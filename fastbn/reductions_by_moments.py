@@ -1,4 +1,7 @@
-"""Statistics from the moments that batch norm's kernels give: of CuPy arrays, and wherever care is needed.
+"""Statistics from the moments that batch norm's kernels give, where the backend's kernel for statistics is not the way.
+
+They serve for weights on CuPy arrays, deviations from given values (`mean=`), floats' `moments` in layouts that batch
+norm walks, and numbers that the other kernel does not finish.
 
 Kernels give count, mean, M2 and rstd of each kept index, from which a statistic follows in one of two ways: fast, for
 plain arguments and ordinary numbers, or with care for everything else: `where`, `out`, NumPy's warnings, squares beyond
