@@ -1,6 +1,7 @@
 """The package has floors: no file imports one that imports it, however far around. Tests import no test modules."""
 
 import ast
+import re
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -61,6 +62,24 @@ def test_what_may_not_import_what(rule):
 
     wrong = {(f, o) for f, imported in graph.items() if in_rooms(f, below) for o in imported if in_rooms(o, above)}
     assert not wrong
+
+
+def test_the_drawing():
+    """Each file of docs/architecture.md's drawing imports only what stands in a lower row; all are there."""
+    drawn = (TESTS.parent / "docs" / "architecture.md").read_text().split("```")[1]
+    rows = {}
+    for row, line in enumerate(drawn.strip().splitlines()):
+        for name in re.findall(r"\w+/(?:\w+\.py)?|\w+\.py", line):
+            rows["fastbn." + name.removesuffix(".py").rstrip("/").replace("/", ".")] = row
+    rows["fastbn"] = rows.pop("fastbn.__init__")
+
+    def drawn_as(file):
+        return file if file in rows else ".".join(file.split(".")[:2])
+
+    graph = structure.graph_of(structure.PACKAGE)
+    assert {drawn_as(file) for file in graph} == set(rows)
+    arrows = {(drawn_as(file), drawn_as(other)) for file, imported in graph.items() for other in imported}
+    assert {(one, other) for one, other in arrows if one != other and rows[one] >= rows[other]} == set()
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------
