@@ -26,6 +26,7 @@ from fastbn.reduction_arguments import (
     check_out,
     kept_axes,
     operand,
+    reduced_shape,
     result_dtype,
     warn,
 )
@@ -120,7 +121,7 @@ def _prepared(
     plain = validation.plainer(x)
     seen = validation.plain(x)
     backend = backend_of(kind_of("x", x))
-    shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if keepdims or axis in kept)
+    shape = reduced_shape(x, kept, keepdims)
     strides = _steps(np.empty(shape), x.ndim, kept, keepdims)
     if x.size == 0:
         return None
@@ -156,7 +157,7 @@ class _Result(NamedTuple):
 
 def _result_of(x: Any, options: Options, out: Any) -> _Result:
     kept, dtype = kept_axes(x, options.axis), np.dtype(result_dtype(x, options.dtype))
-    shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if options.keepdims or axis in kept)
+    shape = reduced_shape(x, kept, options.keepdims)
     check_out(shape, dtype, out)
     if out is not None and options.dtype is None:  # its digits are wanted
         dtype = out.dtype.newbyteorder("=") if validation.is_float(out.dtype) else np.dtype(np.float64)
