@@ -49,6 +49,7 @@ from fastbn.cpu.kernels.doubles import (
 from fastbn.cpu.kernels.simd import address, fma, load
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
+from fastbn.cpu.kernels.vectors import two_sum
 from fastbn.cpu.statistics import DIMENSION, OF_ROWS
 
 PEEKS = 8  # values of a part, of whose mean the first shift is made
@@ -159,14 +160,6 @@ def rows_from(r, last, source):
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------
-
-
-@inline
-def two_sum(a, b):
-    """The rounded sum and what it lost."""
-    s = a + b
-    t = s - a
-    return s, (a - (s - t)) + (b - t)
 
 
 class Eight(NamedTuple):

@@ -34,7 +34,6 @@ from fastbn.cpu.kernels.statistics import (
     short,
     tallied,
     together,
-    two_sum,
     weight_by_row,
     weight_of_row,
 )
@@ -42,6 +41,7 @@ from fastbn.cpu.kernels.statistics_results import checks, merge_parts
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import load as word_at
 from fastbn.cpu.kernels.team import store as put_word
+from fastbn.cpu.kernels.vectors import two_sum
 from fastbn.cpu.statistics import BUFFER, CAREFUL, FIELDS, OF_INNER, OF_VALUES
 
 LONG = 6 << 10  # values of a row whose quarters take turns: up to a tenth faster than prefetching
