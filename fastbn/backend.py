@@ -82,9 +82,10 @@ class Backend(Protocol):
         """``run(x, where, count, mean, spread, status, ddof)`` writes results of the kept axes' indices, in any dtype.
 
         x is an array of any real dtype and strides; results have their strides, in elements, for each of its axes. The
-        status is three float64 zeros of the host, which become 1 where a result needs more care than this takes
-        (infinities, or squares beyond the range of float64), where an index has ``count <= ddof``, and where a count is
-        0; a device, which is not waited for, takes that care and leaves them. None: there is no such kernel.
+        status is ``STATUS`` float64 zeros of the host (`fastbn.operands`), which become 1 where a result needs more
+        care than this takes (``CAREFUL``: infinities, or squares beyond the range of float64), where an index has
+        ``count <= ddof`` (``NO_DEGREES``), and where a count is 0 (``EMPTY``); a device, which is not waited for, takes
+        that care and leaves them. None: there is no such kernel.
         """
 
     # --- vectors of a number per kept index, in their own dtypes ---

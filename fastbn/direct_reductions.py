@@ -16,7 +16,7 @@ from fastbn.arrays import is_foreign, kind_of
 from fastbn.backend import backend_of
 from fastbn.layout import Shape
 from fastbn.merging import Moments
-from fastbn.operands import Mask, Statistic
+from fastbn.operands import CAREFUL, STATUS, Mask, Statistic
 from fastbn.reduction_arguments import (
     EMPTY,
     NO_DEGREES,
@@ -31,8 +31,8 @@ from fastbn.reduction_arguments import (
     warn,
 )
 
-_CLEAR = np.zeros(3).tobytes()  # the status of usual results
-_UNREAD = np.zeros(3)  # the status of calls that cannot change it
+_CLEAR = np.zeros(STATUS).tobytes()  # the status of usual results
+_UNREAD = np.zeros(STATUS)  # the status of calls that cannot change it
 
 
 def statistic(
@@ -74,7 +74,7 @@ def statistic(
         if sure:
             run(seen, mask, None, mean, spread, _UNREAD, ddof)
         else:
-            status = np.zeros(3)
+            status = np.zeros(STATUS)
             run(seen, mask, None, mean, spread, status, ddof)
             if status.tobytes() != _CLEAR and tell(status):  # a tenth of the time of any()
                 return careful(x, where, weights, out)(x, where, weights, None, out)
@@ -133,9 +133,9 @@ def _prepared(
     def run(x: Any, where: Any, weights: Any) -> tuple[tuple[Any, ...], bool]:
         seen = x if plain is None else plain(x)
         results = tuple(None if t is None else empty(shape, t) for t in (wanted.count, wanted.mean, wanted.spread))
-        status = np.zeros(3)
+        status = np.zeros(STATUS)
         launch(seen, None if select is None else select(x, where, weights), *results, status, 0.0)
-        return results, bool(status[0])
+        return results, bool(status[CAREFUL])
 
     return run
 

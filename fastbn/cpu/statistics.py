@@ -33,7 +33,6 @@ MOVED = {"n1*": -128, "n2*": -32768}  # what is added to each of these before
 BYTES = 64  # of those, at once
 MOST_SQUARES = 1 << 20  # of 16 bits, whose sum, and twice that, is exact in float64
 EXACT = ("f8*", "s8*", "n8*")  # what float64 sums of lose something
-CAREFUL, NO_DEGREES, EMPTY, STATUS = range(4)  # what a call is told, each a float
 LEAST_SQUARE = 2.0**-900  # of a sum of squares other than 0, below which some may have been lost
 
 SHORT = 512  # values of a reduced row, below which rows lie side by side in those of `outer`

@@ -43,7 +43,8 @@ from fastbn.cpu.kernels.statistics import (
     weight_of_row,
 )
 from fastbn.cpu.kernels.statistics_results import Cells, checks, finish
-from fastbn.cpu.statistics import AHEAD, CAREFUL
+from fastbn.cpu.statistics import AHEAD
+from fastbn.operands import CAREFUL
 
 COUNTS, RESTS, SHIFTS = (k * LANES * LANES for k in (1, 2, 3))  # behind the sums, in the table of `sums_of_rows`
 NUMBERS = SHIFTS + LANES
