@@ -74,14 +74,14 @@ class Options(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where values are; the others are None."""
+    """Where values are, in x or raw; the other is None."""
 
     x: Any
-    """Float32 or float64 side by side; or"""
+    """Values of any dtype, side by side, or in `few` a step apart."""
     raw: Any
-    """bytes of any dtype, which the function at the address"""
+    """Values in the place of x, as bytes: those that lie apart, and small integers side by side."""
     fetch: Any
-    """converts."""
+    """The address of the function that reads raw values: it converts them, or adds up small integers."""
     where: Any
     """The mask."""
     geometry: Any
@@ -92,9 +92,9 @@ class Part(NamedTuple):
     """Rows of a kept index, or a piece of one."""
 
     at: Any
-    """Where row 0 is in the array,"""
+    """Where row 0 is in the array."""
     w_at: Any
-    """and in the mask."""
+    """Where row 0 is in the mask."""
     first: Any
     last: Any
     columns: Any
