@@ -20,6 +20,10 @@ side are added up by `integers`, all exactly; then the shift is a whole number. 
 converted, some hundred at a time, by a kernel of its own for each dtype, so that the others need not know it.
 `fastbn.cpu.statistics` divides the work and says how the dimensions lie. A part's numbers are (n, shift, A, B), of sums
 (n, _, sum, rest).
+
+Bytes moved, S = the bytes of x and of its mask: S, and once more those of parts that are summed again; 2S where mean
+and variance of 8-byte dtypes are both wanted, of which each has a pass of its own. Squares of `statistics_few` take S
+from memory and S from L1.
 """
 
 from typing import Any, NamedTuple

@@ -1,5 +1,11 @@
 """Sums along rows whose values are reduced: see `statistics`.
 
+In plain words, for the values x of a part that count, and their weights w or ones::
+
+    q = mean of eight of them                          # the shift; 0, and no b, where squares are not wanted
+    n, a, b = w.sum(), (w * (x - q)).sum(), (w * (x - q)**2).sum()
+    q, n, a, b = the same around q + a / n             # if a**2 / n is large beside b - a**2 / n, twice at most
+
 Values go to four sums of eight lanes each, which go on from row to row of a part. What rows need next is prefetched; a
 long row's quarters are read side by side.
 """
