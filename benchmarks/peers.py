@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastbn
-from benchmarks.host import get_num_threads
+from benchmarks.host import core_cache, get_num_threads
 from benchmarks.workloads import DTYPES, LAYOUTS, SHAPES, trips_at_best
 from fastbn import bench, environment
 from fastbn.__main__ import _in_turn as in_turn
-from fastbn.caches import core_cache
 
 WORKLOADS = tuple(SHAPES.values())
 LARGE = 12_000_000  # bytes of x from which the limit is asked for

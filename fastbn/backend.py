@@ -2,11 +2,12 @@
 
 A backend is a module. `fastbn.cpu` is the one of NumPy arrays, `fastbn.cuda` that of CuPy arrays.
 
-Kernels are prepared for operands (`fastbn.operands`): folded arrays ``(batch, outer, channel, inner)`` of one dtype,
-float16, bfloat16, float32 or float64, and vectors of parameters, a float of each kept index, whose dtypes are given.
-What is prepared runs on arrays that lie so, in any shape, since kernels see but addresses. A weight is None, or an
-array of bools, float32 or float64, with size 1 where it does not vary. Results are float64 vectors of ``batch *
-channel`` numbers. Arrays that are written may be inputs as well, element for element. What is absent is None.
+Kernels are prepared for operands (`fastbn.operands`): folded arrays ``(batch, outer, channel, inner)`` or, in slabs,
+``(far, near, outer, channel, inner)``, of one dtype, float16, bfloat16, float32 or float64, and vectors of parameters,
+a float of each kept index, whose dtypes are given. What is prepared runs on arrays that lie so, in any shape, since
+kernels see but addresses. A weight is None, or an array of bools, float32 or float64, with size 1 where it does not
+vary. Results are float64 vectors of a number for each kept index: ``batch * channel``, or in slabs ``channel``. Arrays
+that are written may be inputs as well, element for element. What is absent is None.
 """
 
 from __future__ import annotations
@@ -81,9 +82,10 @@ class Backend(Protocol):
         """``run(x, where, count, mean, spread, status, ddof)`` writes results of the kept axes' indices, in any dtype.
 
         x is an array of any real dtype and strides; results have their strides, in elements, for each of its axes. The
-        status is three float64 zeros of the host, which become 1 where a result needs more care than this takes
-        (infinities, or squares beyond the range of float64), where an index has ``count <= ddof``, and where a count is
-        0; a device, which is not waited for, takes that care and leaves them. None: there is no such kernel.
+        status is ``STATUS`` float64 zeros of the host (`fastbn.operands`), which become 1 where a result needs more
+        care than this takes (``CAREFUL``: infinities, or squares beyond the range of float64), where an index has
+        ``count <= ddof`` (``NO_DEGREES``), and where a count is 0 (``EMPTY``); a device, which is not waited for, takes
+        that care and leaves them. None: there is no such kernel.
         """
 
     # --- vectors of a number per kept index, in their own dtypes ---
@@ -112,7 +114,7 @@ class Backend(Protocol):
         """Whether kernels can walk a folded array, and write it."""
 
     def reads_slabs(self, views: Sequence[Any]) -> bool:
-        """Whether they also walk arrays in runs (`fastbn.layout.layout_in_runs`), faster than they would pieces."""
+        """Whether they also walk arrays in slabs (`fastbn.layout.layout_in_slabs`), which is faster than in pieces."""
 
     def place(self, a: Any) -> tuple[int, int]:
         """The device, and the offset of the address from a multiple of 16 bytes where that decides about kernels."""

@@ -1,18 +1,13 @@
-"""The sizes of the processor's caches."""
+"""The size of the processor's last cache."""
 
 import os
 
-ASSUMED_LAST, ASSUMED_CORE = 32 << 20, 512 << 10  # bytes, where the system does not tell
+ASSUMED = 32 << 20  # bytes, where the system does not tell
 
 
 def last_cache() -> int:
     """Bytes of the last level of cache."""
-    return _told("SC_LEVEL4_CACHE_SIZE", "SC_LEVEL3_CACHE_SIZE") or ASSUMED_LAST
-
-
-def core_cache() -> int:
-    """Bytes of one core's second-level cache."""
-    return _told("SC_LEVEL2_CACHE_SIZE") or ASSUMED_CORE
+    return _told("SC_LEVEL4_CACHE_SIZE", "SC_LEVEL3_CACHE_SIZE") or ASSUMED
 
 
 def _told(*names: str) -> int:

@@ -28,7 +28,7 @@ class Unlike:
 
 
 def describe(*arrays: Any) -> Any:
-    """What a signature has of arrays, or of None. What is neither is like nothing else: preparing tells of it."""
+    """What a signature has of arrays, or of None. All else becomes `Unlike`, so the call is prepared, which raises."""
     if arrays and type(arrays[0]) is _cupy_ndarray:
         return _of_cupys(arrays)
     return _compiled(*arrays) or tuple(map(_of, arrays))
@@ -84,7 +84,7 @@ def _of_cupys(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def axes_of(channel_axis: Any) -> Any:
-    """The same of an int or several, which may be equal to numbers that are none."""
+    """Axes in hashable form; a float, which would hash like an int, becomes `Unlike`."""
     if type(channel_axis) is int:
         return channel_axis
     try:
@@ -96,7 +96,7 @@ def axes_of(channel_axis: Any) -> Any:
 
 
 def number_of(number: Any) -> Any:
-    """The same of a real number; a NaN is not like itself."""
+    """A real number in hashable form; a NaN, which is not equal to itself, becomes `Unlike`."""
     if type(number) is not float:
         if not isinstance(number, Real):
             return Unlike()

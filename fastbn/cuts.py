@@ -13,7 +13,7 @@ from fastbn.layout import Layout, Shape, layout_in_slabs, layout_of
 OF_A_ROW = 64  # bytes of parameters, and of what kernels make of them, for each index that a piece keeps
 AT_LEAST = 16  # pieces in an array that is cut: from 2 MB on the CPU, copying takes longer than what pieces share
 LEAST_IN_SLABS = 64 << 10  # bytes; to copy less takes 10 us, and no kernels of their own
-SHARE, LITTLE = 64, 256 << 10  # of these a piece takes such a part of x, or so many bytes
+SHARE, LITTLE = 64, 256 << 10  # a piece's parameters may take 1 / SHARE of x's bytes, or LITTLE bytes if that is more
 
 
 class Cut(NamedTuple):

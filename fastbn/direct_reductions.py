@@ -17,7 +17,7 @@ from fastbn.backend import backend_of
 from fastbn.call import Call, Once
 from fastbn.layout import Shape
 from fastbn.merging import Moments
-from fastbn.operands import Mask, Statistic
+from fastbn.operands import CAREFUL, STATUS, Mask, Statistic
 from fastbn.reduction_arguments import (
     EMPTY,
     NO_DEGREES,
@@ -25,12 +25,13 @@ from fastbn.reduction_arguments import (
     check_out,
     kept_axes,
     operand,
+    reduced_shape,
     result_dtype,
     warn,
 )
 
-_CLEAR = np.zeros(3).tobytes()  # the status of usual results
-_UNREAD = np.zeros(3)  # the status of calls that cannot change it
+_CLEAR = np.zeros(STATUS).tobytes()  # the status of usual results
+_UNREAD = np.zeros(STATUS)  # the status of calls that cannot change it
 
 
 def statistic(
@@ -72,7 +73,7 @@ def statistic(
         if sure:
             run(seen, mask, None, mean, spread, _UNREAD, ddof)
         else:
-            status = np.zeros(3)
+            status = np.zeros(STATUS)
             run(seen, mask, None, mean, spread, status, ddof)
             if status.tobytes() != _CLEAR and tell(status):  # a tenth of the time of any()
                 return careful(x, where, weights, out)(x, where, weights, None, out)
@@ -119,7 +120,7 @@ def _prepared(
     plain = validation.plainer(x)
     seen = validation.plain(x)
     backend = backend_of(kind_of("x", x))
-    shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if keepdims or axis in kept)
+    shape = reduced_shape(x, kept, keepdims)
     strides = _steps(np.empty(shape), x.ndim, kept, keepdims)
     if x.size == 0:
         return None
@@ -131,9 +132,9 @@ def _prepared(
     def run(x: Any, where: Any, weights: Any) -> tuple[tuple[Any, ...], bool]:
         seen = x if plain is None else plain(x)
         results = tuple(None if t is None else empty(shape, t) for t in (wanted.count, wanted.mean, wanted.spread))
-        status = np.zeros(3)
+        status = np.zeros(STATUS)
         launch(seen, None if select is None else select(x, where, weights), *results, status, 0.0)
-        return results, bool(status[0])
+        return results, bool(status[CAREFUL])
 
     return run
 
@@ -155,7 +156,7 @@ class _Result(NamedTuple):
 
 def _result_of(x: Any, options: Options, out: Any) -> _Result:
     kept, dtype = kept_axes(x, options.axis), np.dtype(result_dtype(x, options.dtype))
-    shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if options.keepdims or axis in kept)
+    shape = reduced_shape(x, kept, options.keepdims)
     check_out(shape, dtype, out)
     if out is not None and options.dtype is None:  # its digits are wanted
         dtype = out.dtype.newbyteorder("=") if validation.is_float(out.dtype) else np.dtype(np.float64)

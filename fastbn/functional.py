@@ -146,7 +146,8 @@ def batch_norm_backward(
         Gradients that reach the batch's mean and biased variance by other ways, broadcasting to their shape. With
         `gather` those of the whole loss, the same on every rank.
     gather : callable, optional
-        As in the forward pass, and just if it was given there: takes (dgamma, dbeta) raveled into one float64 vector.
+        As in the forward pass; required if and only if that had one. Takes (dgamma, dbeta) raveled into one float64
+        vector.
     out : array, optional
         Written and returned as ``Gradients.x``; x's shape and dtype. It may be `dy`.
 

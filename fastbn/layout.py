@@ -73,9 +73,7 @@ class Layout(NamedTuple):
 
     def vector(self, xp: Any, parameter: Any) -> Any:
         """The same as a float64 vector of its own axes' product."""
-        vector = self.laid_out(xp, parameter).astype(xp.float64, order="C", copy=False).reshape(-1)
-        # A read-only array is another type to compiled kernels, which would be compiled again for it.
-        return vector if getattr(vector.flags, "writeable", True) else vector.copy()
+        return self.laid_out(xp, parameter).astype(xp.float64, order="C", copy=False).reshape(-1)
 
     def kept_axes(self) -> Shape:
         """As kernels see them: the order of vectors of parameters."""

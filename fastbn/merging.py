@@ -15,10 +15,10 @@ from fastbn import validation
 from fastbn.arrays import device_of, kind_of, on_device, one_kind
 from fastbn.backend import backend_of
 from fastbn.call import Call, Unlike, describe, find, keep
+from fastbn.ways import Way, arriving
 
 if TYPE_CHECKING:
     from fastbn.backend import Backend
-    from fastbn.ways import Way
 
 
 def namespace(array: Any) -> Any:
@@ -151,12 +151,12 @@ def _prepare_merge(*moments: Moments) -> Call:
         shape = moments[0].count.shape
         types, ways = zip(*(_vector(backend, a) for m in moments for a in m), strict=True)
         run = backend.merge(math.prod(shape), tuple(types[i : i + 3] for i in range(0, len(types), 3)))
-        as_they_are, flat = not any(ways), len(shape) == 1
+        arrive, flat = arriving(*ways), len(shape) == 1
 
     def call(*moments: Moments) -> Moments:
         vectors: Iterable[Any] = itertools.chain(*moments)
-        if not as_they_are:
-            vectors = (a if way is None else way(a) for a, way in zip(vectors, ways, strict=True))
+        if arrive is not None:
+            vectors = arrive(*vectors)
         count, mean, m2 = run(*vectors)
         if flat:
             return Moments(count, mean, m2)
@@ -263,16 +263,13 @@ def _prepare_update(mean: Any, var: Any, moments: Any, skip_nonfinite: bool, out
         var_type, make_var, end_var = _target(backend, var, pair[1])
         types, ways = zip(*(_vector(backend, a) for a in (mean, var, *moments)), strict=True)
         run = backend.update_running(mean.size, (*types, mean_type, var_type), bool(skip_nonfinite), out is None)
-        as_they_are = not any(ways)
+        arrive = arriving(*ways)
 
     def call(mean: Any, var: Any, moments: Moments, rate: Any, correction: Any, out: Any) -> tuple[Any, Any]:
-        if type(rate) is not float or not 0.0 <= rate <= 1.0:
-            rate = validation.rate(rate)
-        if type(correction) is not float:
-            correction = validation.real("correction", correction)
+        rate, correction = validation.rate_and_correction(rate, correction)
         vectors: Any = (mean, var, *moments)
-        if not as_they_are:
-            vectors = (a if way is None else way(a) for a, way in zip(vectors, ways, strict=True))
+        if arrive is not None:
+            vectors = arrive(*vectors)
         given_mean, given_var = (None, None) if out is None else out
         new_mean = given_mean if make_mean is None else make_mean()
         new_var = given_var if make_var is None else make_var()

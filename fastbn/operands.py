@@ -62,6 +62,10 @@ class Mask(NamedTuple):
     dtype: Any
 
 
+CAREFUL, NO_DEGREES, EMPTY, STATUS = range(4)
+"""Places in the status of `fastbn.backend.Backend.statistic`, and how many there are."""
+
+
 class Statistic(NamedTuple):
     """What `fastbn.backend.Backend.statistic` computes; dtypes of the results, None for one that is not wanted."""
 

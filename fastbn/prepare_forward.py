@@ -127,10 +127,7 @@ def _running_check(backend: Backend) -> Call:
 
     def check(running: tuple[Any, Any], rate: Any, correction: Any, *others: Any) -> tuple[float, float]:
         mean, var = running
-        if type(rate) is not float or not 0.0 <= rate <= 1.0:
-            rate = validation.rate(rate)
-        if type(correction) is not float:
-            correction = validation.real("correction", correction)
+        rate, correction = validation.rate_and_correction(rate, correction)
         for a in others:  # which `apart` does not count
             if a is mean or a is var:
                 break

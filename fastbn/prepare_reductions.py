@@ -1,7 +1,7 @@
 """Prepared calls of statistics: what `fastbn.call` keeps for them (see `fastbn.prepare_forward`).
 
 There are three ways: NumPy's own functions, for dtypes that only NumPy has; the backend's kernel for statistics
-(`direct_reductions`); and batch norm's moments (`reductions_by_moments`) for CuPy arrays and what wants care.
+(`direct_reductions`); and batch norm's moments (`reductions_by_moments`), where that is not the way.
 """
 
 from __future__ import annotations

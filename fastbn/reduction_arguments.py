@@ -30,6 +30,11 @@ def kept_axes(x: Any, axis: Any) -> frozenset[int]:
     return frozenset(range(x.ndim)).difference(axes)
 
 
+def reduced_shape(x: Any, kept: frozenset[int], keepdims: Any) -> Shape:
+    """Of a result."""
+    return tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if keepdims or axis in kept)
+
+
 def is_float64(dtype: Any) -> bool:
     """Whether a result is asked for in float64: then sums are, too; of float32 those of chunks are good to 1e-7."""
     return dtype is not None and np.dtype(dtype).itemsize >= 8

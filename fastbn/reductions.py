@@ -1,8 +1,10 @@
 """Statistics in the place of NumPy's: `mean`, `var`, `std`, `average`; `mean_var` and `moments`.
 
-Everything is summed in float64, around values near the mean where squares are, and read where it lies, in whatever
-dtype (``cpu/kernels/statistics.py``): float32 data with a mean 50 000 times their deviation keep a mean good to 1e-7
-and a variance good to 1e-6.
+Sums are in float64, those of squares around values near the mean, and arrays are read where they lie, in whatever
+dtype (``cpu/kernels/statistics.py``); GPUs add up groups of narrower floats in float32 (``cuda/include/sums.cuh``).
+So float32 data with a mean 50 000 times their deviation keep a mean good to 1e-7 and a variance good to 1e-6. `moments`
+of floats in layouts that batch norm walks are batch norm's, bit by bit: chunks of narrower floats are summed in
+float32, and merged in float64.
 """
 
 from __future__ import annotations

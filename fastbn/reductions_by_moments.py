@@ -1,4 +1,4 @@
-"""Statistics from the moments that batch norm's kernels give, where the kernel for statistics is none or gives up.
+"""Statistics from the moments that batch norm's kernels give, where the kernel for statistics is not the way.
 
 So with weights on CuPy arrays, deviations from given values (``mean=``), `moments` of floats that batch norm walks, and
 numbers that need care: squares beyond the range of float64, variances beyond that of their dtype. The moments are
@@ -27,6 +27,7 @@ from fastbn.reduction_arguments import (
     is_float64,
     kept_axes,
     operand,
+    reduced_shape,
     result_dtype,
     warn_if,
 )
@@ -41,7 +42,7 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
         kind = kind_of("x", x)
         kept, dtype = kept_axes(x, options.axis), options.dtype
         single = tuple(axis for axis in range(x.ndim) if axis not in kept)
-        shape = tuple(n if axis in kept else 1 for axis, n in enumerate(x.shape) if options.keepdims or axis in kept)
+        shape = reduced_shape(x, kept, options.keepdims)
         wide = not validation.is_float(x.dtype) or is_float64(getattr(out, "dtype", None) if dtype is None else dtype)
         if given is not None:
             values = beside("mean", given, x, single)

@@ -123,7 +123,7 @@ def layout_for(x: Any, channel_axis: Any, name: str = "channel_axis") -> Layout:
 
 def real(name: str, number: Any) -> float:
     """A real number, Python's or NumPy's."""
-    if not isinstance(number, Real):
+    if type(number) is not int and not isinstance(number, Real):  # to ask takes as long as all else
         raise TypeError(f"{name}: expected a real number, got {type(number).__name__}")
     try:
         return float(number)
@@ -162,12 +162,16 @@ def pair(name: str, arrays: Any) -> dict[str, Any]:
     return named
 
 
-def rate(number: Any) -> float:
-    """The weight of a new batch."""
-    found = real("rate", number)
-    if not 0.0 <= found <= 1.0:
-        raise ValueError(f"rate: expected a number in [0, 1], got {number}")
-    return found
+def rate_and_correction(rate: Any, correction: Any) -> tuple[float, float]:
+    """The weight of a new batch in running statistics, and what is taken from its count. Usual ones take 0.1 us."""
+    if type(rate) is not float or not 0.0 <= rate <= 1.0:
+        found = real("rate", rate)
+        if not 0.0 <= found <= 1.0:
+            raise ValueError(f"rate: expected a number in [0, 1], got {rate}")
+        rate = found
+    if type(correction) is not float:
+        correction = real("correction", correction)
+    return rate, correction
 
 
 def combined_weight(xp: Any, where: Any, weights: Any, shape: Shape) -> Any:

@@ -25,6 +25,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
+from fastbn import operands
 from fastbn.cpu import ahead, halves, objects, shipped
 from fastbn.cpu.store import store_of
 
@@ -181,8 +182,9 @@ def _nothing() -> int:
 
 @lru_cache
 def sources() -> str:
-    """A hash of this folder's sources, the system, and what they take of Python's objects as given."""
+    """A hash of this folder's sources, the system, and what they take of Python's objects and the contract as given."""
     places = [value for name, value in vars(objects).items() if name.endswith("_AT")]
+    places += operands.CAREFUL, operands.NO_DEGREES, operands.EMPTY
     digest = hashlib.sha256(f"{sys.platform} {platform.machine()} {places}".encode())
     for source in sorted(_HERE.rglob("*.py")):
         digest.update(source.read_bytes())

@@ -18,8 +18,10 @@ from fastbn.cpu.code import Kernel, address, addresses, is_missing
 from fastbn.cpu.records import MARKS, SlabStrides, Strides
 from fastbn.cpu.team import OF_THE_TEAM, POSSIBLE, RUNTIME, team_for
 
-# Where an argument comes from: itself; a number given at each call; an array given at each call, or the scratch memory,
-# so many bytes from the first element; whether a number given is at least so large.
+# Where an argument comes from. CONSTANT: itself. NUMBER: a number given at each call. DATA, SCRATCH: an array given at
+# each call, or the scratch memory, so many bytes from the first element. AT_LEAST: whether a number given is at least
+# so large. TEMPORARY: scratch memory that one launch alone uses. INTEGERS: constants behind the program's words.
+# FUNCTION: the address of a kernel that the launched one calls. `_prepare` makes CONSTANT or SCRATCH of the last three.
 CONSTANT, NUMBER, DATA, SCRATCH, AT_LEAST, TEMPORARY, INTEGERS, FUNCTION = range(8)
 MOST_ARGUMENTS = 32
 ON_STACK = 3 << 10  # bytes of scratch memory at most; with more a frame exceeds 4 kB, which Windows makes a call for

@@ -106,8 +106,9 @@ class Geometry(NamedTuple):
     # Of rows that are reduced:
     columns: int = 0
     pieces: int = 1
-    """Of one row, each a part, of so many values:"""
+    """Of one row; each is a part."""
     piece: int = 0
+    """Values of a piece."""
     # Of rows of kept indices:
     channels: int = 0
     """In a row."""
@@ -120,25 +121,25 @@ class Geometry(NamedTuple):
     tile: int = 0
     """Channels of a task."""
     width: int = 0
-    """From a row of a thread's table to the next,"""
+    """Numbers from a row of a thread's table to the next row."""
     own: int = 0
-    """and to another thread's."""
+    """Numbers from a thread's table to the next thread's."""
     kept_step: int = 1
-    """Between results of neighbours,"""
+    """Between results of neighbours."""
     mask_step: int = 0
-    """and between their bytes of a mask."""
+    """Between bytes, or weights, of a mask of neighbours."""
     # Of arrays:
     itemsize: int = 0
     mask: int = 0
     """`statistics.OF_VALUES`, `OF_ROWS`, or 0 of none."""
     moved: int = 0
-    """By how much values are, one of `statistics.MOVED`."""
+    """What is added to values, one of `statistics.MOVED`, or 0."""
     ahead: int = 0
-    """From a value of a row to the one that is prefetched with it,"""
+    """From a value of a row to the one that is prefetched with it."""
     turn: int = 0
-    """from which column on that is in a row further on,"""
+    """The column of a row from which on prefetched values are in a row further on."""
     skip: int = 0
-    """and so by how much further than its neighbour."""
+    """What comes to ``ahead`` from the column ``turn`` on."""
 
 
 class Formats(NamedTuple):

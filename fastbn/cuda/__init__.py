@@ -1,7 +1,8 @@
 """The contract of a backend (`fastbn.backend`), on CuPy arrays with CUDA kernels.
 
-Every function describes its calls as a `problems.Problem`, for which a plan is chosen, and returns what launches that
-on the current stream; `statistic` has plans of its own. Per-channel numbers stay in their dtypes, and absent ones None:
+Functions of arrays describe their calls as a `problems.Problem`, for which a plan is chosen, and return what launches
+that on the current stream; `statistic` and `update_running` have plans of their own, `merge` is made of CuPy's
+operations. Per-channel numbers stay in their dtypes, and absent ones None:
 the kernels convert. Results of a call and the scratch behind them are one allocation, so that a captured graph may be
 replayed as long as the results live, unless callers copied something first.
 """

@@ -1,4 +1,4 @@
-"""Compiling kernels and launching them: everything that asks the CUDA runtime for something but memory."""
+"""Compiling kernels and launching them on the current stream; what plans know of a device; how arguments lie."""
 
 from __future__ import annotations
 

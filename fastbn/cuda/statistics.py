@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastbn.cuda import launch
+from fastbn.cuda.geometry import power
 from fastbn.cuda.launch import MOST_DIMENSIONS, Device, Launch
 from fastbn.cuda.memory import Array, type_of
 from fastbn.cuda.problems import Tuning, tuning_of
@@ -87,11 +88,6 @@ class Division(NamedTuple):
         return self.all_kept // self.row * self.tiles_of_row
 
 
-def _power(number: float) -> int:
-    """The least power of two that is not below."""
-    return 1 << max(0, math.ceil(number) - 1).bit_length()
-
-
 def _vector(size: int, most: int, others: list[Dimension], data: Data) -> int:
     """Elements of a load: a power of two to which the size, other dimensions' steps and the address agree."""
     vector = most
@@ -128,8 +124,8 @@ def _rows(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning: T
     rows = [Dimension(inner.size // vector, inner.step * vector, inner.mask * vector, 0, False), *outer]
     count, channels = math.prod(d.size for d in rows), math.prod(d.size for d in kept)
     threads = _threads(count * channels, tuning)
-    every = min(threads, _power(count))
-    enough = min(every, max(_power(count / _items(vector, data, tuning)), LINE // (vector * data.itemsize), 1))
+    every = min(threads, power(count))
+    enough = min(every, max(power(count / _items(vector, data, tuning)), LINE // (vector * data.itemsize), 1))
     along = enough if channels * enough >= threads * tuning.waves * processors else every
     beside = threads // along
     return _Beside(False, vector, rows, along, beside, beside, channels, run, inner.mask)
@@ -147,7 +143,7 @@ def _columns(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning
     lanes = max(LINE // (vector * data.itemsize), threads // count, 1)
     beside = min(vectors, lanes, threads)
     beside = -(-vectors // -(-vectors // beside))
-    along = min(threads // beside, _power(count))
+    along = min(threads // beside, power(count))
     return _Beside(True, vector, reduced, along, beside, beside * vector, inner.size, 0, inner.mask)
 
 
@@ -171,7 +167,7 @@ def _beside(data: Data) -> int:
 
 
 def _threads(vectors: int, tuning: Tuning) -> int:
-    return min(tuning.threads, max(32, _power(vectors)))
+    return min(tuning.threads, max(32, power(vectors)))
 
 
 def _items(vector: int, data: Data, tuning: Tuning) -> int:
@@ -283,8 +279,8 @@ def plan(device: Device, data: Data, form: int, types: tuple[int | None, ...]) -
     first = Launch(function, c.tiles * c.splits, c.threads, shared, False, launch.STATISTICS, fields)
     if c.splits == 1:
         return Plan((first,), 0)
-    threads = min(tuning_of(device.architecture).threads, max(32, _power(c.splits * c.all_kept)))
-    along = min(threads, _power(c.splits))
+    threads = min(tuning_of(device.architecture).threads, max(32, power(c.splits * c.all_kept)))
+    along = min(threads, power(c.splits))
     beside = threads // along
     function = launch.function(device.number, "finish_strided", finishing_macros(data, threads))
     fields |= {"along": along, "beside": beside, "width": beside}

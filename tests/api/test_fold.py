@@ -146,3 +146,12 @@ def test_like_pytorchs_layers(groups, dimensions):
             layer.weight.copy_(torch.from_numpy(kernel))
             layer.bias.copy_(torch.from_numpy(bias))
             torch.testing.assert_close(layer(x), expected, rtol=1e-11, atol=1e-12)
+
+
+def test_read_only_parameters():
+    kernel, bias, norm = numbers(4, 3), numbers(3, seed=2), batch_norm_of(3)
+    expected = [a.copy() for a in fastbn.fold(kernel, bias, *norm, axis=1)]
+    for array in (kernel, bias, *norm):
+        array.flags.writeable = False
+    for found, other in zip(fastbn.fold(kernel, bias, *norm, axis=1), expected, strict=True):
+        np.testing.assert_array_equal(found, other)

@@ -1,12 +1,19 @@
-"""The package has floors: no file imports one that imports it, however far around. Tests import no test modules."""
+"""The package has floors: no file imports one that imports it, however far around. Tests import no test modules.
+
+The backends have the functions of the contract, each.
+"""
 
 import ast
+import inspect
+import re
 import textwrap
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from fastbn import cpu
+from fastbn.backend import Backend
 from tests import structure
 
 TESTS = Path(__file__).parent.parent
@@ -61,6 +68,35 @@ def test_what_may_not_import_what(rule):
 
     wrong = {(f, o) for f, imported in graph.items() if in_rooms(f, below) for o in imported if in_rooms(o, above)}
     assert not wrong
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_backends_define_the_same_functions(name):
+    """Those of the contract: the names, the arguments and their order; two names are no functions."""
+    backend = cpu if name == "cpu" else pytest.importorskip("fastbn.cuda", reason="CuPy cannot be imported")
+    names = {one for one in vars(Backend) if not one.startswith("_")}
+    assert names == set(backend.__all__)
+    for function in names - {"xp", "LEAST_PIECE"}:
+        _self, *wanted = inspect.signature(getattr(Backend, function)).parameters
+        assert list(inspect.signature(getattr(backend, function)).parameters) == wanted, function
+
+
+def test_the_drawing():
+    """Each file of docs/architecture.md's drawing imports only what stands in a lower row; all are there."""
+    drawn = (TESTS.parent / "docs" / "architecture.md").read_text().split("```")[1]
+    rows = {}
+    for row, line in enumerate(drawn.strip().splitlines()):
+        for name in re.findall(r"\w+/(?:\w+\.py)?|\w+\.py", line):
+            rows["fastbn." + name.removesuffix(".py").rstrip("/").replace("/", ".")] = row
+    rows["fastbn"] = rows.pop("fastbn.__init__")
+
+    def drawn_as(file):
+        return file if file in rows else ".".join(file.split(".")[:2])
+
+    graph = structure.graph_of(structure.PACKAGE)
+    assert {drawn_as(file) for file in graph} == set(rows)
+    arrows = {(drawn_as(file), drawn_as(other)) for file, imported in graph.items() for other in imported}
+    assert {(one, other) for one, other in arrows if one != other and rows[one] >= rows[other]} == set()
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------

@@ -1,14 +1,19 @@
-"""What `kernels.compiler` takes of Numba's private parts: a new Numba that changes one says here which.
+"""What fastbn takes of Numba's private parts: a new Numba that changes one says here which.
+
+They are those of `kernels.compiler`, two names of `fastbn.threads` and a file of `cpu.code`.
 
 Numba has no upper bound in pyproject.toml: most releases change none of this, and a bound would keep users of a new
 one from kernels that work.
 """
 
 import ctypes
+import importlib
+import importlib.util
 import inspect
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import llvmlite.binding as llvm
@@ -95,6 +100,22 @@ def test_library():
     for name in ("_codegen", "_final_module", "_linking_libraries", "_get_module_for_linking", "_ensure_finalized"):
         assert hasattr(library, name), f"Numba {numba.__version__}: a code library has no {name}"
     assert library._codegen._data_layout
+
+
+def test_number_of_threads():
+    """What `fastbn.threads` asks in place of `numba.get_num_threads`; the second is there once Numba's threads are."""
+    parallel, chosen = importlib.import_module("numba.np.ufunc.parallel"), numba.get_num_threads()
+    for name in ("_is_initialized", "_get_num_threads"):
+        assert hasattr(parallel, name), f"Numba {numba.__version__}: numba.np.ufunc.parallel has no {name}"
+    assert parallel._is_initialized is True
+    assert parallel._get_num_threads() == chosen, f"Numba {numba.__version__}: _get_num_threads tells something else"
+
+
+def test_file_of_the_version():
+    """`cpu.code` finds machine code by it."""
+    found = Path(importlib.util.find_spec("numba").origin).with_name("_version.py")
+    assert found.is_file(), f"Numba {numba.__version__} has no file {found.name} that names its version"
+    assert numba.__version__ in found.read_text(), f"Numba {numba.__version__}: {found.name} does not name it"
 
 
 @compiler.kernel

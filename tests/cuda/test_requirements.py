@@ -1,12 +1,10 @@
 """What a machine lacks for CuPy arrays, and what the messages say to do about it."""
 
-import inspect
 import types
 
 import pytest
 
-from fastbn import check, cpu, environment
-from fastbn.backend import Backend
+from fastbn import check, environment
 
 cupy = pytest.importorskip("cupy")
 if int(cupy.__version__.partition(".")[0]) < 13:
@@ -14,16 +12,6 @@ if int(cupy.__version__.partition(".")[0]) < 13:
 
 from fastbn import cuda  # noqa: E402 - after CuPy is known to be there
 from fastbn.cuda import requirements  # noqa: E402 - likewise
-
-
-def test_backends_define_the_same_functions():
-    """Those of the contract: the names, the arguments and their order; two names are no functions."""
-    names = {name for name in vars(Backend) if not name.startswith("_")}
-    assert names == set(cpu.__all__) == set(cuda.__all__)
-    for name in names - {"xp", "LEAST_PIECE"}:
-        _self, *wanted = inspect.signature(getattr(Backend, name)).parameters
-        for backend in (cpu, cuda):
-            assert list(inspect.signature(getattr(backend, name)).parameters) == wanted, name
 
 
 @pytest.fixture

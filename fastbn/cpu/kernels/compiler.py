@@ -1,8 +1,9 @@
 """How kernels become machine code: `inline`, `kernel`, `plain`, `object_code`.
 
-Numba types and lowers; its private parts are used here alone. What comes out is an object file with one function of
-plain words, ``kernel(params, thread, first, last)``: ``params`` points to its arguments, 8 bytes each. It refers to
-neither Python nor Numba, so that llvmlite alone can load it (`fastbn.cpu.code`).
+Numba types and lowers; its private parts, which make it do no more than that, are used by no other module of kernels.
+What comes out is an object file with one function of plain words, ``kernel(params, thread, first, last)``: ``params``
+points to its arguments, 8 bytes each. It refers to neither Python nor Numba, so that llvmlite alone can load it
+(`fastbn.cpu.code`).
 """
 
 import contextlib

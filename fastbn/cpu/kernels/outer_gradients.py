@@ -1,7 +1,7 @@
 """Gradients across memory, for what `outer_reduction` takes: sums of dz, and dx.
 
-For each channel c, and each batch index if the batch is kept, with x, dy and y as (outer, inner) of the channel, and a
-weight w of each row, which all channels share:
+For each channel c, and each batch index if the batch is kept, with x, dy and y as (outer, inner) of the channel, and
+weights w: one of each row, which all channels share, or one of each row and column:
 
     dz = np.where(y <= 0, 0, dy)                       # or dy, without relu; this is the residual's gradient
     xhat = (x - mean) * rstd

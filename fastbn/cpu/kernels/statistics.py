@@ -20,6 +20,10 @@ side are added up by `integers`, all exactly; then the shift is a whole number. 
 converted, some hundred at a time, by a kernel of its own for each dtype, so that the others need not know it.
 `fastbn.cpu.statistics` divides the work and says how the dimensions lie. A part's numbers are (n, shift, A, B), of sums
 (n, _, sum, rest).
+
+Bytes moved, S = the bytes of x and of its mask: S, and once more those of parts that are summed again; 2S where mean
+and variance of 8-byte dtypes are both wanted, of which each has a pass of its own. Squares of `statistics_few` take S
+from memory and S from L1.
 """
 
 from typing import Any, NamedTuple
@@ -49,6 +53,7 @@ from fastbn.cpu.kernels.doubles import (
 from fastbn.cpu.kernels.simd import address, fma, load
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
+from fastbn.cpu.kernels.vectors import two_sum
 from fastbn.cpu.statistics import DIMENSION, OF_ROWS
 
 PEEKS = 8  # values of a part, of whose mean the first shift is made
@@ -73,14 +78,14 @@ class Options(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where values are; the others are None."""
+    """Where values are, in x or raw; the other is None."""
 
     x: Any
-    """Float32 or float64 side by side; or"""
+    """Values of any dtype, side by side, or in `few` a step apart."""
     raw: Any
-    """bytes of any dtype, which the function at the address"""
+    """Values in the place of x, as bytes: those that lie apart, and small integers side by side."""
     fetch: Any
-    """converts."""
+    """The address of the function that reads raw values: it converts them, or adds up small integers."""
     where: Any
     """The mask."""
     geometry: Any
@@ -91,9 +96,9 @@ class Part(NamedTuple):
     """Rows of a kept index, or a piece of one."""
 
     at: Any
-    """Where row 0 is in the array,"""
+    """Where row 0 is in the array."""
     w_at: Any
-    """and in the mask."""
+    """Where row 0 is in the mask."""
     first: Any
     last: Any
     columns: Any
@@ -159,14 +164,6 @@ def rows_from(r, last, source):
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------
-
-
-@inline
-def two_sum(a, b):
-    """The rounded sum and what it lost."""
-    s = a + b
-    t = s - a
-    return s, (a - (s - t)) + (b - t)
 
 
 class Eight(NamedTuple):

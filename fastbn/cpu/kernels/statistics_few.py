@@ -1,5 +1,12 @@
 """Statistics of few values of each kept index, such as (5, 1 000 000) has on axis 0: see `statistics`.
 
+In plain words, for the values x of each kept index that count, and their weights w or ones::
+
+    n, s = w.sum(), (w * x).sum()                      # the first time
+    q = s / n                                          # in float32, but for dtypes of 8 bytes
+    a, b = (w * (x - q)).sum(), (w * (x - q)**2).sum() # the second time, if squares are wanted
+    mean, m2 = q + a / n, b - a**2 / n
+
 Eight kept indices at a time go through their values twice, and the second time these are in the first-level cache: for
 the mean, which is the shift of the sums of squares, and for these. Nothing is kept in memory between. Where kept
 indices are neighbours, a lane is one of them; where their own values are, as in (1 000 000, 50) on axis 1, eight values
@@ -43,7 +50,8 @@ from fastbn.cpu.kernels.statistics import (
     weight_of_row,
 )
 from fastbn.cpu.kernels.statistics_results import Cells, checks, finish
-from fastbn.cpu.statistics import AHEAD, CAREFUL
+from fastbn.cpu.statistics import AHEAD
+from fastbn.operands import CAREFUL
 
 COUNTS, RESTS, SHIFTS = (k * LANES * LANES for k in (1, 2, 3))  # behind the sums, in the table of `sums_of_rows`
 NUMBERS = SHIFTS + LANES

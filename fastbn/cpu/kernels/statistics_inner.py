@@ -1,5 +1,11 @@
 """Sums along rows whose values are reduced: see `statistics`.
 
+In plain words, for the values x of a part that count, and their weights w or ones::
+
+    q = mean of eight of them                          # the shift; 0, and no b, where squares are not wanted
+    n, a, b = w.sum(), (w * (x - q)).sum(), (w * (x - q)**2).sum()
+    q, n, a, b = the same around q + a / n             # if a**2 / n is large beside b - a**2 / n, twice at most
+
 Values go to four sums of eight lanes each, which go on from row to row of a part. What rows need next is prefetched; a
 long row's quarters are read side by side.
 """
@@ -34,7 +40,6 @@ from fastbn.cpu.kernels.statistics import (
     short,
     tallied,
     together,
-    two_sum,
     weight_by_row,
     weight_of_row,
 )
@@ -42,7 +47,9 @@ from fastbn.cpu.kernels.statistics_results import checks, merge_parts
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import load as word_at
 from fastbn.cpu.kernels.team import store as put_word
-from fastbn.cpu.statistics import BUFFER, CAREFUL, FIELDS, OF_INNER, OF_VALUES
+from fastbn.cpu.kernels.vectors import two_sum
+from fastbn.cpu.statistics import BUFFER, FIELDS, OF_INNER, OF_VALUES
+from fastbn.operands import CAREFUL
 
 LONG = 6 << 10  # values of a row whose quarters take turns: up to a tenth faster than prefetching
 

@@ -1,5 +1,12 @@
 """Sums along rows of kept indices: see `statistics`.
 
+In plain words, for the rows of a part that count, x as (rows, columns), and their weights w or ones::
+
+    q = mean of some rows of each cell                 # the shift; 0, and no b, where squares are not wanted
+    n, a, b = w.sum(0), (w * (x - q)).sum(0), (w * (x - q)**2).sum(0)
+    n, a, b = sums of each over the columns of a cell
+    q, n, a, b = the same around q + a / n             # if a**2 / n is large beside b - a**2 / n, twice at most
+
 Each column has its sums in a thread's workspace, which stays in the first-level cache; four rows are added at once. A
 *cell* is a kept index: one column, or ``size`` neighbouring ones, or several where rows of few kept indices are taken
 together, ``fold`` of them; then the sums of a cell's columns are added up in the end.
@@ -54,7 +61,8 @@ from fastbn.cpu.kernels.statistics_table import (
 )
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
-from fastbn.cpu.statistics import AHEAD, CAREFUL, FIELDS, OF_ROWS, OF_VALUES
+from fastbn.cpu.statistics import AHEAD, FIELDS, OF_ROWS, OF_VALUES
+from fastbn.operands import CAREFUL
 
 BIG = 1.5 * 2.0**52  # added and taken off again, it rounds to a whole number
 

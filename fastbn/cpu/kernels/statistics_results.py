@@ -1,4 +1,16 @@
-"""From parts to results, which are written in their dtype: see `statistics`."""
+"""From parts to results, which are written in their dtype: see `statistics`.
+
+In plain words, for parts of a kept index with numbers (n, q, a, b), from N = S = M2 = 0 on::
+
+    delta = (q + a / n) - (o + S / N)                  # o: the first part's q, of which means are measured
+    M2 += (b - a**2 / n) + delta**2 * N * n / (N + n)  # Chan, Golub & LeVeque 1983, eq. 2.1
+    S += n * (q - o) + a                               # in two numbers: what a sum loses is summed as well
+    N += n
+
+    mean, var, std = o + S / N, M2 / (N - ddof), sqrt(M2 / (N - ddof))
+
+Of sums, whose parts have (n, _, sum, rest), ``S += sum + rest`` and mean = S / N.
+"""
 
 from typing import Any, NamedTuple
 
@@ -20,8 +32,10 @@ from fastbn.cpu.kernels.doubles import (
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import any_greater, fma, load, root, zero_where_not_positive
-from fastbn.cpu.kernels.statistics import Options, Results, field, kept_place, two_sum
-from fastbn.cpu.statistics import CAREFUL, EMPTY, FIELDS, LEAST_SQUARE, NO_DEGREES, STD, SUM_OF_SQUARES
+from fastbn.cpu.kernels.statistics import Options, Results, field, kept_place
+from fastbn.cpu.kernels.vectors import two_sum
+from fastbn.cpu.statistics import FIELDS, LEAST_SQUARE, STD, SUM_OF_SQUARES
+from fastbn.operands import CAREFUL, EMPTY, NO_DEGREES
 
 
 class Cells(NamedTuple):

@@ -48,7 +48,7 @@ def update_running(thread, first, last, table, kept, rate, correction, skip_nonf
 
 @inline
 def two_sum(a, b):
-    """`fastbn.formulas.two_sum`."""
+    """`fastbn.formulas.two_sum`: the rounded sum and what it lost, of numbers or of vectors of them."""
     total = a + b
     shared = total - a
     return total, (a - (total - shared)) + (b - shared)

@@ -1,4 +1,9 @@
-// Results of the parts that `strided_statistics` has left of each kept index, `splits` of them: 24 to 72 bytes each.
+// Results of the parts that `strided_statistics` has left of each kept index, `splits` of them: reads 24 to 72 bytes of
+// each. Of parts' n, sum, mean mu and M2, merged in pairs (parts.cuh):
+//
+//     count = sum(n),   mean = sum(sum) / count,   M2 = sum(M2 + n (mu - mean)^2)
+//     var = M2 / (count - ddof),   std = sqrt(var)
+//
 // Threads stand along the parts, and beside each other on kept indices.
 
 #include "parts.cuh"

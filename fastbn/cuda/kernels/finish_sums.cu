@@ -1,5 +1,8 @@
-// Adds up the sums of all splits of a pass, a block for PIECE channels. Reads 16 bytes for each channel and split, in
-// whole sectors.
+// Adds up the sums of all splits of a pass, a block for PIECE channels:
+//
+//     dbeta = sum(dbeta of a split),   dgamma = sum(dgamma of a split)
+//
+// Reads 16 bytes for each channel and split, in whole sectors.
 
 #include "gradients.cuh"
 

@@ -1,4 +1,8 @@
-// dgamma and dbeta. Reads dy and x, and y under relu: 2S or 3S bytes.
+// Of every channel, with dz = dy, or 0 where y <= 0 under relu
+//
+//     dbeta = sum(dz),   dgamma = sum(dz (x - mean) rstd)
+//
+// Reads dy and x, and y under relu: 2S or 3S bytes.
 //
 // Each block takes one split of one tile; with one split it writes the sums, else partial ones, which `finish_sums`
 // adds up in a fixed order.

@@ -1,4 +1,8 @@
-// Moments of each channel. Reads x once: S bytes.
+// Moments of every channel, with weights w or 1
+//
+//     count = sum(w),   mean = sum(w x) / count,   M2 = sum(w (x - mean)^2)
+//
+// in the steps of accumulator.cuh. Reads x once: S bytes.
 //
 // Each block takes one split of one tile; with one split it writes the moments, else partial ones, which
 // `finish_moments` merges. No atomics, no order that could vary: every run gives the same bits.
