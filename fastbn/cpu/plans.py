@@ -42,7 +42,7 @@ from fastbn.cpu.division import (
 )
 from fastbn.cpu.gradient_plans import backward
 from fastbn.cpu.program import Argument, Program
-from fastbn.cpu.records import Moments, Parameters, Part, Shape, Slabs, Strides
+from fastbn.cpu.records import GradientParameters, Moments, Parameters, Part, Shape, Slabs, Strides
 
 
 @lru_cache(maxsize=1024)
@@ -149,8 +149,8 @@ def forward(
     arrays |= {**dict(zip(("gamma", "beta"), parameters, strict=True)), "table": "f8*"}
     p = Program(num_threads, 2 * math.prod(shape), arrays, ["eps", "nontemporal"])
     p.followed_by = partial(
-        backward, shape, kind, xs, xs, ys if relu else None, ws, weights, xs, rs, ("f8*",) * 6, frozen=False,
-        num_threads=num_threads,
+        backward, shape, kind, xs, xs, ys if relu else None, ws, weights, xs, rs,
+        ("f8*",) * len(GradientParameters._fields), frozen=False, num_threads=num_threads,
     )  # fmt: skip
     problem = problem_of(p, shape, kind, num_threads, {"x": xs, "weight": ws, "y": ys, "residual": rs})
     kept, table, eps = problem.kept, p.array("table"), p.number("eps")
