@@ -136,7 +136,7 @@ class Division(NamedTuple):
 
 
 def _words(kept: list[Dimension], rows: list[Dimension]) -> tuple[int, ...]:
-    return tuple(n for d in (*kept, *rows) for n in d[:DIMENSION])
+    return tuple(n for d in (*kept, *rows) for n in (d.size, d.step, d.mask, d.result))
 
 
 def _along_reduced(d: list[Dimension], run: Dimension, how: Summing) -> Division:

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import inspect
 import itertools
+from collections import namedtuple
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -26,6 +27,7 @@ from fastbn.cpu.records import ARRAYS, INTEGERS
 
 llvm.initialize_native_asmparser()  # for `flags`; Numba, that has no assembly of its own, leaves it out
 
+_OF_A_TASK = 3  # parameters of every kernel: the thread, the first task and the one behind the last
 _I64, _VOID = ir.IntType(64), ir.VoidType()
 _WORDS = _I64.as_pointer()
 
@@ -161,6 +163,16 @@ def plain(function):
     return function
 
 
+def offsets(record):
+    """Where the words of a record of integers are in memory, in bytes, by its names."""
+    return record._make(range(0, 8 * len(record._fields), 8))
+
+
+def offsets_of_arguments(function):
+    """The same of a kernel's arguments, each a word, for kernels that call it."""
+    return offsets(namedtuple(function.__name__, list(inspect.signature(function).parameters)[_OF_A_TASK:]))
+
+
 @contextlib.contextmanager
 def _garbage_left():
     """What compiling makes is in use while it lasts: to look for garbage in it takes a tenth of the time."""
@@ -206,7 +218,7 @@ def _enter_kernel(module, symbol, description, signature):
     builder = ir.IRBuilder(function.append_basic_block())
     params, *tasks = function.args
     words = (builder.load(builder.gep(params, [ir.Constant(_I64, i)])) for i in itertools.count())
-    arguments = [_argument(builder, words, kind) for kind in signature[3:]]
+    arguments = [_argument(builder, words, kind) for kind in signature[_OF_A_TASK:]]
     _call(builder, description, signature, [*tasks, *arguments])
     builder.ret_void()
 
