@@ -162,7 +162,10 @@ def _along_reduced(d: list[Dimension], run: Dimension, how: Summing) -> Division
     partials = FIELDS * parts * channels if parts > 1 else 0
     strided = run.step != 1 and run.size > 1
     words = _words(kept, rows)
-    return Division("inner", geometry, words, channels * parts, channels, partials, OF_INNER, strided, run.mask == 0)
+    return Division(
+        "inner", geometry, words, tasks=channels * parts, finishing=channels, partials=partials, own=OF_INNER,
+        strided=strided, mask_of_rows=run.mask == 0,
+    )  # fmt: skip
 
 
 def _ahead(run: Dimension, rows: list[Dimension], kept: list[Dimension], how: Summing) -> dict[str, int]:
@@ -233,14 +236,18 @@ def _along_kept(
     if count <= few and size is None and folded == 1:
         geometry = geometry._replace(parts=1, rows_of_a_part=count)
         of_rows = row.mask == 0 and not along
-        return Division("few", geometry, words, others * tiles, 0, 0, 0, row.step != 1, of_rows, along=along)
+        return Division(
+            "few", geometry, words, tasks=others * tiles, finishing=0, partials=0, own=0, strided=row.step != 1,
+            mask_of_rows=of_rows, along=along,
+        )  # fmt: skip
     innermost = row if size is None else size
     of_cells = fold is not None and how.mask > 0 and innermost.mask == 0 != fold.mask
     of_thread = (FIELDS + 1) * geometry.width + (-(-4 * geometry.width * how.mask // 8) if of_cells else 0)
     partials = FIELDS * row.size * parts * others if parts > 1 else 0
     return Division(
-        "outer", geometry._replace(own=of_thread), words, others * parts * tiles, others * -(-row.size // 8), partials,
-        of_thread, innermost.step != 1, innermost.mask == 0 and not of_cells, of_cells,
+        "outer", geometry._replace(own=of_thread), words, tasks=others * parts * tiles,
+        finishing=others * -(-row.size // 8), partials=partials, own=of_thread, strided=innermost.step != 1,
+        mask_of_rows=innermost.mask == 0 and not of_cells, mask_of_cells=of_cells,
     )  # fmt: skip
 
 
