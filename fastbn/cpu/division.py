@@ -210,11 +210,6 @@ def chunks_of(problem: Problem) -> Chunks:
     return Chunks(rows - rows % 2 if in_halves else rows, columns)
 
 
-def segment_count(shape: Shape, chunks: Chunks) -> int:
-    """Segments of a channel's slab."""
-    return -(-(-(-shape.outer // chunks.rows) * -(-shape.inner // chunks.columns)) // sizes.SEGMENT)
-
-
 class InOrder:
     """A division of `inner_reduction`'s elementwise passes: equal parts of the values in the order of memory.
 

@@ -22,7 +22,6 @@ from fastbn.cpu.division import (
     coalescing,
     is_outer,
     problem_of,
-    segment_count,
     table_of,
     tile_width,
 )
@@ -72,7 +71,7 @@ def _add_grad_sums(
         )  # fmt: skip
     else:
         problem = problem.halved()
-        segments = kept * segment_count(problem.shape, chunks_of(problem))
+        segments = kept * sizes.segment_count(problem.shape, chunks_of(problem))
         count = len(SegmentSums._fields) * segments
         partials = p.scratch(count, "f8*")
         p.launch(

@@ -36,7 +36,6 @@ from fastbn.cpu.division import (
     is_outer,
     option,
     problem_of,
-    segment_count,
     table_of,
     tile_width,
 )
@@ -73,7 +72,7 @@ def _add_moments(problem: Problem | ProblemInSlabs, table: Argument, eps: Argume
         division, own["workspace"] = {"tiles": p.record(tiled.tiles)}, problem.workspace(tiled.workspace)
     else:
         problem = problem.halved()
-        tasks = kept * segment_count(problem.shape, chunks_of(problem))
+        tasks = kept * sizes.segment_count(problem.shape, chunks_of(problem))
         family, count = "inner_reduction", len(Part._fields) * tasks
         division = {"chunks": p.record(chunks_of(problem))}
     given: dict[str, Any] = problem.arrays("x", "weight") | {"shape": problem.of_shape} | division

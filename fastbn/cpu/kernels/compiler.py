@@ -10,6 +10,7 @@ import gc
 import inspect
 import itertools
 from collections import namedtuple
+from types import FunctionType
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -149,6 +150,13 @@ def inline(function):
     """
     options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True, "_nrt": False}
     return njit(nogil=True, error_model="numpy", pipeline_class=_PartCompiler, **options)(function)
+
+
+def shared(function):
+    """A function that plans call, with those that it calls, for kernels."""
+    known, names = function.__globals__, function.__code__.co_names
+    called = {name: shared(known[name]) for name in names if inspect.isfunction(known.get(name))}
+    return inline(FunctionType(function.__code__, known | called))
 
 
 def kernel(function):
