@@ -32,6 +32,7 @@ from fastbn.cpu.memory import (
     viewed,
 )
 from fastbn.cpu.program import Program, kind_of
+from fastbn.cpu.records import Moments, Sums, Union
 from fastbn.cpu.statistics import statistic
 from fastbn.formulas import reciprocal_std
 from fastbn.operands import Affine, Numbers, Operand, dense
@@ -62,6 +63,10 @@ __all__ = [
 ]
 
 xp = np
+COUNT, M2, MEAN, RSTD = map(Moments._fields.index, ("count", "m2", "mean", "rstd"))  # rows of tables
+OF_X = Moments._fields.index("gamma")  # rows before gamma and beta
+DGAMMA, DBETA = map(Sums._fields.index, ("dgamma", "dbeta"))
+N, HI, UNITED_M2 = map(Union._fields.index, ("n", "hi", "m2"))
 LEAST_PIECE = 128 << 10  # to copy it takes 20 us, twice what a piece takes to be launched
 
 
@@ -89,8 +94,9 @@ def _launcher(plan: Callable[[int], Program], size: int) -> Callable[..., object
 def _unscaled(table: Array, k: int) -> tuple[Array, Array, Array, Array]:
     """Count, mean, M2 and rstd, of weights that were divided by 2^k."""
     if k != 0:
-        table[:2] = np.ldexp(table[:2], k)
-    return table[0], table[2], table[1], table[3]
+        for row in (COUNT, M2):
+            table[row] = np.ldexp(table[row], k)
+    return table[COUNT], table[MEAN], table[M2], table[RSTD]
 
 
 def moments(x: Operand, weight: Operand | None) -> Callable[..., tuple[Array, ...]]:
@@ -108,7 +114,7 @@ def _moments(x: Operand, weight: Operand | None, eps: float) -> Callable[..., tu
     launch = _launcher(lambda threads: plans.moments(shape, kind, xs, ws, weights, threads), x.size)
 
     def run(x: Array, weight: Array | None) -> tuple[Array, ...]:
-        table, k = np.empty((4, kept)), 0
+        table, k = np.empty((OF_X, kept)), 0
         if weight is not None:
             weight, k = weight_in_range(weight, x)
         launch(x, weight, table, eps)
@@ -170,7 +176,7 @@ def forward(
         lambda threads: plans.forward(shape, kind, xs, ws, weights, ys, rs, kinds, relu, threads), x.size
     )
     allowed, operands = nontemporal_stores(y), (x, residual, y)
-    weighted, narrow = weight, x.dtype.itemsize < 8
+    weighted, narrow, size = weight, x.dtype.itemsize < 8, (len(Moments._fields), kept)
     beyond = find_beyond(kept, np.dtype(float), gamma) if narrow and eps < LEAST_EPS else None
 
     def run(
@@ -178,17 +184,18 @@ def forward(
     ) -> tuple[Array, ...]:
         if beyond and any(a is not None and np.may_share_memory(a, y) for a in (x, residual, gamma, beta)):
             vectors = _moments(operands[0], weighted, eps)(x, weight)  # before y is written, should float64 be needed
-            given = vectors[1], vectors[3], gamma, beta
+            _, mean, _, rstd = vectors
+            given = mean, rstd, gamma, beta
             types = Affine(*(None if a is None else a.dtype for a in given))
             normalize(operands[0], operands[2], operands[1], types, None, relu)(x, residual, y, *given)
             return vectors
-        table, k = np.empty((6, kept)), 0
+        table, k = np.empty(size), 0
         if weight is not None:
             weight, k = weight_in_range(weight, x)
         launch(x, weight, y, residual, gamma, beta, table, eps, allowed(y) if allowed else PLAIN)
-        if beyond and beyond(table[3], gamma):
-            _normalize_in_float64(operands, x, residual, y, table[2], table[3], gamma, beta, None, relu)
-        return _unscaled(table, k) if k else (table[0], table[2], table[1], table[3])
+        if beyond and beyond(table[RSTD], gamma):
+            _normalize_in_float64(operands, x, residual, y, table[MEAN], table[RSTD], gamma, beta, None, relu)
+        return _unscaled(table, k) if k else (table[COUNT], table[MEAN], table[M2], table[RSTD])
 
     return run
 
@@ -213,6 +220,7 @@ def grad_sums(
 ) -> Callable[..., tuple[Array, Array]]:
     shape, kind, (dys, xs, ys), kept = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y)), x.kept
     (ws, weights), kinds, empty = strides_of_weight(weight), (kind_of(mean), kind_of(rstd)), x.size == 0
+    size = len(Sums._fields), kept
     launch = _launcher(
         lambda threads: gradient_plans.grad_sums(shape, kind, dys, xs, ys, ws, weights, kinds, threads), x.size
     )
@@ -224,9 +232,9 @@ def grad_sums(
             return np.zeros(kept), np.zeros(kept)
         if weight is not None:
             weight, _ = weight_in_range(weight, x)
-        sums = np.empty((2, kept))
+        sums = np.empty(size)
         launch(dy, x, y, weight, mean, rstd, sums)
-        return sums[0], sums[1]
+        return sums[DGAMMA], sums[DBETA]
 
     return run
 
@@ -276,6 +284,7 @@ def backward(
         x.size,
     )
     allowed, kept, empty = nontemporal_stores(dx, dresidual), x.kept, x.size == 0
+    size = len(Sums._fields), kept
 
     def run(
         dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array, gamma: Array | None,
@@ -285,11 +294,11 @@ def backward(
             return np.zeros(kept), np.zeros(kept)
         if weight is not None and count is not None:
             weight, count = _in_range(weight, count, x)
-        sums = np.empty((2, kept))
+        sums = np.empty(size)
         nontemporal = allowed(dx, dresidual) if allowed else PLAIN
         numbers = mean, rstd, gamma, count, dmean, dvar, sums
         launch(dy, x, y, weight, dx, dresidual, *numbers, nontemporal)
-        return sums[0], sums[1]
+        return sums[DGAMMA], sums[DBETA]
 
     return run
 
@@ -307,16 +316,16 @@ AT_ONCE = 8  # parts that one program merges
 
 def merge(kept: int, types: tuple[tuple[Any, Any, Any], ...]) -> Callable[..., tuple[Array, Array, Array]]:
     kinds = [tuple(map(kind_of, three)) for three in types]
-    starts = range(0, len(kinds), AT_ONCE)
+    starts, size = range(0, len(kinds), AT_ONCE), (len(Union._fields), kept)
     launches = [
         vector_plans.merge(kept, tuple(kinds[i : i + AT_ONCE]), i == 0, i + AT_ONCE >= len(kinds)).prepared()
         for i in starts
     ]
 
     def run(*vectors: Array) -> tuple[Array, Array, Array]:
-        state = np.empty((5, kept))
+        state = np.empty(size)
         for i, launch in enumerate(launches):
             launch(state, *vectors[3 * AT_ONCE * i : 3 * AT_ONCE * (i + 1)])
-        return state[0], state[1], state[3]
+        return state[N], state[HI], state[UNITED_M2]
 
     return run

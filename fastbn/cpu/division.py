@@ -180,10 +180,16 @@ def coalescing(shape: Shape, itemsize: int, strides: list[Strides], weighted: bo
     return rows if all(s.outer == shape.channel for s in strides) else 1
 
 
-def table_of(program: Program, kept: int, defaults: NamedTuple, names: tuple[str, ...] | None = None) -> Argument:
-    """A table of one of `records`, in float64, from the vectors of its fields' names (or others) that a call gives."""
-    table = program.scratch(len(defaults) * kept, "f8*")
-    for i, (name, default) in enumerate(zip(names or defaults._fields, defaults, strict=True)):
+def table_of(
+    program: Program, kept: int, defaults: NamedTuple, names: tuple[str, ...] | None = None, before: str | None = None
+) -> Argument:
+    """A table of one of `records`, in float64, from the vectors of its fields' names (or others) that a call gives.
+
+    Of the fields before the one that is named, if one is.
+    """
+    rows = len(defaults) if before is None else defaults._fields.index(before)
+    table = program.scratch(rows * kept, "f8*")
+    for i, (name, default) in enumerate([*zip(names or defaults._fields, defaults, strict=True)][:rows]):
         program.vector(name, kept, default, table.after(i * kept))
     return table
 
@@ -202,11 +208,6 @@ def chunks_of(problem: Problem) -> Chunks:
     rows, columns = sizes.chunk_grid(problem.shape.outer, problem.shape.inner)
     in_halves = any(s.twice != 2 * s.outer for s in problem.given(*problem.strides))
     return Chunks(rows - rows % 2 if in_halves else rows, columns)
-
-
-def segment_count(shape: Shape, chunks: Chunks) -> int:
-    """Segments of a channel's slab."""
-    return -(-(-(-shape.outer // chunks.rows) * -(-shape.inner // chunks.columns)) // sizes.SEGMENT)
 
 
 class InOrder:

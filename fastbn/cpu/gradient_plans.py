@@ -22,12 +22,13 @@ from fastbn.cpu.division import (
     coalescing,
     is_outer,
     problem_of,
-    segment_count,
     table_of,
     tile_width,
 )
 from fastbn.cpu.program import Argument, Program
 from fastbn.cpu.records import Distances, GradientParameters, SegmentSums, Shape, Slabs, Strides, Sums
+
+DEFAULTS = GradientParameters(mean=0.0, rstd=1.0, gamma=1.0, count=1.0, dmean=0.0, dvar=0.0)
 
 
 @lru_cache(maxsize=1024)
@@ -40,10 +41,7 @@ def grad_sums(
     arrays |= {**dict(zip(("mean", "rstd"), parameters, strict=True)), "sums": "f8*"}
     p = Program(num_threads, 2 * math.prod(shape), arrays)
     problem = problem_of(p, shape, kind, num_threads, {"dy": dys, "x": xs, "y": ys, "weight": ws})
-    table = p.scratch(2 * problem.kept, "f8*")  # the first rows of `records.GradientParameters`
-    p.vector("mean", problem.kept, 0.0, table)
-    p.vector("rstd", problem.kept, 1.0, table.after(problem.kept))
-    _add_grad_sums(problem, table, None, False, False)
+    _add_grad_sums(problem, table_of(p, problem.kept, DEFAULTS, before="gamma"), None, False, False)
     return p
 
 
@@ -73,7 +71,7 @@ def _add_grad_sums(
         )  # fmt: skip
     else:
         problem = problem.halved()
-        segments = kept * segment_count(problem.shape, chunks_of(problem))
+        segments = kept * sizes.segment_count(problem.shape, chunks_of(problem))
         count = len(SegmentSums._fields) * segments
         partials = p.scratch(count, "f8*")
         p.launch(
@@ -116,12 +114,7 @@ def _gradient_parameters(problem: Problem | ProblemInSlabs, parameters: Kinds) -
     """A table of `records.GradientParameters`, and whether dmean or dvar is among them; else there are no such rows."""
     kinds = GradientParameters(*parameters[: len(GradientParameters._fields)])
     mixed = kinds.dmean is not None or kinds.dvar is not None
-    defaults = GradientParameters(mean=0.0, rstd=1.0, gamma=1.0, count=1.0, dmean=0.0, dvar=0.0)
-    table = problem.program.scratch((6 if mixed else 4) * problem.kept, "f8*")
-    for i, (name, default) in enumerate(zip(defaults._fields, defaults, strict=True)):
-        if mixed or name not in ("dmean", "dvar"):
-            problem.program.vector(name, problem.kept, default, table.after(i * problem.kept))
-    return table, mixed
+    return table_of(problem.program, problem.kept, DEFAULTS, before=None if mixed else "dmean"), mixed
 
 
 def _add_grad_input(problem: Problem | ProblemInSlabs, distances: Argument, frozen: bool) -> None:

@@ -36,13 +36,12 @@ from fastbn.cpu.division import (
     is_outer,
     option,
     problem_of,
-    segment_count,
     table_of,
     tile_width,
 )
 from fastbn.cpu.gradient_plans import backward
 from fastbn.cpu.program import Argument, Program
-from fastbn.cpu.records import Moments, Parameters, Part, Shape, Slabs, Strides
+from fastbn.cpu.records import GradientParameters, Moments, Parameters, Part, Shape, Slabs, Strides
 
 
 @lru_cache(maxsize=1024)
@@ -73,7 +72,7 @@ def _add_moments(problem: Problem | ProblemInSlabs, table: Argument, eps: Argume
         division, own["workspace"] = {"tiles": p.record(tiled.tiles)}, problem.workspace(tiled.workspace)
     else:
         problem = problem.halved()
-        tasks = kept * segment_count(problem.shape, chunks_of(problem))
+        tasks = kept * sizes.segment_count(problem.shape, chunks_of(problem))
         family, count = "inner_reduction", len(Part._fields) * tasks
         division = {"chunks": p.record(chunks_of(problem))}
     given: dict[str, Any] = problem.arrays("x", "weight") | {"shape": problem.of_shape} | division
@@ -149,8 +148,8 @@ def forward(
     arrays |= {**dict(zip(("gamma", "beta"), parameters, strict=True)), "table": "f8*"}
     p = Program(num_threads, 2 * math.prod(shape), arrays, ["eps", "nontemporal"])
     p.followed_by = partial(
-        backward, shape, kind, xs, xs, ys if relu else None, ws, weights, xs, rs, ("f8*",) * 6, frozen=False,
-        num_threads=num_threads,
+        backward, shape, kind, xs, xs, ys if relu else None, ws, weights, xs, rs,
+        ("f8*",) * len(GradientParameters._fields), frozen=False, num_threads=num_threads,
     )  # fmt: skip
     problem = problem_of(p, shape, kind, num_threads, {"x": xs, "weight": ws, "y": ys, "residual": rs})
     kept, table, eps = problem.kept, p.array("table"), p.number("eps")

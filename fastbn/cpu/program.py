@@ -10,6 +10,7 @@ import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,14 +39,46 @@ NEVER, ALWAYS = 0, 1  # release it; or the address of the time from which on cal
 WORTH, REST = 4, 8
 LONG_WAIT, MOST_WON = 4_000_000, 20_000_000  # ns: lost at once; of time that was well spent, as much as counts
 
-# The words of a program, in bytes: its header, then its vectors, then its launches with their arguments.
+# The words of a program, in bytes: its header, then a `Vector` each, then a `Launch` each with `Source`s behind it.
 TEAM, RELEASES, SAVE_THREAD, RESTORE_THREAD, INC_REF, NO_MEMORY, MALLOC, FREE = range(0, 64, 8)
 SCRATCH_BYTES, VECTORS, LAUNCHES, HEADER = range(64, 96, 8)
-VECTOR, LAUNCH, ARGUMENT = 48, 40, 24  # a launch ends with the ns that it took lately
 NOWHERE = -1  # no array given; to the scratch memory
 FLOATS = ("none", "f8*", "f4*", "u2*", "i2*")  # what a vector of parameters may be
 
 _INTEGERS = {"float16": "u2", "bfloat16": "i2", "bool": "u1"}  # as kernels see these: Numba has no halves on the CPU
+
+
+class Vector(NamedTuple):
+    """Words: a vector of parameters that is copied."""
+
+    slot: int
+    """Of the array that is given, or `NOWHERE`; the index of its kind in `FLOATS`;"""
+    kind: int
+    default: int
+    """bits of the number in its place."""
+    numbers: int
+    to: int
+    """The slot of the array that it is copied to, or `NOWHERE`, and where in it."""
+    start: int
+
+
+class Launch(NamedTuple):
+    """Words: a kernel's address, how many tasks it has, for how many threads; how many `Source`s follow."""
+
+    entry: int
+    tasks: int
+    threads: int
+    arguments: int
+    lately: int = 0
+    """The ns that it took."""
+
+
+class Source(NamedTuple):
+    """Words: where an argument comes from."""
+
+    source: int
+    slot: int
+    extra: int
 
 
 class Argument(NamedTuple):
@@ -101,7 +134,7 @@ class Program:
         self._kinds = {name: kind or "none" for name, kind in arrays.items()} | dict.fromkeys(numbers, "f8")
         self._launches: list[tuple[str, int, int, dict[str, Words]]] = []
         self._functions: list[Kernel] = []
-        self._vectors: list[int] = []
+        self._vectors: list[Vector] = []
         self._scratch = self._temporary = self._used = 0
         self._integers: list[int] = []
         self._words: Any = None
@@ -156,7 +189,9 @@ class Program:
         kind = self._kinds[name]
         slot = NOWHERE if kind == "none" else self._slots[name]
         target = NOWHERE if to.source == SCRATCH else to.slot
-        self._vectors += [slot, FLOATS.index(kind), _bits(default), count, target, to.extra]
+        self._vectors.append(
+            Vector(slot, FLOATS.index(kind), default=_bits(default), numbers=count, to=target, start=to.extra)
+        )
 
     def launch(
         self, name: str, tasks: int, short: bool = False, **arguments: Argument | Strided | bool | float | None
@@ -201,22 +236,22 @@ class Program:
         return self.prepared()(*given)
 
     def _prepare(self) -> None:
-        sizes = [self._scratch + self._temporary, len(self._vectors) * 8 // VECTOR, len(self._launches)]
-        words = [0, self._releases, *_of_python(*_OF_PYTHON), *sizes, *self._vectors]
+        sizes = [self._scratch + self._temporary, len(self._vectors), len(self._launches)]
+        words = [0, self._releases, *_of_python(*_OF_PYTHON), *sizes, *chain(*self._vectors)]
         entries = addresses([*self.kernels(), *RUNTIME, *(OF_THE_TEAM if self.threads > 1 else ())], self._later)
         pointers = []  # words that are to point into these words
         for (_, tasks, threads, named), entry in zip(self._launches, entries, strict=False):
             arguments = [word for of_one in named.values() for word in of_one]
-            words += [entry, tasks, threads, len(arguments), 0]
+            words += Launch(entry, tasks, threads, len(arguments))
             for a in arguments:
                 if a.source == TEMPORARY:  # behind all that lasts
                     a = a._replace(source=SCRATCH, extra=a.extra + self._scratch)
                 elif a.source == INTEGERS:
                     a = a._replace(source=CONSTANT)
-                    pointers.append(len(words) + 2)
+                    pointers.append(len(words) + Source._fields.index("extra"))
                 elif a.source == FUNCTION:
                     a = Argument(a.kind, CONSTANT, extra=entries[len(self._launches) + a.slot])
-                words += [a.source, a.slot, a.extra]
+                words += Source(a.source, a.slot, a.extra)
         mine = np.array(words + self._integers, np.int64)
         mine[pointers] += mine.ctypes.data + 8 * len(words)
         # Threads may prepare it at once; the words of the first are everybody's, or a call's team would never change.

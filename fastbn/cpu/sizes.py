@@ -27,9 +27,33 @@ def piece_count(shape: records.Shape) -> int:
     return shape.batch * shape.outer * shape.channel * -(-shape.inner // PIECE)
 
 
+def chunk_count(shape: records.Shape | records.Slabs, largest: records.Chunks) -> int:
+    """Chunks of a slab."""
+    if 0 < shape.outer <= largest.rows and 0 < shape.inner <= largest.columns:  # divisions take as long as 20 values
+        return 1
+    return -(-shape.outer // largest.rows) * -(-shape.inner // largest.columns)
+
+
+def segment_count(shape: records.Shape | records.Slabs, largest: records.Chunks) -> int:
+    """Segments of a slab."""
+    return -(-chunk_count(shape, largest) // SEGMENT)
+
+
 def slabs_of_segment(slabs: int, values: int) -> int:
     """Slabs whose sums go together where each has so many values: about as many as a segment has."""
     return min(slabs, max(1, SEGMENT * CHUNK // max(1, values)))
+
+
+def segments_of_slabs(shape: records.Slabs, largest: records.Chunks) -> int:
+    """Segments of all slabs of a channel."""
+    slabs = shape.far * shape.near
+    together = slabs_of_segment(slabs, shape.outer * shape.inner)
+    return -(-slabs // together) if together > 1 else slabs * segment_count(shape, largest)
+
+
+def rows_of_part(inner: int) -> int:
+    """Rows of a slab, at most, that a task of elementwise work has."""
+    return max(1, PIECE // inner)
 
 
 # --- columns: rows through all channels -------------------------------------------------------------------------------

@@ -147,16 +147,12 @@ def _chunks_of(shape: Slabs) -> Chunks:
 
 def _segments(shape: Slabs) -> int:
     """Of each channel."""
-    slabs, chunks = shape.far * shape.near, _chunks_of(shape)
-    together = sizes.slabs_of_segment(slabs, shape.outer * shape.inner)
-    if together > 1:
-        return -(-slabs // together)
-    return slabs * -(-(-(-shape.outer // chunks.rows) * -(-shape.inner // chunks.columns)) // sizes.SEGMENT)
+    return sizes.segments_of_slabs(shape, _chunks_of(shape))
 
 
 def _parts(shape: Slabs) -> tuple[int, int]:
     """Tasks of an elementwise pass, and rows of each."""
-    rows = min(max(1, sizes.PIECE // shape.inner), shape.outer)
+    rows = min(sizes.rows_of_part(shape.inner), shape.outer)
     return shape.far * shape.near * shape.channel * -(-shape.outer // rows), rows
 
 

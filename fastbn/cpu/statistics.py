@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastbn.cpu import team
+from fastbn.cpu.division import option
 from fastbn.cpu.memory import Array
 from fastbn.cpu.program import FLOATS, NONE, Argument, Program, kind_of
 from fastbn.cpu.records import Formats, Geometry
@@ -134,7 +135,7 @@ class Division(NamedTuple):
 
 
 def _words(kept: list[Dimension], rows: list[Dimension]) -> tuple[int, ...]:
-    return tuple(n for d in (*kept, *rows) for n in d[:DIMENSION])
+    return tuple(n for d in (*kept, *rows) for n in (d.size, d.step, d.mask, d.result))
 
 
 def _along_reduced(d: list[Dimension], run: Dimension, how: Summing) -> Division:
@@ -160,7 +161,10 @@ def _along_reduced(d: list[Dimension], run: Dimension, how: Summing) -> Division
     partials = FIELDS * parts * channels if parts > 1 else 0
     strided = run.step != 1 and run.size > 1
     words = _words(kept, rows)
-    return Division("inner", geometry, words, channels * parts, channels, partials, OF_INNER, strided, run.mask == 0)
+    return Division(
+        "inner", geometry, words, tasks=channels * parts, finishing=channels, partials=partials, own=OF_INNER,
+        strided=strided, mask_of_rows=run.mask == 0,
+    )  # fmt: skip
 
 
 def _ahead(run: Dimension, rows: list[Dimension], kept: list[Dimension], how: Summing) -> dict[str, int]:
@@ -231,14 +235,18 @@ def _along_kept(
     if count <= few and size is None and folded == 1:
         geometry = geometry._replace(parts=1, rows_of_a_part=count)
         of_rows = row.mask == 0 and not along
-        return Division("few", geometry, words, others * tiles, 0, 0, 0, row.step != 1, of_rows, along=along)
+        return Division(
+            "few", geometry, words, tasks=others * tiles, finishing=0, partials=0, own=0, strided=row.step != 1,
+            mask_of_rows=of_rows, along=along,
+        )  # fmt: skip
     innermost = row if size is None else size
     of_cells = fold is not None and how.mask > 0 and innermost.mask == 0 != fold.mask
     of_thread = (FIELDS + 1) * geometry.width + (-(-4 * geometry.width * how.mask // 8) if of_cells else 0)
     partials = FIELDS * row.size * parts * others if parts > 1 else 0
     return Division(
-        "outer", geometry._replace(own=of_thread), words, others * parts * tiles, others * -(-row.size // 8), partials,
-        of_thread, innermost.step != 1, innermost.mask == 0 and not of_cells, of_cells,
+        "outer", geometry._replace(own=of_thread), words, tasks=others * parts * tiles,
+        finishing=others * -(-row.size // 8), partials=partials, own=of_thread, strided=innermost.step != 1,
+        mask_of_rows=innermost.mask == 0 and not of_cells, mask_of_cells=of_cells,
     )  # fmt: skip
 
 
@@ -300,11 +308,11 @@ def plan(
         c = divide(list(d), how)
     mask_of = 0 if mask is None else OF_ROWS if c.mask_of_rows else OF_VALUES
     selection: dict[str, Any] = {
-        "where": p.array("where").after(starts[1]) if mask else None, "masked": mask_of == OF_VALUES or None,
-        "weighted": weighted or None, "skip_nan": skip_nan or None,
+        "where": p.array("where").after(starts[1]) if mask else None, "masked": option(mask_of == OF_VALUES),
+        "weighted": option(weighted), "skip_nan": option(skip_nan),
     }  # fmt: skip
     given: dict[str, Any] = {
-        "squares": squares or None, "exact": exact or None,
+        "squares": option(squares), "exact": option(exact),
         "geometry": p.record(c.geometry._replace(itemsize=itemsize, mask=mask_of, moved=MOVED.get(kind, 0))),
         "dimensions": p.integers(c.dimensions),
     }  # fmt: skip
@@ -315,18 +323,18 @@ def plan(
     into |= {"ddof": p.number("ddof"), "status": p.array("status"), "formats": p.record(formats)}
     x = p.array("x").after(starts[0])
     if c.kernel == "few":
-        lying: dict[str, Any] = {"x": x, "strided": c.strided or None, "along": c.along or None}
+        lying: dict[str, Any] = {"x": x, "strided": option(c.strided), "along": option(c.along)}
         p.launch("statistics_few.few", c.tasks, **(lying | selection | given | into))
         return p
     given["partials"] = p.scratch(c.partials + 64, "f8*")
     if c.kernel == "outer":
-        selection["by_cell"] = c.mask_of_cells or None
+        selection["by_cell"] = option(c.mask_of_cells)
     data = _reading(p, x, c, how) | selection | given | {"workspace": p.temporary(threads * c.own, "f8*")} | into
     p.launch(f"statistics_{c.kernel}.{c.kernel}", c.tasks, **data)
     if c.geometry.parts > 1:
         p.launch(
             "statistics_results.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **given,
-            weighted=weighted or None, **into,
+            weighted=option(weighted), **into,
         )  # fmt: skip
     return p
 
@@ -339,16 +347,16 @@ def _reading(p: Program, x: Argument, c: Division, how: Summing) -> dict[str, An
         function = _sums_of_integers(p, c.kernel, x.kind, how.squares)
     else:
         function = p.function("statistics.fetch", x=x.kind, step="i8", out="f8*")
-    return {"x": None, "raw": x._replace(kind="b1*"), "fetch": function, "integers": how.small or None}
+    return {"x": None, "raw": x._replace(kind="b1*"), "fetch": function, "integers": option(how.small)}
 
 
 def _sums_of_integers(p: Program, kernel: str, kind: str, squares: bool) -> Argument:
     """The function that adds them up."""
-    option = "bool" if squares else "none"
+    of_squares = "bool" if squares else "none"
     if kernel == "inner":
-        return p.function("integers.row", x=kind, squares=option, out="i8*", ahead="i8", turn="i8", skip="i8")
+        return p.function("integers.row", x=kind, squares=of_squares, out="i8*", ahead="i8", turn="i8", skip="i8")
     tables = dict.fromkeys(("table", "sums", "rest"), "f8*") | {"state": "i8*"}
-    return p.function("integers.columns", x=kind, step="i8", width="i8", squares=option, **tables)
+    return p.function("integers.columns", x=kind, step="i8", width="i8", squares=of_squares, **tables)
 
 
 def _address(a: Argument) -> Argument:

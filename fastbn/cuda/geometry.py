@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from fastbn.cuda.problems import BFLOAT16, Problem, Tuning, tuning_of
 
@@ -153,7 +153,7 @@ def _lanes_of_run(problem: Problem, tuning: Tuning, vector: int) -> int:
     while channels * inner * problem.itemsize < 4 * LINE and channel % (2 * channels) == 0 and 2 * channels <= most:
         channels *= 2
     lanes = channels * inner // vector
-    partials = 2 * tuning.threads * 8 * doubles_of_partial(problem)  # two channels of each thread
+    partials = 2 * tuning.threads * 8 * doubles_of(problem, "moments")  # two channels of each thread
     fits = lanes <= tuning.threads and partials <= problem.device.shared // 2
     return lanes if channel % channels == 0 and fits else 0
 
@@ -228,35 +228,40 @@ def deeper(work: Work, kernel: str, arrays: int) -> tuple[Work, int] | None:
     return work, 2 * items_of(work, arrays)
 
 
+Merged = Literal["moments", "sums"]
+"""What kernels merge parts of: `Partial` of moments.cuh, `Sums` of gradients.cuh."""
+
+
 class Scratch(NamedTuple):
     """Numbers of a channel that a block has in shared memory."""
 
     coefficients: int
     """Of the elements' arithmetic: Affine; Xhat and Linear."""
-    merged: int
-    """Float64, of `Geometry.scratch`: Partial, Sums."""
+    merged: Merged | None
+    """So many of `Geometry.scratch`."""
 
 
 SCRATCH = {
-    "statistics": Scratch(0, 4),
-    "finish_moments": Scratch(0, 4),
-    "forward": Scratch(5, 4),
-    "normalize": Scratch(5, 0),
-    "grad_sums": Scratch(8, 2),
-    "finish_sums": Scratch(8, 2),
-    "backward": Scratch(8, 2),
-    "grad_input": Scratch(8, 0),
+    "statistics": Scratch(0, "moments"),
+    "finish_moments": Scratch(0, "moments"),
+    "forward": Scratch(5, "moments"),
+    "normalize": Scratch(5, None),
+    "grad_sums": Scratch(8, "sums"),
+    "finish_sums": Scratch(8, "sums"),
+    "backward": Scratch(8, "sums"),
+    "grad_input": Scratch(8, None),
 }
 
 
-def doubles_of_partial(problem: Problem) -> int:
-    """Float64 numbers of a `Partial` of moments.cuh: float64 data have units."""
-    return 5 if problem.itemsize == 8 else 4
+def doubles_of(problem: Problem, merged: Merged | None) -> int:
+    """Float64 numbers of a part: float64 data have units among their moments."""
+    if merged == "moments":
+        return 5 if problem.itemsize == 8 else 4
+    return 2 if merged == "sums" else 0
 
 
 def scratch_bytes(problem: Problem, kernel: str, width: int, partials: int) -> int:
     """Shared memory of a block beside what it keeps: MERGE_BYTES, AFFINE_BYTES and SUM_BYTES of the kernels."""
     coefficients, merged = SCRATCH[kernel]
-    merged = doubles_of_partial(problem) if merged == 4 else merged
-    nbytes = width * coefficients * max(4, problem.itemsize) + 8 * merged * partials
+    nbytes = width * coefficients * max(4, problem.itemsize) + 8 * doubles_of(problem, merged) * partials
     return -(-nbytes // 16) * 16

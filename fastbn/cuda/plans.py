@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 from fastbn.cuda import launch
 from fastbn.cuda.geometry import (
+    SCRATCH,
     Geometry,
     Kept,
     Work,
     deeper,
-    doubles_of_partial,
+    doubles_of,
     items_of,
     most_splits,
     power,
@@ -131,7 +132,7 @@ def _macros(work: Work, kernel: str, threads: int, items: int, cluster: int = 1)
 # --- all in one launch ------------------------------------------------------------------------------------------------
 
 
-def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | None) -> Plan | None:
+def _resident(work: Work, kernel: str, arrays: int, forced: str | None) -> Plan | None:
     """The plan that keeps `arrays` arrays of a tile on the chip; None where they do not fit."""
     problem, tuning, geometry = work
     device, vectors, lanes = problem.device, max(1, geometry.vectors), geometry.lanes
@@ -155,7 +156,7 @@ def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | 
             return None
         grid = geometry.tiles * splits
         step = _launch(work, kernel, grid, threads, items, splits=splits, shared=kept, cluster=splits)
-        return Plan((step,), _slots(problem, splits, partial), 0, strategy)
+        return Plan((step,), _slots(problem, kernel, splits), 0, strategy)
 
     most = most_splits(work)
     if forced in (None, "block"):
@@ -180,7 +181,7 @@ def _resident(work: Work, kernel: str, arrays: int, partial: int, forced: str | 
                 sizes.clear()
             splits *= 2
     if forced in (None, "cooperative"):
-        return _cooperative(work, kernel, items, partial, fitted)
+        return _cooperative(work, kernel, items, fitted)
     return None
 
 
@@ -192,9 +193,7 @@ def _at_once(work: Work, kernel: str, threads: int, items: int, kept: int, clust
     return device.processors * launch.blocks_per_processor(device.number, kernel, macros, threads, shared)
 
 
-def _cooperative(
-    work: Work, kernel: str, items: int, partial: int, fitted: Callable[[int], tuple[int, int] | None]
-) -> Plan | None:
+def _cooperative(work: Work, kernel: str, items: int, fitted: Callable[[int], tuple[int, int] | None]) -> Plan | None:
     """Groups of blocks, all on the device at once, that take tile after tile."""
     problem, _, geometry = work
     device, vectors = problem.device, max(1, geometry.vectors)
@@ -213,7 +212,7 @@ def _cooperative(
     useful = min(-(-vectors // (threads // geometry.lanes * items)), most_splits(work))
     splits = min(blocks // groups, max(splits, useful))
     step = _launch(work, kernel, groups * splits, threads, items, splits=splits, shared=kept, cooperative=True)
-    return Plan((step,), _slots(problem, splits, partial), 4 * groups, "cooperative")
+    return Plan((step,), _slots(problem, kernel, splits), 4 * groups, "cooperative")
 
 
 # --- passes that keep nothing -----------------------------------------------------------------------------------------
@@ -252,9 +251,16 @@ MERGED_CHANNELS = 4
 """Of a block that merges partials: their float64 numbers fill a sector."""
 
 
-def _slots(problem: Problem, splits: int, partial: int) -> int:
+def _slots(problem: Problem, kernel: str, splits: int) -> int:
     """Float64 numbers of partials of each split and channel, and of moments a row for what their means leave."""
-    return problem.kept * (splits * partial + (partial > 2)) if splits > 1 else 0
+    if splits <= 1:
+        return 0
+    return problem.kept * splits * doubles_of(problem, SCRATCH[kernel].merged) + _rests(problem, kernel)
+
+
+def _rests(problem: Problem, kernel: str) -> int:
+    """What rounding leaves of means, one of each channel."""
+    return problem.kept if SCRATCH[kernel].merged == "moments" else 0
 
 
 def _reduction(work: Work, kernel: str, arrays: int, finish: str) -> tuple[tuple[Launch, ...], int]:
@@ -273,17 +279,17 @@ def _reduction(work: Work, kernel: str, arrays: int, finish: str) -> tuple[tuple
     return (first, second), splits
 
 
-def _one_pass(work: Work, kernel: str, arrays: int, finish: str, partial: int) -> Plan:
+def _one_pass(work: Work, kernel: str, arrays: int, finish: str) -> Plan:
     launches, splits = _reduction(work, kernel, arrays, finish)
-    return Plan(launches, _slots(work.problem, splits, partial), 0, "one pass")
+    return Plan(launches, _slots(work.problem, kernel, splits), 0, "one pass")
 
 
-def _two_passes(work: Work, kernels: tuple[str, str, str], arrays: int, partial: int) -> Plan:
+def _two_passes(work: Work, kernels: tuple[str, str, str], arrays: int) -> Plan:
     """A pass that reduces; the next goes backwards, through what the cache still holds."""
     reduce, finish, write = kernels
     launches, splits = _reduction(work, reduce, arrays, finish)
     last, _ = _pass(work, write, arrays, {"summed": splits, "backwards": 1})
-    slots = max(_slots(work.problem, splits, partial), work.problem.kept * (partial > 2))
+    slots = max(_slots(work.problem, reduce, splits), _rests(work.problem, reduce))
     return Plan((*launches, last), slots, 0, "two passes")
 
 
@@ -295,13 +301,13 @@ FORCED: dict[str, str | None] = {"strategy": None}  # for tests and tuning: one 
 @lru_cache(maxsize=4096)
 def moments(problem: Problem) -> Plan:
     """Count, mean, M2 and rstd: one pass, and the merge of its partials where it was split."""
-    return _one_pass(work_of(problem), "statistics", 1, "finish_moments", doubles_of_partial(problem))
+    return _one_pass(work_of(problem), "statistics", 1, "finish_moments")
 
 
 @lru_cache(maxsize=4096)
 def grad_sums(problem: Problem) -> Plan:
     """Likewise dgamma and dbeta."""
-    return _one_pass(work_of(problem), "grad_sums", 2, "finish_sums", 2)
+    return _one_pass(work_of(problem), "grad_sums", 2, "finish_sums")
 
 
 @lru_cache(maxsize=4096)
@@ -319,13 +325,13 @@ def grad_input(problem: Problem) -> Plan:
 @lru_cache(maxsize=4096)
 def forward(problem: Problem) -> Plan:
     """Moments and the output, in one launch or two."""
-    return _either(problem, "forward", 1, ("statistics", "finish_moments", "normalize"), doubles_of_partial(problem))
+    return _either(problem, "forward", 1, ("statistics", "finish_moments", "normalize"))
 
 
 @lru_cache(maxsize=4096)
 def backward(problem: Problem) -> Plan:
     """Sums and the gradient of x, in one launch or two."""
-    return _either(problem, "backward", 2, ("grad_sums", "finish_sums", "grad_input"), 2)
+    return _either(problem, "backward", 2, ("grad_sums", "finish_sums", "grad_input"))
 
 
 RUNNING_THREADS = 128
@@ -341,10 +347,10 @@ def update_running(device: Device, kept: int, types: tuple[int, ...], skip_nonfi
     return Launch(compiled, grid, RUNNING_THREADS, 0, False, launch.RUNNING, fields)
 
 
-def _either(problem: Problem, kernel: str, arrays: int, passes: tuple[str, str, str], partial: int) -> Plan:
+def _either(problem: Problem, kernel: str, arrays: int, passes: tuple[str, str, str]) -> Plan:
     forced = FORCED["strategy"]
     if forced != "two passes":
-        plan = _resident(work_of(problem, Kept(kernel, arrays)), kernel, arrays, partial, forced)
+        plan = _resident(work_of(problem, Kept(kernel, arrays)), kernel, arrays, forced)
         if plan is not None:
             return plan
-    return _two_passes(work_of(problem), passes, arrays, partial)
+    return _two_passes(work_of(problem), passes, arrays)

@@ -128,7 +128,7 @@ def _rows(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning: T
     enough = min(every, max(power(count / _items(vector, data, tuning)), LINE // (vector * data.itemsize), 1))
     along = enough if channels * enough >= threads * tuning.waves * processors else every
     beside = threads // along
-    return _Beside(False, vector, rows, along, beside, beside, channels, run, inner.mask)
+    return _Beside(False, vector, rows, along, beside, width=beside, row=channels, run=run, vector_where=inner.mask)
 
 
 def _columns(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning: Tuning) -> _Beside:
@@ -144,7 +144,9 @@ def _columns(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning
     beside = min(vectors, lanes, threads)
     beside = -(-vectors // -(-vectors // beside))
     along = min(threads // beside, power(count))
-    return _Beside(True, vector, reduced, along, beside, beside * vector, inner.size, 0, inner.mask)
+    return _Beside(
+        True, vector, reduced, along, beside, width=beside * vector, row=inner.size, run=0, vector_where=inner.mask
+    )
 
 
 def _folded(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning: Tuning) -> _Beside:
@@ -155,7 +157,7 @@ def _folded(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning:
     rows = [Dimension(size // vector, vector, few.mask * vector, 0, False), *others]
     unit = few.size // math.gcd(few.size, vector)
     along = max(1, _threads(math.prod(d.size for d in rows), tuning) // unit) * unit
-    return _Beside(True, vector, rows, along, 1, few.size, few.size, 0, few.mask, unit)
+    return _Beside(True, vector, rows, along, 1, width=few.size, row=few.size, run=0, vector_where=few.mask, unit=unit)
 
 
 def _beside(data: Data) -> int:
@@ -205,8 +207,9 @@ def divide(data: Data, device: Device) -> Division | None:
     share = -(-share // b.unit) * b.unit
     threads = max(32, -(-b.along * b.beside // 32) * 32)
     return Division(
-        b.along_kept, b.vector, items, threads, tuple(kept), tuple(b.reduced), b.along, b.beside, b.width, b.row,
-        tiles_of_row, -(-vectors // share), share, b.run, b.vector_where,
+        along_kept=b.along_kept, vector=b.vector, items=items, threads=threads, kept=tuple(kept),
+        reduced=tuple(b.reduced), along=b.along, beside=b.beside, width=b.width, row=b.row, tiles_of_row=tiles_of_row,
+        splits=-(-vectors // share), share=share, run=b.run, vector_where=b.vector_where,
     )  # fmt: skip
 
 
@@ -310,9 +313,9 @@ def statistic(
     types = tuple(None if t is None else type_of(np.dtype(t)) for t in wanted)
     wide = what.spread_is != "m2" and FLOAT64 in types[1:]  # those of moments are as good as batch norm's
     data = Data(
-        tuple(d), dtype, size, (x.data.ptr + starts[0] * size) % 16, mask is not None,
-        what.skip_nan and dtype <= FLOAT64, dtype <= FLOAT64 and (wide or dtype == FLOAT64), what.mean is not None,
-        what.spread is not None,
+        tuple(d), dtype, size, off=(x.data.ptr + starts[0] * size) % 16, masked=mask is not None,
+        skip_nan=what.skip_nan and dtype <= FLOAT64, in_float64=dtype <= FLOAT64 and (wide or dtype == FLOAT64),
+        sums=what.mean is not None, squares=what.spread is not None,
     )  # fmt: skip
     found = plan(launch.device(x.data.device_id), data, FORMS.index(what.spread_is), types)
     if found is None:

@@ -102,13 +102,16 @@ def _statistics(device: Device, dtype: str, shape: Shape, axis: int) -> Iterator
     """mean, var, and both, of channels and of all; with a mask, and without NaNs."""
     itemsize = float_dtypes()[dtype].itemsize
     steps = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    for kept, wanted, (masked, skip_nan) in itertools.product(
+    for kept, (sums, squares), (masked, skip_nan) in itertools.product(
         (frozenset((axis,)), frozenset[int]()), ((True, False), (False, True), (True, True)),
         ((False, False), (True, False), (False, True)),
     ):  # fmt: skip
         results = tuple(int(axis in kept) for axis in range(len(shape)))
         d, _ = dimensions(shape, steps, steps if masked else (0,) * len(shape), results, kept)
         number = statistics.DTYPES.index(dtype)
-        data = statistics.Data(tuple(d), number, itemsize, 0, masked, skip_nan, number == statistics.FLOAT64, *wanted)
+        data = statistics.Data(
+            tuple(d), number, itemsize, off=0, masked=masked, skip_nan=skip_nan,
+            in_float64=number == statistics.FLOAT64, sums=sums, squares=squares,
+        )  # fmt: skip
         if found := statistics.plan(device, data, 0, (None, None, None)):
             yield found

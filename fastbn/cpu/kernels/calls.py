@@ -9,20 +9,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastbn.cpu.kernels.compiler import inline, plain
+from fastbn.cpu.kernels.compiler import inline, offsets, plain
 from fastbn.cpu.kernels.simd import value
 from fastbn.cpu.kernels.team import add, load, nanoseconds, run_tasks, store
 from fastbn.cpu.objects import DATA_AT, FLOAT_AT
 from fastbn.cpu.program import (
     ALWAYS,
-    ARGUMENT,
     AT_LEAST,
     DATA,
     FLOATS,
     FREE,
     HEADER,
     INC_REF,
-    LAUNCH,
     LAUNCHES,
     LONG_WAIT,
     MALLOC,
@@ -40,9 +38,11 @@ from fastbn.cpu.program import (
     SCRATCH,
     SCRATCH_BYTES,
     TEAM,
-    VECTOR,
     VECTORS,
     WORTH,
+    Launch,
+    Source,
+    Vector,
 )  # fmt: skip
 from fastbn.cpu.team import POSSIBLE
 
@@ -50,6 +50,8 @@ word = types.int64
 I64 = ir.IntType(64)
 STACK = ON_STACK // 8
 CLOCK = 2  # words of a clock
+VECTOR, LAUNCH, SOURCE = map(offsets, (Vector, Launch, Source))
+OF_VECTOR, OF_LAUNCH, OF_SOURCE = (8 * len(record) for record in (VECTOR, LAUNCH, SOURCE))  # bytes
 F8, F4, U2, I2 = (FLOATS.index(kind) for kind in ("f8*", "f4*", "u2*", "i2*"))
 
 
@@ -58,8 +60,11 @@ F8, F4, U2, I2 = (FLOATS.index(kind) for kind in ("f8*", "f4*", "u2*", "i2*"))
 
 @intrinsic(prefer_literal=True)
 def reserve(typing, words):
-    """The address of so many words on the stack, from the start of a cache line on, until the function returns."""
-    count = words.literal_value
+    """The address of so many words on the stack, from the start of a cache line on, until the function returns.
+
+    Or of a word for each of some `offsets`.
+    """
+    count = len(words) if isinstance(words, types.BaseTuple) else words.literal_value
 
     def codegen(context, builder, signature, values):
         place = cgutils.alloca_once(builder, I64, size=count)
@@ -122,9 +127,8 @@ def number_of(args, slot):
 @inline
 def fill_vector(args, scratch, at):
     """A vector of float64 from one of any dtype, or from its default."""
-    slot, kind, default, count, to, start = (
-        load(at), load(at + 8), load(at + 16), load(at + 24), load(at + 32), load(at + 40)
-    )  # fmt: skip
+    slot, kind, default = load(at + VECTOR.slot), load(at + VECTOR.kind), load(at + VECTOR.default)
+    count, to, start = load(at + VECTOR.numbers), load(at + VECTOR.to), load(at + VECTOR.start)
     out = doubles((scratch if to == NOWHERE else data_of(args, to)) + start)
     given = 0 if slot == NOWHERE else data_of(args, slot)
     for i in range(count):
@@ -143,7 +147,7 @@ def fill_vector(args, scratch, at):
 @inline
 def argument(args, scratch, at):
     """A word of a kernel's arguments."""
-    source, slot, extra = load(at), load(at + 8), load(at + 16)
+    source, slot, extra = load(at + SOURCE.source), load(at + SOURCE.slot), load(at + SOURCE.extra)
     if source == DATA:
         return data_of(args, slot) + extra
     if source == NUMBER:
@@ -201,14 +205,15 @@ def call(me, args, count):
     at = words + HEADER
     for _ in range(load(words + VECTORS)):
         fill_vector(args, scratch, at)
-        at += VECTOR
+        at += OF_VECTOR
     params = reserve(MOST_ARGUMENTS)
     for _ in range(load(words + LAUNCHES)):
-        entry, tasks, num_threads, end, lately = load(at), load(at + 8), load(at + 16), load(at + 24), at + 32
-        at += LAUNCH
+        entry, tasks, num_threads = load(at + LAUNCH.entry), load(at + LAUNCH.tasks), load(at + LAUNCH.threads)
+        end, lately = load(at + LAUNCH.arguments), at + LAUNCH.lately
+        at += OF_LAUNCH
         for i in range(end):
             store(params + 8 * i, argument(args, scratch, at))
-            at += ARGUMENT
+            at += OF_SOURCE
         run_tasks(load(words + TEAM), entry, params, tasks, num_threads, lately)
     if thread:
         take_back(words, thread, clock, began)

@@ -5,8 +5,9 @@ The words are those of `outer_reduction`.
 
 from typing import Any, NamedTuple
 
+from fastbn.cpu import sizes
 from fastbn.cpu.kernels.common import FULL, affine_of_index, write_affine
-from fastbn.cpu.kernels.compiler import inline
+from fastbn.cpu.kernels.compiler import inline, shared
 from fastbn.cpu.kernels.simd import (
     advance,
     converted,
@@ -20,10 +21,10 @@ from fastbn.cpu.kernels.simd import (
     total,
 )
 from fastbn.cpu.records import Rows
-from fastbn.cpu.sizes import PAD, padded, pitch
+from fastbn.cpu.sizes import PAD
 
 AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise passes 5 % faster
-places, pitch_of_columns = inline(padded), inline(pitch)  # the same for kernels
+places, pitch_of_columns = shared(sizes.padded), shared(sizes.pitch)
 
 
 # --- divisions --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import contextlib
 import gc
 import inspect
 import itertools
+from collections import namedtuple
+from types import FunctionType
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -27,6 +29,7 @@ from fastbn.cpu.records import ARRAYS, INTEGERS
 
 llvm.initialize_native_asmparser()  # for `flags`; Numba, that has no assembly of its own, leaves it out
 
+_OF_A_TASK = 3  # parameters of every kernel: the thread, the first task and the one behind the last
 _I64, _VOID = ir.IntType(64), ir.VoidType()
 _WORDS = _I64.as_pointer()
 
@@ -150,6 +153,13 @@ def inline(function):
     return njit(nogil=True, error_model="numpy", pipeline_class=_PartCompiler, **options)(function)
 
 
+def shared(function):
+    """A function that plans call, with those that it calls, for kernels."""
+    known, names = function.__globals__, function.__code__.co_names
+    called = {name: shared(known[name]) for name in names if inspect.isfunction(known.get(name))}
+    return inline(FunctionType(function.__code__, known | called))
+
+
 def kernel(function):
     """A kernel, ``function(thread, first, last, *arguments)``: the tasks from first to last, on one thread."""
     function.entry = _enter_kernel
@@ -160,6 +170,16 @@ def plain(function):
     """A function of words, which it is called with."""
     function.entry = _enter_plain
     return function
+
+
+def offsets(record):
+    """Where the words of a record of integers are in memory, in bytes, by its names."""
+    return record._make(range(0, 8 * len(record._fields), 8))
+
+
+def offsets_of_arguments(function):
+    """The same of a kernel's arguments, each a word, for kernels that call it."""
+    return offsets(namedtuple(function.__name__, list(inspect.signature(function).parameters)[_OF_A_TASK:]))
 
 
 @contextlib.contextmanager
@@ -207,7 +227,7 @@ def _enter_kernel(module, symbol, description, signature):
     builder = ir.IRBuilder(function.append_basic_block())
     params, *tasks = function.args
     words = (builder.load(builder.gep(params, [ir.Constant(_I64, i)])) for i in itertools.count())
-    arguments = [_argument(builder, words, kind) for kind in signature[3:]]
+    arguments = [_argument(builder, words, kind) for kind in signature[_OF_A_TASK:]]
     _call(builder, description, signature, [*tasks, *arguments])
     builder.ret_void()
 

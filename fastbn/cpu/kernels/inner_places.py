@@ -5,9 +5,12 @@ Divisions take as long as 20 values: of a small array most of the time, if they 
 
 from typing import Any, NamedTuple
 
-from fastbn.cpu.kernels.compiler import inline
+from fastbn.cpu import sizes
+from fastbn.cpu.kernels.compiler import inline, shared
 from fastbn.cpu.kernels.simd import advance
-from fastbn.cpu.sizes import PIECE, SEGMENT
+from fastbn.cpu.sizes import PIECE
+
+chunk_count, segment_count = shared(sizes.chunk_count), shared(sizes.segment_count)
 
 
 class Chunk(NamedTuple):
@@ -26,20 +29,6 @@ class Place(NamedTuple):
     outer: Any
     channel: Any
     column: Any
-
-
-@inline
-def chunk_count(shape, largest):
-    """Chunks of a slab."""
-    if 0 < shape.outer <= largest.rows and 0 < shape.inner <= largest.columns:
-        return 1
-    return -(-shape.outer // largest.rows) * -(-shape.inner // largest.columns)
-
-
-@inline
-def segment_count(shape, largest):
-    """Segments of a slab."""
-    return -(-chunk_count(shape, largest) // SEGMENT)
 
 
 @inline

@@ -10,6 +10,7 @@ the slabs of a channel stay in cache between the two passes over them.
 
 from typing import Any, NamedTuple
 
+from fastbn.cpu import sizes
 from fastbn.cpu.kernels.common import (
     affine_of,
     affine_of_index,
@@ -25,7 +26,7 @@ from fastbn.cpu.kernels.common import (
     slab_at,
     write_moments,
 )
-from fastbn.cpu.kernels.compiler import inline, kernel
+from fastbn.cpu.kernels.compiler import inline, kernel, shared
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.inner_gradients import Gaps as GapsOfInputs
 from fastbn.cpu.kernels.inner_gradients import (
@@ -63,9 +64,10 @@ from fastbn.cpu.records import (
     Shape,
     Sums,
 )
-from fastbn.cpu.sizes import AFFINE, LINEAR, PAD, PIECE, SEGMENT, slabs_of_segment
+from fastbn.cpu.sizes import AFFINE, LINEAR, PAD, SEGMENT
 
-slabs_together = inline(slabs_of_segment)  # the same for kernels
+segments_of, slabs_together = shared(sizes.segments_of_slabs), shared(sizes.slabs_of_segment)
+rows_of_part = shared(sizes.rows_of_part)
 
 
 class Segment(NamedTuple):
@@ -84,14 +86,6 @@ class Task(NamedTuple):
     slab: Any
     row: Any
     rows: Any
-
-
-@inline
-def segments_of(shape, largest):
-    """How many a channel has."""
-    slabs = shape.far * shape.near
-    together = slabs_together(slabs, shape.outer * shape.inner)
-    return -(-slabs // together) if together > 1 else slabs * segment_count(shape, largest)
 
 
 @inline
@@ -121,7 +115,7 @@ def run_at(array, t, s, row):
 @inline
 def task_at(k, shape):
     """Task k of an elementwise pass."""
-    most = max(1, PIECE // shape.inner)
+    most = rows_of_part(shape.inner)
     parts = -(-shape.outer // most)
     row, slab = k % parts * most, k // parts
     return Task(slab % shape.channel, slab // shape.channel, row, min(most, shape.outer - row))

@@ -12,16 +12,17 @@ moved by half of their range (`MOVED`), or there would be no room to add two squ
 """
 
 from functools import reduce
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from fastbn.cpu.kernels.compiler import inline, kernel
+from fastbn.cpu.kernels.compiler import inline, kernel, offsets, offsets_of_arguments
 from fastbn.cpu.kernels.doubles import DOUBLES, LANES, everywhere, lane, some_values
 from fastbn.cpu.kernels.llvm import I32, I64, lanes_below, pointer_to, size_of
-from fastbn.cpu.kernels.simd import fma, load, prefetch
+from fastbn.cpu.kernels.simd import fma, load, prefetch, table_rows
 from fastbn.cpu.kernels.simd import store as put
 from fastbn.cpu.statistics import BYTES, MOVED
 
@@ -29,6 +30,20 @@ ROUNDS = 32  # of eight values a lane, the most whose sum a lane of 16 bits hold
 LONG = 96  # rounds of a row from which its quarters are read side by side: 24 kB
 MOST_ROWS = 256  # of a value a lane: 256 * -128 = -2^15; squares of bytes would have room for 262 000
 SUMS, SQUARES = 2 * BYTES // 8, 4 * BYTES // 8  # words of a table for 64 bytes of columns
+
+
+class RowSums(NamedTuple):
+    """Words that `row` adds to."""
+
+    sum: Any
+    squares: Any
+
+
+class Holds(NamedTuple):
+    """Words between calls of `columns`: rows in its table, and columns of this."""
+
+    rows: Any
+    columns: Any
 
 
 class Integers(types.Type):
@@ -300,7 +315,7 @@ def rest_of_row(x, at, end, squares):
 
 @kernel
 def row(thread, first, last, x, squares, out, ahead, turn, skip):
-    """Add to two words of ``out``: the sum of at most 2^20 values, and the sum of squares, if these are wanted.
+    """Add to a `RowSums`: the sum of at most 2^20 values, and the sum of squares, if these are wanted.
 
     A long row's quarters are read side by side, and others' values prefetched, as in `statistics_inner`.
     """
@@ -334,9 +349,10 @@ def row(thread, first, last, x, squares, out, ahead, turn, skip):
             s2 = plus(s2, halves(wider(squares_of(v))))
         at += count
     a, b = rest_of_row(x, whole, last, squares)
-    out[0] += total(sums) + int(a)
+    results = table_rows(RowSums, out, 1)
+    results.sum[0] += total(sums) + int(a)
     if squares is not None:
-        out[1] += total(s2) + int(b)
+        results.squares[0] += total(s2) + int(b)
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
@@ -381,12 +397,13 @@ def columns(thread, first, last, x, step, width, squares, table, sums, rest, sta
     """Add rows from the first to the last, a step apart, to the sums of their columns, in float64, and of squares.
 
     They go to a table of integers, four rows at once along it, with room for 1.5 words a column. It is flushed when
-    it holds MOST_ROWS, or when no rows are given; ``state`` has how many it holds, and how many columns.
+    it holds MOST_ROWS, or when no rows are given; ``state`` is what it `Holds`.
     """
-    count, held = count_of(x), state[0]
+    holds = table_rows(Holds, state, 1)
+    count, held = count_of(x), holds.rows[0]
     words, r = SUMS if squares is None else SUMS + SQUARES, first
     if held == MOST_ROWS or first == last:
-        flush_all(x, state[1], squares, table, sums, rest)
+        flush_all(x, holds.columns[0], squares, table, sums, rest)
         held = 0
     while r < last:
         end = min(r + MOST_ROWS - held, last)
@@ -405,7 +422,13 @@ def columns(thread, first, last, x, step, width, squares, table, sums, rest, sta
                     add_rows(table, k * words, squares, v, None, None, None)
             r += rows
         if r < last:
-            flush_all(x, state[1], squares, table, sums, rest)
+            flush_all(x, holds.columns[0], squares, table, sums, rest)
             held = 0
     add_rest(x, first, last, width // count * count, width, step, sums, rest, squares)
-    state[0] = held
+    holds.rows[0] = held
+
+
+# --- for those who call these -----------------------------------------------------------------------------------------
+
+ROW, ROW_SUMS = offsets_of_arguments(row), offsets(RowSums)
+COLUMNS, HOLDS = offsets_of_arguments(columns), offsets(Holds)

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastbn.cpu.kernels.calls import reserve
-from fastbn.cpu.kernels.compiler import inline, kernel
+from fastbn.cpu.kernels.compiler import inline, kernel, offsets_of_arguments
 from fastbn.cpu.kernels.doubles import (
     LANES,
     choose,
@@ -56,6 +56,7 @@ from fastbn.cpu.kernels.team import store as put_word
 from fastbn.cpu.kernels.vectors import two_sum
 from fastbn.cpu.statistics import DIMENSION, OF_ROWS
 
+SIZE, STEP, MASK, RESULT = range(DIMENSION)  # words
 PEEKS = 8  # values of a part, of whose mean the first shift is made
 # How much larger A^2/n may be than m2: four lose two bits of 53, sixteen four, which narrower data can spare. Sums of
 # weights are rounded, to 1e-14 of equal ones, so that A/n should be small beside the deviation.
@@ -126,11 +127,11 @@ def place(index, dimensions, first, count):
     for k in range(first + DIMENSION * (count - 1), first - 1, -DIMENSION):
         i, outer = index, 0
         if k > first:  # a division takes as long as fifty values
-            outer = index // dimensions[k]
-            i = index - outer * dimensions[k]
-        x += i * dimensions[k + 1]
-        w += i * dimensions[k + 2]
-        o += i * dimensions[k + 3]
+            outer = index // dimensions[k + SIZE]
+            i = index - outer * dimensions[k + SIZE]
+        x += i * dimensions[k + STEP]
+        w += i * dimensions[k + MASK]
+        o += i * dimensions[k + RESULT]
         index = outer
     return x, w, o
 
@@ -159,8 +160,9 @@ def rows_from(r, last, source):
         return 0, 0, 0, 0, 1, 1
     x, w = row_at(r, source)
     innermost = DIMENSION * (geometry.kept_dimensions + geometry.row_dimensions - 1)
-    left = dimensions[innermost] - (r % dimensions[innermost] if geometry.row_dimensions > 1 else r)
-    return x, w, dimensions[innermost + 1], dimensions[innermost + 2], min(left, last - r), left
+    size = dimensions[innermost + SIZE]
+    left = size - (r % size if geometry.row_dimensions > 1 else r)
+    return x, w, dimensions[innermost + STEP], dimensions[innermost + MASK], min(left, last - r), left
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------
@@ -333,10 +335,10 @@ def field(workspace, at, used):
 @inline
 def fetched(source, at, n, workspace, into):
     """Copy n values of any dtype to a place in ``workspace`` as float64."""
-    params = reserve(3)
-    put_word(params, address(source.raw, at * source.geometry.itemsize))
-    put_word(params + 8, source.geometry.step)
-    put_word(params + 16, address(workspace, into))
+    params = reserve(FETCH)
+    put_word(params + FETCH.x, address(source.raw, at * source.geometry.itemsize))
+    put_word(params + FETCH.step, source.geometry.step)
+    put_word(params + FETCH.out, address(workspace, into))
     enter(source.fetch, params, 0, 0, n)
 
 
@@ -357,3 +359,6 @@ def fetch(thread, first, last, x, step, out):
             put_values(out, i, some_values(x, i * step, step, None), None)
         if whole < last:
             put_values(out, whole, some_values(x, whole * step, step, last - whole), last - whole)
+
+
+FETCH = offsets_of_arguments(fetch)

@@ -18,6 +18,7 @@ from fastbn.cpu.kernels.calls import reserve
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.doubles import LANES, everywhere, hidden, lane, only_if, prefetch_values, unless, value_at
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
+from fastbn.cpu.kernels.integers import ROW, ROW_SUMS
 from fastbn.cpu.kernels.simd import address
 from fastbn.cpu.kernels.statistics import (
     LOOKS,
@@ -208,24 +209,25 @@ def sums_of_rows(source, part, shift, o, workspace, buffer):
 @inline
 def sums_of_integers(source, part, squares):
     """n, shift, A and B of a part of small integers: exact, the shift being a whole number near the mean."""
-    geometry, sums, params = source.geometry, reserve(2), reserve(6)
-    put_word(sums, 0)
-    put_word(sums + 8, 0)
-    put_word(params + 8, 1)
-    put_word(params + 16, sums)
-    put_word(params + 24, geometry.ahead)
-    put_word(params + 32, geometry.turn)
-    put_word(params + 40, geometry.skip)
+    geometry, sums, params = source.geometry, reserve(ROW_SUMS), reserve(ROW)
+    put_word(sums + ROW_SUMS.sum, 0)
+    put_word(sums + ROW_SUMS.squares, 0)
+    put_word(params + ROW.squares, 1)
+    put_word(params + ROW.out, sums)
+    put_word(params + ROW.ahead, geometry.ahead)
+    put_word(params + ROW.turn, geometry.turn)
+    put_word(params + ROW.skip, geometry.skip)
     r = part.first
     while r < part.last:
         x_row, _, x_step, _, rows, _ = rows_from(r, part.last, source)
         r += rows
         x_row += part.at
         for _ in range(rows):
-            put_word(params, address(source.raw, x_row * geometry.itemsize))
+            put_word(params + ROW.x, address(source.raw, x_row * geometry.itemsize))
             enter(source.fetch, params, 0, 0, part.columns)
             x_row += x_step
-    n, a, b, q = (part.last - part.first) * part.columns, word_at(sums), word_at(sums + 8), 0
+    n, q = (part.last - part.first) * part.columns, 0
+    a, b = word_at(sums + ROW_SUMS.sum), word_at(sums + ROW_SUMS.squares)
     if squares is not None:
         q = (2 * a + n) // (2 * n)
         a -= q * n

@@ -26,6 +26,7 @@ from fastbn.cpu.kernels.doubles import (
     unless,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
+from fastbn.cpu.kernels.integers import COLUMNS, HOLDS
 from fastbn.cpu.kernels.simd import address, any_greater, load, prefetch, store
 from fastbn.cpu.kernels.statistics import (
     LOOKS,
@@ -235,31 +236,31 @@ def sums_of_columns(source, part, cells, squares, by_cell, o, table):
 @inline
 def add_integer_rows(source, part, table):
     """Rows of a part to the sums of their columns; how many values of a cell that are."""
-    geometry, params, state = source.geometry, reserve(8), reserve(2)
+    geometry, params, holds = source.geometry, reserve(COLUMNS), reserve(HOLDS)
     clear(table, table.counts, 2 * table.pitch)  # a table of integers, where counts and shifts will be
-    put_word(state, 0)
-    put_word(state + 8, part.columns)
-    put_word(params + 24, 1)
-    put_word(params + 32, address(table.numbers, table.counts))
-    put_word(params + 40, address(table.numbers, table.sums))
-    put_word(params + 48, address(table.numbers, table.rest))
-    put_word(params + 56, state)
+    put_word(holds + HOLDS.rows, 0)
+    put_word(holds + HOLDS.columns, part.columns)
+    put_word(params + COLUMNS.squares, 1)
+    put_word(params + COLUMNS.table, address(table.numbers, table.counts))
+    put_word(params + COLUMNS.sums, address(table.numbers, table.sums))
+    put_word(params + COLUMNS.rest, address(table.numbers, table.rest))
+    put_word(params + COLUMNS.state, holds)
     r, n = part.first, 0
     while r < part.last:
         x_row, _, step, _, rows, left = rows_from(r, part.last, source)
         r += rows
         whole = rows - 1 if geometry.tail > 0 and rows == left else rows
-        put_word(params, address(source.raw, (part.at + x_row) * geometry.itemsize))
-        put_word(params + 8, step)
+        put_word(params + COLUMNS.x, address(source.raw, (part.at + x_row) * geometry.itemsize))
+        put_word(params + COLUMNS.step, step)
         if whole > 0:
-            put_word(params + 16, part.columns)
+            put_word(params + COLUMNS.width, part.columns)
             enter(source.fetch, params, 0, 0, whole)
         n += whole * geometry.fold
         if whole < rows:
-            put_word(params + 16, geometry.tail)
+            put_word(params + COLUMNS.width, geometry.tail)
             enter(source.fetch, params, 0, whole, rows)
             n += geometry.tail // (geometry.channels * geometry.size)
-    put_word(params + 16, part.columns)
+    put_word(params + COLUMNS.width, part.columns)
     enter(source.fetch, params, 0, 0, 0)
     return n * geometry.size
 
