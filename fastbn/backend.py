@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from fastbn.layout import Layout, Shape
-from fastbn.operands import Affine, Mask, Numbers, Operand, Statistic
+from fastbn.operands import AffineTypes, GradientTypes, Mask, Operand, Statistic
 
 
 class Backend(Protocol):
@@ -36,7 +36,7 @@ class Backend(Protocol):
         """``run(x, weight)`` gives count, mean, M2 and ``1 / std``, right even where M2 is 0 or infinite in float64."""
 
     def normalize(
-        self, x: Operand, y: Operand, residual: Operand | None, parameters: Affine, eps: float | None, relu: bool
+        self, x: Operand, y: Operand, residual: Operand | None, parameters: AffineTypes, eps: float | None, relu: bool
     ) -> Callable[..., Any]:
         """``run(x, residual, y, mean, spread, gamma, beta)``: ``y = (x - mean) * rstd * gamma + beta + residual``.
 
@@ -62,19 +62,19 @@ class Backend(Protocol):
         """
 
     def grad_input(
-        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers,
+        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes,
         sums: tuple[Any, Any], dx: Operand, dresidual: Operand | None,
     ) -> Callable[..., Any]:  # fmt: skip
-        """``run(dy, x, y, weight, *numbers, dgamma, dbeta, dx, dresidual)``: dx of the sums; ``dresidual = dz``.
+        """``run(dy, x, y, weight, *vectors, dgamma, dbeta, dx, dresidual)``: dx of the sums; ``dresidual = dz``.
 
-        See `fastbn.formulas.input_numbers`. Where weight and dz are 0, dx is 0, whatever x is.
+        See `fastbn.formulas.input_coefficients`. Where weight and dz are 0, dx is 0, whatever x is.
         """
 
     def backward(
-        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
+        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, frozen: bool,
         dx: Operand, dresidual: Operand | None,
     ) -> Callable[..., Any]:  # fmt: skip
-        """``run(dy, x, y, weight, *numbers, dx, dresidual)``: both; gives the sums. Frozen statistics have no share."""
+        """``run(dy, x, y, weight, *vectors, dx, dresidual)``: both; gives the sums. Frozen statistics have no share."""
 
     def statistic(
         self, x: Any, mask: Mask | None, kept: frozenset[int], what: Statistic, result_strides: Shape

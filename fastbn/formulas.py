@@ -45,7 +45,7 @@ def unit_of(rstd: Any, itemsize: int) -> Any:
     return np.where(far, np.ldexp(1.0, np.clip(exponent - 1, -most, most)), 1.0)
 
 
-def input_numbers(
+def input_coefficients(
     gamma: Any, rstd: Any, dgamma: Any, dbeta: Any, count: Any, dmean: Any, dvar: Any, itemsize: int
 ) -> tuple[Any, Any, Any, Any]:
     """unit, scale, offset, slope of ``dx = unit * (scale * dz - w * (offset + slope * (x - mean)))``."""

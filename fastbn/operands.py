@@ -35,7 +35,7 @@ class Operand(NamedTuple):
         return self.shape[3] if len(self.shape) == 5 else self.shape[0] * self.shape[2]
 
 
-class Affine(NamedTuple):
+class AffineTypes(NamedTuple):
     """Dtypes of the vectors of parameters that normalizing takes; None for one that is absent: gamma 1, beta 0."""
 
     mean: Any
@@ -44,7 +44,7 @@ class Affine(NamedTuple):
     beta: Any
 
 
-class Numbers(NamedTuple):
+class GradientTypes(NamedTuple):
     """Dtypes of the vectors of parameters that gradients take; None for one that is absent, and so 0, but gamma 1."""
 
     mean: Any

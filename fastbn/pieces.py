@@ -23,7 +23,7 @@ from fastbn.backend import Backend
 from fastbn.cuts import Cut, cut_of, walked_by
 from fastbn.formulas import batch_rstd, rstd_with
 from fastbn.layout import Layout, Shape
-from fastbn.operands import Affine, Numbers, Operand, dense
+from fastbn.operands import AffineTypes, GradientTypes, Operand, dense
 from fastbn.ways import Ways, WaysToPieces, arriving
 
 
@@ -63,7 +63,7 @@ class Pieces:
         return self._moments(x, 0.0)
 
     def normalize(
-        self, x: Operand, y: Operand, residual: Operand | None, parameters: Affine, eps: float | None, relu: bool
+        self, x: Operand, y: Operand, residual: Operand | None, parameters: AffineTypes, eps: float | None, relu: bool
     ) -> Callable[..., None]:
         def prepare(x: Operand, residual: Operand | None, y: Operand) -> OfPiece:
             run = self._backend.normalize(x, y, residual, parameters, eps, relu)
@@ -83,7 +83,7 @@ class Pieces:
     ) -> Callable[..., tuple[Any, ...]]:  # fmt: skip
         float64 = self._backend.xp.dtype(float)
         moments = self._moments(x, eps)
-        normalize = self.normalize(x, y, residual, Affine(float64, float64, gamma, beta), None, relu)
+        normalize = self.normalize(x, y, residual, AffineTypes(float64, float64, gamma, beta), None, relu)
         update = None
         if running is not None:
             types, kept = (*running, *(float64,) * 3, *running), math.prod(self._layout.kept_shape)
@@ -110,11 +110,11 @@ class Pieces:
         return lambda dy, x, y, weight, *vectors: self._added_up(each([dy, x, y], vectors, []))
 
     def grad_input(
-        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers,
+        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes,
         sums: tuple[Any, Any], dx: Operand, dresidual: Operand | None,
     ) -> Callable[..., None]:  # fmt: skip
         def prepare(dy: Operand, x: Operand, y: Operand | None, dx: Operand, dresidual: Operand | None) -> OfPiece:
-            run = self._backend.grad_input(dy, x, y, None, numbers, sums, dx, dresidual)
+            run = self._backend.grad_input(dy, x, y, None, types, sums, dx, dresidual)
             return lambda read, vectors, written: run(*read, None, *vectors, *written)
 
         each = OfEachPiece(self._backend, self._layout, self._cut, prepare)
@@ -126,13 +126,13 @@ class Pieces:
         return run
 
     def backward(
-        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
+        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, frozen: bool,
         dx: Operand, dresidual: Operand | None,
     ) -> Callable[..., tuple[Any, Any]]:  # fmt: skip
         if not frozen and (self._cut.axes or self._cut.kept != self._layout.kept):
-            sums = self.grad_sums(dy, x, y, None, numbers.mean, numbers.rstd)
+            sums = self.grad_sums(dy, x, y, None, types.mean, types.rstd)
             float64 = self._backend.xp.dtype(float)
-            grad_input = self.grad_input(dy, x, y, None, numbers, (float64, float64), dx, dresidual)
+            grad_input = self.grad_input(dy, x, y, None, types, (float64, float64), dx, dresidual)
 
             def run(dy: Any, x: Any, y: Any, weight: Any, *others: Any) -> tuple[Any, Any]:
                 vectors, written = others[:-2], others[-2:]
@@ -143,7 +143,7 @@ class Pieces:
             return run
 
         def prepare(dy: Operand, x: Operand, y: Operand | None, dx: Operand, dresidual: Operand | None) -> OfPiece:
-            run = self._backend.backward(dy, x, y, None, numbers, frozen, dx, dresidual)
+            run = self._backend.backward(dy, x, y, None, types, frozen, dx, dresidual)
             return lambda read, vectors, written: run(*read, None, *vectors, *written)
 
         each = OfEachPiece(self._backend, self._layout, self._cut, prepare)

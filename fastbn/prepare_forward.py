@@ -16,7 +16,7 @@ from fastbn.call import Call, Once
 from fastbn.formulas import batch_rstd
 from fastbn.layout import Layout
 from fastbn.merging import Moments, merge, update_running
-from fastbn.operands import Affine
+from fastbn.operands import AffineTypes
 from fastbn.pieces import kernels_for
 from fastbn.saved import Saved, make_saved, new
 from fastbn.ways import Ways
@@ -49,7 +49,7 @@ def batch_norm(
             run = kernels.forward(x_, weight_, y_, residual_, gamma_type, beta_type, eps, relu, types)
         else:
             float64 = backend.xp.dtype(float)
-            parameters = Affine(float64, float64, gamma_type, beta_type)
+            parameters = AffineTypes(float64, float64, gamma_type, beta_type)
             moments, apply = kernels.moments(x_, weight_), kernels.normalize(x_, y_, residual_, parameters, None, relu)
             run = _over_ranks(backend, layout, moments, apply, eps)
         arriving = {
@@ -182,7 +182,7 @@ def normalize(
         kernels, ways = kernels_for(ways, None, [x, residual], [out])
         (x_, to_x), (residual_, to_residual) = ways.data(x), ways.optional(residual)
         y_, to_y = ways.result(x, out)
-        parameters = Affine(mean_type, spread_type, gamma_type, beta_type)
+        parameters = AffineTypes(mean_type, spread_type, gamma_type, beta_type)
         run = kernels.normalize(x_, y_, residual_, parameters, eps, relu)
         arriving = {
             "x": to_x, "residual": to_residual, "y": to_y, "mean": to_mean, "spread": to_spread, "gamma": to_gamma,

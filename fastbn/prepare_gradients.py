@@ -11,7 +11,7 @@ from fastbn.arrays import device_of, one_kind
 from fastbn.backend import Backend, backend_of
 from fastbn.call import Call, Once
 from fastbn.layout import Layout
-from fastbn.operands import Numbers
+from fastbn.operands import GradientTypes
 from fastbn.pieces import kernels_for
 from fastbn.saved import Gradients, Saved, new
 from fastbn.ways import Way, Ways
@@ -32,22 +32,22 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         if frozen and not (dmean is None and dvar is None):
             raise ValueError("dmean, dvar: expected None with frozen statistics, which do not depend on x")
         ways = Ways(backend, layout, x)
-        numbers, to_numbers = _numbers(ways, saved, dmean, dvar)
+        types, to_vectors = _types_of(ways, saved, dmean, dvar)
         weight_, to_weight = ways.combined_weight(saved.weight)
         kernels, ways = kernels_for(ways, weight_, [x, dy, y], [out])
         (x_, to_x), (dy_, to_dy), (y_, to_y) = ways.data(x), ways.data(dy), ways.optional(y)
         dx_, to_dx = ways.result(x, out)
         residual_, to_residual = ways.result(x, None) if saved.has_residual else (None, None)
         if gather is None:
-            run = kernels.backward(dy_, x_, y_, weight_, numbers, frozen, dx_, residual_)
+            run = kernels.backward(dy_, x_, y_, weight_, types, frozen, dx_, residual_)
         else:
             sums = (backend.xp.dtype(float),) * 2
             run = _summed_over_ranks(
-                backend, layout, kernels.grad_sums(dy_, x_, y_, weight_, numbers.mean, numbers.rstd),
-                kernels.grad_input(dy_, x_, y_, weight_, numbers, sums, dx_, residual_),
+                backend, layout, kernels.grad_sums(dy_, x_, y_, weight_, types.mean, types.rstd),
+                kernels.grad_input(dy_, x_, y_, weight_, types, sums, dx_, residual_),
             )  # fmt: skip
         arriving = {
-            "dy": to_dy, "x": to_x, "y": to_y, "weight": to_weight, **to_numbers, "dx": to_dx, "dresidual": to_residual,
+            "dy": to_dy, "x": to_x, "y": to_y, "weight": to_weight, **to_vectors, "dx": to_dx, "dresidual": to_residual,
         }  # fmt: skip
         run = ways.through(run, arriving, results=["dx", "dresidual"])
         return backend.on_its_device(_backward(ways, run, saved, plain, backend.allocator(x)), x)
@@ -87,8 +87,8 @@ def _backward(ways: Ways, run: Call, saved: Saved, plain: Any, make: Call) -> Ca
     return call
 
 
-def _numbers(ways: Ways, saved: Saved, dmean: Any, dvar: Any) -> tuple[Numbers, dict[str, Way]]:
-    """Of a backward pass, and their ways."""
+def _types_of(ways: Ways, saved: Saved, dmean: Any, dvar: Any) -> tuple[GradientTypes, dict[str, Way]]:
+    """Of the vectors of a backward pass, and their ways."""
     found = {
         "mean": ways.vector(saved.mean),
         "rstd": ways.vector(saved.rstd),
@@ -97,8 +97,8 @@ def _numbers(ways: Ways, saved: Saved, dmean: Any, dvar: Any) -> tuple[Numbers, 
         "dmean": ways.parameter("dmean", dmean),
         "dvar": ways.parameter("dvar", dvar),
     }
-    types, to_numbers = {k: dtype for k, (dtype, _) in found.items()}, {k: way for k, (_, way) in found.items()}
-    return Numbers(**types), {name: to_numbers[name] for name in Numbers._fields}
+    dtypes, to_vectors = {k: dtype for k, (dtype, _) in found.items()}, {k: way for k, (_, way) in found.items()}
+    return GradientTypes(**dtypes), {name: to_vectors[name] for name in GradientTypes._fields}
 
 
 def _check_saved(saved: Any, gather: Any) -> None:
@@ -195,8 +195,8 @@ def grad_input(
         kernels, ways = kernels_for(ways, weight_, [x, dy], [out])
         (dy_, to_dy), (x_, to_x) = ways.data(dy), ways.data(x)
         dx_, to_dx = ways.result(x, out)
-        numbers = Numbers(mean_type, rstd_type, gamma_type, count_type)
-        run = kernels.grad_input(dy_, x_, None, weight_, numbers, (dgamma_type, dbeta_type), dx_, None)
+        types = GradientTypes(mean_type, rstd_type, gamma_type, count_type)
+        run = kernels.grad_input(dy_, x_, None, weight_, types, (dgamma_type, dbeta_type), dx_, None)
         arriving = {
             "dy": to_dy, "x": to_x, "y": None, "weight": None, "mean": to_mean, "rstd": to_rstd, "gamma": to_gamma,
             "count": to_count, "dmean": None, "dvar": None, "dgamma": to_dgamma, "dbeta": to_dbeta, "dx": to_dx,

@@ -35,7 +35,7 @@ from fastbn.cpu.program import Program, kind_of
 from fastbn.cpu.records import Moments, Sums, Union
 from fastbn.cpu.statistics import statistic
 from fastbn.formulas import reciprocal_std
-from fastbn.operands import Affine, Numbers, Operand, dense
+from fastbn.operands import AffineTypes, GradientTypes, Operand, dense
 
 __all__ = [
     "LEAST_PIECE",
@@ -124,7 +124,7 @@ def _moments(x: Operand, weight: Operand | None, eps: float) -> Callable[..., tu
 
 
 def normalize(
-    x: Operand, y: Operand, residual: Operand | None, parameters: Affine, eps: float | None, relu: bool
+    x: Operand, y: Operand, residual: Operand | None, parameters: AffineTypes, eps: float | None, relu: bool
 ) -> Callable[..., None]:
     shape, kind, (xs, ys, rs) = shape_of(x), kind_of(x.dtype), map(strides_of, (x, y, residual))
     kinds = tuple(map(kind_or_none, parameters))
@@ -157,7 +157,7 @@ def _normalize_in_float64(
     assert of_x is not None
     assert of_y is not None
     wide, result = dense(of_x.shape, np.dtype(float)), np.empty(of_x.shape)
-    types = Affine(*(None if a is None else a.dtype for a in given))
+    types = AffineTypes(*(None if a is None else a.dtype for a in given))
     added = None if of_residual is None else np.array(viewed(of_residual, residual), float, order="C")
     run = normalize(wide, wide, None if added is None else wide, types, eps, relu)
     run(np.array(viewed(of_x, x), float, order="C"), added, result, *given)
@@ -186,7 +186,7 @@ def forward(
             vectors = _moments(operands[0], weighted, eps)(x, weight)  # before y is written, should float64 be needed
             _, mean, _, rstd = vectors
             given = mean, rstd, gamma, beta
-            types = Affine(*(None if a is None else a.dtype for a in given))
+            types = AffineTypes(*(None if a is None else a.dtype for a in given))
             normalize(operands[0], operands[2], operands[1], types, None, relu)(x, residual, y, *given)
             return vectors
         table, k = np.empty(size), 0
@@ -240,11 +240,11 @@ def grad_sums(
 
 
 def grad_input(
-    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, sums: tuple[Any, Any],
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, sums: tuple[Any, Any],
     dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., None]:  # fmt: skip
     shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
-    (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, (*numbers, *sums)))
+    (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, (*types, *sums)))
     launch = _launcher(
         lambda threads: gradient_plans.grad_input(shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, threads),
         x.size,
@@ -272,11 +272,11 @@ def _in_range(weight: Array, count: Array, x: Array) -> tuple[Array | None, Arra
 
 
 def backward(
-    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, frozen: bool,
     dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., tuple[Array, Array]]:  # fmt: skip
     shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
-    (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, numbers))
+    (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, types))
     launch = _launcher(
         lambda threads: gradient_plans.backward(
             shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, frozen, threads

@@ -33,7 +33,7 @@ from fastbn.cuda.memory import (
     type_of,
 )
 from fastbn.cuda.statistics import statistic
-from fastbn.operands import Affine, Numbers, Operand
+from fastbn.operands import AffineTypes, GradientTypes, Operand
 
 __all__ = [
     "LEAST_PIECE",
@@ -120,7 +120,7 @@ def moments(x: Operand, weight: Operand | None) -> Callable[..., tuple[Array, ..
 
 
 def normalize(
-    x: Operand, y: Operand, residual: Operand | None, parameters: Affine, eps: float | None, relu: bool
+    x: Operand, y: Operand, residual: Operand | None, parameters: AffineTypes, eps: float | None, relu: bool
 ) -> Callable[..., object]:
     problem = problem_of(
         {"x": x, "y": y, "residual": residual}, None, parameters._asdict(), relu,
@@ -163,13 +163,13 @@ def grad_sums(
 
 
 def grad_input(
-    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, sums: tuple[Any, Any],
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, sums: tuple[Any, Any],
     dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., None]:  # fmt: skip
     float64, itemsize = np.dtype(np.float64), x.dtype.itemsize
     problem = problem_of(
         {"dy": dy, "x": x, "y": y, "dx": dx, "dresidual": dresidual}, weight,
-        {"mean": numbers.mean, "spread": float64, "gamma": float64, "offset": float64, "slope": float64},
+        {"mean": types.mean, "spread": float64, "gamma": float64, "offset": float64, "slope": float64},
         y is not None, dresidual is not None, frozen=False,
     )  # fmt: skip
     launched = _launcher(plans.grad_input, problem, 0, "dy x y weight mean spread gamma offset slope dx dresidual")
@@ -181,7 +181,7 @@ def grad_input(
     ) -> None:  # fmt: skip
         given = [a if a is None else a.astype(np.float64) for a in (gamma, rstd, dgamma, dbeta, count, dmean, dvar)]
         gamma, rstd, dgamma, dbeta, count, dmean, dvar = (0.0 if a is None else a for a in given)
-        unit, scale, offset, slope = formulas.input_numbers(
+        unit, scale, offset, slope = formulas.input_coefficients(
             1.0 if given[0] is None else gamma, rstd, dgamma, dbeta, count, dmean, dvar, itemsize
         )
         launched(dy, x, y, weight, mean, unit, scale, offset, slope, dx, dresidual)
@@ -190,15 +190,15 @@ def grad_input(
 
 
 def backward(
-    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, numbers: Numbers, frozen: bool,
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, frozen: bool,
     dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., list[Array]]:  # fmt: skip
     if x.size == 0:
         return _no_sums(x.kept)
     arrays = {"x": x, "dy": dy, "y": y, "dx": dx, "dresidual": dresidual}
-    mean, rstd, *others = numbers
-    types = {"mean": mean, "spread": rstd, **dict(zip(("gamma", "count", "dmean", "dvar"), others, strict=True))}
-    problem = problem_of(arrays, weight, types, y is not None, dresidual is not None, frozen=frozen)
+    vectors = types._asdict()
+    vectors = {"mean": vectors.pop("mean"), "spread": vectors.pop("rstd"), **vectors}
+    problem = problem_of(arrays, weight, vectors, y is not None, dresidual is not None, frozen=frozen)
     return _launcher(plans.backward, problem, 2, "dy x y weight mean spread gamma count dmean dvar dx dresidual")
 
 

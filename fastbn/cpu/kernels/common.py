@@ -342,7 +342,7 @@ def dgamma_of(x, mean, rstd, a, b):
 
 @inline
 def distances_of(x, parameters, t, frozen, mixed, dgamma, dbeta):
-    """`Distances` from a table of `GradientParameters` and the sums: `fastbn.formulas.input_numbers` here.
+    """`Distances` from a table of `GradientParameters` and the sums: `fastbn.formulas.input_coefficients` here.
 
     They are mixed with gradients of the moments, or not; frozen statistics have none.
     """
