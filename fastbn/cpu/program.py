@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastbn.cpu.code import Kernel, address, addresses, is_missing
-from fastbn.cpu.records import MARKS, SlabStrides, Strides
+from fastbn.cpu.records import MARKS, Options, Results, SlabStrides, Strides
 from fastbn.cpu.team import OF_THE_TEAM, POSSIBLE, RUNTIME, team_for
 
 # Where an argument comes from. CONSTANT: itself. NUMBER: a number given at each call. DATA, SCRATCH: an array given at
@@ -105,6 +105,7 @@ class Strided(NamedTuple):
 
 
 Words = tuple[Argument, ...]
+Given = Argument | Strided | Options | Results | bool | float | None
 
 
 @lru_cache(maxsize=64)
@@ -193,9 +194,7 @@ class Program:
             Vector(slot, FLOATS.index(kind), default=_bits(default), numbers=count, to=target, start=to.extra)
         )
 
-    def launch(
-        self, name: str, tasks: int, short: bool = False, **arguments: Argument | Strided | bool | float | None
-    ) -> None:
+    def launch(self, name: str, tasks: int, short: bool = False, **arguments: Given) -> None:
         """The kernel ``module.function``; its arguments in order. The calling thread does what is short."""
         threads = 1 if short else self.threads
         self._used = 0
@@ -269,9 +268,13 @@ _lock = (ctypes.c_int64 * 3)()  # the time; the time lost; how many threads wait
 ctypes.pythonapi.Py_IncRef(ctypes.py_object(_lock))  # for ever: functions may outlive this module
 
 
-def _words(given: Argument | Strided | bool | float | None) -> Words:
+def _words(given: Given) -> Words:
     if isinstance(given, Strided):
         return tuple(given)
+    if isinstance(given, Options | Results):  # the first word has the kind of all
+        first, *others = (word for member in given for word in _words(member))
+        kinds = "|".join(word.kind for word in (first, *others))
+        return (first._replace(kind=f"{type(given).__name__}({kinds})"), *others)
     if isinstance(given, Argument):
         return (given,)
     if given is None:

@@ -1,5 +1,7 @@
 """Records of which plans and compiled kernels know the fields: integers that say where things lie, and rows of tables.
 
+Some parameters that kernels have in common are one record, too.
+
 A table has one row for each field, in this order. In kernels the fields of a table are pointers to its rows, and the
 same record also holds one channel's numbers, or vectors of several channels' (`Affine`, `Linear`).
 """
@@ -192,6 +194,39 @@ class Rows(NamedTuple):
     values: Any
     step: Any
     twice: Any
+
+
+# --- parameters that kernels of statistics have in common, as one -----------------------------------------------------
+
+
+class Options(NamedTuple):
+    """Each is True or None, for which code is left out."""
+
+    squares: Any
+    """Squares are summed, too."""
+    exact: Any
+    """Float64 sums of this dtype lose digits that are wanted."""
+    masked: Any
+    """The mask has a byte, or a weight, of each value, and not of each row."""
+    weighted: Any
+    """The mask is of weights."""
+    skip_nan: Any
+
+
+class Results(NamedTuple):
+    """Addresses of arrays, 0 for one that is not wanted."""
+
+    count: Any
+    mean: Any
+    spread: Any
+    ddof: Any
+    status: Any
+    """An array itself."""
+    formats: Any
+    """`Formats`."""
+
+
+GROUPS = {group.__name__: group for group in (Options, Results)}
 
 
 # --- tables, in float64: a number of each kept index in each row ------------------------------------------------------

@@ -17,7 +17,7 @@ from fastbn.cpu import team
 from fastbn.cpu.division import option
 from fastbn.cpu.memory import Array
 from fastbn.cpu.program import FLOATS, NONE, Argument, Program, kind_of
-from fastbn.cpu.records import Formats, Geometry
+from fastbn.cpu.records import Formats, Geometry, Options, Results
 from fastbn.cpu.sizes import pitch
 from fastbn.dimensions import Dimension, dimensions
 from fastbn.operands import Mask, Statistic
@@ -293,13 +293,13 @@ def divide(d: list[Dimension], how: Summing) -> Division:
 @lru_cache(maxsize=1024)
 def plan(
     d: tuple[Dimension, ...], starts: tuple[int, int, int], kind: str, mask: str | None, skip_nan: bool, form: int,
-    results: tuple[str | None, str | None, str | None], threads: int,
+    kinds: tuple[str | None, str | None, str | None], threads: int,
 ) -> Program:  # fmt: skip
     """``program(x, where, count, mean, spread, status, ddof)``; a mask that is not of bytes is one of weights."""
     exact, weighted, itemsize = kind in EXACT, mask not in (None, "b1*"), int(kind[1])
-    squares = results[2] is not None or (exact and weighted)  # the sum of weights is rounded
+    squares = kinds[2] is not None or (exact and weighted)  # the sum of weights is rounded
     arrays: dict[str, str | None] = {"x": kind, "where": mask}
-    arrays |= dict(zip(("count", "mean", "spread"), results, strict=True))
+    arrays |= dict(zip(("count", "mean", "spread"), kinds, strict=True))
     p = Program(threads, (1 + squares) * math.prod(o.size for o in d), arrays | {"status": "f8*"}, ["ddof"])
     how = Summing(itemsize, exact, squares, kind in SMALL and mask is None, int(mask[1]) if mask else 0)
     c = divide(list(d), how)
@@ -307,35 +307,34 @@ def plan(
         how = how._replace(small=False)
         c = divide(list(d), how)
     mask_of = 0 if mask is None else OF_ROWS if c.mask_of_rows else OF_VALUES
-    selection: dict[str, Any] = {
-        "where": p.array("where").after(starts[1]) if mask else None, "masked": option(mask_of == OF_VALUES),
-        "weighted": option(weighted), "skip_nan": option(skip_nan),
-    }  # fmt: skip
-    given: dict[str, Any] = {
-        "squares": option(squares), "exact": option(exact),
-        "geometry": p.record(c.geometry._replace(itemsize=itemsize, mask=mask_of, moved=MOVED.get(kind, 0))),
-        "dimensions": p.integers(c.dimensions),
-    }  # fmt: skip
-    into: dict[str, Any] = {
+    options = Options(
+        squares=option(squares), exact=option(exact), masked=option(mask_of == OF_VALUES), weighted=option(weighted),
+        skip_nan=option(skip_nan),
+    )  # fmt: skip
+    selection: dict[str, Any] = {"where": p.array("where").after(starts[1]) if mask else None}
+    into = {
         name: _address(p.array(name).after(starts[2]) if arrays[name] else NONE) for name in ("count", "mean", "spread")
     }
-    formats = Formats(form, skip_nan, *(0 if result is None else FLOATS.index(result) for result in results))
-    into |= {"ddof": p.number("ddof"), "status": p.array("status"), "formats": p.record(formats)}
+    formats = Formats(form, skip_nan, *(0 if k is None else FLOATS.index(k) for k in kinds))
+    results = Results(**into, ddof=p.number("ddof"), status=p.array("status"), formats=p.record(formats))
+    given: dict[str, Any] = {
+        "options": options,
+        "geometry": p.record(c.geometry._replace(itemsize=itemsize, mask=mask_of, moved=MOVED.get(kind, 0))),
+        "dimensions": p.integers(c.dimensions),
+    }
     x = p.array("x").after(starts[0])
     if c.kernel == "few":
         lying: dict[str, Any] = {"x": x, "strided": option(c.strided), "along": option(c.along)}
-        p.launch("statistics_few.few", c.tasks, **(lying | selection | given | into))
+        p.launch("statistics_few.few", c.tasks, **(lying | selection | given), results=results)
         return p
     given["partials"] = p.scratch(c.partials + 64, "f8*")
     if c.kernel == "outer":
         selection["by_cell"] = option(c.mask_of_cells)
-    data = _reading(p, x, c, how) | selection | given | {"workspace": p.temporary(threads * c.own, "f8*")} | into
-    p.launch(f"statistics_{c.kernel}.{c.kernel}", c.tasks, **data)
+    data = _reading(p, x, c, how) | selection | given | {"workspace": p.temporary(threads * c.own, "f8*")}
+    p.launch(f"statistics_{c.kernel}.{c.kernel}", c.tasks, **data, results=results)
     if c.geometry.parts > 1:
-        p.launch(
-            "statistics_results.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **given,
-            weighted=option(weighted), **into,
-        )  # fmt: skip
+        given["options"] = options._replace(masked=None, skip_nan=None)
+        p.launch("statistics_results.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **given, results=results)
     return p
 
 

@@ -29,7 +29,7 @@ from numba.core.registry import cpu_target
 from fastbn.cpu import code
 from fastbn.cpu.kernels import compiler
 from fastbn.cpu.kernels.simd import load, store
-from fastbn.cpu.records import INTEGERS, Shape
+from fastbn.cpu.records import INTEGERS, Options, Shape
 
 # Of Numba's passes, those that kernels go without, and why.
 LEFT_OUT = {
@@ -146,6 +146,12 @@ def test_records_of_integers():
     kind = compiler.KINDS["Shape"]
     assert (kind.instance_class, kind.fields, set(kind.types)) == (Shape, Shape._fields, {types.int64})
     assert set(INTEGERS) <= set(compiler.KINDS)
+
+
+def test_groups():
+    kind = compiler._kind("Options(bool|none|none|bool|none)")
+    assert (kind.instance_class, kind.fields) == (Options, Options._fields)
+    assert kind.types == (types.boolean, types.none, types.none, types.boolean, types.none)
 
 
 NAMES = """

@@ -25,7 +25,7 @@ from numba.core.registry import cpu_target
 
 from fastbn.cpu.code import machine_for
 from fastbn.cpu.kernels.llvm import INTEGER_ARRAYS
-from fastbn.cpu.records import ARRAYS, INTEGERS
+from fastbn.cpu.records import ARRAYS, GROUPS, INTEGERS
 
 llvm.initialize_native_asmparser()  # for `flags`; Numba, that has no assembly of its own, leaves it out
 
@@ -52,6 +52,12 @@ KINDS |= {
     for mark, array in ARRAYS.items()
 }
 KINDS |= {name: types.CPointer(integer) for name, integer in INTEGER_ARRAYS.items()}
+
+
+def _kind(name):
+    """What an argument is: one of these, or some as a group, ``Group(kind|kind)``."""
+    group, _, members = name.partition("(")
+    return types.NamedTuple(map(_kind, members[:-1].split("|")), GROUPS[group]) if members else KINDS[name]
 
 
 class _Part(JITCodeLibrary):
@@ -206,7 +212,7 @@ def object_code(function, kinds, symbol, levels):
     own = names[len(names) - len(given) :]
     if own != [name for name, _, _ in given]:
         raise TypeError(f"{function.__qualname__}: expected {own}, got {kinds}")
-    signature = (*[types.int64] * (len(names) - len(own)), *(KINDS[kind] for _, _, kind in given))
+    signature = (*[types.int64] * (len(names) - len(own)), *(_kind(kind) for _, _, kind in given))
     part = inline(function)
     part.compile(signature)
     code = part.overloads[signature]
@@ -241,9 +247,12 @@ def _enter_plain(module, symbol, description, signature):
 
 
 def _argument(builder, words, kind):
-    """Of the next word, or two: a record of integers is where its word points to, an array has a word more before."""
+    """Of the next words: a record of integers is where its word points to, an array has a word more before."""
     if not isinstance(kind, types.BaseNamedTuple):
         return _from_word(builder, next(words), kind)
+    if kind.instance_class in GROUPS.values():
+        members = [_argument(builder, words, member) for member in kind]
+        return cpu_target.target_context.make_tuple(builder, kind, members)
     values = [_from_word(builder, next(words), kind[0])] if kind.instance_class in ARRAYS.values() else []
     integers = builder.inttoptr(next(words), _WORDS)
     places = [builder.gep(integers, [ir.Constant(_I64, i)]) for i in range(len(kind) - len(values))]

@@ -64,20 +64,6 @@ FAR, FAR_OF_FLOATS, FAR_OF_WEIGHTS = 4.0, 16.0, 2.0**-8
 LOOKS = 3  # at a part, each around the mean that the one before has found
 
 
-class Options(NamedTuple):
-    """Each is True or None, for which code is left out."""
-
-    squares: Any
-    """Squares are summed, too."""
-    exact: Any
-    """Float64 sums of this dtype lose digits that are wanted."""
-    masked: Any
-    """The mask has a byte, or a weight, of each value, and not of each row."""
-    weighted: Any
-    """The mask is of weights."""
-    skip_nan: Any
-
-
 class Source(NamedTuple):
     """Where values are, in x or raw; the other is None."""
 
@@ -103,18 +89,6 @@ class Part(NamedTuple):
     first: Any
     last: Any
     columns: Any
-
-
-class Results(NamedTuple):
-    """Addresses of arrays, 0 for one that is not wanted."""
-
-    count: Any
-    mean: Any
-    spread: Any
-    ddof: Any
-    status: Any
-    """An array itself."""
-    formats: Any
 
 
 # --- places -----------------------------------------------------------------------------------------------------------

@@ -35,8 +35,6 @@ from fastbn.cpu.kernels.simd import prefetch, zero_where_not_positive
 from fastbn.cpu.kernels.simd import store as put
 from fastbn.cpu.kernels.statistics import (
     Eight,
-    Options,
-    Results,
     Source,
     add,
     eight,
@@ -174,13 +172,9 @@ def finish_columns(x, source, at, step, w_at, w_step, some, squares, along, o, r
 
 
 @kernel
-def few(
-    thread, first, last, x, strided, along, where, masked, weighted, skip_nan, squares, exact, geometry, dimensions,
-    count, mean, spread, ddof, status, formats,
-):  # fmt: skip
+def few(thread, first, last, x, strided, along, where, options, geometry, dimensions, results):
     """A task is a tile of columns."""
-    o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, None, 0, where, geometry, dimensions)
-    results = Results(count, mean, spread, ddof, status, formats)
+    source = Source(x, None, 0, where, geometry, dimensions)
     channels, tile = geometry.channels, geometry.tile
     step, w_step = only_if(strided, geometry.step), only_if(strided, geometry.mask_step)
     tiles = -(-channels // tile)
@@ -193,6 +187,8 @@ def few(
             x_at, w_c = at + c * geometry.step, w_at + c * geometry.mask_step
             to = Cells(o_at + c * geometry.kept_step, geometry.kept_step, min(LANES, end - c))
             if to.count == LANES:
-                finish_columns(x, source, x_at, step, w_c, w_step, None, squares, along, o, results, to)
+                finish_columns(x, source, x_at, step, w_c, w_step, None, options.squares, along, options, results, to)
             else:
-                finish_columns(x, source, x_at, step, w_c, w_step, to.count, squares, along, o, results, to)
+                finish_columns(
+                    x, source, x_at, step, w_c, w_step, to.count, options.squares, along, options, results, to
+                )

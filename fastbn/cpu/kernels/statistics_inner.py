@@ -23,9 +23,7 @@ from fastbn.cpu.kernels.simd import address
 from fastbn.cpu.kernels.statistics import (
     LOOKS,
     PEEKS,
-    Options,
     Part,
-    Results,
     Source,
     add,
     add_four,
@@ -279,12 +277,10 @@ def count_of(of_rows, of_values, counts):
 
 @kernel
 def inner(
-    thread, first, last, x, raw, fetch, integers, where, masked, weighted, skip_nan, squares, exact, geometry,
-    dimensions, partials, workspace, count, mean, spread, ddof, status, formats,
+    thread, first, last, x, raw, fetch, integers, where, options, geometry, dimensions, partials, workspace, results
 ):  # fmt: skip
     """A task is a part of a kept index: rows, or a piece of one. Results of up to eight are made at once."""
-    o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, raw, fetch, where, geometry, dimensions)
-    results = Results(count, mean, spread, ddof, status, formats)
+    o, source = options, Source(x, raw, fetch, where, geometry, dimensions)
     parts, pieces, columns = geometry.parts, geometry.pieces, geometry.columns
     own = thread * OF_INNER
     buffer = own + FIELDS * LANES
@@ -304,9 +300,9 @@ def inner(
             at += start * geometry.step
             w_at += start if geometry.mask == OF_VALUES else 0
         part = Part(at, w_at, r, end, width)
-        n, shift, a, b, lost = sums_of(source, part, o, squares, integers, unless(integers, True), workspace, buffer)
+        n, shift, a, b, lost = sums_of(source, part, o, o.squares, integers, unless(integers, True), workspace, buffer)
         if lost:
-            status[CAREFUL] = 1.0
+            results.status[CAREFUL] = 1.0
         if parts > 1:
             put_part(partials, FIELDS * task, 1, n, shift, a, b)
             continue

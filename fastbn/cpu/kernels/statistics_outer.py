@@ -30,9 +30,7 @@ from fastbn.cpu.kernels.integers import COLUMNS, HOLDS
 from fastbn.cpu.kernels.simd import address, any_greater, load, prefetch, store
 from fastbn.cpu.kernels.statistics import (
     LOOKS,
-    Options,
     Part,
-    Results,
     Source,
     add,
     add_four,
@@ -305,12 +303,11 @@ def sums_of(source, part, cells, squares, by_cell, o, integers, floats, table):
 
 @kernel
 def outer(
-    thread, first, last, x, raw, fetch, integers, where, masked, weighted, skip_nan, by_cell, squares, exact,
-    geometry, dimensions, partials, workspace, count, mean, spread, ddof, status, formats,
+    thread, first, last, x, raw, fetch, integers, where, by_cell, options, geometry, dimensions, partials, workspace,
+    results,
 ):  # fmt: skip
     """A task is a tile of cells in a part of the rows; tiles of a row are neighbours."""
-    o, source = Options(squares, exact, masked, weighted, skip_nan), Source(x, raw, fetch, where, geometry, dimensions)
-    results = Results(count, mean, spread, ddof, status, formats)
+    o, source = options, Source(x, raw, fetch, where, geometry, dimensions)
     parts, channels, tile, pitch = geometry.parts, geometry.channels, geometry.tile, geometry.width
     tiles = -(-channels // tile)
     table = table_at(workspace, thread * geometry.own, pitch)
@@ -326,8 +323,8 @@ def outer(
             w_at + cell * geometry.size if geometry.mask == OF_VALUES else w_at,
             r, min(r + geometry.rows_of_a_part, geometry.rows), geometry.fold * cells * geometry.size,
         )  # fmt: skip
-        if sums_of(source, part, cells, squares, by_cell, o, integers, unless(integers, True), table):
-            status[CAREFUL] = 1.0
+        if sums_of(source, part, cells, o.squares, by_cell, o, integers, unless(integers, True), table):
+            results.status[CAREFUL] = 1.0
         if parts > 1:
             to = FIELDS * channels * rest + cell
             for f in range(FIELDS):

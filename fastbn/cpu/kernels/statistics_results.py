@@ -32,7 +32,7 @@ from fastbn.cpu.kernels.doubles import (
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import any_greater, fma, load, root, zero_where_not_positive
-from fastbn.cpu.kernels.statistics import Options, Results, field, kept_place
+from fastbn.cpu.kernels.statistics import field, kept_place
 from fastbn.cpu.kernels.vectors import two_sum
 from fastbn.cpu.statistics import FIELDS, LEAST_SQUARE, STD, SUM_OF_SQUARES
 from fastbn.operands import CAREFUL, EMPTY, NO_DEGREES
@@ -178,22 +178,20 @@ def put(out, to, v):
 
 
 @kernel
-def finish_parts(
-    thread, first, last, squares, exact, geometry, dimensions, partials, weighted, count, mean, spread, ddof, status,
-    formats,
-):  # fmt: skip
+def finish_parts(thread, first, last, options, geometry, dimensions, partials, results):
     """A task is a kept index of `inner`, or up to eight neighbours of `outer`."""
-    o, results = Options(squares, exact, None, weighted, None), Results(count, mean, spread, ddof, status, formats)
     parts, channels = geometry.parts, geometry.channels
     groups = -(-channels // LANES)
     for task in range(first, last):
         if channels == 0:
             _, _, o_at = kept_place(task, geometry, dimensions)
-            merge_parts(partials, FIELDS * parts * task, 1, FIELDS, parts, 1, o, results, o_at, 1)
+            merge_parts(partials, FIELDS * parts * task, 1, FIELDS, parts, 1, options, results, o_at, 1)
         else:
             k = task // groups
             cell = (task - k * groups) * LANES
             _, _, o_at = kept_place(k, geometry, dimensions)
             at, o_at = FIELDS * channels * parts * k + cell, o_at + cell * geometry.kept_step
             some = min(LANES, channels - cell)
-            merge_parts(partials, at, channels, FIELDS * channels, parts, some, o, results, o_at, geometry.kept_step)
+            merge_parts(
+                partials, at, channels, FIELDS * channels, parts, some, options, results, o_at, geometry.kept_step
+            )
