@@ -7,9 +7,10 @@ address, in an array of words; a call then is one call of a built-in function (`
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ ON_STACK = 3 << 10  # bytes of scratch memory at most; with more a frame exceeds
 # for it at once, for each other among others, share the time that is lost.
 KEPT, LONG = 3 << 15, 1 << 23
 KEPT_UNTIMED = 1 << 18  # where the system's clock is not asked
-NEVER, ALWAYS = 0, 1  # release it; or the address of the time from which on calls do, and of what was lost by waiting
+NEVER, ALWAYS = 0, 1  # release it; or the address of `_lock`
 WORTH, REST = 4, 8
 LONG_WAIT, MOST_WON = 4_000_000, 20_000_000  # ns: lost at once; of time that was well spent, as much as counts
 
@@ -266,6 +267,8 @@ def _releases(work: int) -> int:
 
 _lock = (ctypes.c_int64 * 3)()  # the time; the time lost; how many threads wait
 ctypes.pythonapi.Py_IncRef(ctypes.py_object(_lock))  # for ever: functions may outlive this module
+if hasattr(os, "register_at_fork"):  # no thread of a child waits
+    os.register_at_fork(after_in_child=partial(_lock.__setitem__, 2, 0))
 
 
 def _words(given: Given) -> Words:
