@@ -32,7 +32,7 @@ from fastbn.cpu.memory import (
     viewed,
 )
 from fastbn.cpu.program import Program, kind_of
-from fastbn.cpu.records import Moments, Sums, Union
+from fastbn.cpu.records import MomentRows, Sums, Union
 from fastbn.cpu.statistics import statistic
 from fastbn.formulas import reciprocal_std
 from fastbn.operands import AffineTypes, GradientTypes, Operand, dense
@@ -63,8 +63,8 @@ __all__ = [
 ]
 
 xp = np
-COUNT, M2, MEAN, RSTD = map(Moments._fields.index, ("count", "m2", "mean", "rstd"))  # rows of tables
-OF_X = Moments._fields.index("gamma")  # rows before gamma and beta
+COUNT, M2, MEAN, RSTD = map(MomentRows._fields.index, ("count", "m2", "mean", "rstd"))  # rows of tables
+OF_X = MomentRows._fields.index("gamma")  # rows before gamma and beta
 DGAMMA, DBETA = map(Sums._fields.index, ("dgamma", "dbeta"))
 N, HI, UNITED_M2 = map(Union._fields.index, ("n", "hi", "m2"))
 LEAST_PIECE = 128 << 10  # to copy it takes 20 us, twice what a piece takes to be launched
@@ -176,7 +176,7 @@ def forward(
         lambda threads: plans.forward(shape, kind, xs, ws, weights, ys, rs, kinds, relu, threads), x.size
     )
     allowed, operands = nontemporal_stores(y), (x, residual, y)
-    weighted, narrow, size = weight, x.dtype.itemsize < 8, (len(Moments._fields), kept)
+    weighted, narrow, size = weight, x.dtype.itemsize < 8, (len(MomentRows._fields), kept)
     beyond = find_beyond(kept, np.dtype(float), gamma) if narrow and eps < LEAST_EPS else None
 
     def run(

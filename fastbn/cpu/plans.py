@@ -41,14 +41,14 @@ from fastbn.cpu.division import (
 )
 from fastbn.cpu.gradient_plans import backward
 from fastbn.cpu.program import Argument, Program
-from fastbn.cpu.records import GradientParameters, Moments, Parameters, Part, Shape, Slabs, Strides
+from fastbn.cpu.records import GradientParameters, MomentRows, Parameters, Part, Shape, Slabs, Strides
 
 
 @lru_cache(maxsize=1024)
 def moments(
     shape: Shape | Slabs, kind: Kind, xs: AnyStrides, ws: Strides | None, weights: Kind | None, num_threads: int
 ) -> Program:
-    """``program(x, weight, table, eps)``: the table is of `records.Moments`."""
+    """``program(x, weight, table, eps)``: the table is of `records.MomentRows`."""
     p = Program(num_threads, math.prod(shape), {"x": kind, "weight": weights, "table": "f8*"}, ["eps"])
     problem = problem_of(p, shape, kind, num_threads, {"x": xs, "weight": ws})
     _add_moments(problem, p.array("table"), p.number("eps"))
@@ -143,7 +143,7 @@ def forward(
     shape: Shape | Slabs, kind: Kind, xs: AnyStrides, ws: Strides | None, weights: Kind | None, ys: AnyStrides,
     rs: AnyStrides | None, parameters: Kinds, relu: bool, num_threads: int,
 ) -> Program:  # fmt: skip
-    """``program(x, weight, y, residual, gamma, beta, table, eps, nontemporal)``: the table is of `records.Moments`."""
+    """``program(x, weight, y, residual, gamma, beta, table, eps, nontemporal)``; the table: `records.MomentRows`."""
     arrays = {"x": kind, "weight": weights, "y": kind, "residual": kind if rs else None}
     arrays |= {**dict(zip(("gamma", "beta"), parameters, strict=True)), "table": "f8*"}
     p = Program(num_threads, 2 * math.prod(shape), arrays, ["eps", "nontemporal"])
@@ -153,7 +153,7 @@ def forward(
     )  # fmt: skip
     problem = problem_of(p, shape, kind, num_threads, {"x": xs, "weight": ws, "y": ys, "residual": rs})
     kept, table, eps = problem.kept, p.array("table"), p.number("eps")
-    rows = Moments(*(table.after(i * kept) for i in range(len(Moments._fields))))
+    rows = MomentRows(*(table.after(i * kept) for i in range(len(MomentRows._fields))))
     p.vector("gamma", kept, 1.0, rows.gamma)
     p.vector("beta", kept, 0.0, rows.beta)
     if not _add_fused(problem, table, eps, relu):

@@ -116,10 +116,10 @@ class Geometry(NamedTuple):
     """In a row."""
     size: int = 1
     """Neighbouring values of each."""
-    fold: int = 1
+    coalesced: int = 1
     """Rows behind each other that are taken as one."""
     tail: int = 0
-    """Values of the last folded row, if these are fewer."""
+    """Values of the last coalesced row, if these are fewer."""
     tile: int = 0
     """Channels of a task."""
     width: int = 0
@@ -232,7 +232,7 @@ GROUPS = {group.__name__: group for group in (Options, Results)}
 # --- tables, in float64: a number of each kept index in each row ------------------------------------------------------
 
 
-class Moments(NamedTuple):
+class MomentRows(NamedTuple):
     """Statistics; with gamma and beta, the last four are the `Parameters` of a forward pass."""
 
     count: Any

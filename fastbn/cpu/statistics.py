@@ -188,51 +188,52 @@ def _in_fours(size: int, most: int) -> int:
 
 
 def _along_kept(
-    d: list[Dimension], row: Dimension, size: Dimension | None, fold: Dimension | None, most: int, how: Summing
+    d: list[Dimension], row: Dimension, size: Dimension | None, together: Dimension | None, most: int, how: Summing
 ) -> Division:
-    """Rows of kept indices: ``size`` neighbouring reduced values of each, all of it ``fold`` times; `most` columns."""
+    """Rows of kept indices: ``size`` neighbouring reduced values of each, so many rows ``together``; `most` columns."""
     own = [o for o in (row, size) if o is not None]
     inner = 1 if size is None else size.size
     rest = [o for o in d if o not in own]
     kept, rows = [o for o in rest if o.kept], [o for o in rest if not o.kept]
-    folded, tail = 1, 0
+    coalesced, tail = 1, 0
     vector = BYTES // how.itemsize if how.small and size is None else 8
-    if fold is not None:
-        folded = min(fold.size, max(1, most // (row.size * inner)))
-        folded = -(-fold.size // -(-fold.size // folded))
+    if together is not None:
+        coalesced = min(together.size, max(1, most // (row.size * inner)))
+        coalesced = -(-together.size // -(-together.size // coalesced))
         if how.small:
-            folded = min(fold.size, -(-folded // vector) * vector)
-        elif rows != [fold]:
-            folded = _in_fours(fold.size, folded)
-        count = -(-fold.size // folded)
-        tail = fold.size % folded * row.size * inner
-        step = fold._replace(size=count, step=fold.step * folded, mask=fold.mask * folded)
-        rows = [o for o in rows if o is not fold] + [step][: count - 1]  # innermost, for its short end
-    cells = row.size if folded > 1 else min(row.size, max(vector, most // inner // vector * vector))
+            coalesced = min(together.size, -(-coalesced // vector) * vector)
+        elif rows != [together]:
+            coalesced = _in_fours(together.size, coalesced)
+        count = -(-together.size // coalesced)
+        tail = together.size % coalesced * row.size * inner
+        step = together._replace(size=count, step=together.step * coalesced, mask=together.mask * coalesced)
+        rows = [o for o in rows if o is not together] + [step][: count - 1]  # innermost, for its short end
+    cells = row.size if coalesced > 1 else min(row.size, max(vector, most // inner // vector * vector))
     others, count = math.prod(o.size for o in kept), math.prod(o.size for o in rows)
-    least = max(1, SHARE_OF_PARTS // (how.itemsize * folded), PART // (folded * cells * inner))
+    least = max(1, SHARE_OF_PARTS // (how.itemsize * coalesced), PART // (coalesced * cells * inner))
     longest = 1024 if how.exact and how.squares else count
     if how.small and how.itemsize == 2:  # sums of squares are to be exact in float64
-        longest = max(1, MOST_SQUARES // (folded * inner))
+        longest = max(1, MOST_SQUARES // (coalesced * inner))
     parts = max(1, min(count // least, max(PARTS_AT_MOST, -(-count // longest))))
     each = -(-count // parts)
     parts = -(-count // each)  # none is empty
-    if others * -(-row.size // cells) == parts == 1 and count * folded * how.itemsize >= TWO_PARTS:
+    if others * -(-row.size // cells) == parts == 1 and count * coalesced * how.itemsize >= TWO_PARTS:
         parts, each = 2, -(-count // 2)
-    if folded == 1 and others * parts * -(-row.size // cells) == 1:
+    if coalesced == 1 and others * parts * -(-row.size // cells) == 1:
         cells = min(cells, max(-(-row.size * others * parts // TASKS), NARROWEST // inner))
         cells = min(row.size, -(-row.size // (vector * -(-row.size // cells))) * vector)  # as many in each tile
     tiles = -(-row.size // cells)
     geometry = Geometry(
         len(kept), len(rows), rows=count, parts=parts, rows_of_a_part=each,
-        step=row.step if size is None else size.step, channels=row.size, size=inner, fold=folded, tail=tail, tile=cells,
-        width=pitch(folded * -(-cells // 8) * 8 * inner + 8 * inner), kept_step=row.result, mask_step=row.mask,
+        step=row.step if size is None else size.step, channels=row.size, size=inner, coalesced=coalesced, tail=tail,
+        tile=cells, width=pitch(coalesced * -(-cells // 8) * 8 * inner + 8 * inner), kept_step=row.result,
+        mask_step=row.mask,
     )  # fmt: skip
     words = _words(kept, rows)
     along = row.step != 1 and bool(rows) and rows[-1].step == 1 and how.along(rows[-1].size)
     along = along and (not how.mask or rows[-1].mask == 1)
     few = FEW_ROWS if row.step == 1 else how.few(along)
-    if count <= few and size is None and folded == 1:
+    if count <= few and size is None and coalesced == 1:
         geometry = geometry._replace(parts=1, rows_of_a_part=count)
         of_rows = row.mask == 0 and not along
         return Division(
@@ -240,7 +241,7 @@ def _along_kept(
             mask_of_rows=of_rows, along=along,
         )  # fmt: skip
     innermost = row if size is None else size
-    of_cells = fold is not None and how.mask > 0 and innermost.mask == 0 != fold.mask
+    of_cells = together is not None and how.mask > 0 and innermost.mask == 0 != together.mask
     of_thread = (FIELDS + 1) * geometry.width + (-(-4 * geometry.width * how.mask // 8) if of_cells else 0)
     partials = FIELDS * row.size * parts * others if parts > 1 else 0
     return Division(
@@ -277,9 +278,9 @@ def divide(d: list[Dimension], how: Summing) -> Division:
     if how.mask and above is not None:  # a byte of each value, or of each row
         beside = beside and (above.mask == last.size * last.mask or (last.mask == 0 and above.mask == 1))
     if above is not None and not above.kept and beside and 2 * last.size <= most:
-        folded = _along_kept(d, last, None, above, most, how)
-        if folded.tasks > 1 or last.size < 2 * NARROWEST:
-            return folded
+        coalesced = _along_kept(d, last, None, above, most, how)
+        if coalesced.tasks > 1 or last.size < 2 * NARROWEST:
+            return coalesced
     reduced = [o for o in d if not o.kept]
     run = max(reduced, key=lambda o: o.size, default=last)
     if last.size < FEW and not run.kept and (not how.mask or run.mask in (0, 1)):

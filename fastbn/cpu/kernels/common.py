@@ -232,7 +232,7 @@ def careful_moments(x, weight, shape, slabs, n, origin):
 
 @inline
 def write_moments(moments, t, n, mean, m2, unit, eps):
-    """Into a table of `Moments`; see `finished` for the unit. M2 may be 0 or infinite where rstd is neither."""
+    """Into a table of `MomentRows`; see `finished` for the unit. M2 may be 0 or infinite where rstd is neither."""
     moments.count[t], moments.m2[t], moments.mean[t] = n, m2 / unit / unit, mean
     plus = eps * unit * unit
     moments.rstd[t] = unit / np.sqrt(m2 / n + plus) if np.isfinite(plus) else 1.0 / np.sqrt(eps)

@@ -79,7 +79,7 @@ from fastbn.cpu.records import Distances, GradientParameters, Linear, SegmentSum
 from fastbn.cpu.sizes import LINEAR, PAD, SEGMENT
 
 
-class Slabs(NamedTuple):
+class ChannelRows(NamedTuple):
     """The rows of a channel that sums are made of."""
 
     dy: Any
@@ -115,7 +115,7 @@ class Results(NamedTuple):
 
 @inline
 def slabs_of(dy, x, y, weight, t, shape):
-    return Slabs(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), rows_of(weight, t, shape))
+    return ChannelRows(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), rows_of(weight, t, shape))
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def add_chunks(slabs, shape, largest, first, end, mean, rstd, a, b):
     """Sums that go on with those of some chunks."""
     for k in range(first, end):
         chunk = chunk_at(k, shape, largest)
-        part = Slabs(
+        part = ChannelRows(
             rows_from(slabs.dy, chunk.row, chunk.column), rows_from(slabs.x, chunk.row, chunk.column),
             rows_from(slabs.y, chunk.row, chunk.column), rows_from(slabs.weight, chunk.row, chunk.column),
         )  # fmt: skip

@@ -85,7 +85,7 @@ from fastbn.cpu.kernels.simd import (
     total,
     zero_where_zero,
 )
-from fastbn.cpu.records import Affine, Moments, Parameters, Part, Walk
+from fastbn.cpu.records import Affine, MomentRows, Parameters, Part, Walk
 from fastbn.cpu.sizes import AFFINE, PAD, SEGMENT
 
 WIDE = 128  # bytes of a vector where weights cost precision: fewer additions a lane
@@ -230,7 +230,7 @@ def moments_of_segments(thread, first, last, x, weight, shape, chunks, origins, 
 def channel_moments(thread, first, last, x, weight, shape, chunks, origins, partials, table, eps):
     """Moments of every kept index from those of its segments."""
     segments, kept = segment_count(shape, chunks), shape.batch * shape.channel
-    parts, moments = table_rows(Part, partials, kept * segments), table_rows(Moments, table, kept)
+    parts, moments = table_rows(Part, partials, kept * segments), table_rows(MomentRows, table, kept)
     for t in range(first, last):
         n, mean, m2 = 0.0, 0.0, 0.0
         for k in range(t * segments, (t + 1) * segments):
@@ -379,8 +379,8 @@ def normalize(
 def forward(
     thread, first, last, x, weight, y, residual, shape, chunks, origins, table, eps, workspace, relu, nontemporal
 ):  # fmt: skip
-    """Moments and y, a channel at a time: the second pass finds the slab in cache. The table is of `Moments`."""
-    moments = table_rows(Moments, table, shape.batch * shape.channel)
+    """Moments and y, a channel at a time: the second pass finds the slab in cache. The table is of `MomentRows`."""
+    moments = table_rows(MomentRows, table, shape.batch * shape.channel)
     affine = table_rows(Affine, advance(workspace, AFFINE * thread * PAD), PAD)
     for t in range(first, last):
         rows, weights = rows_of(x, t, shape), present(rows_of(weight, t, shape))

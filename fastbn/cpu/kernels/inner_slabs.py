@@ -28,15 +28,15 @@ from fastbn.cpu.kernels.common import (
 )
 from fastbn.cpu.kernels.compiler import inline, kernel, shared
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
-from fastbn.cpu.kernels.inner_gradients import Gaps as GapsOfInputs
 from fastbn.cpu.kernels.inner_gradients import (
+    ChannelRows,
     Inputs,
     Results,
-    Slabs,
     add_chunks,
     grad_input_run,
     write_one_linear,
 )
+from fastbn.cpu.kernels.inner_gradients import Gaps as GapsOfInputs
 from fastbn.cpu.kernels.inner_places import (
     Place,
     chunk_count,
@@ -56,7 +56,7 @@ from fastbn.cpu.records import (
     Distances,
     GradientParameters,
     Linear,
-    Moments,
+    MomentRows,
     Parameters,
     Part,
     Rows,
@@ -150,7 +150,7 @@ def moments_of_segments(thread, first, last, x, shape, chunks, partials):
 def channel_moments(thread, first, last, x, shape, chunks, partials, table, eps):
     """Moments of every channel from those of its segments."""
     segments = segments_of(shape, chunks)
-    parts, moments = table_rows(Part, partials, shape.channel * segments), table_rows(Moments, table, shape.channel)
+    parts, moments = table_rows(Part, partials, shape.channel * segments), table_rows(MomentRows, table, shape.channel)
     for t in range(first, last):
         n, mean, m2 = 0.0, 0.0, 0.0
         for k in range(t * segments, (t + 1) * segments):
@@ -197,8 +197,8 @@ def normalize(
 def forward(
     thread, first, last, x, y, residual, shape, chunks, table, eps, workspace, relu, side_by_side, nontemporal
 ):  # fmt: skip
-    """Moments and y, a channel at a time: the second pass finds its slabs in cache. The table is of `Moments`."""
-    moments = table_rows(Moments, table, shape.channel)
+    """Moments and y, a channel at a time: the second pass finds its slabs in cache. The table is of `MomentRows`."""
+    moments = table_rows(MomentRows, table, shape.channel)
     affine = table_rows(Affine, advance(workspace, AFFINE * thread * PAD), PAD)
     for t in range(first, last):
         origin = origin_of(rows_of_slab(x, t, 0, shape), None, None, t)
@@ -223,7 +223,7 @@ def grad_sums_of(dy, x, y, t, shape, largest, k, mean, rstd):
     part = segment_at(k, shape, largest)
     a, b = 0.0, 0.0
     for s in range(part.slab, part.end_slab):
-        slabs = Slabs(
+        slabs = ChannelRows(
             halves_of_slab(dy, t, s, shape), halves_of_slab(x, t, s, shape), halves_of_slab(y, t, s, shape),
             Rows(None, 0, 0),
         )  # fmt: skip

@@ -98,7 +98,7 @@ from fastbn.cpu.kernels.simd import (
     zero_where_not_positive,
     zero_where_zero,
 )
-from fastbn.cpu.records import Affine, ColumnMoments, Moments, Parameters
+from fastbn.cpu.records import Affine, ColumnMoments, MomentRows, Parameters
 from fastbn.cpu.sizes import AFFINE, COLUMN_MOMENTS, ORIGINS, ROW_CHUNK
 
 PEEK = 64  # values of a channel from whose mean the first shift comes: off by an eighth of the deviation
@@ -322,7 +322,7 @@ def merge_segments(cells_mean, cells_m2, at, apart, height, shape):
 
 @inline
 def write_cells(x, shape, t, count, cells_mean, cells_m2, apart, height, moments, eps):
-    """Moments of cells that are whole channels, from kept index t on, into a table of `Moments`.
+    """Moments of cells that are whole channels, from kept index t on, into a table of `MomentRows`.
 
     Their segments' means and M2 are ``apart`` from segment to segment, their origins stand in the table's first row.
     The same as `merged`, `finished` and `write_moments`, eight at a time.
@@ -375,8 +375,8 @@ def count_of(weight, counts, k, values):
 
 @kernel
 def channel_moments(thread, first, last, x, weight, shape, tiles, origins, partials, table, eps):
-    """Moments of every kept index from those of its cells, into a table of `Moments`."""
-    channels, moments = shape.channel, table_rows(Moments, table, shape.batch * shape.channel)
+    """Moments of every kept index from those of its cells, into a table of `MomentRows`."""
+    channels, moments = shape.channel, table_rows(MomentRows, table, shape.batch * shape.channel)
     rows, cells = shape.outer // tiles.coalesced, channels * tiles.coalesced
     results = results_of(shape, rows, cells, tiles)
     means, m2s, counts = partials, advance(partials, results.together), advance(partials, 2 * results.together)
@@ -461,11 +461,11 @@ def forward(
 ):  # fmt: skip
     """Moments and y, a tile of cells at a time: the second pass finds its rows in cache. Rows are not coalesced.
 
-    The table is of `Moments`. In ``partials`` a thread has origins and centres, then each segment's means and M2.
+    The table is of `MomentRows`. In ``partials`` a thread has origins and centres, then each segment's means and M2.
     """
     channels, size, rows, height = shape.channel, shape.inner, shape.outer, tiles.height
     pitch, room = pitch_of(tiles, size), places(tiles.width, tiles.width)
-    moments = table_rows(Moments, table, shape.batch * channels)
+    moments = table_rows(MomentRows, table, shape.batch * channels)
     parameters = Parameters(moments.mean, moments.rstd, moments.gamma, moments.beta)
     own = advance(partials, thread * (ORIGINS + 2 * -(-rows // height)) * room)
     results = advance(own, ORIGINS * room)

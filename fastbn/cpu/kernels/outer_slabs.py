@@ -65,7 +65,7 @@ from fastbn.cpu.records import (
     Distances,
     GradientParameters,
     Linear,
-    Moments,
+    MomentRows,
     Parameters,
     Rows,
     Shape,
@@ -170,8 +170,8 @@ def moments_of_segments(thread, first, last, x, shape, tiles, partials, workspac
 
 @kernel
 def channel_moments(thread, first, last, x, shape, tiles, partials, table, eps):
-    """Moments of every channel from those of its cells, into a table of `Moments`."""
-    moments, cells = table_rows(Moments, table, shape.channel), cells_of(shape, tiles)
+    """Moments of every channel from those of its cells, into a table of `MomentRows`."""
+    moments, cells = table_rows(MomentRows, table, shape.channel), cells_of(shape, tiles)
     results = results_of_slabs(shape, tiles)
     means, m2s = partials, advance(partials, results.together)
     for t in range(first, last):

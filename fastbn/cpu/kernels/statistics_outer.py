@@ -9,7 +9,7 @@ In plain words, for the rows of a part that count, x as (rows, columns), and the
 
 Each column has its sums in a thread's workspace, which stays in the first-level cache; four rows are added at once. A
 *cell* is a kept index: one column, or ``size`` neighbouring ones, or several where rows of few kept indices are taken
-together, ``fold`` of them; then the sums of a cell's columns are added up in the end.
+together, ``coalesced`` of them; then the sums of a cell's columns are added up in the end.
 """
 
 from fastbn.cpu.kernels.calls import reserve
@@ -171,18 +171,20 @@ def add_rows(source, part, by_cell, o, table):
         x_row, w_row, x_step, w_step, rows, left = rows_from(r, part.last, source)
         x_row, w_row = part.at + x_row, part.w_at + w_row
         r += rows
-        whole = rows - 1 if geometry.tail > 0 and rows == left else rows  # the last one of folded rows may be short
+        whole = rows - 1 if geometry.tail > 0 and rows == left else rows  # the last one of coalesced rows may be short
         done, weight = add_quarters(
             source.x, source, x_row, x_step, w_row, w_step, whole, by_cell, o, table, part.columns
         )
-        n += weight * geometry.fold
+        n += weight * geometry.coalesced
         for k in range(done, rows):
             width, w_k = part.columns if k < whole else geometry.tail, w_row + k * w_step
             if row_counts(source.where, w_k, geometry):
                 weight = weight_at_row(source, w_k, o)
                 w = everywhere(weight)
                 add_any_row(source.x, source.raw, source, x_row + k * x_step, w_k, w, by_cell, o, table, width)
-                n += weight * (geometry.fold if k < whole else geometry.tail // (geometry.channels * geometry.size))
+                n += weight * (
+                    geometry.coalesced if k < whole else geometry.tail // (geometry.channels * geometry.size)
+                )
     return n * geometry.size
 
 
@@ -253,7 +255,7 @@ def add_integer_rows(source, part, table):
         if whole > 0:
             put_word(params + COLUMNS.width, part.columns)
             enter(source.fetch, params, 0, 0, whole)
-        n += whole * geometry.fold
+        n += whole * geometry.coalesced
         if whole < rows:
             put_word(params + COLUMNS.width, geometry.tail)
             enter(source.fetch, params, 0, whole, rows)
@@ -321,7 +323,7 @@ def outer(
         part = Part(
             at + cell * geometry.size * geometry.step,
             w_at + cell * geometry.size if geometry.mask == OF_VALUES else w_at,
-            r, min(r + geometry.rows_of_a_part, geometry.rows), geometry.fold * cells * geometry.size,
+            r, min(r + geometry.rows_of_a_part, geometry.rows), geometry.coalesced * cells * geometry.size,
         )  # fmt: skip
         if sums_of(source, part, cells, o.squares, by_cell, o, integers, unless(integers, True), table):
             results.status[CAREFUL] = 1.0

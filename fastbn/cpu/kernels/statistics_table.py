@@ -113,18 +113,18 @@ def values_if(option, a, at, step):
 def gather_columns(geometry, cells, o, table):
     """The sums of each cell's columns, moved side by side."""
     if geometry.size < LONG_CELL:
-        add_columns(geometry.fold, geometry.size, cells, o, table)
+        add_columns(geometry.coalesced, geometry.size, cells, o, table)
     else:
         add_long_cells(geometry.size, cells, o, table)
 
 
 @inline
-def add_columns(fold, size, cells, o, table):
+def add_columns(coalesced, size, cells, o, table):
     """Of cells with few neighbouring columns, or one in each of the rows that were taken as one: lanes are cells."""
     rest, counts = first_there(o.squares, o.exact), one_by_one(o)
     for j in range(0, cells, LANES):
         n, a, b = everywhere(0.0), everywhere(0.0), everywhere(0.0)
-        for k in range(fold):
+        for k in range(coalesced):
             for i in range(size):
                 c = (k * cells + j) * size + i
                 n = n + values_if(counts, table.numbers, table.counts + c, size)
