@@ -7,11 +7,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "_extensions")]
 
-import fastbn  # noqa: E402  # this clone's
+import fastbn  # noqa: E402  # behind the line that makes it this clone's
 
 project = "fastbn"
 author = "The fastbn developers"
-copyright = author  # noqa: A001  # Sphinx's name
+copyright = author  # noqa: A001  # Sphinx reads this name
 release = version = fastbn.__version__
 
 extensions = [

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812  # as everybody calls it
+import torch.nn.functional as F  # noqa: N812  # its name in PyTorch's own documentation
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 

@@ -27,7 +27,7 @@ class Backend(Protocol):
         """The library of the arrays."""
 
     @property
-    def LEAST_PIECE(self) -> int:  # noqa: N802 (a constant of a module)
+    def LEAST_PIECE(self) -> int:  # noqa: N802  # a backend is a module, where it is a constant
         """Bytes of a piece of an array that are worth a launch of its own (`fastbn.pieces`)."""
 
     # --- kernels ---

@@ -24,7 +24,7 @@ _prepared: dict[Any, Call] = {}
 class Unlike:
     """In a signature, what is like nothing else. It cannot be hashed, so that no such call is kept."""
 
-    __hash__ = None  # type: ignore[assignment]  # how Python wants it said
+    __hash__ = None  # type: ignore[assignment]  # None is how a class says so
 
 
 def describe(*arrays: Any) -> Any:

@@ -352,14 +352,16 @@ def _prepare_population(batches: list[Moments]) -> Call:
         raise ValueError("moments_of_batches: expected at least one Moments, got none")
     with device_of(*batches):
         backend = _checked_together({f"moments_of_batches[{i}]": batch for i, batch in enumerate(batches)})
-    xp = backend.xp
+    xp, shape = backend.xp, batches[0].count.shape
 
     def call(batches: list[Moments]) -> tuple[Any, Any]:
-        count, mean, m2 = (xp.stack(arrays, dtype=float) for arrays in zip(*batches, strict=True))
+        used, means, variances = (xp.zeros(shape) for _ in range(3))
         with np.errstate(all="ignore"):  # infinities of both signs, and batches that do not count
-            counts = count > 1
-            used = counts.sum(axis=0)  # 0 / 0 where no batch does
-            mean = xp.where(counts, mean, 0.0).sum(axis=0) / used
-            return mean, xp.where(counts, m2 / (count - 1), 0.0).sum(axis=0) / used
+            for count, mean, m2 in batches:
+                counts = count > 1
+                used += counts
+                means += xp.where(counts, mean, 0.0)
+                variances += xp.where(counts, m2 / (count - 1), 0.0)
+            return means / used, variances / used  # 0 / 0 where none counts
 
     return backend.on_its_device(call, batches[0].count)

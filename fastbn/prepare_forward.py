@@ -1,8 +1,9 @@
-"""Prepared calls of what is computed from x: what `fastbn.call` keeps.
+"""Prepared calls of the forward pass and of `normalize`: what `fastbn.call` keeps for them.
 
 As in `fastbn.prepare_gradients`, each function checks the arguments of a call, chooses how arrays become what kernels
 take (`fastbn.ways`), asks the backend for kernels, and returns a function of the arrays alone, which allocates results
-and runs these. What is left to look at in each call is whether `out` overlaps an input, and the values of weights.
+and runs these. What is left to look at in each call is whether `out` overlaps an input, whether running statistics
+share memory with anything, rate and correction, and the values of weights.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ def _types_of(ways: Ways, saved: Saved, dmean: Any, dvar: Any) -> tuple[Gradient
         "dmean": ways.parameter("dmean", dmean),
         "dvar": ways.parameter("dvar", dvar),
     }
-    dtypes, to_vectors = {k: dtype for k, (dtype, _) in found.items()}, {k: way for k, (_, way) in found.items()}
-    return GradientTypes(**dtypes), {name: to_vectors[name] for name in GradientTypes._fields}
+    types = GradientTypes(**{name: dtype for name, (dtype, _) in found.items()})
+    return types, {name: found[name][1] for name in types._fields}
 
 
 def _check_saved(saved: Any, gather: Any) -> None:

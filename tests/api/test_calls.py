@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import call
+from fastbn import call, prepare_forward, prepare_gradients
 from fastbn.cpu import team
 from tests.cases.calls import *  # noqa: F403
 from tests.conftest import forget
@@ -161,3 +161,48 @@ def test_other_arguments_of_statistics():
         assert fastbn.var(x, 1, where=x > 3)[0] == 0.25
         assert fastbn.moments(x, channel_axis=0).mean.shape == (4,)
         assert fastbn.moments(x, channel_axis=1).mean.shape == (6,)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "normalize", "batch_norm_backward", "grad_input"])
+def test_a_call_with_an_out_askew_is_prepared_once(name, monkeypatch):
+    """The one without `out` that it takes its result from, too."""
+    made = []
+    for module in (prepare_forward, prepare_gradients):
+        prepare = module.kernels_for
+        monkeypatch.setattr(module, "kernels_for", lambda *given, prepare=prepare: made.append(1) or prepare(*given))
+    monkeypatch.setattr(call, "_prepared", {})
+    rng, ones = np.random.default_rng(0), np.ones(6)
+    dy, values = rng.standard_normal((2, 4, 6, 5))
+    prepared = []
+    for _ in range(3):
+        buffer = np.empty(values.size + 7)
+        x, out = buffer[7:].reshape(values.shape), buffer[: values.size].reshape(values.shape)
+        x[...] = values
+        calls = {
+            "batch_norm": lambda x, out: fastbn.batch_norm(x, out=out)[0],
+            "normalize": lambda x, out: fastbn.normalize(x, ones, ones, out=out),
+            "batch_norm_backward": lambda x, out: (
+                fastbn.batch_norm_backward(dy, fastbn.Saved.frozen(x, ones, ones), out=out).x
+            ),
+            "grad_input": lambda x, out: fastbn.grad_input(dy, x, ones, ones, None, ones, ones, 20, out=out),
+        }
+        wanted = calls[name](values.copy(), None)
+        made.clear()
+        np.testing.assert_array_equal(calls[name](x, out), wanted)
+        prepared.append(len(made))
+    assert prepared == [2, 0, 0]
+
+
+def test_population():
+    """Batches of one value or none do not count, nor do their numbers; float32 and integers are taken as float64."""
+    nan, inf = np.nan, np.inf
+    count = np.array([[2, 2, 2, 1, 0], [4, 1, 3, 1, 1], [3, 5, 2, 0, 1]])
+    mean = np.array([[1.0, 2.0, inf, 3.0, nan], [2.0, nan, -inf, 5.0, 7.0], [6.0, 4.0, 1.0, nan, 7.0]])
+    m2 = np.array([[1.0, 3.0, nan, 0.0, nan], [6.0, inf, nan, 0.0, 0.0], [4.0, 8.0, 1.0, nan, 0.0]])
+    for counts, dtype in ((count.astype(float), float), (count, np.float32)):
+        batches = [fastbn.Moments(*each) for each in zip(counts, mean.astype(dtype), m2.astype(dtype), strict=True)]
+        for _ in range(2):  # prepared, and found
+            means, variances = fastbn.population(batches)
+            assert means.dtype == variances.dtype == np.float64
+            np.testing.assert_allclose(means, [3.0, 3.0, nan, nan, nan], rtol=1e-15)
+            np.testing.assert_allclose(variances, [5 / 3, 2.5, nan, nan, nan], rtol=1e-7)

@@ -98,7 +98,7 @@ def apart(me, args, count):
         low, high = extent(out)
         for i in range(1, count):
             a = load(args + 8 * i)
-            if a == none or a == out:  # noqa: SIM109 (kernels compare words)
+            if a == none or a == out:  # noqa: SIM109  # `in` would make a tuple
                 continue
             if load(a + TYPE_AT) != array_type:
                 result = load(words + FALSE_AT)
