@@ -86,7 +86,7 @@ def statistics_beside_numpy(rounds: int) -> dict[str, float]:
     """How many times faster mean and var are than NumPy's, on 100 MB of float32."""
     found = {}
     for layout, axes in (("NCHW", (0, 2, 3)), ("NHWC", (0, 1, 2))):
-        arrays = bench.Data((32, 64, 112, 112), "float32", layout).x
+        arrays = bench.Buffers((32, 64, 112, 112), "float32", layout).x
         for name in ("mean", "var"):
             ours, theirs = getattr(fastbn, name), getattr(np, name)
             times: dict[Any, list[float]] = {ours: [], theirs: []}

@@ -1,8 +1,8 @@
 """Batch norm of views beside arrays that lie in one piece: ``python -m benchmarks.views``.
 
-A view is a part of images without their border, every second row, some columns: its axes do not fold. It is measured
-beside the same call on a copy that was made before (how much the strides cost; at best the gaps between rows) and
-beside copying and then calling (what to do otherwise). Calls alternate in one process; the figures are medians.
+A view is a part of images without their border, every second row, some columns: its axes do not collapse. It is
+measured beside the same call on a copy that was made before (how much the strides cost; at best the gaps between rows)
+and beside copying and then calling (what to do otherwise). Calls alternate in one process; the figures are medians.
 """
 
 from __future__ import annotations

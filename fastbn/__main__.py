@@ -186,7 +186,7 @@ def _measured(
 Outcome = TypeVar("Outcome", covariant=True)
 
 
-class Work(Protocol[Outcome]):
+class Named(Protocol[Outcome]):
     """A named piece of work."""
 
     @property
@@ -195,7 +195,7 @@ class Work(Protocol[Outcome]):
     def run(self) -> Outcome: ...
 
 
-def _in_turn(work: Sequence[Work[Outcome]], progress: bool) -> Iterator[Outcome]:
+def _in_turn(work: Sequence[Named[Outcome]], progress: bool) -> Iterator[Outcome]:
     """Do the pieces of work, with a bar on stderr while one runs."""
     for done, piece in enumerate(work):
         if progress:

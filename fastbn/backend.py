@@ -2,7 +2,7 @@
 
 A backend is a module. `fastbn.cpu` is the one of NumPy arrays, `fastbn.cuda` that of CuPy arrays.
 
-Kernels are prepared for operands (`fastbn.operands`): folded arrays ``(batch, outer, channel, inner)`` or, in slabs,
+Kernels are prepared for operands (`fastbn.operands`): collapsed arrays ``(batch, outer, channel, inner)`` or, in slabs,
 ``(far, near, outer, channel, inner)``, of one dtype, float16, bfloat16, float32 or float64, and vectors of parameters,
 a float of each kept index, whose dtypes are given. What is prepared runs on arrays that lie so, in any shape, since
 kernels see but addresses. A weight is None, or an array of bools, float32 or float64, with size 1 where it does not
@@ -107,11 +107,11 @@ class Backend(Protocol):
 
     # --- arrays ---
 
-    def folded_view(self, layout: Layout, a: Any) -> Any:
+    def collapsed_view(self, layout: Layout, a: Any) -> Any:
         """An array as kernels see it; None where that takes a copy."""
 
     def reads(self, view: Any) -> bool:
-        """Whether kernels can walk a folded array, and write it."""
+        """Whether kernels can walk a collapsed array, and write it."""
 
     def reads_slabs(self, views: Sequence[Any]) -> bool:
         """Whether they also walk arrays in slabs (`fastbn.layout.layout_in_slabs`), which is faster than in pieces."""

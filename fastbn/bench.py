@@ -118,7 +118,7 @@ def measure(
     shape: tuple[int, ...], dtype: str, layout: str, rounds: int = ROUNDS, passes: tuple[str, ...] = PASSES
 ) -> list[Result]:
     """Passes on arrays of one shape ``(N, C, ...)``, which lie in memory as the layout says."""
-    data = Data(shape, dtype, layout)
+    data = Buffers(shape, dtype, layout)
     torch = torch_with_our_threads()
     results = []
     for what in passes:
@@ -160,7 +160,7 @@ def _in_turn(calls: dict[str, Call], rounds: int) -> dict[str, float]:
     return {name: float(np.median(measured)) for name, measured in times.items()}
 
 
-class Data:
+class Buffers:
     """Buffers of one case, taken in turn, and the contenders' calls on them."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str, layout: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 Call = Callable[..., Any]
 
-MOST = 4096  # prepared calls that are kept, for programs whose shapes never repeat
+MOST_CALLS = 4096  # prepared calls that are kept, for programs whose shapes never repeat
 _prepared: dict[Any, Call] = {}
 
 
@@ -121,7 +121,7 @@ def keep(signature: Any, call: Call) -> Call:
         hash(signature)
     except TypeError:
         return call
-    if len(_prepared) >= MOST:
+    if len(_prepared) >= MOST_CALLS:
         _prepared.clear()
     _prepared[signature] = call
     return call

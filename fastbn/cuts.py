@@ -106,11 +106,11 @@ def _copied(x: Any, kept: frozenset[int], order: list[int], least: int) -> Cut:
 def in_slabs(backend: Backend, kept: frozenset[int], arrays: Sequence[Any]) -> Layout | None:
     """The layout in slabs of arrays of one shape, if kernels walk them so."""
     layout = layout_in_slabs(arrays[0].shape, tuple(a.strides for a in arrays), kept)
-    views = [] if layout is None else [backend.folded_view(layout, a) for a in arrays]
+    views = [] if layout is None else [backend.collapsed_view(layout, a) for a in arrays]
     return layout if views and all(v is not None for v in views) and backend.reads_slabs(views) else None
 
 
 def walks(backend: Backend, layout: Layout, a: Any) -> bool:
     """Whether kernels read and write an array where it lies."""
-    view = backend.folded_view(layout, a)
+    view = backend.collapsed_view(layout, a)
     return view is not None and backend.reads(view)

@@ -40,7 +40,7 @@ __all__ = ["mean", "mean_var", "moments", "nanmean", "nanstd", "nanvar", "std", 
 Axes = int | tuple[int, ...] | None
 NAMES = "count", "hi", "lo", "m2"  # the mean is hi + lo
 PACKED = np.dtype([(name, np.float64) for name in NAMES])
-PIECE = 1 << 14  # channels merged at a time, whose temporary arrays stay in the cache: half the time of 500 000 at once
+CHANNELS_AT_ONCE = 1 << 14  # merged; their temporary arrays stay in the cache: half the time of 500 000
 FAR = 32  # standard deviations of a block's mean from 0 up to which its rounding costs less than 1e-14 of m2
 
 
@@ -348,8 +348,8 @@ def _merged(parts: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
         shape = tuple(n for a, n in enumerate(shape) if a not in axis)
     flat = [np.ma.getdata(part).reshape(-1) for part in listed]
     whole = np.empty(flat[0].shape, PACKED)
-    for start in range(0, whole.size, PIECE):
-        piece = slice(start, start + PIECE)
+    for start in range(0, whole.size, CHANNELS_AT_ONCE):
+        piece = slice(start, start + CHANNELS_AT_ONCE)
         pieces: Any = ([part[name][piece] for name in NAMES] for part in flat)
         _fill(whole[piece], united(np, pieces))
     return _marked(whole.reshape(shape), any(map(np.ma.isMaskedArray, listed)))

@@ -18,10 +18,10 @@ from fastbn.call import Call, Once
 from fastbn.layout import Shape
 from fastbn.merging import Moments
 from fastbn.operands import CAREFUL, STATUS, Mask, Statistic
-from fastbn.reduction_arguments import (
+from fastbn.reduction_validation import (
     EMPTY,
     NO_DEGREES,
-    Options,
+    ReductionOptions,
     check_out,
     kept_axes,
     operand,
@@ -35,7 +35,7 @@ _UNREAD = np.zeros(STATUS)  # the status of calls that cannot change it
 
 
 def statistic(
-    what: str, x: Any, where: Any, weights: Any, out: Any, options: Options, with_care: Callable[..., Call]
+    what: str, x: Any, where: Any, weights: Any, out: Any, options: ReductionOptions, with_care: Callable[..., Call]
 ) -> Call | None:  # fmt: skip
     """As `fastbn.prepare_reductions.statistic`; None where no kernel takes these arrays.
 
@@ -154,7 +154,7 @@ class _Result(NamedTuple):
     """Kernels can write ``out`` itself, if it shares no memory with what they read."""
 
 
-def _result_of(x: Any, options: Options, out: Any) -> _Result:
+def _result_of(x: Any, options: ReductionOptions, out: Any) -> _Result:
     kept, dtype = kept_axes(x, options.axis), np.dtype(result_dtype(x, options.dtype))
     shape = reduced_shape(x, kept, options.keepdims)
     check_out(shape, dtype, out)

@@ -43,7 +43,7 @@ def batch_norm(
     x : array
         float16, bfloat16, float32 or float64, of any layout. Channels-first, channels-last, Fortran order and slices
         of whole channels or samples are read where they lie, and so are other slices of contiguous rows from 2 MB on.
-        What else does not fold is copied, large arrays a piece at a time, but whole beside `where` or `weights`.
+        Other views are copied, large arrays a piece at a time, but whole beside `where` or `weights`.
     gamma, beta : array, optional
         Scale and shift, of any float dtype, that broadcast to the shape of the channel axes; 1 and 0 by default.
     channel_axis : int or tuple of ints

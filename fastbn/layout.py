@@ -10,7 +10,7 @@ four groups: batch and channel are kept, outer and inner are reduced, and absent
 
 The order is derived once, from ``x``, and applied to every array of the call. Folding an array is a transpose and a
 reshape. Kernels walk the groups by strides of their own, so the groups need not lie in this order: where the axes of a
-group do not fold into one, as in a spatial slice, they are two groups if two are left::
+group do not collapse into one, as in a spatial slice, they are two groups if two are left::
 
     NCHW, channel_axis=(0, 1), x[:, :, 1:-1, 1:-1]    (1, H, NC, W)
 
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
 
     order: Shape
     """The axes as kernels see them."""
-    folded: Shape
+    collapsed: Shape
     """Sizes of batch, outer, channel and inner; in slabs, of far, near, outer, channel and inner."""
     kept_shape: Shape
     """Sizes of the kept axes in the array's own order: the shape of parameters and statistics."""
@@ -46,24 +46,24 @@ class Layout(NamedTuple):
     """The kept axes as kernels see them, numbered among themselves; None where that is their own order."""
     kept: frozenset[int]
 
-    def fold(self, a: Any) -> Any:
+    def collapse(self, a: Any) -> Any:
         """The array as ``(batch, outer, channel, inner)``: a view where strides allow it, else a copy."""
-        return a.transpose(self.order).reshape(self.folded)
+        return a.transpose(self.order).reshape(self.collapsed)
 
-    def fold_weight(self, xp: Any, weight: Any, shape: Shape) -> Any:
+    def collapse_weight(self, xp: Any, weight: Any, shape: Shape) -> Any:
         """A weight that broadcasts to ``shape``, contiguous, with size 1 for batch and channel if it has it there."""
         full = any(weight.shape[axis] != 1 for axis in self.kept)
         target = tuple(size if full or axis not in self.kept else 1 for axis, size in enumerate(shape))
-        _batch, outer, _channel, inner = self.folded
-        folded = self.folded if full else (1, outer, 1, inner)
-        folded_weight = xp.broadcast_to(weight, target).transpose(self.order).reshape(folded)
+        _batch, outer, _channel, inner = self.collapsed
+        collapsed = self.collapsed if full else (1, outer, 1, inner)
+        collapsed_weight = xp.broadcast_to(weight, target).transpose(self.order).reshape(collapsed)
         # One byte an element where a mask may be as large as x; else one kind of weight is enough to compile for.
-        return xp.ascontiguousarray(folded_weight, dtype=None if full else xp.float64)
+        return xp.ascontiguousarray(collapsed_weight, dtype=None if full else xp.float64)
 
-    def unfold(self, folded: Any, into: Any) -> None:
-        """Write a folded result into an array of the original shape."""
+    def expand(self, collapsed: Any, into: Any) -> None:
+        """Write a collapsed result into an array of the original shape."""
         target = into.transpose(self.order)
-        target[...] = folded.reshape(target.shape)
+        target[...] = collapsed.reshape(target.shape)
 
     def laid_out(self, xp: Any, parameter: Any) -> Any:
         """A parameter that broadcasts to the kept shape, with the kept axes as kernels see them."""
@@ -98,7 +98,7 @@ def layout_of(shape: Shape, strides: Shape, kept: frozenset[int]) -> Layout:
     kept_order = tuple(kept_axes.index(axis) for axis in order if axis in kept)
     return Layout(
         order=tuple(order),
-        folded=sizes if 0 not in shape else _empty(shape, kept),
+        collapsed=sizes if 0 not in shape else _empty(shape, kept),
         kept_shape=tuple(shape[axis] for axis in kept_axes),
         kept_order=None if kept_order == tuple(range(len(kept_order))) else kept_order,
         kept=kept,
@@ -124,7 +124,7 @@ def layout_in_slabs(shape: Shape, strides: tuple[Shape, ...], kept: frozenset[in
     kept_order = tuple(kept_axes.index(axis) for axis in axes if axis in kept)
     return Layout(
         order=tuple(axes),
-        folded=tuple(math.prod(shape[axis] for axis in group) for group in groups),
+        collapsed=tuple(math.prod(shape[axis] for axis in group) for group in groups),
         kept_shape=tuple(shape[axis] for axis in kept_axes),
         kept_order=None if kept_order == tuple(range(len(kept_order))) else kept_order,
         kept=kept,
@@ -183,6 +183,6 @@ def _in_any_order(views: list[list[int]], kept: frozenset[int]) -> tuple[list[in
 
 
 def _empty(shape: Shape, kept: frozenset[int]) -> Shape:
-    """The folded shape of an array without elements."""
+    """The collapsed shape of an array without elements."""
     channels = math.prod(shape[axis] for axis in kept)
     return 1, math.prod(size for axis, size in enumerate(shape) if axis not in kept), channels, 1

@@ -9,7 +9,7 @@ from fastbn.layout import Shape
 
 
 class Operand(NamedTuple):
-    """An array as kernels see it, but for its numbers: folded, from its first element on."""
+    """An array as kernels see it, but for its numbers: collapsed, from its first element on."""
 
     shape: Shape
     """Sizes of batch, outer, channel and inner; or, in slabs, of far, near, outer, channel and inner (`layout`)."""

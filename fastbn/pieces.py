@@ -174,13 +174,15 @@ class Pieces:
                 count, mean, m2 = (layout.vector(xp, a) for a in moments)
                 return count, mean, m2, batch_rstd(count, m2, eps)
             # Squares left the range of float64: rare enough for a copy.
-            folded = xp.ascontiguousarray(layout.fold(x))
-            count, mean, m2, rstd = backend.moments(dense(layout.folded, x.dtype, of_x.device), None)(folded, None)
+            collapsed = xp.ascontiguousarray(layout.collapse(x))
+            count, mean, m2, rstd = backend.moments(dense(layout.collapsed, x.dtype, of_x.device), None)(
+                collapsed, None
+            )
             return count, mean, m2, rstd_with(xp, rstd, eps)
 
         return run
 
-    def _added_up(self, results: Iterator[tuple[tuple[slice, ...], Parameters, Any]]) -> tuple[Any, Any]:
+    def _added_up(self, results: Iterator[tuple[tuple[slice, ...], PieceVectors, Any]]) -> tuple[Any, Any]:
         """Sums of all pieces, in their order, as vectors."""
         totals: Any = None
         for index, parameters, sums in results:
@@ -196,7 +198,7 @@ class Pieces:
         return dgamma, dbeta
 
 
-class Parameters:
+class PieceVectors:
     """Vectors of an array's parameters beside those of a piece, each in the order of its layout."""
 
     def __init__(self, xp: Any, layout: Layout, shape: Shape, piece: Layout, of_piece: Shape) -> None:
@@ -238,11 +240,11 @@ class OfEachPiece:
     def __init__(self, backend: Backend, layout: Layout, cut: Cut, prepare: Callable[..., OfPiece]) -> None:
         self._backend, self._layout, self._cut, self._prepare = backend, layout, cut, prepare
         self._varies = any(axis in layout.kept for axis in cut.axes)  # whether parameters do from piece to piece
-        self._prepared: dict[Any, tuple[Layout, Parameters, Any, OfPiece]] = {}
+        self._prepared: dict[Any, tuple[Layout, PieceVectors, Any, OfPiece]] = {}
 
     def __call__(
         self, read: Sequence[Any], vectors: Sequence[Any], written: Sequence[Any]
-    ) -> Iterator[tuple[tuple[slice, ...], Parameters, Any]]:
+    ) -> Iterator[tuple[tuple[slice, ...], PieceVectors, Any]]:
         """Gives the index, the parameters and the results of each piece."""
         arrays, first = [*read, *written], len(read)
         shape = next(a.shape for a in arrays if a is not None)
@@ -258,10 +260,10 @@ class OfEachPiece:
             if arrive is not None:
                 for view, a in zip(views[first:], given[first:], strict=True):
                     if view is not a:
-                        layout.unfold(a, view)
+                        layout.expand(a, view)
             yield index, parameters, result
 
-    def _run_for(self, views: list[Any], first: int, whole: Shape) -> tuple[Layout, Parameters, Any, OfPiece]:
+    def _run_for(self, views: list[Any], first: int, whole: Shape) -> tuple[Layout, PieceVectors, Any, OfPiece]:
         key = tuple(None if a is None else (a.shape, self._backend.place(a)) for a in views)
         found = self._prepared.get(key)
         if found is None:
@@ -272,7 +274,7 @@ class OfEachPiece:
                 (None, None) if a is None else (ways.data(a) if i < first else ways.result(a, a))
                 for i, a in enumerate(views)
             ]
-            parameters = Parameters(self._backend.xp, self._layout, whole, layout, x.shape)
+            parameters = PieceVectors(self._backend.xp, self._layout, whole, layout, x.shape)
             run = self._prepare(*(operand for operand, _ in both))
             found = self._prepared[key] = layout, parameters, arriving(*(way for _, way in both)), run
         return found

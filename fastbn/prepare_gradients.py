@@ -188,7 +188,7 @@ def grad_input(
         to_count: Way
         constant = isinstance(count, Real)
         if isinstance(count, Real):
-            count_type, to_count = float64, partial(_filled, xp, layout.folded[0] * layout.folded[2])
+            count_type, to_count = float64, partial(_filled, xp, layout.collapsed[0] * layout.collapsed[2])
         else:
             count_type, to_count = ways.parameter("count", count)
         weight_, weigh = ways.weight(where, weights)

@@ -17,10 +17,10 @@ from fastbn.call import Call, Once
 from fastbn.cuts import is_cut
 from fastbn.layout import layout_of
 from fastbn.merging import Moments
-from fastbn.reduction_arguments import Options, check_nan_form, kept_axes, operand
+from fastbn.reduction_validation import ReductionOptions, check_nan_form, kept_axes, operand
 
 
-def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: Options) -> Call:
+def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: ReductionOptions) -> Call:
     """``call(x, where, weights, given, out)`` for "mean", "var", "std" or "mean_var"; see `fastbn.reductions`.
 
     `given` are the values from which a variance is measured, where it is not the mean.
@@ -44,7 +44,7 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
         return _by_moments(what, x, where, weights, given, out, options)
 
 
-def _by_moments(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: Options) -> Call:
+def _by_moments(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: ReductionOptions) -> Call:
     if options.skip_nan and x.dtype.kind not in "biu":
         return reductions_by_moments.without_nans(what, x, given, out, options)
     return reductions_by_moments.statistic(what, x, where, weights, given, out, options)
@@ -65,7 +65,7 @@ def average(x: Any, weights: Any, dtype: Any, axis: Any, keepdims: Any) -> Call:
         with np.errstate(over="ignore"):
             scale = some(xp.broadcast_to(weights, x.shape).sum(axis=axes, dtype=wide, keepdims=keepdims))
         if dtype.char != "g" and bool((xp.isfinite(weights) & (weights >= 0)).all()):
-            run = statistic("mean", x, None, weights, None, None, Options(axis, dtype, keepdims))
+            run = statistic("mean", x, None, weights, None, None, ReductionOptions(axis, dtype, keepdims))
             return run(x, None, weights, None, None), scale
         # Sums that may cancel, and what is not finite, as NumPy has them.
         result = xp.multiply(x, weights, dtype=wide).sum(axis=axes, keepdims=keepdims) / scale
@@ -127,7 +127,7 @@ def _is_numpys(x: Any, dtype: Any) -> bool:
     return bool(longs or x.size == 0 or not (validation.is_float(wanted) or (dtype is None and wanted.kind in "iub")))
 
 
-def _numpys(what: str, o: Options) -> Call:
+def _numpys(what: str, o: ReductionOptions) -> Call:
     def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
         where = True if where is None else where
         average = np.nanmean if o.skip_nan else np.mean

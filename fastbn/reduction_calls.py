@@ -10,7 +10,7 @@ import numpy as np
 from fastbn.arrays import is_foreign, kind_of
 from fastbn.call import Unlike, axes_of, describe, find, keep, number_of
 from fastbn.prepare_reductions import statistic
-from fastbn.reduction_arguments import Options
+from fastbn.reduction_validation import ReductionOptions
 
 
 def mean_call(name: str, x: Any, axis: Any, dtype: Any, out: Any, keepdims: Any, where: Any) -> Any:
@@ -66,10 +66,10 @@ def normalized(axis: Any, ddof: Any = 0) -> tuple[Any, Any]:
 
 def options_of(
     axis: Any, ddof: Any, given_axis: Any, dtype: Any, keepdims: Any, given_ddof: Any = 0, skip_nan: bool = False
-) -> Options:
+) -> ReductionOptions:
     """What was normalized if it could be, else what was given: then the call is not kept."""
     axis, ddof = given_axis if type(axis) is Unlike else axis, given_ddof if type(ddof) is Unlike else ddof
-    return Options(axis, dtype, keepdims, ddof, skip_nan)
+    return ReductionOptions(axis, dtype, keepdims, ddof, skip_nan)
 
 
 def mask_of(where: Any) -> Any:

@@ -18,10 +18,10 @@ from fastbn.call import Call, Once
 from fastbn.cuts import walked_by
 from fastbn.layout import Shape, layout_of
 from fastbn.merging import Moments
-from fastbn.reduction_arguments import (
+from fastbn.reduction_validation import (
     EMPTY,
     NO_DEGREES,
-    Options,
+    ReductionOptions,
     beside,
     check_out,
     is_float64,
@@ -33,10 +33,10 @@ from fastbn.reduction_arguments import (
 )
 from fastbn.ways import Way, Ways
 
-LEAST = 1e-290  # of sums of squares in float64: below, squares may have underflowed
+LEAST_SQUARES = 1e-290  # of sums of squares in float64: below, squares may have underflowed
 
 
-def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: Options) -> Call:
+def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: ReductionOptions) -> Call:
     """From the moments of a kernel for floats, in layouts that it can walk: others are copied."""
     with device_of(x):
         kind = kind_of("x", x)
@@ -66,7 +66,7 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
     return backend.on_its_device(call, x)
 
 
-def without_nans(what: str, x: Any, given: Any, out: Any, options: Options) -> Call:
+def without_nans(what: str, x: Any, given: Any, out: Any, options: ReductionOptions) -> Call:
     """With a mask, where no kernel looks for NaNs itself."""
     xp = backend_of(kind_of("x", x)).xp
     masked = Once(lambda x, numbers, given, out: statistic(what, x, numbers, None, given, out, options))
@@ -157,7 +157,7 @@ def _var(f: _Result, count: Any, mean: Any, m2: Any, rstd: Any, out: Any, root: 
             value = np.sqrt(value)
         if rstd is not None and f.sums_are_float64:
             std = np.sqrt(count / np.maximum(count - f.ddof, 0)) / rstd
-            lost = ((m2 < LEAST) | (m2 == np.inf)) & (rstd > 0) & (rstd < np.inf)
+            lost = ((m2 < LEAST_SQUARES) | (m2 == np.inf)) & (rstd > 0) & (rstd < np.inf)
             value = np.where(lost, std if root else std * std, value)
         if f.skip_nan:
             value = np.where(count - f.ddof <= 0, np.nan, value)

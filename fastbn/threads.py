@@ -21,6 +21,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from fastbn.numba_parts import threads as threads_of_numba
+
 __all__ = ["get_num_threads", "num_threads", "set_num_threads"]
 
 ANY = sys.maxsize  # no limit
@@ -130,8 +132,8 @@ def _usable() -> int:
     Neither is imported for it, which takes a second.
     """
     limits = [_processors(), _given()]
-    if parallel := sys.modules.get("numba.np.ufunc.parallel"):
-        limits.append(_of_numba(parallel))
+    if (chosen := threads_of_numba.chosen()) is not None:
+        limits.append(chosen)
     if torch := sys.modules.get("torch"):
         limits.append(_of_torch(torch))
     return min(limits)
@@ -151,14 +153,6 @@ def _given() -> int:
         limit = min(_of_environment, _quota(Path("/")))
         _known = now + QUOTA_SECONDS, limit
     return limit
-
-
-def _of_numba(parallel: Any) -> int:
-    """What `numba.set_num_threads` chose in this Python thread; it started Numba's threads, as asking would."""
-    if not getattr(parallel, "_is_initialized", False):
-        return ANY
-    chosen: int = parallel._get_num_threads()  # the public function checks and locks for 0.6 us
-    return chosen if 0 < chosen < parallel.config.NUMBA_NUM_THREADS else ANY  # all of them: nobody has chosen
 
 
 def _of_torch(torch: Any) -> int:

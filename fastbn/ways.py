@@ -29,7 +29,7 @@ class Ways:
         self.device, _ = backend.place(x)
 
     def _operand(self, view: Any, fresh: bool = False) -> Operand:
-        """A folded array where it lies."""
+        """A collapsed array where it lies."""
         device, offset = self.backend.place(view)
         return Operand(view.shape, view.strides, view.dtype, fresh, device, 0 if fresh else offset, self._of)
 
@@ -39,12 +39,12 @@ class Ways:
 
     def data(self, a: Any, fresh: bool = False) -> tuple[Operand, Way]:
         """An array that is read: it is copied where kernels cannot walk it."""
-        view = self.backend.folded_view(self.layout, a)
+        view = self.backend.collapsed_view(self.layout, a)
         if view is not None and self.backend.reads(view):
             return self._operand(view, fresh), None
         layout, xp, dtype = self.layout, self.backend.xp, a.dtype.newbyteorder("=")
-        copied = dense(layout.folded, dtype, self.device)
-        return copied, lambda a: xp.ascontiguousarray(layout.fold(a), dtype=dtype)
+        copied = dense(layout.collapsed, dtype, self.device)
+        return copied, lambda a: xp.ascontiguousarray(layout.collapse(a), dtype=dtype)
 
     def result(self, x: Any, out: Any) -> tuple[Operand, Way]:
         """An array like x that is written, or `out`: where kernels cannot, they write one whose numbers are copied."""
@@ -86,7 +86,7 @@ class Ways:
 
         def way(where: Any, weights: Any) -> tuple[Any, Any]:
             combined = validation.combined_weight(xp, where, weights, shape)
-            return combined, layout.fold_weight(xp, combined, shape)
+            return combined, layout.collapse_weight(xp, combined, shape)
 
         return self._operand(way(where, weights)[1]), way
 
@@ -95,7 +95,7 @@ class Ways:
         if weight is None:
             return None, None
         layout, xp, shape = self.layout, self.backend.xp, self.shape
-        return self._operand(layout.fold_weight(xp, weight, shape)), lambda w: layout.fold_weight(xp, w, shape)
+        return self._operand(layout.collapse_weight(xp, weight, shape)), lambda w: layout.collapse_weight(xp, w, shape)
 
     def shaped(self) -> Way:
         """From a kernel's vector to an array of the channels' shape."""
@@ -109,7 +109,7 @@ class Ways:
 
         It may take more arguments after these.
         """
-        arrive, arrays, unfold = arriving(*ways.values()), len(ways), self.layout.unfold
+        arrive, arrays, expand = arriving(*ways.values()), len(ways), self.layout.expand
         if arrive is None:
             return run
         places = [list(ways).index(name) for name in results]
@@ -119,7 +119,7 @@ class Ways:
             returned = run(*given, *arguments[arrays:])
             for place in places:
                 if given[place] is not arguments[place]:
-                    unfold(given[place], arguments[place])
+                    expand(given[place], arguments[place])
             return returned
 
         return through

@@ -155,7 +155,7 @@ def compiled(variant: Variant, architecture: int, text: str | None = None) -> Co
     from fastbn.cuda import launch
 
     text = launch.source(variant.kernel) if text is None else text
-    options = (*launch.OPTIONS, *(f"-D{name}={value}" for name, value in variant.macros))
+    options = (*launch.COMPILER_OPTIONS, *(f"-D{name}={value}" for name, value in variant.macros))
     cubin, log = _compile(text, (*options, *options_of_cupy(architecture), "-Xptxas", "-v"), "cubin")
     registers = _numbers(r"Used (\d+) registers", log)
     stack, stores, loads = _numbers(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
@@ -180,7 +180,7 @@ def disassembly(variant: Variant, architecture: int, change: Callable[[str], str
     """The instructions of a variant, or of what a change makes of its text."""
     from fastbn.cuda import launch
 
-    options = (*launch.OPTIONS, *(f"-D{name}={value}" for name, value in variant.macros))
+    options = (*launch.COMPILER_OPTIONS, *(f"-D{name}={value}" for name, value in variant.macros))
     cubin, _ = _compile(change(launch.source(variant.kernel)), (*options, *options_of_cupy(architecture)), "cubin")
     code = _disassembled(cubin)
     if code is None:
@@ -282,7 +282,7 @@ def sizeof_params_is(kernel: str, nbytes: int) -> bool:
     sizes["SUMS"] = 1
     options = (f"-D{name}={sizes.get(name, 0)}" for name in (*sizes, *others))
     try:
-        _compile(text, (*launch.OPTIONS, *options, *for_ptx(options_of_cupy(80))), "ptx")
+        _compile(text, (*launch.COMPILER_OPTIONS, *options, *for_ptx(options_of_cupy(80))), "ptx")
     except compiler.CompileException as error:
         if "another size" in str(error):
             return False

@@ -139,7 +139,7 @@ LAYOUTS = {
     "NHWC 3 channels": Layout((3, 11, 13, 3), 3),
     "NHWC many rows": Layout((5, 16, 17, 18), -1),
     "NHWC wide": Layout((3, 2, 3, 1045), -1),
-    "NHWC folded": Layout((7, 9, 11, 3), -1),
+    "NHWC collapsed": Layout((7, 9, 11, 3), -1),
     "NCHW short rows": Layout((18, 40, 7, 5)),
     "NCHW rows of whole lines": Layout((9, 50, 6, 8)),
     "NHWC as NCHW": Layout((4, 21, 5, 7), 1, channels_last),

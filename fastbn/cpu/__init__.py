@@ -19,7 +19,7 @@ from fastbn.cpu.memory import (
     alike,
     allocator,
     apart,
-    folded_view,
+    collapsed_view,
     kind_or_none,
     nontemporal_stores,
     overlap,
@@ -43,7 +43,7 @@ __all__ = [
     "allocator",
     "apart",
     "backward",
-    "folded_view",
+    "collapsed_view",
     "forward",
     "grad_input",
     "grad_sums",
@@ -311,21 +311,21 @@ def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool, fres
     return vector_plans.update_running(kept, tuple(map(kind_of, types)), skip_nonfinite).prepared()
 
 
-AT_ONCE = 8  # parts that one program merges
+MERGED_AT_ONCE = 8  # parts that one program merges
 
 
 def merge(kept: int, types: tuple[tuple[Any, Any, Any], ...]) -> Callable[..., tuple[Array, Array, Array]]:
     kinds = [tuple(map(kind_of, three)) for three in types]
-    starts, size = range(0, len(kinds), AT_ONCE), (len(Union._fields), kept)
+    size, of_state = MERGED_AT_ONCE, (len(Union._fields), kept)
+    starts = range(0, len(kinds), size)
     launches = [
-        vector_plans.merge(kept, tuple(kinds[i : i + AT_ONCE]), i == 0, i + AT_ONCE >= len(kinds)).prepared()
-        for i in starts
+        vector_plans.merge(kept, tuple(kinds[i : i + size]), i == 0, i + size >= len(kinds)).prepared() for i in starts
     ]
 
     def run(*vectors: Array) -> tuple[Array, Array, Array]:
-        state = np.empty(size)
+        state = np.empty(of_state)
         for i, launch in enumerate(launches):
-            launch(state, *vectors[3 * AT_ONCE * i : 3 * AT_ONCE * (i + 1)])
+            launch(state, *vectors[3 * size * i : 3 * size * (i + 1)])
         return state[N], state[HI], state[UNITED_M2]
 
     return run

@@ -19,7 +19,7 @@ from contextlib import suppress
 from fastbn.threads import get_num_threads
 
 OFF = "FASTBN_COMPILE_HELPER"
-LONGEST = 60.0  # seconds that a kernel is waited for: the other process may have been stopped
+LONGEST_WAIT = 60.0  # seconds that a kernel is waited for: the other process may have been stopped
 Kernel = tuple[str, tuple[str, ...]]
 
 # Says that it is there, then reads a kernel a line, compiles it and says so, until nothing more comes. PYTHONPATH may
@@ -51,7 +51,7 @@ class Helper:
         """Until it is done with a kernel, if that is one that it has begun."""
         begun = self._taken.get(kernel)
         if begun is not None:
-            begun.wait(LONGEST)
+            begun.wait(LONGEST_WAIT)
 
     def _feed(self) -> None:
         try:

@@ -28,6 +28,7 @@ import llvmlite.binding as llvm
 from fastbn import operands
 from fastbn.cpu import ahead, halves, objects, shipped
 from fastbn.cpu.store import store_of
+from fastbn.numba_parts.version import fingerprint
 
 _HERE = Path(__file__).parent
 Kernel = ahead.Kernel
@@ -182,11 +183,11 @@ def _nothing() -> int:
 
 @lru_cache
 def sources() -> str:
-    """A hash of this folder's sources, the system, and what they take of Python's objects and the contract as given."""
+    """A hash of what kernels are made from: sources, system, what they take of Python's objects and the contract."""
     places = [value for name, value in vars(objects).items() if name.endswith("_AT")]
     places += operands.CAREFUL, operands.NO_DEGREES, operands.EMPTY
     digest = hashlib.sha256(f"{sys.platform} {platform.machine()} {places}".encode())
-    for source in sorted(_HERE.rglob("*.py")):
+    for source in (*sorted(_HERE.rglob("*.py")), _HERE.parent / "numba_parts" / "compiling.py"):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
 
@@ -194,9 +195,7 @@ def sources() -> str:
 @lru_cache
 def version() -> str:
     """A hash of the sources, the compiler and the processor."""
-    numba = importlib.util.find_spec("numba")
-    numbas = b"" if numba is None or numba.origin is None else Path(numba.origin).with_name("_version.py").read_bytes()
-    parts = sources(), llvmlite.__version__, hashlib.sha256(numbas).hexdigest(), *processor()
+    parts = sources(), llvmlite.__version__, fingerprint(), *processor()
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:24]
 
 
@@ -232,7 +231,7 @@ def _object_code(name: str, kinds: tuple[str, ...], symbol: str, levels: Sequenc
 
 # --- a word to those who wait -----------------------------------------------------------------------------------------
 
-PATIENCE = 1.0  # seconds of compilation in a process that nobody needs to be told about
+NOTICE_AFTER = 1.0  # seconds of compilation in a process that nobody needs to be told about
 QUIET = "FASTBN_COMPILE_NOTICE"
 
 
@@ -251,7 +250,7 @@ class Notice:
     def __init__(self, name: str, kinds: tuple[str, ...]) -> None:
         self._name, self._kinds, self._began, self._timer = name, kinds, time.perf_counter(), None
         if not Notice.told and os.environ.get(QUIET) != "0" and _on_a_terminal():
-            self._timer = threading.Timer(max(0.0, PATIENCE - Notice.spent), self._tell)
+            self._timer = threading.Timer(max(0.0, NOTICE_AFTER - Notice.spent), self._tell)
             self._timer.daemon = True
             with suppress(RuntimeError):  # no more threads
                 self._timer.start()

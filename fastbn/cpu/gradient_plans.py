@@ -8,7 +8,7 @@ from functools import lru_cache
 from fastbn.cpu import sizes, slab_plans
 from fastbn.cpu.division import (
     FEW_PARTIALS,
-    LINE,
+    MEMORY_ORDER_FROM,
     ROW,
     TILE,
     AnyStrides,
@@ -126,7 +126,7 @@ def _add_grad_input(problem: Problem | ProblemInSlabs, distances: Argument, froz
     names = "dy", "x", "y", "weight", "dx", "dresidual"
     read, written = ["dy", "y"] if frozen else ["dy", "x", "y"], ["dx", "dresidual"]
     strides = problem.given(*read, *written)
-    if shape.inner < LINE and is_outer(shape, strides, problem.weighted):
+    if shape.inner < MEMORY_ORDER_FROM and is_outer(shape, strides, problem.weighted):
         coalesced = coalescing(shape, itemsize, strides, problem.weighted)
         width = tile_width(
             shape.channel * coalesced, shape.inner, itemsize, ROW // 2

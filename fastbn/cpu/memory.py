@@ -26,7 +26,7 @@ OWN_TIMES = min(max(1, last_cache() // 4 // CACHE_SHARE), 4)
 
 
 def reads(view: Array) -> bool:
-    """Whether kernels can walk a folded array: contiguous inner or channel axis, other strides whole elements."""
+    """Whether kernels can walk a collapsed array: contiguous inner or channel axis, other strides whole elements."""
     if not (view.dtype.isnative and view.flags.aligned):
         return False
     channel, inner = view.shape[-2:]
@@ -134,17 +134,17 @@ def viewed(o: Operand, a: Any) -> Array:
     return np.lib.stride_tricks.as_strided(a, o.shape, o.strides)
 
 
-def folded_view(layout: Layout, a: Array) -> Array | None:
+def collapsed_view(layout: Layout, a: Array) -> Array | None:
     """An array as kernels see it; None where that takes a copy."""
     try:
-        return a.transpose(layout.order).reshape(layout.folded, copy=False)
+        return a.transpose(layout.order).reshape(layout.collapsed, copy=False)
     except ValueError:
         return None
 
 
 # New pages cost more than a kernel (25 ms for 100 MB, the kernel 8), and malloc asks the system for new ones whenever
 # an array is larger than 32 MB. So a few large buffers of results that nobody uses any more are kept for the next ones.
-MAPPED, KEPT = 32 << 20, 256 << 20  # bytes from which buffers are kept, and kept at most
+MAPPED, KEPT_BYTES = 32 << 20, 256 << 20  # bytes from which buffers are kept, and kept at most
 _kept: dict[int, Array] = {}
 
 
@@ -158,7 +158,7 @@ class _Lease:
     def __del__(self) -> None:
         if _kept is not None:  # at the interpreter's end modules lose their names
             _kept[id(self.buffer)] = self.buffer
-            while sum(buffer.nbytes for buffer in tuple(_kept.values())) > KEPT:
+            while sum(buffer.nbytes for buffer in tuple(_kept.values())) > KEPT_BYTES:
                 _kept.pop(next(iter(tuple(_kept))), None)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from fastbn.cpu import sizes, slab_plans
 from fastbn.cpu.division import (
     FEW_PARTIALS,
-    LINE,
+    MEMORY_ORDER_FROM,
     ROW,
     TILE,
     AnyStrides,
@@ -119,7 +119,7 @@ def _add_normalize(
     names = "x", "y", "residual"
     strides, given = problem.given(*names), problem.arrays(*names) | {"shape": problem.of_shape}
     numbers: dict[str, Any] = {"table": table, "eps": eps, "given_rstd": given_rstd}
-    if shape.inner < LINE and is_outer(shape, strides):
+    if shape.inner < MEMORY_ORDER_FROM and is_outer(shape, strides):
         coalesced = coalescing(shape, itemsize, strides)
         width = tile_width(shape.channel * coalesced, shape.inner, itemsize, ROW)
         tiled = Tiled(problem, coalesced, width, workspace=sizes.AFFINE)

@@ -29,31 +29,31 @@ MOST_ARGUMENTS = 32
 ON_STACK = 3 << 10  # bytes of scratch memory at most; with more a frame exceeds 4 kB, which Windows makes a call for
 
 # The interpreter's lock is let go of by calls with so much work, so that other Python threads run meanwhile. Below
-# KEPT, 12 us, handing it over takes longer than that saves: eight threads together took 1.3 to 1.5 times one's time
+# KEPT_WORK, 12 us, handing it over takes longer than that saves: eight threads together took 1.3 to 1.5 times one's
 # with 9 us, 0.7 to 0.95 from 14 us on. But a thread that computes in Python gives the lock back only after 5 ms, a
-# hundred times as long as such calls: below LONG they measure how long they wait for it, and when waits lately were
-# more than WORTH times as long as the work done without it, calls keep it for REST times as long. Threads that wait
-# for it at once, for each other among others, share the time that is lost.
-KEPT, LONG = 3 << 15, 1 << 23
+# hundred times as long as such calls: below LONG_WORK they measure how long they wait for it, and when waits lately
+# were more than WORTH times as long as the work done without it, calls keep it for REST times as long. Threads that
+# wait for it at once, for each other among others, share the time that is lost.
+KEPT_WORK, LONG_WORK = 3 << 15, 1 << 23
 KEPT_UNTIMED = 1 << 18  # where the system's clock is not asked
 NEVER, ALWAYS = 0, 1  # release it; or the address of `_lock`
 WORTH, REST = 4, 8
 LONG_WAIT, MOST_WON = 4_000_000, 20_000_000  # ns: lost at once; of time that was well spent, as much as counts
 
-# The words of a program, in bytes: its header, then a `Vector` each, then a `Launch` each with `Source`s behind it.
+# The words of a program, in bytes: its header, `VectorWords`, and each launch's `LaunchWords` and `SourceWords`.
 TEAM, RELEASES, SAVE_THREAD, RESTORE_THREAD, INC_REF, NO_MEMORY, MALLOC, FREE = range(0, 64, 8)
 SCRATCH_BYTES, VECTORS, LAUNCHES, HEADER = range(64, 96, 8)
 NOWHERE = -1  # no array given; to the scratch memory
-FLOATS = ("none", "f8*", "f4*", "u2*", "i2*")  # what a vector of parameters may be
+VECTOR_KINDS = ("none", "f8*", "f4*", "u2*", "i2*")  # what a vector of parameters may be
 
-_INTEGERS = {"float16": "u2", "bfloat16": "i2", "bool": "u1"}  # as kernels see these: Numba has no halves on the CPU
+_AS_INTEGERS = {"float16": "u2", "bfloat16": "i2", "bool": "u1"}  # as kernels see these: Numba has no halves on the CPU
 
 
-class Vector(NamedTuple):
+class VectorWords(NamedTuple):
     """Words: a vector of parameters that is copied."""
 
     slot: int
-    """Of the array that is given, or `NOWHERE`; the index of its kind in `FLOATS`;"""
+    """Of the array that is given, or `NOWHERE`; the index of its kind in `VECTOR_KINDS`;"""
     kind: int
     default: int
     """bits of the number in its place."""
@@ -63,8 +63,8 @@ class Vector(NamedTuple):
     start: int
 
 
-class Launch(NamedTuple):
-    """Words: a kernel's address, how many tasks it has, for how many threads; how many `Source`s follow."""
+class LaunchWords(NamedTuple):
+    """Words: a kernel's address, how many tasks it has, for how many threads; how many `SourceWords` follow."""
 
     entry: int
     tasks: int
@@ -74,7 +74,7 @@ class Launch(NamedTuple):
     """The ns that it took."""
 
 
-class Source(NamedTuple):
+class SourceWords(NamedTuple):
     """Words: where an argument comes from."""
 
     source: int
@@ -112,7 +112,7 @@ Given = Argument | Strided | Options | Results | bool | float | None
 @lru_cache(maxsize=64)
 def kind_of(dtype: np.dtype[Any]) -> str:
     """An array of this dtype, as kernels name it (``dtype.name`` alone takes a microsecond)."""
-    return f"{_INTEGERS.get(dtype.name, dtype.str[1:])}*"
+    return f"{_AS_INTEGERS.get(dtype.name, dtype.str[1:])}*"
 
 
 class Program:
@@ -136,7 +136,7 @@ class Program:
         self._kinds = {name: kind or "none" for name, kind in arrays.items()} | dict.fromkeys(numbers, "f8")
         self._launches: list[tuple[str, int, int, dict[str, Words]]] = []
         self._functions: list[Kernel] = []
-        self._vectors: list[Vector] = []
+        self._vectors: list[VectorWords] = []
         self._scratch = self._temporary = self._used = 0
         self._integers: list[int] = []
         self._words: Any = None
@@ -175,7 +175,7 @@ class Program:
         return Argument("i8*", INTEGERS, extra=place)
 
     def record(self, values: NamedTuple) -> Argument:
-        """Integers that a kernel knows by their names, one of `records.INTEGERS`."""
+        """Integers that a kernel knows by their names, one of `records.INTEGER_RECORDS`."""
         return self.integers(values)._replace(kind=type(values).__name__)
 
     def strided(
@@ -192,7 +192,9 @@ class Program:
         slot = NOWHERE if kind == "none" else self._slots[name]
         target = NOWHERE if to.source == SCRATCH else to.slot
         self._vectors.append(
-            Vector(slot, FLOATS.index(kind), default=_bits(default), numbers=count, to=target, start=to.extra)
+            VectorWords(
+                slot, VECTOR_KINDS.index(kind), default=_bits(default), numbers=count, to=target, start=to.extra
+            )
         )
 
     def launch(self, name: str, tasks: int, short: bool = False, **arguments: Given) -> None:
@@ -242,16 +244,16 @@ class Program:
         pointers = []  # words that are to point into these words
         for (_, tasks, threads, named), entry in zip(self._launches, entries, strict=False):
             arguments = [word for of_one in named.values() for word in of_one]
-            words += Launch(entry, tasks, threads, len(arguments))
+            words += LaunchWords(entry, tasks, threads, len(arguments))
             for a in arguments:
                 if a.source == TEMPORARY:  # behind all that lasts
                     a = a._replace(source=SCRATCH, extra=a.extra + self._scratch)
                 elif a.source == INTEGERS:
                     a = a._replace(source=CONSTANT)
-                    pointers.append(len(words) + Source._fields.index("extra"))
+                    pointers.append(len(words) + SourceWords._fields.index("extra"))
                 elif a.source == FUNCTION:
                     a = Argument(a.kind, CONSTANT, extra=entries[len(self._launches) + a.slot])
-                words += Source(a.source, a.slot, a.extra)
+                words += SourceWords(a.source, a.slot, a.extra)
         mine = np.array(words + self._integers, np.int64)
         mine[pointers] += mine.ctypes.data + 8 * len(words)
         # Threads may prepare it at once; the words of the first are everybody's, or a call's team would never change.
@@ -260,9 +262,9 @@ class Program:
 
 def _releases(work: int) -> int:
     """The word `RELEASES` of a program with so much work."""
-    if work < KEPT if POSSIBLE else work < KEPT_UNTIMED:
+    if work < KEPT_WORK if POSSIBLE else work < KEPT_UNTIMED:
         return NEVER
-    return ctypes.addressof(_lock) if POSSIBLE and work < LONG else ALWAYS
+    return ctypes.addressof(_lock) if POSSIBLE and work < LONG_WORK else ALWAYS
 
 
 _lock = (ctypes.c_int64 * 3)()  # the time; the time lost; how many threads wait

@@ -151,13 +151,13 @@ class Formats(NamedTuple):
     """One of `statistics.FORMS`."""
     skip_nan: int
     of_count: int
-    """Dtypes: indices into `program.FLOATS`."""
+    """Dtypes: indices into `program.VECTOR_KINDS`."""
     of_mean: int
     of_spread: int
 
 
 _RECORDS = Shape, Slabs, Strides, SlabStrides, Chunks, Tiles, Walk, Geometry, Formats
-INTEGERS = {record.__name__: record for record in _RECORDS}
+INTEGER_RECORDS = {record.__name__: record for record in _RECORDS}
 
 
 # --- arrays in kernels ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 from fastbn.cpu import team
 from fastbn.cpu.division import option
 from fastbn.cpu.memory import Array
-from fastbn.cpu.program import FLOATS, NONE, Argument, Program, kind_of
+from fastbn.cpu.program import NONE, VECTOR_KINDS, Argument, Program, kind_of
 from fastbn.cpu.records import Formats, Geometry, Options, Results
 from fastbn.cpu.sizes import pitch
 from fastbn.dimensions import Dimension, dimensions
@@ -45,15 +45,15 @@ SHORTEST = 8  # values: of shorter reduced rows, eight neighbours are read toget
 SMALLEST = 64  # values: of shorter reduced rows of small integers, eight neighbours are read together
 FEW_VALUES = 128  # values of a kept index: if it has no more, eight neighbours are read together, whatever its rows
 ALONG = 32, 128  # values, and bytes: rows that have both are read each along itself, up to three times as fast
-AT_ONCE = 1 << 10  # bytes of a kept index: FEW_VALUES of narrow dtypes, where rows are read each along itself
-FEW_ROWS = 12  # rows of neighbouring kept indices, up to which all are read for eight columns at once
+FEW_BYTES = 1 << 10  # bytes of a kept index: FEW_VALUES of narrow dtypes, where rows are read each along itself
+ABREAST_ROWS = 12  # rows of neighbouring kept indices, up to which all are read for eight columns at once
 FEW = 8  # kept indices in a row, below which each goes its own way along the reduced ones
 WORTH = 16  # kept indices a step apart that are worth a row
 IN_L1 = 16 << 10  # bytes of sums that `outer` goes through for each row: half the smallest first-level cache
 OF_WIDE_ROWS = 64 << 10  # bytes of sums, from L2, where `outer` takes parts of rows: up to 1.6 times as fast as IN_L1
 FEW_COLUMNS = 512  # of small integers: a tile may have so many at least, and one for each SIZE_OF_COLUMN
 SIZE_OF_COLUMN = 8192  # bytes of the array, of which the 80 that two threads have for a column are a hundredth
-AHEAD = 8 << 10  # bytes that rows are prefetched ahead: processors do it within a page alone; 1.3 to 1.6 times as fast
+AHEAD_BYTES = 8 << 10  # that rows are prefetched ahead: processors do it within a page alone; 1.3 to 1.6 times as fast
 NEXT = 64 << 10  # bytes of a kept index, up to which those of the next are prefetched, if they lie nearer than its rows
 AHEAD_OF_ROWS = 32 << 10  # bytes ahead in images of one channel, each in a page of its own: 1.4 to 5 times as fast
 PART = 1 << 16  # values of a part, about, which a thread takes at once
@@ -64,15 +64,15 @@ FEW_NUMBERS = 1 << 14  # of parts: one thread merges so many in some 20 us
 SHARE_OF_PARTS = 4096  # bytes of a column for each part at least, whose numbers have 32: less than a hundredth
 TWO_PARTS = 3400  # bytes of a column from which it has two parts, if one thread would do all: less than a fiftieth
 
-_INTEGERS = {"i": "s", "u": "n", "b": "b"}
+_INTEGER_LETTERS = {"i": "s", "u": "n", "b": "b"}
 
 
 def kind_of_any(dtype: np.dtype[Any]) -> str | None:
     """How kernels name a real dtype; None for others, among them those of the other byte order."""
     if not dtype.isnative:
         return None
-    if dtype.kind in _INTEGERS:
-        return f"{_INTEGERS[dtype.kind]}{dtype.itemsize}*"
+    if dtype.kind in _INTEGER_LETTERS:
+        return f"{_INTEGER_LETTERS[dtype.kind]}{dtype.itemsize}*"
     kind = kind_of(dtype)
     return kind if kind in ("f4*", "f8*", "u2*", "i2*") else None
 
@@ -109,7 +109,7 @@ class Summing(NamedTuple):
 
     def few(self, along: bool) -> int:
         """Values of a kept index, up to which all are read at once."""
-        return max(FEW_VALUES, AT_ONCE // self.itemsize) if along else FEW_VALUES
+        return max(FEW_VALUES, FEW_BYTES // self.itemsize) if along else FEW_VALUES
 
 
 class Division(NamedTuple):
@@ -174,7 +174,7 @@ def _ahead(run: Dimension, rows: list[Dimension], kept: list[Dimension], how: Su
         return {"ahead": kept[-1].step * max(1, AHEAD_OF_ROWS // (values * how.itemsize)), "turn": run.size, "skip": 0}
     above = rows or kept
     step = above[-1].step if above else run.size
-    whole, rest = divmod(AHEAD // how.itemsize, run.size)
+    whole, rest = divmod(AHEAD_BYTES // how.itemsize, run.size)
     return {"ahead": whole * step + rest, "turn": run.size - rest, "skip": step - run.size}
 
 
@@ -232,7 +232,7 @@ def _along_kept(
     words = _words(kept, rows)
     along = row.step != 1 and bool(rows) and rows[-1].step == 1 and how.along(rows[-1].size)
     along = along and (not how.mask or rows[-1].mask == 1)
-    few = FEW_ROWS if row.step == 1 else how.few(along)
+    few = ABREAST_ROWS if row.step == 1 else how.few(along)
     if count <= few and size is None and coalesced == 1:
         geometry = geometry._replace(parts=1, rows_of_a_part=count)
         of_rows = row.mask == 0 and not along
@@ -316,7 +316,7 @@ def plan(
     into = {
         name: _address(p.array(name).after(starts[2]) if arrays[name] else NONE) for name in ("count", "mean", "spread")
     }
-    formats = Formats(form, skip_nan, *(0 if k is None else FLOATS.index(k) for k in kinds))
+    formats = Formats(form, skip_nan, *(0 if k is None else VECTOR_KINDS.index(k) for k in kinds))
     results = Results(**into, ddof=p.number("ddof"), status=p.array("status"), formats=p.record(formats))
     given: dict[str, Any] = {
         "options": options,

@@ -26,7 +26,7 @@ OF_THE_TEAM: list[Kernel] = [("team.serve", ()), ("team.dismiss", ())]
 
 PARALLEL_FROM = 3 << 16  # elements; below, one thread takes 40 us, in which no other can do much
 COST_AT_FIRST = 10_000  # ns of calling a sleeper, before the first call has been measured
-MOST = 256  # members
+MOST_MEMBERS = 256  # members
 
 # Numbers of system calls: futex, gettid.
 CALLS = {"x86_64": (202, 186), "aarch64": (98, 178), "riscv64": (98, 178), "ppc64le": (221, 207)}
@@ -53,7 +53,7 @@ _starting = threading.Lock()
 
 def threads_for(elements: int) -> int:
     """How many threads do so much work, at most."""
-    return 1 if elements < PARALLEL_FROM else min(get_num_threads(), MOST)
+    return 1 if elements < PARALLEL_FROM else min(get_num_threads(), MOST_MEMBERS)
 
 
 def team_for(threads: int) -> int:
@@ -64,7 +64,7 @@ def team_for(threads: int) -> int:
         return _numbas_threads()
     if _hired < threads - 1 and not _refused and _starting.acquire(blocking=False):
         try:
-            _start(min(threads, MOST))
+            _start(min(threads, MOST_MEMBERS))
         finally:
             _starting.release()
     return _memory
@@ -96,7 +96,7 @@ def _start(threads: int) -> None:
     if not _memory:  # never freed: a late worker may look there
         calloc = ctypes.pythonapi.PyMem_RawCalloc
         calloc.argtypes, calloc.restype = (ctypes.c_size_t, ctypes.c_size_t), ctypes.c_void_p
-        memory = -(-calloc(MEMBERS + (MOST + 1) * MEMBER, 1) // 128) * 128
+        memory = -(-calloc(MEMBERS + (MOST_MEMBERS + 1) * MEMBER, 1) // 128) * 128
         _word(memory + COST).value = COST_AT_FIRST
         _prepare(memory + MEMBERS)
         _dismiss()  # now: the interpreter's end is no time to compile

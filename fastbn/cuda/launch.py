@@ -31,7 +31,7 @@ OPTIONAL = {
 }
 """The options that each kernel is compiled for."""
 
-OPTIONS = ("-std=c++17",)
+COMPILER_OPTIONS = ("-std=c++17",)
 
 Macros = tuple[tuple[str, int], ...]
 
@@ -45,7 +45,7 @@ class Kernel(NamedTuple):
     @property
     def options(self) -> tuple[str, ...]:
         """Of the compiler."""
-        return OPTIONS + tuple(f"-D{name}={value}" for name, value in self.macros)
+        return COMPILER_OPTIONS + tuple(f"-D{name}={value}" for name, value in self.macros)
 
 
 KERNELS, INCLUDE = (files("fastbn.cuda").joinpath(folder) for folder in ("kernels", "include"))

@@ -92,11 +92,11 @@ def results_of(plan: Plan, rows: int, kept: int) -> tuple[list[str], Callable[[]
     return pointers, make
 
 
-def folded_view(layout: Layout, a: Array) -> Array | None:
+def collapsed_view(layout: Layout, a: Array) -> Array | None:
     """An array as kernels see it; None where that takes a copy."""
     view = a.transpose(layout.order)
     try:
-        view.shape = layout.folded
+        view.shape = layout.collapsed
     except (AttributeError, ValueError):  # as the library's version has it
         return None
     return view
@@ -121,7 +121,7 @@ def allocator(a: Array) -> Callable[[Array], Array]:
 
 
 def reads(view: Array) -> bool:
-    """Whether kernels can walk a folded array: whatever its strides."""
+    """Whether kernels can walk a collapsed array: whatever its strides."""
     return True
 
 

@@ -31,7 +31,7 @@ FORMS = ("var", "std", "m2")
 
 MOST_REDUCED = 6  # dimensions, whose coordinates are in registers
 FEW = 32  # kept indices of a row below which it is read with the rows behind it
-LONG = 32  # vectors of a row that need not begin or end with one
+LONG_ROW = 32  # vectors of a row that need not begin or end with one
 BYTES_OF_PART = 50  # of what is reduced, for each byte of a part: hence 2 %
 BATCHES_OF_SPLIT = 2  # of each thread, below which another block is not worth its merge
 LINE = 128  # bytes of a cache line, which neighbouring threads read together
@@ -119,7 +119,7 @@ def _rows(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning: T
     inner, *outer = reduced
     most, vector, run = max(1, 16 // data.itemsize), 1, inner.size
     if inner.step == 1:
-        ragged = not outer and inner.size >= LONG * most
+        ragged = not outer and inner.size >= LONG_ROW * most
         vector = most if ragged else _vector(inner.size, most, [*kept, *outer], data)
     rows = [Dimension(inner.size // vector, inner.step * vector, inner.mask * vector, 0, False), *outer]
     count, channels = math.prod(d.size for d in rows), math.prod(d.size for d in kept)

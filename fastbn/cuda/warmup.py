@@ -72,18 +72,18 @@ def _plans(device: Device, dtype: str, shape: Shape, layout: str) -> Iterator[pl
     n, channels, *image = shape
     shape, axis = ((n, channels, *image), 1) if layout == "NCHW" else ((n, *image, channels), len(shape) - 1)
     x = dense(shape, float_dtypes()[dtype])
-    folded = layout_of(shape, x.strides, frozenset((axis,))).folded
-    strides = tuple(s // x.dtype.itemsize for s in dense(folded, x.dtype).strides)
+    collapsed = layout_of(shape, x.strides, frozenset((axis,))).collapsed
+    strides = tuple(s // x.dtype.itemsize for s in dense(collapsed, x.dtype).strides)
     for options in OPTIONS.values():
         relu, residual = "relu" in options, "residual" in options
         weight = 2 if "where" in options or "weights" in options else 0  # float64, one for all channels
 
         def problem(*arrays: str, relu: bool = relu, residual: bool = residual, weight: int = weight) -> Problem:
-            operand = Operand(tuple(s if size > 1 else 0 for s, size in zip(strides, folded, strict=True)), 0)
-            of_weight: Strides = (0, folded[3], 0, 1) if weight else ()
+            operand = Operand(tuple(s if size > 1 else 0 for s, size in zip(strides, collapsed, strict=True)), 0)
+            of_weight: Strides = (0, collapsed[3], 0, 1) if weight else ()
             operands = tuple((name, operand) for name in arrays)
             return Problem(
-                device, folded, type_of(x.dtype), x.dtype.itemsize, operands, weight, of_weight, (), relu, residual
+                device, collapsed, type_of(x.dtype), x.dtype.itemsize, operands, weight, of_weight, (), relu, residual
             )
 
         beside = ("residual",) * residual

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # as PyTorch has it
 from torch import Tensor
 
-LEAST = {False: (3 << 20, 3 << 20), True: (3 << 17, 5 << 17)}
+LEAST_VALUES = {False: (3 << 20, 3 << 20), True: (3 << 17, 5 << 17)}
 """Elements from which fastbn's kernels are faster in evaluation and in training, of contiguous tensors and of
 channels-last ones (2 cores of a Xeon, float32: `python -m benchmarks.steps --layers`)."""
 
@@ -24,7 +24,7 @@ def is_preferred(input: Tensor, training: bool, where_faster: bool | None) -> bo
         return True
     if where_faster is None or type(input) is not Tensor or not input.is_cpu or input.is_quantized:
         return False
-    contiguous, channels_last = LEAST[training]
+    contiguous, channels_last = LEAST_VALUES[training]
     return bool(input.numel() < (contiguous if input.is_contiguous() else channels_last))
 
 

@@ -247,7 +247,7 @@ def test_bench(capsys, dtype):
 def test_contenders_compute_the_same(layout):
     """Else a faster one would prove nothing."""
     torch = pytest.importorskip("torch")
-    data = bench.Data((3, 24, 5, 6), "float32", layout)
+    data = bench.Buffers((3, 24, 5, 6), "float32", layout)
     data.copy(1)
     np.testing.assert_array_equal(data.out[1], data.x[1])
     for what in bench.OPERATIONS:

@@ -1,4 +1,4 @@
-"""Batch norm of views that do not fold: in pieces, without copies, as of arrays in one piece."""
+"""Batch norm of views that do not collapse: in pieces, without copies, as of arrays in one piece."""
 
 import tracemalloc
 
@@ -114,7 +114,7 @@ def test_out_is_written_alone(in_small_pieces):
 
 
 def test_one_array_of_a_call_is_a_view(in_small_pieces):
-    """Where x folds but dy does not, and the other way round."""
+    """Where x collapses but dy does not, and the other way round."""
     case = make_case(Layout((5, 6, 9, 21)), "float64")
     view = VIEWS["NCHW"].place(case.dy)
     _, saved = fastbn.batch_norm(case.x)
@@ -181,13 +181,13 @@ def test_no_copies(view):
     assert peak < 0.04 * x.nbytes
 
 
-@pytest.mark.parametrize(("axis", "folded"), [((0, 1), (1, 5, 24, 7)), ((0, 1, 2), (24, 1, 5, 7))])
-def test_groups_that_fold_need_no_pieces(axis, folded):
+@pytest.mark.parametrize(("axis", "collapsed"), [((0, 1), (1, 5, 24, 7)), ((0, 1, 2), (24, 1, 5, 7))])
+def test_groups_that_fold_need_no_pieces(axis, collapsed):
     x = spatial_slice((4, 6, 5, 7), np.dtype("f4"))
-    view = cpu.folded_view(fastbn.layout.layout_of(x.shape, x.strides, frozenset(axis)), x)
+    view = cpu.collapsed_view(fastbn.layout.layout_of(x.shape, x.strides, frozenset(axis)), x)
     assert view is not None
     assert cpu.reads(view)
-    assert view.shape == folded
+    assert view.shape == collapsed
 
 
 def image_parts(shape=(16, 32, 66, 66)):

@@ -22,7 +22,7 @@ SHAPES = {
     "long rows": Layout((2, 3, 70_001)),
     "short rows": LAYOUTS["NCHW short rows"],
     "columns": LAYOUTS["NHWC many rows"],
-    "folded": Layout((9000, 3), -1),
+    "collapsed": Layout((9000, 3), -1),
     "instance": LAYOUTS["instance NHWC"],
 }
 CASES = [

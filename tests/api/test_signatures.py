@@ -242,7 +242,7 @@ def test_out_is_a_row_of_the_weights():
 def test_a_call_that_is_not_kept_pushes_out_nothing(monkeypatch):
     """However full the cache is."""
     monkeypatch.setattr(call, "_prepared", dict.fromkeys(range(4)))
-    monkeypatch.setattr(call, "MOST", 4)
+    monkeypatch.setattr(call, "MOST_CALLS", 4)
     fastbn.mean(np.arange(3.0), where=[True, False, True])
     assert len(call._prepared) == 4
 

@@ -34,7 +34,7 @@ OTHERWISE = {
     "NHWC columns",
     "NCHW columns",
     "NCHW one row",
-}  # or they fold
+}  # or they collapse
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_they_are_walked(view, in_slabs):
     _, saved = fastbn.batch_norm(case.x, **case.keywords)
     assert in_slabs
     assert in_slabs[-1] is not None
-    assert len(in_slabs[-1].folded) == 5
+    assert len(in_slabs[-1].collapsed) == 5
     moments = fastbn.moments(case.x, **case.keywords)
     for mine, others in zip(saved.moments, moments, strict=True):
         np.testing.assert_array_equal(mine, others)
@@ -151,7 +151,7 @@ def test_out_is_written_alone(view, in_slabs):
 
 @pytest.mark.parametrize("view", ["NCHW", "NHWC"])
 def test_one_array_of_a_call_is_a_view(view, in_slabs):
-    """Where x folds but dy and the residual do not: statistics have the bits that x by itself has."""
+    """Where x collapses but dy and the residual do not: statistics have the bits that x by itself has."""
     layout = SLABS[view]
     case = make_case(Layout(layout.shape, layout.channel_axis), "float64")
     dy, residual = layout.place(case.dy), layout.place(np.ones(layout.shape))
@@ -164,18 +164,18 @@ def test_one_array_of_a_call_is_a_view(view, in_slabs):
 
 
 def test_layouts():
-    def folded(shape, index, kept, dtype=np.float32):
+    def collapsed(shape, index, kept, dtype=np.float32):
         x = np.empty(shape, dtype)[index]
         found = layout_in_slabs(x.shape, (x.strides,), frozenset(kept))
-        return None if found is None else found.folded
+        return None if found is None else found.collapsed
 
     inside = slice(1, -1)
-    assert folded((8, 16, 9, 9), np.s_[:, :, inside, inside], [1]) == (8, 1, 7, 16, 7)
-    assert folded((8, 9, 9, 16), np.s_[:, inside, inside], [3]) == (8, 7, 7, 16, 1)
-    assert folded((8, 9, 9, 16), np.s_[:, inside], [3]) == (8, 1, 63, 16, 1)
-    assert folded((4, 16, 5, 6, 7), np.s_[:, :, inside, inside, inside], [1]) == (4, 3, 4, 16, 5)
-    assert folded((4, 3, 16, 5, 6, 7), np.s_[:, :2, :, inside, inside, inside], [2]) is None  # one group more
-    assert folded((8, 16, 9, 9), np.s_[:, inside], [0, 1]) is None  # two groups are kept
+    assert collapsed((8, 16, 9, 9), np.s_[:, :, inside, inside], [1]) == (8, 1, 7, 16, 7)
+    assert collapsed((8, 9, 9, 16), np.s_[:, inside, inside], [3]) == (8, 7, 7, 16, 1)
+    assert collapsed((8, 9, 9, 16), np.s_[:, inside], [3]) == (8, 1, 63, 16, 1)
+    assert collapsed((4, 16, 5, 6, 7), np.s_[:, :, inside, inside, inside], [1]) == (4, 3, 4, 16, 5)
+    assert collapsed((4, 3, 16, 5, 6, 7), np.s_[:, :2, :, inside, inside, inside], [2]) is None  # one group more
+    assert collapsed((8, 16, 9, 9), np.s_[:, inside], [0, 1]) is None  # two groups are kept
 
 
 def test_rows_that_are_divided():

@@ -55,7 +55,7 @@ def exact(x, axis):
 SHAPES = {  # by the way that they are added up
     "shorter than a vector": ((7,), (0,)),
     "of vectors and a rest": ((1000,), (0,)),
-    "of quarters": ((integers.BYTES * integers.LONG * 4 + 77,), (0,)),
+    "of quarters": ((integers.BYTES * integers.LONG_ROUNDS * 4 + 77,), (0,)),
     "of pieces": ((200_001,), (0,)),
     "rows, each a result": ((5, 9001), (1,)),
     "short rows, each a result": ((70, 100), (1,)),

@@ -190,7 +190,7 @@ def test_a_gathered_forward_is_another_call(found):
 
 
 def test_programs_without_repetition_keep_memory_flat(monkeypatch):
-    monkeypatch.setattr(call, "MOST", 8)
+    monkeypatch.setattr(call, "MOST_CALLS", 8)
     forget()
     for n in range(1, 40):
         fastbn.batch_norm_inference(np.ones((n, 3), np.float32), np.zeros(3), np.ones(3))

@@ -1,4 +1,4 @@
-"""Views whose axes do not fold, or only in another order than that of memory."""
+"""Views whose axes do not collapse, or only in another order than that of memory."""
 
 from itertools import product
 

@@ -16,7 +16,7 @@ PRELUDE = """
     import numpy as np
     import fastbn
     from fastbn.cpu import program, team
-    team.PARALLEL_FROM = program.KEPT = program.LONG = 0
+    team.PARALLEL_FROM = program.KEPT_WORK = program.LONG_WORK = 0
     if os.environ.get("CONDITIONS"):
         team.futexes = False
     if os.environ.get("NUMBA_THREADING_LAYER"):

@@ -1,12 +1,13 @@
 """What fastbn takes of Numba's private parts: a new Numba that changes one says here which.
 
-They are those of `kernels.compiler`, two names of `fastbn.threads` and a file of `cpu.code`.
+They stand in `fastbn.numba_parts`.
 
 Numba has no upper bound in pyproject.toml: most releases change none of this, and a bound would keep users of a new
 one from kernels that work.
 """
 
 import ctypes
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -29,7 +30,8 @@ from numba.core.registry import cpu_target
 from fastbn.cpu import code
 from fastbn.cpu.kernels import compiler
 from fastbn.cpu.kernels.simd import load, store
-from fastbn.cpu.records import INTEGERS, Options, Shape
+from fastbn.cpu.records import INTEGER_RECORDS, Options, Shape
+from fastbn.numba_parts import compiling, version
 
 # Of Numba's passes, those that kernels go without, and why.
 LEFT_OUT = {
@@ -58,10 +60,10 @@ def test_passes():
     """Those of its own pipeline are ours, in our order, and those that were looked at and left out."""
     state = SimpleNamespace(func_ir=None, flags=Flags())
     theirs = [one.__name__ for one, _ in DefaultPassBuilder.define_nopython_pipeline(state).passes]
-    new = set(theirs) - set(LEFT_OUT) - {one.__name__ for one in compiler._PASSES}
+    new = set(theirs) - set(LEFT_OUT) - {one.__name__ for one in compiling.PASSES}
     assert not new, f"Numba {numba.__version__} has passes that nobody has looked at: are {new} needed by kernels?"
     ours = iter(theirs)
-    missing = [one.__name__ for one in compiler._PASSES if one.__name__ not in ours]
+    missing = [one.__name__ for one in compiling.PASSES if one.__name__ not in ours]
     assert not missing, f"Numba {numba.__version__} runs {missing} earlier, or not at all"
 
 
@@ -96,14 +98,14 @@ def test_methods(function, expected):
 
 
 def test_library():
-    library = compiler._Part(cpu_target.target_context.codegen(), "empty")
+    library = compiling.Part(cpu_target.target_context.codegen(), "empty")
     for name in ("_codegen", "_final_module", "_linking_libraries", "_get_module_for_linking", "_ensure_finalized"):
         assert hasattr(library, name), f"Numba {numba.__version__}: a code library has no {name}"
     assert library._codegen._data_layout
 
 
 def test_number_of_threads():
-    """What `fastbn.threads` asks in place of `numba.get_num_threads`; the second is there once Numba's threads are."""
+    """What is asked in place of `numba.get_num_threads`; the second is there once Numba's threads are."""
     parallel, chosen = importlib.import_module("numba.np.ufunc.parallel"), numba.get_num_threads()
     for name in ("_is_initialized", "_get_num_threads"):
         assert hasattr(parallel, name), f"Numba {numba.__version__}: numba.np.ufunc.parallel has no {name}"
@@ -112,7 +114,8 @@ def test_number_of_threads():
 
 
 def test_file_of_the_version():
-    """`cpu.code` finds machine code by it."""
+    """Machine code is found by it."""
+    assert version.fingerprint() != hashlib.sha256(b"").hexdigest()
     found = Path(importlib.util.find_spec("numba").origin).with_name("_version.py")
     assert found.is_file(), f"Numba {numba.__version__} has no file {found.name} that names its version"
     assert numba.__version__ in found.read_text(), f"Numba {numba.__version__}: {found.name} does not name it"
@@ -145,7 +148,7 @@ def test_a_kernel_by_itself():
 def test_records_of_integers():
     kind = compiler.KINDS["Shape"]
     assert (kind.instance_class, kind.fields, set(kind.types)) == (Shape, Shape._fields, {types.int64})
-    assert set(INTEGERS) <= set(compiler.KINDS)
+    assert set(INTEGER_RECORDS) <= set(compiler.KINDS)
 
 
 def test_groups():

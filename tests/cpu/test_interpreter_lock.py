@@ -13,7 +13,7 @@ import pytest
 import fastbn
 from fastbn.cpu import program, team
 
-KEPT, LONG = program.KEPT // 2, program.LONG // 2  # elements of a forward pass, which goes through them twice
+KEPT, LONG = program.KEPT_WORK // 2, program.LONG_WORK // 2  # elements of a forward pass, which goes through them twice
 
 
 def random(shape):

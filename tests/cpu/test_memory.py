@@ -26,7 +26,7 @@ def test_freed_buffers_serve_again_and_used_ones_never():
     assert third.shape == like.shape
     smaller = memory.empty_like(like[:8])
     del second, third
-    assert sum(b.nbytes for b in memory._kept.values()) <= memory.KEPT
+    assert sum(b.nbytes for b in memory._kept.values()) <= memory.KEPT_BYTES
     del smaller
 
 
@@ -34,11 +34,11 @@ def test_kept_buffers_are_bounded(monkeypatch):
     from fastbn.cpu import memory
 
     monkeypatch.setattr(memory, "MAPPED", 1 << 20)
-    monkeypatch.setattr(memory, "KEPT", 20 << 20)
+    monkeypatch.setattr(memory, "KEPT_BYTES", 20 << 20)
     memory._kept.clear()
     arrays = [memory.empty_like(np.empty((k, 1 << 20), np.float32)) for k in (1, 2, 3, 1, 2)]
     del arrays
-    assert 0 < sum(b.nbytes for b in memory._kept.values()) <= memory.KEPT
+    assert 0 < sum(b.nbytes for b in memory._kept.values()) <= memory.KEPT_BYTES
     memory._kept.clear()
 
 

@@ -268,7 +268,7 @@ def test_workers_are_hired_for_what_the_process_may_use(limit, workers):
     elif workers is None:
         assert hired == 0
     else:
-        assert hired == min(processors, team.MOST) - 1
+        assert hired == min(processors, team.MOST_MEMBERS) - 1
 
 
 @needs_team
@@ -285,7 +285,7 @@ def test_more_threads_from_one_call_to_the_next():
             hired.append(team._hired)
         print(*hired, threads_here() - 1 - team._hired)
     """
-    assert run(program, THREADS="1") == ["0", "1", "3", "3", "3", str(team.MOST - 1), "0"]
+    assert run(program, THREADS="1") == ["0", "1", "3", "3", "3", str(team.MOST_MEMBERS - 1), "0"]
 
 
 @needs_team

@@ -274,7 +274,7 @@ def test_float16_on_processors_without_instructions_for_it(tmp_path):
 def test_notice(tmp_path, terminal, environment, told):
     """On a terminal alone, once, and not of what is on disk."""
     pty = pytest.importorskip("pty")
-    program = PROGRAM.replace("print", "from fastbn.cpu import code; code.PATIENCE = 0.2\nprint")
+    program = PROGRAM.replace("print", "from fastbn.cpu import code; code.NOTICE_AFTER = 0.2\nprint")
     for cached in (False, True) if told else (False,):
         ours, theirs = pty.openpty() if terminal else os.pipe()
         assert run(PACKAGE.parent, program, stderr=theirs, NUMBA_CACHE_DIR=str(tmp_path), **environment) == "[1. 4.]\n"

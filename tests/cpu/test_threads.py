@@ -14,6 +14,7 @@ import pytest
 
 import fastbn
 from fastbn import threads
+from fastbn.numba_parts import threads as threads_of_numba
 from fastbn.threads import get_num_threads, num_threads, set_num_threads
 from tests import interpreters
 
@@ -37,7 +38,7 @@ def run(program, start=PROGRAM, **environment):
 def sixteen(monkeypatch):
     """Of processors, and no other limit."""
     monkeypatch.setattr(threads, "_processors", lambda: 16)
-    monkeypatch.setattr(threads, "_of_numba", lambda parallel: threads.ANY)
+    monkeypatch.setattr(threads_of_numba, "chosen", lambda: None)
     monkeypatch.setattr(threads, "_of_torch", lambda torch: threads.ANY)
     monkeypatch.setattr(threads, "_known", (math.inf, threads.ANY))
     yield

@@ -21,7 +21,7 @@ def triples(kept):
     return st.tuples(*(st.lists(s, min_size=kept, max_size=kept).map(np.array) for s in (counts, numbers, numbers)))
 
 
-@given(st.lists(triples(3), min_size=1, max_size=2 * cpu.AT_ONCE + 3))
+@given(st.lists(triples(3), min_size=1, max_size=2 * cpu.MERGED_AT_ONCE + 3))
 def test_merge(parts):
     run = cpu.merge(3, ((F8, F8, F8),) * len(parts))
     found = run(*(vector for part in parts for vector in part))

@@ -271,7 +271,7 @@ FAULTS = [
     ),
     Fault(
         "merge: shifts ignored", "finish_moments",
-        "(b.origin - a.origin) + (b.shift - a.shift)", "(b.origin - a.origin)", "moments, many splits",
+        "(b.origin - a.origin) + (b.low - a.low)", "(b.origin - a.origin)", "moments, many splits",
     ),
     Fault(
         "lanes: no delta^2", "statistics",
@@ -279,7 +279,7 @@ FAULTS = [
     ),
     Fault(
         "lanes: shifts ignored", "statistics",
-        "(a.origin - origin) + a.shift", "(a.origin - origin)", "moments, rows",
+        "(a.origin - origin) + a.low", "(a.origin - origin)", "moments, rows",
     ),
     Fault(
         "lanes: origin of another channel", "statistics",

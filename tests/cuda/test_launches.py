@@ -69,7 +69,7 @@ def test_one_launch_each_with_weights(counted, options):
 
 @pytest.mark.parametrize(("layout", "copied_back"), [("spatial slice", 0), ("alternating", 1)])
 def test_what_cannot_be_viewed_is_copied_once(counted, layout, copied_back):
-    """Each input to its folded form, and where axes alternate too often the output from there."""
+    """Each input to its collapsed form, and where axes alternate too often the output from there."""
     x, dy, keywords = arguments_of(layout, "plain")
     for _ in range(2):
         _, saved = counted(fastbn.batch_norm, x, **keywords)

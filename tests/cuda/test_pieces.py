@@ -1,4 +1,4 @@
-"""CuPy arrays that do not fold, in pieces: the checks of tests/api/test_pieces.py, executed on the CPU or on a GPU."""
+"""CuPy arrays that do not collapse, in pieces: the checks of tests/api/test_pieces.py, on the CPU or on a GPU."""
 
 import numpy as np
 import pytest

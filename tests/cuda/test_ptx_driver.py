@@ -116,7 +116,9 @@ def test_occupancy(device):
 
 def test_shared_memory_is_asked_for_before_it_is_used(device):
     """`launch.function` sets the attribute of a function to all that the device has."""
-    raw = device.raw_kernel(launch.source("update_running"), "update_running", (*launch.OPTIONS, "-DTHREADS=128"))
+    raw = device.raw_kernel(
+        launch.source("update_running"), "update_running", (*launch.COMPILER_OPTIONS, "-DTHREADS=128")
+    )
     assert raw.max_dynamic_shared_size_bytes == 48 << 10
     raw.max_dynamic_shared_size_bytes = 16 << 10
     with pytest.raises(DriverError, match="device has 16384"):
@@ -146,7 +148,7 @@ def test_the_device_is_asked_and_the_launches_are_its(driver):
 
 def test_registers_and_text_are_of_the_same_compilation(device):
     """ptxas keeps within what `__launch_bounds__` promise, and CuPy's machine code is of the text that is executed."""
-    options = (*launch.OPTIONS, "-DTHREADS=128")
+    options = (*launch.COMPILER_OPTIONS, "-DTHREADS=128")
     launch.function(0, "update_running", (("THREADS", 128),))
     (f,) = device.functions.values()
     ptx, log = compile_kernels.compiled(

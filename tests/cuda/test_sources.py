@@ -52,7 +52,7 @@ def test_headers_include_what_they_need(tmp_path, monkeypatch, request, header):
     (tmp_path / "alone.cu").write_text(f'#include "{header}"\nextern "C" __global__ void alone() {{}}\n')
     monkeypatch.setattr(launch, "KERNELS", tmp_path)
     defined = tuple(f"-D{name}={value}" for name, value in (MACROS | OPTIONS).items())
-    options = (*launch.OPTIONS, *defined, *cuda_compile.for_ptx(cuda_compile.options_of_cupy(80)))
+    options = (*launch.COMPILER_OPTIONS, *defined, *cuda_compile.for_ptx(cuda_compile.options_of_cupy(80)))
     cuda_compile._compile(launch.source.__wrapped__("alone"), options, "ptx")
 
 

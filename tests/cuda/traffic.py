@@ -58,9 +58,9 @@ def problem_of(device: Any, shape: tuple[int, ...], layout: str, dtype: str, ope
 
     (number, itemsize), (samples, channels, *spatial) = DTYPES[dtype], shape
     size = math.prod(spatial)
-    folded = (1, samples, channels, size) if layout == "NCHW" else (1, samples * size, channels, 1)
+    collapsed = (1, samples, channels, size) if layout == "NCHW" else (1, samples * size, channels, 1)
     strides = (0, channels * size, size, 1) if layout == "NCHW" else (0, channels, 1, 0)
-    operand = problems.Operand(tuple(s if n > 1 else 0 for s, n in zip(strides, folded, strict=True)), 0)
+    operand = problems.Operand(tuple(s if n > 1 else 0 for s, n in zip(strides, collapsed, strict=True)), 0)
     parameter = max(number, 2)
     names, types, options = {
         "forward": (("x", "y"), {"gamma": parameter, "beta": parameter}, {}),
@@ -72,7 +72,7 @@ def problem_of(device: Any, shape: tuple[int, ...], layout: str, dtype: str, ope
         ),
     }[operation]
     return problems.Problem(
-        device, folded, number, itemsize, tuple((name, operand) for name in names), 0, (), tuple(types.items()),
+        device, collapsed, number, itemsize, tuple((name, operand) for name in names), 0, (), tuple(types.items()),
         relu=False, residual=False, options=tuple(options.items()), eps=1e-5,
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ def text_of(variant: cuda_variants.Variant, architecture: int) -> str:
     """The PTX of a variant, as `launch.function` compiles it."""
     from fastbn.cuda import launch
 
-    options = (*launch.OPTIONS, *(f"-D{name}={value}" for name, value in variant.macros))
+    options = (*launch.COMPILER_OPTIONS, *(f"-D{name}={value}" for name, value in variant.macros))
     return compiled.ptx(launch.source(variant.kernel), options, architecture)
 
 

@@ -17,7 +17,6 @@ from fastbn.cpu.program import (
     ALWAYS,
     AT_LEAST,
     DATA,
-    FLOATS,
     FREE,
     HEADER,
     INC_REF,
@@ -38,11 +37,12 @@ from fastbn.cpu.program import (
     SCRATCH,
     SCRATCH_BYTES,
     TEAM,
+    VECTOR_KINDS,
     VECTORS,
     WORTH,
-    Launch,
-    Source,
-    Vector,
+    LaunchWords,
+    SourceWords,
+    VectorWords,
 )  # fmt: skip
 from fastbn.cpu.team import POSSIBLE
 
@@ -50,9 +50,9 @@ word = types.int64
 I64 = ir.IntType(64)
 STACK = ON_STACK // 8
 CLOCK = 2  # words of a clock
-VECTOR, LAUNCH, SOURCE = map(offsets, (Vector, Launch, Source))
+VECTOR, LAUNCH, SOURCE = map(offsets, (VectorWords, LaunchWords, SourceWords))
 OF_VECTOR, OF_LAUNCH, OF_SOURCE = (8 * len(record) for record in (VECTOR, LAUNCH, SOURCE))  # bytes
-F8, F4, U2, I2 = (FLOATS.index(kind) for kind in ("f8*", "f4*", "u2*", "i2*"))
+F8, F4, U2, I2 = (VECTOR_KINDS.index(kind) for kind in ("f8*", "f4*", "u2*", "i2*"))
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------

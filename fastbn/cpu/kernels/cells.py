@@ -40,7 +40,7 @@ class Task(NamedTuple):
     cells: Any
 
 
-class Results(NamedTuple):
+class SegmentResults(NamedTuple):
     """Where the sums of all segments are: their number, places of each, and of all together."""
 
     segments: Any
@@ -71,7 +71,7 @@ def task_at(k, rows, cells, tiles):
 @inline
 def results_of(shape, rows, cells, tiles):
     segments, of_segment = -(-rows // tiles.height), places(cells, tiles.width)
-    return Results(segments, of_segment, shape.batch * segments * of_segment)
+    return SegmentResults(segments, of_segment, shape.batch * segments * of_segment)
 
 
 @inline

@@ -1,6 +1,6 @@
 """How kernels become machine code: `inline`, `kernel`, `plain`, `object_code`.
 
-Numba types and lowers; its private parts, which make it do no more than that, are used by no other module of kernels.
+Numba types and lowers, and does no more than that (`fastbn.numba_parts.compiling`).
 What comes out is an object file with one function of plain words, ``kernel(params, thread, first, last)``: ``params``
 points to its arguments, 8 bytes each. It refers to neither Python nor Numba, so that llvmlite alone can load it
 (`fastbn.cpu.code`).
@@ -16,16 +16,11 @@ from types import FunctionType
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import njit, types
-from numba.core import typed_passes, untyped_passes
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import CompilerBase
-from numba.core.compiler_lock import global_compiler_lock
-from numba.core.compiler_machinery import PassManager
-from numba.core.registry import cpu_target
 
 from fastbn.cpu.code import machine_for
 from fastbn.cpu.kernels.llvm import INTEGER_ARRAYS
-from fastbn.cpu.records import ARRAYS, GROUPS, INTEGERS
+from fastbn.cpu.records import ARRAYS, GROUPS, INTEGER_RECORDS
+from fastbn.numba_parts.compiling import Part, PartCompiler, lock, target
 
 llvm.initialize_native_asmparser()  # for `flags`; Numba, that has no assembly of its own, leaves it out
 
@@ -45,7 +40,7 @@ KINDS = {
     "f8": types.float64,
     "bool": types.boolean,
     "none": types.none,
-} | {name: types.NamedUniTuple(types.int64, len(record._fields), record) for name, record in INTEGERS.items()}
+} | {name: types.NamedUniTuple(types.int64, len(record._fields), record) for name, record in INTEGER_RECORDS.items()}
 KINDS |= {
     kind.rstrip("*") + mark: types.NamedTuple([KINDS[kind], *[types.int64] * (len(array._fields) - 1)], array)
     for kind in ("u1*", "u2*", "i2*", "f4*", "f8*", "none")
@@ -60,120 +55,13 @@ def _kind(name):
     return types.NamedTuple(map(_kind, members[:-1].split("|")), GROUPS[group]) if members else KINDS[name]
 
 
-class _Part(JITCodeLibrary):
-    """The code of an inlined function, ready to be linked into a kernel, and no more.
-
-    Numba would optimize each by itself and make machine code of it too: a fifth to a quarter of a first call.
-    """
-
-    def add_llvm_module(self, module):
-        module.data_layout = self._codegen._data_layout
-        self._final_module.link_in(module)
-
-    def finalize(self):
-        self._finalized = True
-
-    def link_all(self):
-        """The code of all that this one calls, once each: linking at every level is a tenth of a first call."""
-        found, queue = {self}, [self]
-        while queue:
-            for library in queue.pop()._linking_libraries:
-                if library not in found:
-                    found.add(library)
-                    queue.append(library)
-                    self._final_module.link_in(library._get_module_for_linking(), preserve=True)
-
-    def get_pointer_to_function(self, name):
-        self._ensure_finalized()
-        return 0  # as of a function that is not there
-
-    @property
-    def codegen(self):
-        return self  # asked for `set_env` alone
-
-    def set_env(self, name, environment):
-        """What Python calls need; there are none."""
-
-
-# Numba's passes that kernels need. The others (closures, literal unrolling, array expressions, annotations for people,
-# ends of variables' lives) find nothing to do in them and take 40 % of the time.
-_PASSES = (
-    untyped_passes.TranslateByteCode,
-    untyped_passes.FixupArgs,
-    untyped_passes.IRProcessing,
-    untyped_passes.RewriteSemanticConstants,
-    untyped_passes.DeadBranchPrune,  # of options that are None
-    untyped_passes.GenericRewrites,
-    untyped_passes.ReconstructSSA,
-    untyped_passes.DeadBranchPrune,
-    typed_passes.NopythonTypeInference,
-    typed_passes.PreLowerStripPhis,
-    typed_passes.NativeLowering,
-    typed_passes.NoPythonBackend,
-)
-
-
-_signatures = {}
-
-
-class _Context:
-    """One of Numba's that is up to date: refreshing it for each function is a fiftieth of a first call."""
-
-    def __init__(self, context):
-        self._context = context
-
-    def __getattr__(self, name):
-        return getattr(self._context, name)
-
-    def refresh(self):
-        """What other packages register meanwhile is not for kernels."""
-
-
-class _Typing(_Context):
-    """Numba's typing context, which remembers how functions other than kernels' own are typed.
-
-    It tries every overload of ``+`` anew for each addition, NumPy's and those of dates among them.
-    """
-
-    def resolve_function_type(self, function, args, kws):
-        if kws or not isinstance(function, types.Function):
-            return self._context.resolve_function_type(function, args, kws)
-        key = function, args
-        found = _signatures.get(key)
-        if found is None:
-            found = _signatures[key] = self._context.resolve_function_type(function, args, kws)
-        return found
-
-
-class _Target(_Context):
-    """Numba's target context."""
-
-    def subtarget(self, **options):
-        """Numba asks it for the size of each variable, 0.3 ms each, to tell debuggers, which kernels tell nothing."""
-        context = self._context.subtarget(**options)
-        context.get_abi_sizeof = lambda kind: 0
-        return context
-
-
-class _PartCompiler(CompilerBase):
-    def __init__(self, typingctx, targetctx, library, *rest):
-        super().__init__(_Typing(typingctx), _Target(targetctx), _Part(targetctx.codegen(), "part"), *rest)
-
-    def define_pipelines(self):
-        passes = PassManager("kernels")
-        for one in _PASSES:
-            passes.add_pass(one, one.__name__)
-        passes.finalize()
-        return [passes]
-
-
 def inline(function):
     """A function that kernels call: compiled into them, never called from Python.
 
     Inlined by force: a call costs some 10 ns, as much as a row of 49 values.
     """
     options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True, "_nrt": False}
-    return njit(nogil=True, error_model="numpy", pipeline_class=_PartCompiler, **options)(function)
+    return njit(nogil=True, error_model="numpy", pipeline_class=PartCompiler, **options)(function)
 
 
 def shared(function):
@@ -217,7 +105,7 @@ def _garbage_left():
             gc.enable()
 
 
-@global_compiler_lock
+@lock
 @_garbage_left()
 def object_code(function, kinds, symbol, levels):
     """Object files with a `kernel` for such arguments (``name:kind`` each), or a `plain` function, as ``symbol``.
@@ -229,12 +117,12 @@ def object_code(function, kinds, symbol, levels):
     own = names[len(names) - len(given) :]
     if own != [name for name, _, _ in given]:
         raise TypeError(f"{function.__qualname__}: expected {own}, got {kinds}")
-    cpu_target.target_context.refresh()
+    target.refresh()
     signature = (*[types.int64] * (len(names) - len(own)), *(_kind(kind) for _, _, kind in given))
     part = inline(function)
     part.compile(signature)
     code = part.overloads[signature]
-    library = _Part(cpu_target.target_context.codegen(), symbol)
+    library = Part(target.codegen(), symbol)
     module = library.create_ir_module(symbol)
     function.entry(module, symbol, code.fndesc, signature)
     library.add_ir_module(module)
@@ -270,32 +158,30 @@ def _argument(builder, words, kind):
         return _from_word(builder, next(words), kind)
     if kind.instance_class in GROUPS.values():
         members = [_argument(builder, words, member) for member in kind]
-        return cpu_target.target_context.make_tuple(builder, kind, members)
+        return target.make_tuple(builder, kind, members)
     values = [_from_word(builder, next(words), kind[0])] if kind.instance_class in ARRAYS.values() else []
     integers = builder.inttoptr(next(words), _WORDS)
     places = [builder.gep(integers, [ir.Constant(_I64, i)]) for i in range(len(kind) - len(values))]
     absent = kind[0] == types.none
     values += [ir.Constant(_I64, 0) if absent else builder.load(place) for place in places]
-    return cpu_target.target_context.make_tuple(builder, kind, values)
+    return target.make_tuple(builder, kind, values)
 
 
 def _from_word(builder, word, kind):
-    context = cpu_target.target_context
     if kind == types.int64:
         return word
     if kind == types.none:
-        return context.get_dummy_value()
+        return target.get_dummy_value()
     if kind == types.boolean:
         return builder.icmp_unsigned("!=", word, ir.Constant(_I64, 0))
-    to = context.get_value_type(kind)
+    to = target.get_value_type(kind)
     return builder.bitcast(word, to) if kind == types.float64 else builder.inttoptr(word, to)
 
 
 def _call(builder, description, signature, values):
     """Call a compiled function; ours raise nothing."""
-    context = cpu_target.target_context
-    target = context.declare_function(builder.module, description)
-    _, result = context.call_conv.call_function(builder, target, description.restype, signature, values)
+    function = target.declare_function(builder.module, description)
+    _, result = target.call_conv.call_function(builder, function, description.restype, signature, values)
     return result
 
 

@@ -1,7 +1,7 @@
 """Eight values of any real dtype as float64, with strides and masks: what `statistics` adds up.
 
 Every float of 32 bits or fewer, and every integer below 2^53, is exact in float64, and so is the sum of many of them.
-A `Mask` says which of eight values count. An absent array loads as None, a mask that is None lets all pass.
+A `LaneMask` says which of eight values count. An absent array loads as None, a mask that is None lets all pass.
 """
 
 from functools import reduce
@@ -28,20 +28,20 @@ from fastbn.cpu.kernels.llvm import (
 from fastbn.cpu.kernels.simd import Vector
 
 LANES = 8  # one register of 64 bytes, or two of 32
-DOUBLES = Vector(types.float64, LANES)
-FLOATS = Vector(types.float32, LANES)
+DOUBLE_LANES = Vector(types.float64, LANES)
+FLOAT_LANES = Vector(types.float32, LANES)
 
 
-class Mask(types.Type):
+class LaneMask(types.Type):
     def __init__(self):
-        super().__init__(name="Mask")
+        super().__init__(name="LaneMask")
 
 
-MASK = Mask()
+MASK = LaneMask()
 BITS = ir.VectorType(ir.IntType(1), LANES)
 
 
-@register_model(Mask)
+@register_model(LaneMask)
 class _MaskModel(models.PrimitiveModel):
     def __init__(self, manager, mask):
         super().__init__(manager, mask, BITS)
@@ -51,10 +51,10 @@ def _in_float64(builder, stored, dtype):
     if isinstance(dtype, Integer):
         if dtype.letter == "b":
             stored = builder.icmp_unsigned("!=", stored, ir.Constant(stored.type, None))
-        return (builder.sitofp if dtype.letter == "s" else builder.uitofp)(stored, DOUBLES.llvm)
+        return (builder.sitofp if dtype.letter == "s" else builder.uitofp)(stored, DOUBLE_LANES.llvm)
     if dtype == types.float64:
         return stored
-    return builder.fpext(decode(builder, stored, dtype, FLOATS), DOUBLES.llvm)
+    return builder.fpext(decode(builder, stored, dtype, FLOAT_LANES), DOUBLE_LANES.llvm)
 
 
 def _masked_load(builder, pointer, mask, size):
@@ -103,7 +103,7 @@ def values(typing, array, at, step):
         pointer = pointer_to(builder, array, args[0], args[1], LANES)
         return _in_float64(builder, builder.load(pointer, align=size_of(array)), array.dtype)
 
-    return DOUBLES(array, types.intp, types.intp if strided else types.none), codegen
+    return DOUBLE_LANES(array, types.intp, types.intp if strided else types.none), codegen
 
 
 @intrinsic
@@ -118,7 +118,7 @@ def some_values(typing, array, at, step, some):
     def codegen(context, builder, sig, args):
         return _in_float64(builder, _some(builder, array, args, strided, few), array.dtype)
 
-    return DOUBLES(array, types.intp, types.intp if strided else step, types.intp if few else some), codegen
+    return DOUBLE_LANES(array, types.intp, types.intp if strided else step, types.intp if few else some), codegen
 
 
 def _some(builder, array, args, strided, few):
@@ -133,7 +133,7 @@ def values_to_test(typing, array, at, step, some, skip_nan):
     """`some_values`; floats of 32 bits or fewer as float32 if NaNs are to be found: half the instructions."""
     strided, few = step != types.none, some != types.none
     short = skip_nan != types.none and array.dtype in (types.float32, types.uint16, types.int16)
-    v = FLOATS if short else DOUBLES
+    v = FLOAT_LANES if short else DOUBLE_LANES
 
     def codegen(context, builder, sig, args):
         stored = _some(builder, array, args, strided, few)
@@ -145,9 +145,9 @@ def values_to_test(typing, array, at, step, some, skip_nan):
 @intrinsic
 def in_float64(typing, v):
     def codegen(context, builder, sig, args):
-        return args[0] if v == DOUBLES else builder.fpext(args[0], DOUBLES.llvm)
+        return args[0] if v == DOUBLE_LANES else builder.fpext(args[0], DOUBLE_LANES.llvm)
 
-    return DOUBLES(v), codegen
+    return DOUBLE_LANES(v), codegen
 
 
 @intrinsic
@@ -155,7 +155,7 @@ def in_type_of(typing, v, number):
     """Float64 in the type of v, which has these numbers."""
 
     def codegen(context, builder, sig, args):
-        return args[1] if v == DOUBLES else builder.fptrunc(args[1], v.llvm)
+        return args[1] if v == DOUBLE_LANES else builder.fptrunc(args[1], v.llvm)
 
     return v(v, number), codegen
 
@@ -226,7 +226,7 @@ def first_there(typing, a, b):
 def _not_zero(builder, stored, dtype):
     if isinstance(dtype, Integer):
         return builder.icmp_unsigned("!=", stored, ir.Constant(stored.type, None))
-    return builder.fcmp_unordered("!=", _in_float64(builder, stored, dtype), ir.Constant(DOUBLES.llvm, None))
+    return builder.fcmp_unordered("!=", _in_float64(builder, stored, dtype), ir.Constant(DOUBLE_LANES.llvm, None))
 
 
 @intrinsic
@@ -296,7 +296,7 @@ def shortened(typing, v, exact):
         return v(v, exact), lambda context, builder, sig, args: args[0]
 
     def codegen(context, builder, sig, args):
-        return builder.fpext(builder.fptrunc(args[0], FLOATS.llvm), DOUBLES.llvm)
+        return builder.fpext(builder.fptrunc(args[0], FLOAT_LANES.llvm), DOUBLE_LANES.llvm)
 
     return v(v, exact), codegen
 
@@ -351,10 +351,10 @@ def everywhere(typing, number):
     """A float64 in every lane."""
 
     def codegen(context, builder, sig, args):
-        single = builder.insert_element(ir.Constant(DOUBLES.llvm, ir.Undefined), args[0], I32(0))
+        single = builder.insert_element(ir.Constant(DOUBLE_LANES.llvm, ir.Undefined), args[0], I32(0))
         return shuffle(builder, single, [0] * LANES)
 
-    return DOUBLES(types.float64), codegen
+    return DOUBLE_LANES(types.float64), codegen
 
 
 @intrinsic
@@ -372,7 +372,7 @@ def row_sums(typing, table, at):
     def codegen(context, builder, sig, args):
         kind = ir.VectorType(I32, LANES)
         places = (builder.gep(args[0], [builder.add(args[1], I64(k * LANES))]) for k in range(LANES))
-        vectors = [builder.load(builder.bitcast(p, DOUBLES.llvm.as_pointer()), align=8) for p in places]
+        vectors = [builder.load(builder.bitcast(p, DOUBLE_LANES.llvm.as_pointer()), align=8) for p in places]
         while len(vectors) > 1:  # lanes of pairs are halved, and put side by side
             halves = []
             for one, other in zip(vectors[::2], vectors[1::2], strict=True):
@@ -384,7 +384,7 @@ def row_sums(typing, table, at):
             vectors = halves
         return vectors[0]
 
-    return DOUBLES(table, types.intp), codegen
+    return DOUBLE_LANES(table, types.intp), codegen
 
 
 def _nothing(*arguments):
@@ -400,8 +400,8 @@ def put_values(typing, array, at, v, n):
     few = n != types.none
 
     def codegen(context, builder, sig, args):
-        v = args[2] if array.dtype == types.float64 else builder.fptrunc(args[2], FLOATS.llvm)
-        v = encode(builder, v, array.dtype, FLOATS)
+        v = args[2] if array.dtype == types.float64 else builder.fptrunc(args[2], FLOAT_LANES.llvm)
+        v = encode(builder, v, array.dtype, FLOAT_LANES)
         pointer = pointer_to(builder, array, args[0], args[1], LANES)
         if few:
             mask = lanes_below(builder, args[3], LANES)

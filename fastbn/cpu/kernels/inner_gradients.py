@@ -106,7 +106,7 @@ class Gaps(NamedTuple):
     weight: Any
 
 
-class Results(NamedTuple):
+class Outputs(NamedTuple):
     """Pointers to where their gradients go."""
 
     dx: Any
@@ -352,7 +352,7 @@ def grad_input(
         inputs = Inputs(
             values_from(dy, place), values_from(x, place), values_from(y, place), values_from(weight, place)
         )
-        results = Results(values_from(dx, place), values_from(dresidual, place))
+        results = Outputs(values_from(dx, place), values_from(dresidual, place))
         grad_input_run(inputs, results, gaps, linear, kept_at(place, walk) - t, place, count, shape, walk, nontemporal)
         start += count
         place = place_behind(start, place, shape, walk)
@@ -392,7 +392,7 @@ def backward(
         for k in range(shape.outer):
             r = row_in_turn(k, shape)
             inputs = Inputs(row_of(slabs.dy, r), row_of(of_live, r), row_of(slabs.y, r), row_of(slabs.weight, r))
-            results = Results(row_of(of_dx, r), row_of(of_dresidual, r))
+            results = Outputs(row_of(of_dx, r), row_of(of_dresidual, r))
             place = Place(0, r, t, 0)
             grad_input_run(
                 inputs, results, Gaps(0, 0, 0, 0), linear, 0, place, shape.inner, shape, ONE_ROW, nontemporal

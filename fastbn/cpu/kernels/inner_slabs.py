@@ -31,7 +31,7 @@ from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.inner_gradients import (
     ChannelRows,
     Inputs,
-    Results,
+    Outputs,
     add_chunks,
     grad_input_run,
     write_one_linear,
@@ -79,7 +79,7 @@ class Segment(NamedTuple):
     end_chunk: Any
 
 
-class Task(NamedTuple):
+class SlabTask(NamedTuple):
     """Of an elementwise pass: rows of a slab."""
 
     channel: Any
@@ -118,7 +118,7 @@ def task_at(k, shape):
     most = rows_of_part(shape.inner)
     parts = -(-shape.outer // most)
     row, slab = k % parts * most, k // parts
-    return Task(slab % shape.channel, slab // shape.channel, row, min(most, shape.outer - row))
+    return SlabTask(slab % shape.channel, slab // shape.channel, row, min(most, shape.outer - row))
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def grad_input_rows(dy, x, y, dx, dresidual, t, s, row, rows, shape, linear, sid
     runs, count = (1, rows * shape.inner) if side_by_side else (rows, shape.inner)
     for r in range(row, row + runs):
         inputs = Inputs(run_at(dy, t, of_dy, r), run_at(x, t, of_x, r), run_at(y, t, of_y, r), None)
-        results = Results(run_at(dx, t, of_dx, r), run_at(dresidual, t, of_dresidual, r))
+        results = Outputs(run_at(dx, t, of_dx, r), run_at(dresidual, t, of_dresidual, r))
         grad_input_run(inputs, results, gaps, linear, 0, Place(0, 0, 0, 0), count, one, ONE_ROW, nontemporal)
 
 

@@ -20,14 +20,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from fastbn.cpu.kernels.compiler import inline, kernel, offsets, offsets_of_arguments
-from fastbn.cpu.kernels.doubles import DOUBLES, LANES, everywhere, lane, some_values
+from fastbn.cpu.kernels.doubles import DOUBLE_LANES, LANES, everywhere, lane, some_values
 from fastbn.cpu.kernels.llvm import I32, I64, lanes_below, pointer_to, size_of
 from fastbn.cpu.kernels.simd import fma, load, prefetch, table_rows
 from fastbn.cpu.kernels.simd import store as put
 from fastbn.cpu.statistics import BYTES, MOVED
 
-ROUNDS = 32  # of eight values a lane, the most whose sum a lane of 16 bits holds: 32 * 8 * -128 = -2^15
-LONG = 96  # rounds of a row from which its quarters are read side by side: 24 kB
+LANE_ROUNDS = 32  # of eight values a lane, the most whose sum a lane of 16 bits holds: 32 * 8 * -128 = -2^15
+LONG_ROUNDS = 96  # rounds of a row from which its quarters are read side by side: 24 kB
 MOST_ROWS = 256  # of a value a lane: 256 * -128 = -2^15; squares of bytes would have room for 262 000
 SUMS, SQUARES = 2 * BYTES // 8, 4 * BYTES // 8  # words of a table for 64 bytes of columns
 
@@ -247,9 +247,9 @@ def flush(typing, table, at, like, squares, sums, rest, column):
         count = 8 * BYTES // (like.bits // 2)
         for first in range(0, count, LANES):
             numbers = _eight(builder, vectors, [place_of(c) for c in range(first, first + LANES)])
-            numbers = (builder.sitofp if kind.signed else builder.uitofp)(numbers, DOUBLES.llvm)
+            numbers = (builder.sitofp if kind.signed else builder.uitofp)(numbers, DOUBLE_LANES.llvm)
             place = builder.gep(target, [builder.add(column, I64(first))])
-            place = builder.bitcast(place, DOUBLES.llvm.as_pointer())
+            place = builder.bitcast(place, DOUBLE_LANES.llvm.as_pointer())
             builder.store(builder.fadd(builder.load(place, align=8), numbers), place, align=8)
 
     def codegen(context, builder, sig, args):
@@ -279,8 +279,9 @@ def moved(typing, array, v, some):
     def codegen(context, builder, sig, args):
         if kind not in MOVED:
             return args[1]
-        v = builder.fadd(args[1], ir.Constant(DOUBLES.llvm, [float(MOVED[kind])] * LANES))
-        return builder.select(lanes_below(builder, args[2], LANES), v, ir.Constant(DOUBLES.llvm, None)) if few else v
+        v = builder.fadd(args[1], ir.Constant(DOUBLE_LANES.llvm, [float(MOVED[kind])] * LANES))
+        zero = ir.Constant(DOUBLE_LANES.llvm, None)
+        return builder.select(lanes_below(builder, args[2], LANES), v, zero) if few else v
 
     return v(array, v, types.intp if few else some), codegen
 
@@ -321,11 +322,11 @@ def row(thread, first, last, x, squares, out, ahead, turn, skip):
     """
     count = count_of(x)
     quarter = (last - first) // (4 * count)
-    far, jump = (quarter * count, count) if quarter >= LONG else (count, 4 * count)
+    far, jump = (quarter * count, count) if quarter >= LONG_ROUNDS else (count, 4 * count)
     sums, s2 = wider(no_values(x)), no_squares(x)
-    for begun in range(0, quarter, ROUNDS):
+    for begun in range(0, quarter, LANE_ROUNDS):
         few = no_values(x)
-        for k in range(begun, min(begun + ROUNDS, quarter)):
+        for k in range(begun, min(begun + LANE_ROUNDS, quarter)):
             at = first + k * jump
             if far == count:
                 later = at + ahead + (skip if at >= turn else 0)

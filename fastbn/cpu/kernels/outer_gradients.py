@@ -83,7 +83,7 @@ class Inputs(NamedTuple):
     across: Any
 
 
-class Results(NamedTuple):
+class Outputs(NamedTuple):
     """Rows of a tile's gradients."""
 
     dx: Any
@@ -405,7 +405,7 @@ def grad_input(
             rows_of_tile(y, batch, row, column, coalesced),
             rows_of_tile(weight, batch, row, task.cell * weight.channel, 1), weight.channel,
         )  # fmt: skip
-        results = Results(
+        results = Outputs(
             rows_of_tile(dx, batch, row, column, coalesced), rows_of_tile(dresidual, batch, row, column, coalesced)
         )
         grad_input_rows(
@@ -462,5 +462,5 @@ def backward(
             add_to_sums(t, cells, dbeta, dgamma, out)
         finish_tile(x.values, t, cells, size, given, live.values is None, mixed, out, linear)
         of_live = Inputs(inputs.dy, rows_of(live, t, shape), inputs.y, no_weight, 0)
-        results = Results(rows_of(dx, t, shape), rows_of(dresidual, t, shape))
+        results = Outputs(rows_of(dx, t, shape), rows_of(dresidual, t, shape))
         grad_input_rows(of_live, results, rows, wide, wide, linear, nontemporal, wide)

@@ -104,7 +104,7 @@ from fastbn.cpu.sizes import AFFINE, COLUMN_MOMENTS, ORIGINS, ROW_CHUNK
 PEEK = 64  # values of a channel from whose mean the first shift comes: off by an eighth of the deviation
 
 
-class Cells(NamedTuple):
+class TileCells(NamedTuple):
     """Pointers to numbers of a tile's cells: origins, shifts before they are rounded, and a segment's results."""
 
     origin: Any
@@ -264,7 +264,7 @@ def write_segment(x, weight, across, task, size, own, room, mean, together, colu
     """The moments of a task's cells to where its means are, and all M2 and sums of weights behind all means."""
     rows, m2, n = task.end - task.row, advance(mean, together), advance(mean, 2 * together)
     if weight is None:
-        segment(x, rows, task.cells, size, Cells(own, advance(own, room), mean, m2), columns)
+        segment(x, rows, task.cells, size, TileCells(own, advance(own, room), mean, m2), columns)
     else:
         cells = WeightedCells(own, advance(own, room), n, mean, m2)
         weighted_segment(x, weight, across, rows, task.cells, cells, columns)
@@ -480,7 +480,7 @@ def forward(
             moments.count[t + i] = own[i]
         for row in range(0, rows, height):
             mean = advance(results, row // height * 2 * room)
-            numbers = Cells(own, advance(own, room), mean, advance(mean, room))
+            numbers = TileCells(own, advance(own, room), mean, advance(mean, room))
             segment(rows_from(part, row, 0), min(height, rows - row), tile.cells, size, numbers, columns)
         write_cells(x, shape, t, tile.cells, results, advance(results, room), 2 * room, height, moments, eps)
         spread_affine(x.values, parameters, t, 0, tile.cells, 0.0, True, tile.cells, size, affine)

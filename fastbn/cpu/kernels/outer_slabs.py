@@ -39,7 +39,7 @@ from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.outer_gradients import (
     Inputs,
-    Results,
+    Outputs,
     add_row,
     add_rows_of_two,
     grad_input_rows,
@@ -50,7 +50,7 @@ from fastbn.cpu.kernels.outer_gradients import (
 )
 from fastbn.cpu.kernels.outer_reduction import (
     PEEK,
-    Cells,
+    TileCells,
     add_rows,
     better_shifts,
     merge_chunk,
@@ -164,7 +164,7 @@ def moments_of_segments(thread, first, last, x, shape, tiles, partials, workspac
         task = task_at(k, shape.far * shape.near, cells_of(shape, tiles), tiles)
         find_origins(x, task, shape, own)
         mean = advance(partials, task.row // tiles.height * results.of_segment + place_of_cell(task.cell, tiles))
-        cells = Cells(own, advance(own, room), mean, advance(mean, results.together))
+        cells = TileCells(own, advance(own, room), mean, advance(mean, results.together))
         moments_of_task(x, task, shape, tiles, cells, columns)
 
 
@@ -212,7 +212,7 @@ def normalize(
 # --- sums of gradients ------------------------------------------------------------------------------------------------
 
 
-class Arrays(NamedTuple):
+class GradientArrays(NamedTuple):
     """Those that gradients are made of."""
 
     dy: Any
@@ -269,7 +269,7 @@ def grad_sums_of_segments(thread, first, last, dy, x, y, shape, tiles, parameter
         task = task_at(k, shape.far * shape.near, cells_of(shape, tiles), tiles)
         spread_hi_and_unit(x.values, given, 0, task.cell, channels, task.cells, 1, sums)
         dbeta = advance(partials, task.row // tiles.height * results.of_segment + place_of_cell(task.cell, tiles))
-        sums_of_task(Arrays(dy, x, y), task, shape, tiles, dbeta, advance(dbeta, results.together), sums)
+        sums_of_task(GradientArrays(dy, x, y), task, shape, tiles, dbeta, advance(dbeta, results.together), sums)
 
 
 # --- dx ---------------------------------------------------------------------------------------------------------------
@@ -286,6 +286,6 @@ def grad_input(thread, first, last, dy, x, y, dx, dresidual, shape, tiles, dista
         cell, cells = task.cell, task.cells
         spread_all_linear(dy.values, given, 0, cell, channels, cells, 1, linear)
         for s in range(task.row, task.end):
-            results = Results(rows_at(dx, s, cell, shape, tiles), rows_at(dresidual, s, cell, shape, tiles))
-            inputs = inputs_at(Arrays(dy, x, y), s, cell, shape, tiles)
+            results = Outputs(rows_at(dx, s, cell, shape, tiles), rows_at(dresidual, s, cell, shape, tiles))
+            inputs = inputs_at(GradientArrays(dy, x, y), s, cell, shape, tiles)
             grad_input_rows(inputs, results, rows, cells, cells, linear, nontemporal, AHEAD)

@@ -21,8 +21,8 @@ from fastbn.cpu.objects import (
 from fastbn.cpu.program import ARRAY_TYPE, FALSE_AT, INCREASE, NEW_BYTES, NONE_AT, TRUE_AT
 
 I64 = ir.IntType(64)
-MOST = 256  # words
-LONGEST = 16  # bytes of an element, of which only the address is asked for
+MOST_WORDS = 256  # words
+LARGEST_ELEMENT = 16  # bytes of an element, of which only the address is asked for
 OF_EACH = 3  # words of an array beside sizes and strides
 ALIGNED, WRITABLE = 0x100, 0x400  # of NumPy's flags
 
@@ -58,15 +58,15 @@ def describe_array(a, at, end):
 @plain
 def describe(me, args, count):
     """``PyObject *describe(PyObject *self, PyObject *const *args, Py_ssize_t nargs)``: bytes, or None."""
-    words, start = load(me + DATA_AT), reserve(MOST)
+    words, start = load(me + DATA_AT), reserve(MOST_WORDS)
     array_type, none, at = load(words + ARRAY_TYPE), load(words + NONE_AT), start
     for i in range(count):
         a = load(args + 8 * i)
-        if a == none and at < start + 8 * MOST:
+        if a == none and at < start + 8 * MOST_WORDS:
             store(at, 0)
             at += 8
         elif load(a + TYPE_AT) == array_type:
-            at = describe_array(a, at, start + 8 * MOST)
+            at = describe_array(a, at, start + 8 * MOST_WORDS)
         else:
             at = 0
         if at == 0:
@@ -83,7 +83,7 @@ def extent(a):
     for axis in range(load(a + DIMENSIONS_AT) & 0xFFFFFFFF):
         reach = (load(shape + 8 * axis) - 1) * load(strides + 8 * axis)
         low, high = low + min(reach, 0), high + max(reach, 0)
-    return low, high + LONGEST
+    return low, high + LARGEST_ELEMENT
 
 
 @plain

@@ -64,7 +64,7 @@ FAR, FAR_OF_FLOATS, FAR_OF_WEIGHTS = 4.0, 16.0, 2.0**-8
 LOOKS = 3  # at a part, each around the mean that the one before has found
 
 
-class Source(NamedTuple):
+class Values(NamedTuple):
     """Where values are, in x or raw; the other is None."""
 
     x: Any
@@ -79,7 +79,7 @@ class Source(NamedTuple):
     dimensions: Any
 
 
-class Part(NamedTuple):
+class RowRange(NamedTuple):
     """Rows of a kept index, or a piece of one."""
 
     at: Any
@@ -241,7 +241,7 @@ def eight(x, source, at, step, w_at, w_step, row_weight, q, some, o):
 
 @inline
 def masked_by(source, where):
-    return Source(source.x, source.raw, source.fetch, where, source.geometry, source.dimensions)
+    return Values(source.x, source.raw, source.fetch, where, source.geometry, source.dimensions)
 
 
 @inline

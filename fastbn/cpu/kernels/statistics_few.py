@@ -35,7 +35,7 @@ from fastbn.cpu.kernels.simd import prefetch, zero_where_not_positive
 from fastbn.cpu.kernels.simd import store as put
 from fastbn.cpu.kernels.statistics import (
     Eight,
-    Source,
+    Values,
     add,
     eight,
     kept_place,
@@ -47,8 +47,8 @@ from fastbn.cpu.kernels.statistics import (
     weight_by_row,
     weight_of_row,
 )
-from fastbn.cpu.kernels.statistics_results import Cells, checks, finish
-from fastbn.cpu.statistics import AHEAD
+from fastbn.cpu.kernels.statistics_results import Targets, checks, finish
+from fastbn.cpu.statistics import AHEAD_BYTES
 from fastbn.operands import CAREFUL
 
 COUNTS, RESTS, SHIFTS = (k * LANES * LANES for k in (1, 2, 3))  # behind the sums, in the table of `sums_of_rows`
@@ -60,7 +60,7 @@ def sums_of_columns(x, source, at, step, w_at, w_across, some, q, squares, exact
     """Of eight columns from a place on: their counts, and the sums around q that `add` makes."""
     zero, geometry = everywhere(0.0), source.geometry
     n, a, b, of_rows, r, line = zero, zero, zero, 0.0, 0, 64 // geometry.itemsize
-    ahead = at + AHEAD // geometry.itemsize
+    ahead = at + AHEAD_BYTES // geometry.itemsize
     while r < geometry.rows:
         x_row, w_row, x_step, w_step, rows, _ = rows_from(r, geometry.rows, source)
         r += rows
@@ -83,7 +83,7 @@ def sums_of_columns(x, source, at, step, w_at, w_across, some, q, squares, exact
 def add_short_row(x, source, at, w_at, q, squares, exact, o):
     """The values of one kept index to sums in lanes; the last ones are read together with some that were before."""
     zero, geometry = everywhere(0.0), source.geometry
-    n, a, b, r, ahead = zero, zero, zero, 0, AHEAD // geometry.itemsize
+    n, a, b, r, ahead = zero, zero, zero, 0, AHEAD_BYTES // geometry.itemsize
     while r < geometry.rows:
         x_row, w_row, _, _, rows, _ = rows_from(r, geometry.rows, source)
         r += rows
@@ -174,7 +174,7 @@ def finish_columns(x, source, at, step, w_at, w_step, some, squares, along, o, r
 @kernel
 def few(thread, first, last, x, strided, along, where, options, geometry, dimensions, results):
     """A task is a tile of columns."""
-    source = Source(x, None, 0, where, geometry, dimensions)
+    source = Values(x, None, 0, where, geometry, dimensions)
     channels, tile = geometry.channels, geometry.tile
     step, w_step = only_if(strided, geometry.step), only_if(strided, geometry.mask_step)
     tiles = -(-channels // tile)
@@ -185,7 +185,7 @@ def few(thread, first, last, x, strided, along, where, options, geometry, dimens
         at, w_at, o_at = kept_place(k, geometry, dimensions)
         for c in range(cell, end, LANES):
             x_at, w_c = at + c * geometry.step, w_at + c * geometry.mask_step
-            to = Cells(o_at + c * geometry.kept_step, geometry.kept_step, min(LANES, end - c))
+            to = Targets(o_at + c * geometry.kept_step, geometry.kept_step, min(LANES, end - c))
             if to.count == LANES:
                 finish_columns(x, source, x_at, step, w_c, w_step, None, options.squares, along, options, results, to)
             else:

@@ -23,8 +23,8 @@ from fastbn.cpu.kernels.simd import address
 from fastbn.cpu.kernels.statistics import (
     LOOKS,
     PEEKS,
-    Part,
-    Source,
+    RowRange,
+    Values,
     add,
     add_four,
     all_tallied,
@@ -50,10 +50,10 @@ from fastbn.cpu.kernels.vectors import two_sum
 from fastbn.cpu.statistics import BUFFER, FIELDS, OF_INNER, OF_VALUES
 from fastbn.operands import CAREFUL
 
-LONG = 6 << 10  # values of a row whose quarters take turns: up to a tenth faster than prefetching
+LONG_ROW = 6 << 10  # values of a row whose quarters take turns: up to a tenth faster than prefetching
 
 
-class Sums(NamedTuple):
+class LaneSums(NamedTuple):
     """What values weigh that count one by one, in eight lanes; four times `statistics.add`'s sums."""
 
     n: Any
@@ -118,12 +118,12 @@ def add_each(s, e, q, squares, exact):
     """Four times eight values to sums of their own, or to the first ones."""
     if exact is not None and squares is None:
         a0, b0 = add_four(s.a0, s.b0, e, q, squares, exact)
-        return Sums(s.n, a0, s.a1, s.a2, s.a3, b0, s.b1, s.b2, s.b3)
+        return LaneSums(s.n, a0, s.a1, s.a2, s.a3, b0, s.b1, s.b2, s.b3)
     a0, b0 = add(s.a0, s.b0, e[0], q, squares, exact)
     a1, b1 = add(s.a1, s.b1, e[1], q, squares, exact)
     a2, b2 = add(s.a2, s.b2, e[2], q, squares, exact)
     a3, b3 = add(s.a3, s.b3, e[3], q, squares, exact)
-    return Sums(s.n, a0, a1, a2, a3, b0, b1, b2, b3)
+    return LaneSums(s.n, a0, a1, a2, a3, b0, b1, b2, b3)
 
 
 @inline
@@ -133,7 +133,7 @@ def add_row(x, source, at, w_at, columns, w, q, o, sums, in_memory):
     geometry = source.geometry
     far, jump, end = LANES, 4 * LANES, columns & -4 * LANES
     done = end
-    if columns >= LONG:
+    if columns >= LONG_ROW:
         far, jump, end = columns // 4 & -LANES, LANES, columns // 4 & -LANES
         done = 4 * end
     i = 0
@@ -146,7 +146,7 @@ def add_row(x, source, at, w_at, columns, w, q, o, sums, in_memory):
         e2 = eight(x, source, at + i + 2 * far, None, w_at + i + 2 * far, None, w, q, None, o)
         e3 = eight(x, source, at + i + 3 * far, None, w_at + i + 3 * far, None, w, q, None, o)
         n = all_tallied(n, (e0, e1, e2, e3), o)
-        sums = add_each(Sums(n, a0, a1, a2, a3, b0, b1, b2, b3), (e0, e1, e2, e3), q, o.squares, o.exact)
+        sums = add_each(LaneSums(n, a0, a1, a2, a3, b0, b1, b2, b3), (e0, e1, e2, e3), q, o.squares, o.exact)
         n, a0, a1, a2, a3, b0, b1, b2, b3 = sums
         i += jump
     if done < columns:
@@ -161,7 +161,7 @@ def add_row(x, source, at, w_at, columns, w, q, o, sums, in_memory):
         e = eight(x, source, at + i, None, w_at + i, None, w, q, columns - i, o)
         n = tallied(n, e, o)
         a1, b1 = add(a1, b1, e, q, o.squares, o.exact)
-    return Sums(n, a0, a1, a2, a3, b0, b1, b2, b3)
+    return LaneSums(n, a0, a1, a2, a3, b0, b1, b2, b3)
 
 
 @inline
@@ -181,7 +181,7 @@ def add_any_row(x, raw, source, at, w_at, columns, w, q, o, sums, workspace, buf
 def sums_of_rows(source, part, shift, o, workspace, buffer):
     """n, A and B of a part."""
     q, zero = everywhere(shift), everywhere(0.0)
-    sums = Sums(zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    sums = LaneSums(zero, zero, zero, zero, zero, zero, zero, zero, zero)
     r, n = part.first, 0.0
     while r < part.last:
         x_row, w_row, x_step, w_step, rows, _ = rows_from(r, part.last, source)
@@ -280,7 +280,7 @@ def inner(
     thread, first, last, x, raw, fetch, integers, where, options, geometry, dimensions, partials, workspace, results
 ):  # fmt: skip
     """A task is a part of a kept index: rows, or a piece of one. Results of up to eight are made at once."""
-    o, source = options, Source(x, raw, fetch, where, geometry, dimensions)
+    o, source = options, Values(x, raw, fetch, where, geometry, dimensions)
     parts, pieces, columns = geometry.parts, geometry.pieces, geometry.columns
     own = thread * OF_INNER
     buffer = own + FIELDS * LANES
@@ -299,7 +299,7 @@ def inner(
             width = min(geometry.piece, columns - start)
             at += start * geometry.step
             w_at += start if geometry.mask == OF_VALUES else 0
-        part = Part(at, w_at, r, end, width)
+        part = RowRange(at, w_at, r, end, width)
         n, shift, a, b, lost = sums_of(source, part, o, o.squares, integers, unless(integers, True), workspace, buffer)
         if lost:
             results.status[CAREFUL] = 1.0

@@ -30,8 +30,8 @@ from fastbn.cpu.kernels.integers import COLUMNS, HOLDS
 from fastbn.cpu.kernels.simd import address, any_greater, load, prefetch, store
 from fastbn.cpu.kernels.statistics import (
     LOOKS,
-    Part,
-    Source,
+    RowRange,
+    Values,
     add,
     add_four,
     all_tallied,
@@ -60,7 +60,7 @@ from fastbn.cpu.kernels.statistics_table import (
 )
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
-from fastbn.cpu.statistics import AHEAD, FIELDS, OF_ROWS, OF_VALUES
+from fastbn.cpu.statistics import AHEAD_BYTES, FIELDS, OF_ROWS, OF_VALUES
 from fastbn.operands import CAREFUL
 
 BIG = 1.5 * 2.0**52  # added and taken off again, it rounds to a whole number
@@ -74,7 +74,7 @@ def add_vector(x, source, at, w_at, w, some, o, table, c):
     """Eight columns, or ``some`` of them, of a row."""
     rest, counts = first_there(o.squares, o.exact), one_by_one(o)
     q, n, a, b = loaded(table, c, o.squares, rest, counts)
-    prefetch(x, at + c + AHEAD // source.geometry.itemsize)
+    prefetch(x, at + c + AHEAD_BYTES // source.geometry.itemsize)
     e = eight(x, source, at + c, None, w_at + c, None, w, q, some, o)
     a, b = add(a, b, e, q, o.squares, o.exact)
     n = tallied(n, e, o)
@@ -309,7 +309,7 @@ def outer(
     results,
 ):  # fmt: skip
     """A task is a tile of cells in a part of the rows; tiles of a row are neighbours."""
-    o, source = options, Source(x, raw, fetch, where, geometry, dimensions)
+    o, source = options, Values(x, raw, fetch, where, geometry, dimensions)
     parts, channels, tile, pitch = geometry.parts, geometry.channels, geometry.tile, geometry.width
     tiles = -(-channels // tile)
     table = table_at(workspace, thread * geometry.own, pitch)
@@ -320,7 +320,7 @@ def outer(
         cells = min(tile, channels - cell)
         at, w_at, o_at = kept_place(k, geometry, dimensions)
         r = (rest - k * parts) * geometry.rows_of_a_part
-        part = Part(
+        part = RowRange(
             at + cell * geometry.size * geometry.step,
             w_at + cell * geometry.size if geometry.mask == OF_VALUES else w_at,
             r, min(r + geometry.rows_of_a_part, geometry.rows), geometry.coalesced * cells * geometry.size,

@@ -38,7 +38,7 @@ from fastbn.cpu.statistics import FIELDS, LEAST_SQUARE, STD, SUM_OF_SQUARES
 from fastbn.operands import CAREFUL, EMPTY, NO_DEGREES
 
 
-class Cells(NamedTuple):
+class Targets(NamedTuple):
     """Where results of up to eight kept indices go, a step apart."""
 
     at: Any
@@ -65,7 +65,7 @@ def merge_parts(a, at, pitch, far, parts, cells, o, results, o_at, step):
             n = n + part_n
         if checks(o.squares, o.exact, o.weighted) and parts > 1 and underflowed(lane(m2, 0)):
             results.status[CAREFUL] = 1.0
-        to = Cells(o_at + j * step, step, min(LANES, cells - j))
+        to = Targets(o_at + j * step, step, min(LANES, cells - j))
         finish(
             n,
             everywhere(1.0) / n,
@@ -155,7 +155,7 @@ def put_spread(n, m2, checked, results, to, among):
 
 @inline
 def put_results(out, kind, to, v):
-    """Into an array at an address, whose dtype's kind is one of `calls.FLOATS`; 0 for none."""
+    """Into an array at an address, whose dtype's kind is one of `calls.VECTOR_KINDS`; 0 for none."""
     if kind == F8:
         put(doubles(out), to, v)
     elif kind == F4:

@@ -13,7 +13,7 @@ from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.simd import table_rows
 from fastbn.cpu.records import Part, Running, Scale, Union
 
-MOST = float(np.finfo(np.float32).max)
+MOST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @kernel
@@ -23,7 +23,7 @@ def find_beyond(thread, first, last, table, kept, out):
     out[0] = 0.0
     for t in range(kept):
         scale = abs(given.rstd[t] * given.gamma[t])
-        if MOST < scale < np.inf:
+        if MOST_FLOAT32 < scale < np.inf:
             out[0] = 1.0
 
 

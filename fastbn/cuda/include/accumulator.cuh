@@ -261,8 +261,8 @@ struct Accumulator {
 #endif
         if (taken == 0) return Partial{0, 0, 0, 0};
         if (squares != squares) return Partial{taken, away, 0, not_a_number()};
-        const double shift = away * reciprocal(taken);
-        return partial_in_units(taken, origin, shift, squares - away * shift, unit);
+        const double low = away * reciprocal(taken);
+        return partial_in_units(taken, origin, low, squares - away * low, unit);
     }
 };
 
@@ -288,7 +288,7 @@ __device__ __forceinline__ void add_chunk(
         if (k < count)
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) places[j] += element(items[k], j) - tile.of_element(first, j);
-    tile.fold(distances, places);
+    tile.add_places(distances, places);
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) middle[ch] = distances[ch] * inverse[ch];
 #pragma unroll
@@ -300,8 +300,8 @@ __device__ __forceinline__ void add_chunk(
                 errors_of_places[j] += e;
                 squares_of_places[j] += e * e;
             }
-    tile.fold(sums, errors_of_places);
-    tile.fold(squares, squares_of_places);
+    tile.add_places(sums, errors_of_places);
+    tile.add_places(squares, squares_of_places);
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch)
         if (tile.depth(ch) > 0)
@@ -342,8 +342,8 @@ __device__ __forceinline__ void sum_up(
                 accumulators[0].bits |= __float_as_uint(d);
 #endif
             }
-    tile.fold(total, places);
-    tile.fold(squares, squares_of_places);
+    tile.add_places(total, places);
+    tile.add_places(squares, squares_of_places);
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch)
         accumulators[ch].sum += total[ch], accumulators[ch].sum_of_squares += squares[ch];

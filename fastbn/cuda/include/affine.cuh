@@ -1,7 +1,7 @@
 // y = act((x - mean) * rstd * gamma + beta + residual), of vectors in registers.
 //
 // The mean's high part is subtracted first, since x*s + (beta - mean*s) is 7.5e-4 off where the mean is 10^4 deviations;
-// its low part, below 2^-24 of it, is in the shift.
+// its low part, below 2^-24 of it, is in the bias.
 
 #pragma once
 
@@ -10,14 +10,14 @@
 
 struct Affine {
     Centre centre;
-    real scale, shift;
+    real scale, bias;
 
     __device__ __forceinline__ void set(const Params& p, i64 at, const Statistics& of) {
         const int exponent = distance_exponent(of.mean, of.rstd);
         centre.set(of.mean, of.rest, exponent);
         scale = static_cast<real>(of.rstd * power_of_two(-exponent) * parameter(p.gamma, p.gamma_type, at, 1.0));
         const double moved = static_cast<double>(centre.low) * static_cast<double>(scale);
-        shift = static_cast<real>(parameter(p.beta, p.beta_type, at, 0.0) - (centre.low == 0 ? 0 : moved));
+        bias = static_cast<real>(parameter(p.beta, p.beta_type, at, 0.0) - (centre.low == 0 ? 0 : moved));
     }
 };
 
@@ -52,7 +52,7 @@ __device__ __forceinline__ void write_normalized(
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 const Affine a = tile.of_element(affine, j);
-                real z = a.centre.distance(element(items[k], j)) * a.scale + a.shift;
+                real z = a.centre.distance(element(items[k], j)) * a.scale + a.bias;
 #if RESIDUAL
                 z += element(added[k], j);
 #endif

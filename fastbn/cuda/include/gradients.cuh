@@ -134,8 +134,8 @@ __device__ __forceinline__ void add_sums(
                 places[j] = k > 0 ? places[j] + g : g;
                 products[j] = k > 0 ? fma(g, distance, products[j]) : g * distance;
             }
-    tile.fold(plain, places);
-    tile.fold(product, products);
+    tile.add_places(plain, places);
+    tile.add_places(product, products);
 #pragma unroll
     for (int ch = 0; ch < CHANNELS; ++ch) gathered[ch].plain += plain[ch], gathered[ch].product += product[ch];
 #else

@@ -6,7 +6,7 @@
 //
 // After: Chan, Golub & LeVeque (1983). A merge of many takes one division; all is float64, in a fixed order.
 //
-// Means are kept in two parts, origin and shift, so that float64 data far from 0 lose nothing when they are merged.
+// Means are kept in two parts, origin and low, so that float64 data far from 0 lose nothing when they are merged.
 // Squares of float64 numbers that leave its range are taken of distances times a unit: 2^600, 1 or 2^-600. No distance
 // of float64 numbers needs another.
 
@@ -28,14 +28,14 @@
 #endif
 
 struct Partial {  // of a channel
-    double n, origin, shift, m2;  // the mean is origin + shift
+    double n, origin, low, m2;  // the mean is origin + low
 #if DTYPE == 3
     double unit = 1;  // m2 is of deviations times this
 #else
     static constexpr double unit = 1;
 #endif
 
-    __device__ __forceinline__ double mean() const { return n > 0 ? origin + shift : not_a_number(); }
+    __device__ __forceinline__ double mean() const { return n > 0 ? origin + low : not_a_number(); }
 
     __device__ __forceinline__ double per_unit() const { return unit == 1 ? 1 : unit > 1 ? LARGE_UNIT : SMALL_UNIT; }
 
@@ -46,18 +46,18 @@ struct Partial {  // of a channel
 };
 
 
-// A partial whose mean is origin + shift / unit, which is in range where the distance from the origin is not.
-__device__ __forceinline__ Partial partial_in_units(double n, double origin, double shift, double m2, double unit) {
+// A partial whose mean is origin + low / unit, which is in range where the distance from the origin is not.
+__device__ __forceinline__ Partial partial_in_units(double n, double origin, double low, double m2, double unit) {
     m2 = m2 >= 0 || m2 != m2 ? m2 : 0;
 #if DTYPE == 3
     if (unit != 1 && m2 != 0) {
         Partial partial{n, 0, 0, m2, unit};
-        partial.origin = (origin * unit + shift) * partial.per_unit();
-        partial.shift = ((origin * unit - partial.origin * unit) + shift) * partial.per_unit();
+        partial.origin = (origin * unit + low) * partial.per_unit();
+        partial.low = ((origin * unit - partial.origin * unit) + low) * partial.per_unit();
         return partial;
     }
 #endif
-    return Partial{n, origin, shift, m2};
+    return Partial{n, origin, low, m2};
 }
 
 // --- merges of two, of lanes, of a block -----------------------------------------------------------------------------
@@ -74,22 +74,22 @@ __device__ __forceinline__ bool in_range(double squares, double distance) {
 // Where the mean is infinite: shares of the means. Infinities of both signs make a NaN.
 __device__ __forceinline__ double share_of_mean(const Partial& a, double n) {
     const double share = a.n * reciprocal(n);
-    return a.n > 0 ? share * a.origin + share * a.shift : 0;
+    return a.n > 0 ? share * a.origin + share * a.low : 0;
 }
 
 __device__ __forceinline__ Partial merged(const Partial& a, const Partial& b) {
     if (a.n == 0) return b;
     if (b.n == 0) return a;
     const double n = a.n + b.n, share = b.n * reciprocal(n);
-    const double delta = (b.origin - a.origin) + (b.shift - a.shift);
+    const double delta = (b.origin - a.origin) + (b.low - a.low);
     const double m2 = (a.m2 + b.m2) + delta * delta * (a.n * share);
-    if (in_range(m2, delta) && a.unit == 1 && b.unit == 1) return Partial{n, a.origin, a.shift + delta * share, m2};
+    if (in_range(m2, delta) && a.unit == 1 && b.unit == 1) return Partial{n, a.origin, a.low + delta * share, m2};
 #if DTYPE == 3
 #pragma unroll 1
     for (double unit = SMALL_UNIT; unit >= LARGE_UNIT; unit *= LARGE_UNIT) {
-        const double far = (b.origin * unit - a.origin * unit) + (b.shift * unit - a.shift * unit);
+        const double far = (b.origin * unit - a.origin * unit) + (b.low * unit - a.low * unit);
         const double squares = (a.m2_in(unit) + b.m2_in(unit)) + far * far * (a.n * share);
-        if (is_finite(squares)) return partial_in_units(n, a.origin, a.shift * unit + far * share, squares, unit);
+        if (is_finite(squares)) return partial_in_units(n, a.origin, a.low * unit + far * share, squares, unit);
     }
 #endif
     const bool odd = a.m2 != a.m2 || b.m2 != b.m2;
@@ -105,13 +105,13 @@ __device__ __forceinline__ Partial merged_carefully(const Partial& a, double n, 
     bool found = false;
 #pragma unroll 1
     for (double unit = SMALL_UNIT; unit >= LARGE_UNIT; unit *= LARGE_UNIT) {
-        const double distance = a.n > 0 ? (a.origin * unit - origin * unit) + a.shift * unit : 0;
+        const double distance = a.n > 0 ? (a.origin * unit - origin * unit) + a.low * unit : 0;
         const double moved = a.n * distance;
         const double away = added_across(moved, from, to);
         const double squares = added_across(a.m2_in(unit) + moved * distance, from, to);
         if (!found && is_finite(squares)) {
-            const double shift = away * reciprocal(n);
-            whole = partial_in_units(n, origin, shift, squares - away * shift, unit);
+            const double low = away * reciprocal(n);
+            whole = partial_in_units(n, origin, low, squares - away * low, unit);
             found = true;
         }
     }
@@ -124,7 +124,7 @@ __device__ __forceinline__ Partial merged_across(const Partial& a, int from, int
     const unsigned some = __ballot_sync(0xffffffffu, a.n > 0) & group;
     const int leader = some ? __ffs(some) - 1 : threadIdx.x % 32;
     const double origin = __shfl_sync(0xffffffffu, a.origin, leader);
-    const double distance = a.n > 0 ? (a.origin - origin) + a.shift : 0;
+    const double distance = a.n > 0 ? (a.origin - origin) + a.low : 0;
     const double moved = a.n * distance;
     const double n = added_across(a.n, from, to);
     const double away = added_across(moved, from, to);
@@ -134,8 +134,8 @@ __device__ __forceinline__ Partial merged_across(const Partial& a, int from, int
         const Partial whole = merged_carefully(a, n, origin, from, to);
         if (careful & group) return whole;
     }
-    const double shift = n > 0 ? away * reciprocal(n) : 0, m2 = squares - away * shift;
-    return Partial{n, origin, shift, m2 > 0 ? m2 : 0};
+    const double low = n > 0 ? away * reciprocal(n) : 0, m2 = squares - away * low;
+    return Partial{n, origin, low, m2 > 0 ? m2 : 0};
 }
 
 // The lanes of a warp that have this thread's channels, where `side` of them stand side by side.
@@ -225,7 +225,7 @@ struct Statistics {  // what normalisation takes
 __device__ __forceinline__ Statistics write_moments(const Params& p, i64 at, const Partial& partial) {
     const i64 all = p.batches * p.channels;
     const double mean = partial.mean();
-    const Statistics found{mean, (partial.origin - mean) + partial.shift, batch_rstd(partial, p.eps)};
+    const Statistics found{mean, (partial.origin - mean) + partial.low, batch_rstd(partial, p.eps)};
     const double m2 = partial.n > 0 ? partial.m2_in(1) : not_a_number();
     p.results[at] = partial.n;
     p.results[all + at] = m2;
@@ -263,7 +263,7 @@ __device__ __forceinline__ void write_partials(const Params& p, const Tile& tile
     for (int q = threadIdx.x; q < WIDTH && tile.has(p, q); q += THREADS) {
         const Partial& partial = merged_channels()[q];
         double* to = slot(p, split, tile.kept(p, q));
-        to[0] = partial.n, to[all] = partial.origin, to[2 * all] = partial.shift, to[3 * all] = partial.m2;
+        to[0] = partial.n, to[all] = partial.origin, to[2 * all] = partial.low, to[3 * all] = partial.m2;
 #if DTYPE == 3
         to[4 * all] = partial.unit;
 #endif

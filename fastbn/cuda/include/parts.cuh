@@ -123,13 +123,13 @@ __device__ __forceinline__ double mean_of(const Sum& part) {
 
 // --- spreads ----------------------------------------------------------------------------------------------------------
 
-// One whose mean is origin + shift / unit, which is in range where the distance from the origin is not.
-__device__ __forceinline__ Spread spread_in_units(double n, double origin, double shift, double m2, double unit) {
+// One whose mean is origin + low / unit, which is in range where the distance from the origin is not.
+__device__ __forceinline__ Spread spread_in_units(double n, double origin, double low, double m2, double unit) {
     Spread part;
-    part.set(n, origin, shift, m2 > 0 ? m2 : 0, unit);
+    part.set(n, origin, low, m2 > 0 ? m2 : 0, unit);
     if (unit != 1) {
-        part.high = (origin * unit + shift) * part.per_unit();
-        part.low = ((origin * unit - part.high * unit) + shift) * part.per_unit();
+        part.high = (origin * unit + low) * part.per_unit();
+        part.low = ((origin * unit - part.high * unit) + low) * part.per_unit();
     }
     return part;
 }

@@ -236,7 +236,7 @@ struct Tile {
 
     // Likewise what all elements at each place in a vector give: loops add by places, as two channels for each element
     // are two instructions, and on sm_100 another six that move.
-    __device__ __forceinline__ void fold(real (&sums)[CHANNELS], const real (&places)[VECTOR]) const {
+    __device__ __forceinline__ void add_places(real (&sums)[CHANNELS], const real (&places)[VECTOR]) const {
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) add(sums, j, places[j]);
     }

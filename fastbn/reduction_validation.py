@@ -1,4 +1,4 @@
-"""Arguments of statistics: what they are asked for, and their checks."""
+"""What statistics are asked for, and the checks of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastbn.arrays import is_foreign, kind_of, one_kind
 from fastbn.layout import Shape
 
 
-class Options(NamedTuple):
+class ReductionOptions(NamedTuple):
     """What decides a statistic beside its arrays."""
 
     axis: Any
