@@ -54,25 +54,29 @@ class Backend(Protocol):
         """
 
     def grad_sums(
-        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, mean: Any, rstd: Any
+        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool
     ) -> Callable[..., Any]:
-        """``run(dy, x, y, weight, mean, rstd)`` gives ``dgamma = sum(dz * xhat)`` and ``dbeta = sum(dz)``.
+        """``run(dy, x, y, weight, *vectors)`` gives ``dgamma = sum(dz * xhat)`` and ``dbeta = sum(dz)``.
 
-        dz is dy, or 0 where y <= 0. What has weight 0 and dz 0 is left out, whatever x is there.
+        dz is dy, or 0 where y <= 0. There is y, or with ``recompute`` that of x, mean, rstd, gamma and beta, with the
+        sign of what `forward` wrote without a residual, or else no relu. What has weight 0 and dz 0 is left out,
+        whatever x is there.
         """
 
     def grad_input(
-        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes,
+        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool,
         sums: tuple[Any, Any], dx: Operand, dresidual: Operand | None,
     ) -> Callable[..., Any]:  # fmt: skip
         """``run(dy, x, y, weight, *vectors, dgamma, dbeta, dx, dresidual)``: dx of the sums; ``dresidual = dz``.
 
-        See `fastbn.formulas.input_coefficients`. Where weight and dz are 0, dx is 0, whatever x is.
+        ``dx = scale * dz - weight * (offset + slope * (x - mean))``, ``scale = gamma * rstd``,
+        ``offset = (scale * dbeta - dmean) / count``, ``slope = (scale * rstd * dgamma - 2 * dvar) / count``. Where
+        weight and dz are 0, dx is 0, whatever x is.
         """
 
     def backward(
-        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, frozen: bool,
-        dx: Operand, dresidual: Operand | None,
+        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool,
+        frozen: bool, dx: Operand, dresidual: Operand | None,
     ) -> Callable[..., Any]:  # fmt: skip
         """``run(dy, x, y, weight, *vectors, dx, dresidual)``: both; gives the sums. Frozen statistics have no share."""
 

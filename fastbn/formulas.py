@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+LEAST_EPS = 1e-30  # from here on 1 / std is below 1e15, so that y of narrow dtypes is never computed in float64
+
 
 def reciprocal_std(var: Any, eps: float) -> Any:
     """``1 / sqrt(var + eps)``."""
@@ -32,28 +34,6 @@ def rstd_with(xp: Any, rstd: Any, eps: float) -> Any:
     with np.errstate(over="ignore", invalid="ignore"):
         added = rstd * rstd * eps
         return xp.where(added == np.inf, 1.0 / math.sqrt(eps), rstd / xp.sqrt(1.0 + added))
-
-
-def unit_of(rstd: Any, itemsize: int) -> Any:
-    """The power of two below an rstd further than 30 binary orders from 1, else 1; kernels compute in its terms.
-
-    So neither rstd^2 nor a product with it leaves the type that elements of this size are computed in.
-    """
-    most = 1000 if itemsize == 8 else 120
-    _, exponent = np.frexp(rstd)
-    far = (rstd > 0) & (rstd < np.inf) & ((rstd < 2.0**-30) | (rstd > 2.0**30))
-    return np.where(far, np.ldexp(1.0, np.clip(exponent - 1, -most, most)), 1.0)
-
-
-def input_coefficients(
-    gamma: Any, rstd: Any, dgamma: Any, dbeta: Any, count: Any, dmean: Any, dvar: Any, itemsize: int
-) -> tuple[Any, Any, Any, Any]:
-    """unit, scale, offset, slope of ``dx = unit * (scale * dz - w * (offset + slope * (x - mean)))``."""
-    unit = unit_of(rstd, itemsize)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scale = gamma * (rstd / unit)
-        offset = (scale * dbeta - dmean / unit) / count
-        return unit, scale, offset, (scale * rstd * dgamma - 2.0 * dvar / unit) / count
 
 
 def united(xp: Any, parts: Iterable[tuple[Any, Any, Any, Any]]) -> tuple[Any, Any, Any, Any]:

@@ -192,7 +192,7 @@ def batch_norm_backward(
         s = saved
         signature = (
             "batch_norm_backward",
-            describe(dy, s.x, s.y, s.gamma, s.weight, s.mean, s.rstd, s.count, dmean, dvar, out),
+            describe(dy, s.x, s.y, s.gamma, s.beta, s.weight, s.mean, s.rstd, s.count, dmean, dvar, out),
             None if gather is None else callable(gather), s.moments is None, axes_of(s.channel_axis), s.activation,
             s.has_residual, s.gathered,
         )  # fmt: skip

@@ -51,6 +51,8 @@ class GradientTypes(NamedTuple):
     rstd: Any
     gamma: Any = None
     count: Any = None
+    beta: Any = None
+    """Of y, where that is computed again."""
     dmean: Any = None
     dvar: Any = None
 

@@ -100,21 +100,21 @@ class Pieces:
         return run
 
     def grad_sums(
-        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, mean: Any, rstd: Any
+        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool
     ) -> Callable[..., tuple[Any, Any]]:
         def prepare(dy: Operand, x: Operand, y: Operand | None) -> OfPiece:
-            run = self._backend.grad_sums(dy, x, y, None, mean, rstd)
+            run = self._backend.grad_sums(dy, x, y, None, types, recompute)
             return lambda read, vectors, written: run(*read, None, *vectors)
 
         each = OfEachPiece(self._backend, self._layout, self._cut, prepare)
         return lambda dy, x, y, weight, *vectors: self._added_up(each([dy, x, y], vectors, []))
 
     def grad_input(
-        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes,
+        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool,
         sums: tuple[Any, Any], dx: Operand, dresidual: Operand | None,
     ) -> Callable[..., None]:  # fmt: skip
         def prepare(dy: Operand, x: Operand, y: Operand | None, dx: Operand, dresidual: Operand | None) -> OfPiece:
-            run = self._backend.grad_input(dy, x, y, None, types, sums, dx, dresidual)
+            run = self._backend.grad_input(dy, x, y, None, types, recompute, sums, dx, dresidual)
             return lambda read, vectors, written: run(*read, None, *vectors, *written)
 
         each = OfEachPiece(self._backend, self._layout, self._cut, prepare)
@@ -126,24 +126,24 @@ class Pieces:
         return run
 
     def backward(
-        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, frozen: bool,
-        dx: Operand, dresidual: Operand | None,
+        self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool,
+        frozen: bool, dx: Operand, dresidual: Operand | None,
     ) -> Callable[..., tuple[Any, Any]]:  # fmt: skip
         if not frozen and (self._cut.axes or self._cut.kept != self._layout.kept):
-            sums = self.grad_sums(dy, x, y, None, types.mean, types.rstd)
+            sums = self.grad_sums(dy, x, y, None, types, recompute)
             float64 = self._backend.xp.dtype(float)
-            grad_input = self.grad_input(dy, x, y, None, types, (float64, float64), dx, dresidual)
+            grad_input = self.grad_input(dy, x, y, None, types, recompute, (float64, float64), dx, dresidual)
 
             def run(dy: Any, x: Any, y: Any, weight: Any, *others: Any) -> tuple[Any, Any]:
                 vectors, written = others[:-2], others[-2:]
-                dgamma, dbeta = sums(dy, x, y, None, *vectors[:2])
+                dgamma, dbeta = sums(dy, x, y, None, *vectors)
                 grad_input(dy, x, y, None, *vectors, dgamma, dbeta, *written)
                 return dgamma, dbeta
 
             return run
 
         def prepare(dy: Operand, x: Operand, y: Operand | None, dx: Operand, dresidual: Operand | None) -> OfPiece:
-            run = self._backend.backward(dy, x, y, None, types, frozen, dx, dresidual)
+            run = self._backend.backward(dy, x, y, None, types, recompute, frozen, dx, dresidual)
             return lambda read, vectors, written: run(*read, None, *vectors, *written)
 
         each = OfEachPiece(self._backend, self._layout, self._cut, prepare)

@@ -14,7 +14,7 @@ from fastbn import validation
 from fastbn.arrays import device_of, one_kind
 from fastbn.backend import Backend, backend_of
 from fastbn.call import Call, Once
-from fastbn.formulas import batch_rstd
+from fastbn.formulas import LEAST_EPS, batch_rstd
 from fastbn.layout import Layout
 from fastbn.merging import Moments, merge, update_running
 from fastbn.operands import AffineTypes
@@ -58,7 +58,9 @@ def batch_norm(
         }  # fmt: skip
         run = ways.through(run, arriving, results=["y"])
         axes, activation = validation.static_axes(channel_axis), "relu" if relu else None
-        options = _Options(axes, eps, activation, residual is not None, gather is not None)
+        # Relu's gradient passes where y > 0, which x tells by the same arithmetic; but not that of tiny eps.
+        keeps_y = relu and (residual is not None or eps < LEAST_EPS)
+        options = _Options(axes, eps, activation, residual is not None, gather is not None, keeps_y)
         return backend.on_its_device(_forward(ways, run, options, plain, weigh, updates, backend.allocator(x)), x)
 
 
@@ -70,13 +72,16 @@ class _Options(NamedTuple):
     activation: str | None
     has_residual: bool
     gathered: bool
+    keeps_y: bool
+    """For the backward pass."""
 
 
 def _forward(ways: Ways, run: Call, options: _Options, plain: Any, weigh: Any, updates: bool, make: Call) -> Call:
     """The call of `batch_norm`; ``updates`` says that the kernel does so with running statistics."""
     backend, shaped = ways.backend, ways.shaped()
-    axes, eps, activation, has_residual, gathered = options
-    relu, check_running, apart = activation is not None, _running_check(backend), Once(batch_norm)
+    axes, eps, activation, has_residual, gathered, keeps_y = options
+    keeps_beta = activation is not None and not keeps_y
+    check_running, apart = _running_check(backend), Once(batch_norm)
 
     def call(
         x: Any, gamma: Any, beta: Any, where: Any, weights: Any, residual: Any, out: Any, gather: Any, running: Any,
@@ -94,7 +99,7 @@ def _forward(ways: Ways, run: Call, options: _Options, plain: Any, weigh: Any, u
                 alone = x, gamma, beta, where, weights, residual, None, gather, running
                 result, saved = apart(*alone, axes, eps, activation)(*alone, rate, correction)
                 out[...] = result
-                return out, saved._replace(x=kept_x, y=out if relu else None)
+                return out, saved._replace(x=kept_x, y=out if keeps_y else None)
         weight, w = (None, None) if weigh is None else weigh(where, weights)
         if weight is not None and out is not None and backend.overlap(out, weight):
             weight = weight.copy()  # for the backward pass: y is going to be there
@@ -110,8 +115,9 @@ def _forward(ways: Ways, run: Call, options: _Options, plain: Any, weigh: Any, u
         if running is not None and not updates:
             update_running(running[0], running[1], moments, rate=rate, correction=correction, out=running)
         saved = make_saved(
-            x=kept_x, y=y if relu else None, gamma=gamma, weight=weight, moments=moments, mean=mean, rstd=rstd,
-            channel_axis=axes, activation=activation, has_residual=has_residual, gathered=gathered,
+            x=kept_x, y=y if keeps_y else None, gamma=gamma, beta=beta if keeps_beta else None, weight=weight,
+            moments=moments, mean=mean, rstd=rstd, channel_axis=axes, activation=activation, has_residual=has_residual,
+            gathered=gathered,
         )  # fmt: skip
         return y, saved
 

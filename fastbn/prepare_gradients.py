@@ -28,6 +28,9 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         plain = validation.plainer(x)
         x, dy = validation.plain(x), validation.like("dy", dy, x)
         y = validation.like("saved.y", saved.y, x, "saved.x") if relu else None
+        recompute = relu and y is None
+        if recompute and (frozen or saved.has_residual):
+            raise ValueError("saved.y: expected the output, which relu's gradient needs here, got None")
         out = validation.output("out", out, x)
         if frozen and not (dmean is None and dvar is None):
             raise ValueError("dmean, dvar: expected None with frozen statistics, which do not depend on x")
@@ -39,12 +42,12 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
         dx_, to_dx = ways.result(x, out)
         residual_, to_residual = ways.result(x, None) if saved.has_residual else (None, None)
         if gather is None:
-            run = kernels.backward(dy_, x_, y_, weight_, types, frozen, dx_, residual_)
+            run = kernels.backward(dy_, x_, y_, weight_, types, recompute, frozen, dx_, residual_)
         else:
             sums = (backend.xp.dtype(float),) * 2
             run = _summed_over_ranks(
-                backend, layout, kernels.grad_sums(dy_, x_, y_, weight_, types.mean, types.rstd),
-                kernels.grad_input(dy_, x_, y_, weight_, types, sums, dx_, residual_),
+                backend, layout, kernels.grad_sums(dy_, x_, y_, weight_, types, recompute),
+                kernels.grad_input(dy_, x_, y_, weight_, types, recompute, sums, dx_, residual_),
             )  # fmt: skip
         arriving = {
             "dy": to_dy, "x": to_x, "y": to_y, "weight": to_weight, **to_vectors, "dx": to_dx, "dresidual": to_residual,
@@ -59,14 +62,14 @@ def _backward(ways: Ways, run: Call, saved: Saved, plain: Any, make: Call) -> Ca
     frozen, relu, apart = saved.moments is None, saved.activation is not None, Once(batch_norm_backward)
 
     def call(dy: Any, saved: Saved, dmean: Any, dvar: Any, out: Any, gather: Any) -> Gradients:
-        x, y, gamma, weight, mean, rstd = saved.x, saved.y, saved.gamma, saved.weight, saved.mean, saved.rstd
-        count = saved.count
+        x, y, gamma, beta, weight = saved.x, saved.y, saved.gamma, saved.beta, saved.weight
+        mean, rstd, count = saved.mean, saved.rstd, saved.count
         if plain is not None:
             x = plain(x)
         gradients: Gradients
         if out is None:
             dx = make(x)
-        elif ways.askew(out, dy, x, y, gamma, weight, mean, rstd, count, dmean, dvar):
+        elif ways.askew(out, dy, x, y, gamma, beta, weight, mean, rstd, count, dmean, dvar):
             alone = dy, saved, dmean, dvar, None, gather
             gradients = apart(*alone)(*alone)
             out[...] = gradients.x
@@ -76,9 +79,9 @@ def _backward(ways: Ways, run: Call, saved: Saved, plain: Any, make: Call) -> Ca
         dresidual = make(x) if has_residual else None
         y, count = y if relu else None, None if frozen else count
         if gathered:
-            dgamma, dbeta = run(dy, x, y, weight, mean, rstd, gamma, count, dmean, dvar, dx, dresidual, gather)
+            dgamma, dbeta = run(dy, x, y, weight, mean, rstd, gamma, count, beta, dmean, dvar, dx, dresidual, gather)
         else:
-            dgamma, dbeta = run(dy, x, y, weight, mean, rstd, gamma, count, dmean, dvar, dx, dresidual)
+            dgamma, dbeta = run(dy, x, y, weight, mean, rstd, gamma, count, beta, dmean, dvar, dx, dresidual)
         if shaped is not None:
             dgamma, dbeta = shaped(dgamma), shaped(dbeta)
         gradients = new(Gradients, (dx, dgamma, dbeta, dresidual))
@@ -94,6 +97,7 @@ def _types_of(ways: Ways, saved: Saved, dmean: Any, dvar: Any) -> tuple[Gradient
         "rstd": ways.vector(saved.rstd),
         "gamma": ways.parameter("saved.gamma", saved.gamma),
         "count": ways.vector(None if saved.moments is None else saved.count),
+        "beta": ways.parameter("saved.beta", saved.beta),
         "dmean": ways.parameter("dmean", dmean),
         "dvar": ways.parameter("dvar", dvar),
     }
@@ -118,7 +122,7 @@ def _kind_of_backward(dy: Any, saved: Saved, dmean: Any, dvar: Any, out: Any) ->
     required = {"dy": dy, "saved.x": saved.x, "saved.mean": saved.mean, "saved.rstd": saved.rstd}
     if saved.moments is not None:
         required["saved.count"] = saved.count
-    others = {f"saved.{name}": getattr(saved, name) for name in ("y", "gamma", "weight")}
+    others = {f"saved.{name}": getattr(saved, name) for name in ("y", "gamma", "beta", "weight")}
     return one_kind(required, dmean=dmean, dvar=dvar, out=out, **others)
 
 
@@ -127,14 +131,15 @@ def _summed_over_ranks(backend: Backend, layout: Layout, grad_sums: Call, grad_i
     xp = backend.xp
 
     def run(
-        dy: Any, x: Any, y: Any, w: Any, mean: Any, rstd: Any, gamma: Any, count: Any, dmean: Any, dvar: Any,
+        dy: Any, x: Any, y: Any, w: Any, mean: Any, rstd: Any, gamma: Any, count: Any, beta: Any, dmean: Any, dvar: Any,
         dx: Any, dresidual: Any, gather: Any,
     ) -> tuple[Any, Any]:  # fmt: skip
-        dgamma, dbeta = grad_sums(dy, x, y, w, mean, rstd)
+        vectors = mean, rstd, gamma, count, beta, dmean, dvar
+        dgamma, dbeta = grad_sums(dy, x, y, w, *vectors)
         local = xp.concatenate([layout.kept_array(xp, v).ravel() for v in (dgamma, dbeta)])
         summed = validation.gathered(xp, gather(local), local.size).sum(axis=0).reshape(2, *layout.kept_shape)
         sums = (layout.vector(xp, a) for a in summed)
-        grad_input(dy, x, y, w, mean, rstd, gamma, count, dmean, dvar, *sums, dx, dresidual)
+        grad_input(dy, x, y, w, *vectors, *sums, dx, dresidual)
         return dgamma, dbeta
 
     return run
@@ -153,13 +158,13 @@ def grad_sums(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any, c
         weight_, weigh = ways.weight(where, weights)
         kernels, ways = kernels_for(ways, weight_, [x, dy], [])
         (dy_, to_dy), (x_, to_x) = ways.data(dy), ways.data(x)
-        run = kernels.grad_sums(dy_, x_, None, weight_, mean_type, rstd_type)
+        run = kernels.grad_sums(dy_, x_, None, weight_, GradientTypes(mean_type, rstd_type), False)
         arriving = {"dy": to_dy, "x": to_x, "y": None, "weight": None, "mean": to_mean, "rstd": to_rstd}
         run, shaped = ways.through(run, arriving), ways.shaped()
 
     def call(dy: Any, x: Any, mean: Any, rstd: Any, where: Any, weights: Any) -> tuple[Any, Any]:
         weight = None if weigh is None else weigh(where, weights)[1]
-        dgamma, dbeta = run(dy, x, None, weight, mean, rstd)
+        dgamma, dbeta = run(dy, x, None, weight, mean, rstd, None, None, None, None, None)
         return (dgamma, dbeta) if shaped is None else (shaped(dgamma), shaped(dbeta))
 
     return backend.on_its_device(call, x)
@@ -196,11 +201,11 @@ def grad_input(
         (dy_, to_dy), (x_, to_x) = ways.data(dy), ways.data(x)
         dx_, to_dx = ways.result(x, out)
         types = GradientTypes(mean_type, rstd_type, gamma_type, count_type)
-        run = kernels.grad_input(dy_, x_, None, weight_, types, (dgamma_type, dbeta_type), dx_, None)
+        run = kernels.grad_input(dy_, x_, None, weight_, types, False, (dgamma_type, dbeta_type), dx_, None)
         arriving = {
             "dy": to_dy, "x": to_x, "y": None, "weight": None, "mean": to_mean, "rstd": to_rstd, "gamma": to_gamma,
-            "count": to_count, "dmean": None, "dvar": None, "dgamma": to_dgamma, "dbeta": to_dbeta, "dx": to_dx,
-            "dresidual": None,
+            "count": to_count, "beta": None, "dmean": None, "dvar": None, "dgamma": to_dgamma, "dbeta": to_dbeta,
+            "dx": to_dx, "dresidual": None,
         }  # fmt: skip
         run, make, apart = ways.through(run, arriving, results=["dx"]), backend.allocator(x), Once(grad_input)
 
@@ -219,7 +224,7 @@ def grad_input(
         else:
             dx = out
         weight = None if weigh is None else weigh(where, weights)[1]
-        run(dy, x, None, weight, mean, rstd, gamma, count, None, None, dgamma, dbeta, dx, None)
+        run(dy, x, None, weight, mean, rstd, gamma, count, None, None, None, dgamma, dbeta, dx, None)
         return dx
 
     return backend.on_its_device(call, x)

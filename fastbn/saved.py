@@ -25,8 +25,8 @@ class Gradients(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What `batch_norm` saves for `batch_norm_backward`. It refers to x, y, gamma,
-    `where` and `weights`, so these must not change in between.
+    """What `batch_norm` saves for `batch_norm_backward`. It refers to x, gamma, beta, `where` and `weights`, and after
+    relu with a residual to y, so these must not change in between.
 
     `arrays` and `from_arrays` take it apart into arrays and a hashable rest, as frameworks want to store it.
     """
@@ -34,7 +34,7 @@ class Saved(NamedTuple):
     x: Any
     """The input; None where `out` overwrote it."""
     y: Any
-    """The output, with relu only: it tells where the gradient passes."""
+    """The output, where it takes that to tell where relu lets the gradient pass: with a residual. Else it is None."""
     gamma: Any
     weight: Any
     """where * weights, or None."""
@@ -47,6 +47,8 @@ class Saved(NamedTuple):
     activation: Literal["relu"] | None
     has_residual: bool
     gathered: bool
+    beta: Any = None
+    """With relu and without y: with it x tells where the gradient passes."""
 
     def arrays(self) -> tuple[tuple[Any, ...], Hashable]:
         """The arrays alone, and all the rest, hashable: ``Saved.from_arrays(*saved.arrays())`` is the same again.
@@ -60,7 +62,7 @@ class Saved(NamedTuple):
         True
         """
         moments = (None, None, None) if self.moments is None else tuple(self.moments)
-        slots = (self.x, self.y, self.gamma, self.weight, *moments, self.mean, self.rstd)
+        slots = (self.x, self.y, self.gamma, self.weight, *moments, self.mean, self.rstd, self.beta)
         present = tuple(array is not None for array in slots)
         static = (present, self.channel_axis, self.activation, self.has_residual, self.gathered)
         return tuple(array for array in slots if array is not None), static
@@ -72,10 +74,11 @@ class Saved(NamedTuple):
         if len(arrays) != sum(present):
             raise ValueError(f"arrays: expected {sum(present)} arrays, got {len(arrays)}")
         remaining = iter(arrays)
-        x, y, gamma, weight, *moments, mean, rstd = (next(remaining) if there else None for there in present)
+        x, y, gamma, weight, *moments, mean, rstd, beta = (next(remaining) if there else None for there in present)
         return make_saved(
-            x=x, y=y, gamma=gamma, weight=weight, moments=None if moments[0] is None else Moments(*moments), mean=mean,
-            rstd=rstd, channel_axis=channel_axis, activation=activation, has_residual=has_residual, gathered=gathered,
+            x=x, y=y, gamma=gamma, beta=beta, weight=weight, mean=mean, rstd=rstd,
+            moments=None if moments[0] is None else Moments(*moments), channel_axis=channel_axis, activation=activation,
+            has_residual=has_residual, gathered=gathered,
         )  # fmt: skip
 
     @classmethod
@@ -133,12 +136,12 @@ class Saved(NamedTuple):
 
 def make_saved(
     *, x: Any, y: Any, gamma: Any, weight: Any, moments: Moments | None, mean: Any, rstd: Any, channel_axis: Any,
-    activation: Any, has_residual: bool, gathered: bool,
+    activation: Any, has_residual: bool, gathered: bool, beta: Any = None,
 ) -> Saved:  # fmt: skip
     """All are made here, so that the order of the fields stands in one place."""
     count = None if moments is None else moments.count
     saved: Saved = new(
-        Saved, (x, y, gamma, weight, moments, mean, rstd, count, channel_axis, activation, has_residual, gathered)
+        Saved, (x, y, gamma, weight, moments, mean, rstd, count, channel_axis, activation, has_residual, gathered, beta)
     )
     return saved
 

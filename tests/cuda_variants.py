@@ -36,6 +36,7 @@ DTYPES = (
 )  # fmt: skip
 ITEMSIZES = (2, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1)
 ROWS = (25, 49, 169, 196)  # elements of a channel's row that vectors of 16 bytes run across, of some dtype
+GRADIENTS = ("grad_sums", "backward", "grad_input")
 REGISTERS = 65536  # of a multiprocessor
 
 
@@ -80,7 +81,7 @@ class Variant(NamedTuple):
         if self.kernel in ("statistics", "forward", "normalize"):
             loads, stores = 1 + residual, self.kernel != "statistics"
         else:
-            loads, stores = 2 + relu, 0 if self.kernel == "grad_sums" else 1 + residual
+            loads, stores = 2 + (relu == 1), 0 if self.kernel == "grad_sums" else 1 + residual
         return loads * self["ITEMS_PER_THREAD"], stores * self["ITEMS_PER_THREAD"]
 
     def __str__(self) -> str:
@@ -120,12 +121,15 @@ def planned(architecture: int) -> tuple[Variant, ...]:
     variants = set()
     for kernel, macros in found:
         known = dict(macros)
-        options = {"WEIGHT": (1, 2, 3) if known.get("WEIGHT") else (0,), "RELU": (0, 1), "RESIDUAL": (0, 1)}
+        relus = (0, 1, 2) if kernel in GRADIENTS else (0, 1)
+        options = {"WEIGHT": (1, 2, 3) if known.get("WEIGHT") else (0,), "RELU": relus, "RESIDUAL": (0, 1)}
         vectors_depend_on_it = known.get("RUN") or (known.get("ALONG_CHANNELS") and known.get("DTYPE") in (0, 1))
         fixed = ("RESIDUAL",) if vectors_depend_on_it else ()
         here = [name for name in options if name in launch.OPTIONAL[kernel] and name not in fixed]
         for values in itertools.product(*(options[name] for name in here)):
-            changed = dict(zip(here, values, strict=True))
+            changed = known | dict(zip(here, values, strict=True))
+            if changed.get("RELU") == 2 and changed.get("RESIDUAL"):  # then y is read
+                continue
             variants.add(Variant(kernel, tuple((name, changed.get(name, value)) for name, value in macros)))
     first = ("VECTOR", "ITEMS_PER_THREAD", "THREADS")
     return tuple(sorted(variants, key=lambda v: (v.kernel, *(-v[name] for name in first), v.macros)))

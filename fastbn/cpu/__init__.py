@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastbn.cpu import gradient_plans, plans, team, vector_plans
-from fastbn.cpu.extremes import LEAST_EPS, find_beyond, weight_in_range
+from fastbn.cpu.extremes import find_beyond, weight_in_range
 from fastbn.cpu.memory import (
     PLAIN,
     Array,
@@ -34,7 +34,7 @@ from fastbn.cpu.memory import (
 from fastbn.cpu.program import Program, kind_of
 from fastbn.cpu.records import MomentRows, Sums, Union
 from fastbn.cpu.statistics import statistic
-from fastbn.formulas import reciprocal_std
+from fastbn.formulas import LEAST_EPS, reciprocal_std
 from fastbn.operands import AffineTypes, GradientTypes, Operand, dense
 
 __all__ = [
@@ -216,50 +216,51 @@ def _updating(forward: Callable[..., tuple[Array, ...]], kept: int, running: tup
 
 
 def grad_sums(
-    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, mean: Any, rstd: Any
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool
 ) -> Callable[..., tuple[Array, Array]]:
     shape, kind, (dys, xs, ys), kept = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y)), x.kept
-    (ws, weights), kinds, empty = strides_of_weight(weight), (kind_of(mean), kind_of(rstd)), x.size == 0
+    (ws, weights), kinds, empty = strides_of_weight(weight), tuple(map(kind_or_none, types)), x.size == 0
     size = len(Sums._fields), kept
     launch = _launcher(
-        lambda threads: gradient_plans.grad_sums(shape, kind, dys, xs, ys, ws, weights, kinds, threads), x.size
+        lambda threads: gradient_plans.grad_sums(shape, kind, dys, xs, ys, ws, weights, kinds, recompute, threads),
+        x.size,
     )
 
-    def run(
-        dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array
-    ) -> tuple[Array, Array]:
+    def run(dy: Array, x: Array, y: Array | None, weight: Array | None, *vectors: Any) -> tuple[Array, Array]:
         if empty:  # the empty sum is 0, though rstd is NaN
             return np.zeros(kept), np.zeros(kept)
         if weight is not None:
             weight, _ = weight_in_range(weight, x)
         sums = np.empty(size)
-        launch(dy, x, y, weight, mean, rstd, sums)
+        launch(dy, x, y, weight, *vectors, sums)
         return sums[DGAMMA], sums[DBETA]
 
     return run
 
 
 def grad_input(
-    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, sums: tuple[Any, Any],
-    dx: Operand, dresidual: Operand | None,
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool,
+    sums: tuple[Any, Any], dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., None]:  # fmt: skip
     shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
     (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, (*types, *sums)))
     launch = _launcher(
-        lambda threads: gradient_plans.grad_input(shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, threads),
+        lambda threads: gradient_plans.grad_input(
+            shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, recompute, threads
+        ),
         x.size,
     )
     allowed = nontemporal_stores(dx, dresidual)
 
     def run(
         dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array, gamma: Array | None,
-        count: Array, dmean: Array | None, dvar: Array | None, dgamma: Array, dbeta: Array,
+        count: Array, beta: Array | None, dmean: Array | None, dvar: Array | None, dgamma: Array, dbeta: Array,
         dx: Array, dresidual: Array | None,
     ) -> None:  # fmt: skip
         if weight is not None:
             weight, count = _in_range(weight, count, x)
         nontemporal = allowed(dx, dresidual) if allowed else PLAIN
-        numbers = mean, rstd, gamma, count, dmean, dvar, dgamma, dbeta
+        numbers = mean, rstd, gamma, count, beta, dmean, dvar, dgamma, dbeta
         launch(dy, x, y, weight, dx, dresidual, *numbers, nontemporal)
 
     return run
@@ -272,14 +273,14 @@ def _in_range(weight: Array, count: Array, x: Array) -> tuple[Array | None, Arra
 
 
 def backward(
-    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, frozen: bool,
-    dx: Operand, dresidual: Operand | None,
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool,
+    frozen: bool, dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., tuple[Array, Array]]:  # fmt: skip
     shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
     (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, types))
     launch = _launcher(
         lambda threads: gradient_plans.backward(
-            shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, frozen, threads
+            shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, frozen, recompute, threads
         ),
         x.size,
     )
@@ -288,7 +289,8 @@ def backward(
 
     def run(
         dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array, gamma: Array | None,
-        count: Array | None, dmean: Array | None, dvar: Array | None, dx: Array, dresidual: Array | None,
+        count: Array | None, beta: Array | None, dmean: Array | None, dvar: Array | None, dx: Array,
+        dresidual: Array | None,
     ) -> tuple[Array, Array]:  # fmt: skip
         if empty:
             return np.zeros(kept), np.zeros(kept)
@@ -296,7 +298,7 @@ def backward(
             weight, count = _in_range(weight, count, x)
         sums = np.empty(size)
         nontemporal = allowed(dx, dresidual) if allowed else PLAIN
-        numbers = mean, rstd, gamma, count, dmean, dvar, sums
+        numbers = mean, rstd, gamma, count, beta, dmean, dvar, sums
         launch(dy, x, y, weight, dx, dresidual, *numbers, nontemporal)
         return sums[DGAMMA], sums[DBETA]
 

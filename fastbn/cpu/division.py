@@ -81,6 +81,10 @@ class Arrays(Generic[S, T]):
     def workspace(self, count: int) -> Argument:
         return self.program.temporary(count, self.compute)
 
+    def affine(self, columns: int, recompute: bool) -> Argument | None:
+        """Of so many columns of all threads together, for kernels that compute y again; else None."""
+        return self.workspace(sizes.AFFINE * columns) if recompute else None
+
     def nontemporal(self, whole_lines: bool) -> Argument | bool:
         """Whether a kernel writes past the caches: as a call's arrays decide, if it writes nothing but whole lines."""
         return whole_lines and self.program.at_least("nontemporal", Nontemporal.ALL)
@@ -194,6 +198,17 @@ def table_of(
     return table
 
 
+class GradientOptions(NamedTuple):
+    """What gradients depend on beside their arrays."""
+
+    frozen: bool = False
+    """Statistics that do not depend on x, so that dx does not."""
+    mixed: bool = False
+    """There are gradients of the moments."""
+    recompute: bool = False
+    """The y of relu is computed again of x."""
+
+
 # --- how work is divided ----------------------------------------------------------------------------------------------
 
 
@@ -281,7 +296,8 @@ class Tiled:
         self.tasks = batch * (1 if fused else segments) * -(-self._cells // width)
         of_thread = scratch * (1 + segments if fused else 1) * sizes.padded(width, width)
         self.partials = sums * batch * segments * sizes.padded(self._cells, width) + num_threads * of_thread
-        self.workspace = num_threads * workspace * sizes.pitch(self._columns + sizes.PAD)
+        self.columns = num_threads * sizes.pitch(self._columns + sizes.PAD)
+        self.workspace = workspace * self.columns
 
     def whole_lines(self, strides: list[Strides]) -> bool:
         """Whether every row of a tile is whole cache lines, if the array starts on one."""

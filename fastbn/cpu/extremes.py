@@ -14,8 +14,6 @@ import numpy as np
 from fastbn.cpu import vector_plans
 from fastbn.cpu.memory import Array, kind_or_none
 
-LEAST_EPS = 1e-30  # an eps from here on keeps the reciprocal deviation below 1e15
-
 
 def find_beyond(kept: int, rstd: Any, gamma: Any) -> Callable[[Array, Array | None], bool]:
     """``beyond(rstd, gamma)``: whether channels of float32 data, or narrower, are to be normalized in float64."""

@@ -148,8 +148,8 @@ def forward(
     arrays |= {**dict(zip(("gamma", "beta"), parameters, strict=True)), "table": "f8*"}
     p = Program(num_threads, 2 * math.prod(shape), arrays, ["eps", "nontemporal"])
     p.followed_by = partial(
-        backward, shape, kind, xs, xs, ys if relu else None, ws, weights, xs, rs,
-        ("f8*",) * len(GradientParameters._fields), frozen=False, num_threads=num_threads,
+        backward, shape, kind, xs, xs, ys if relu and rs else None, ws, weights, xs, rs,
+        ("f8*",) * len(GradientParameters._fields), frozen=False, recompute=relu and not rs, num_threads=num_threads,
     )  # fmt: skip
     problem = problem_of(p, shape, kind, num_threads, {"x": xs, "weight": ws, "y": ys, "residual": rs})
     kept, table, eps = problem.kept, p.array("table"), p.number("eps")

@@ -253,12 +253,14 @@ class Parameters(NamedTuple):
 
 
 class GradientParameters(NamedTuple):
-    """Of ``dx``; without gradients of the moments the last two rows are not there."""
+    """Of ``dx``; rows at the end that nobody reads are not there."""
 
     mean: Any
     rstd: Any
     gamma: Any
     count: Any
+    beta: Any
+    """Where y is computed again."""
     dmean: Any
     dvar: Any
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from fastbn.cpu import sizes
-from fastbn.cpu.division import FEW_PARTIALS, FEWEST_ROWS, PIECES, ROW, TILE, ProblemInSlabs, option, tile_width
+from fastbn.cpu.division import (
+    FEW_PARTIALS,
+    FEWEST_ROWS,
+    PIECES,
+    ROW,
+    TILE,
+    GradientOptions,
+    ProblemInSlabs,
+    option,
+    tile_width,
+)
 from fastbn.cpu.program import Argument
 from fastbn.cpu.records import Chunks, Part, SegmentSums, Shape, Slabs, SlabStrides, Strides, Tiles
 
@@ -64,9 +74,10 @@ def add_forward(problem: ProblemInSlabs, table: Argument, eps: Argument, relu: b
 
 
 def add_grad_sums(
-    problem: ProblemInSlabs, parameters: Argument, distances: Argument | None, frozen: bool, mixed: bool
+    problem: ProblemInSlabs, parameters: Argument, distances: Argument | None, how: GradientOptions
 ) -> None:
     """And, if they are asked for, the `records.Distances` of dx."""
+    frozen, mixed, recompute = how
     p, names, channels = problem.program, ("dy", "x", "y"), problem.shape.channel
     results: dict[str, Any] = {"sums": p.array("sums"), "distances": distances, "frozen": frozen, "mixed": mixed}
     arrays = problem.arrays(*names) | {"shape": problem.of_shape}
@@ -76,13 +87,14 @@ def add_grad_sums(
         p.launch(
             "outer_slabs.grad_sums_of_segments", tiled.tasks, **arrays, tiles=tiled.tiles, parameters=parameters,
             partials=partials, workspace=problem.workspace(tiled.of_threads(sizes.COLUMN_SUMS)),
+            affine=problem.affine(tiled.of_threads(1), recompute),
         )  # fmt: skip
         # To sums it is all one where rows were: no rows are left behind coalesced ones.
         nowhere = {name: p.strided(p.array(name), problem.strides[name] and Strides(0, 0, 0, 0)) for name in names}
         p.launch(
             "outer_gradients.channel_grad_sums", channels, tiled.partials(2) < FEW_PARTIALS, **nowhere,
             shape=p.record(Shape(1, tiled.slabs * tiled.coalesced, channels, 1)), tiles=tiled.tiles,
-            parameters=parameters, partials=partials, **results,
+            parameters=parameters, partials=partials, **results, recompute=option(recompute),
         )  # fmt: skip
     else:
         segments = _segments(problem.shape)
@@ -91,6 +103,7 @@ def add_grad_sums(
         p.launch(
             "inner_slabs.grad_sums_of_segments", channels * segments, **arrays,
             chunks=p.record(_chunks_of(problem.shape)), parameters=parameters, partials=partials,
+            recompute=option(recompute),
         )  # fmt: skip
         p.launch(
             "inner_gradients.channel_grad_sums", channels, count < FEW_PARTIALS, x=p.array("x"), kept=channels,
@@ -98,28 +111,31 @@ def add_grad_sums(
         )  # fmt: skip
 
 
-def add_grad_input(problem: ProblemInSlabs, distances: Argument, frozen: bool) -> None:
-    p, written = problem.program, ("dx", "dresidual")
+def add_grad_input(problem: ProblemInSlabs, parameters: Argument, distances: Argument, how: GradientOptions) -> None:
+    frozen, recompute = how.frozen, how.recompute
+    p, written, given = problem.program, ("dx", "dresidual"), parameters if recompute else None
     read = ("dy", "y") if frozen else ("dy", "x", "y")
     arrays = problem.arrays("dy", "x", "y", *written) | {"x": problem.array("x", absent=frozen)}
     if _is_outer(problem.shape):
         tiled = TiledSlabs(problem, problem.given(*read, *written), ROW // 2)
         p.launch(
             "outer_slabs.grad_input", tiled.tasks, **arrays, shape=problem.of_shape, tiles=tiled.tiles,
-            distances=distances, workspace=problem.workspace(tiled.of_threads(sizes.LINEAR)),
+            parameters=given, distances=distances, workspace=problem.workspace(tiled.of_threads(sizes.LINEAR)),
+            affine=problem.affine(tiled.of_threads(1), recompute),
             nontemporal=problem.nontemporal(tiled.whole_lines(problem.given(*written))),
         )  # fmt: skip
     else:
         tasks, rows = _parts(problem.shape)
         p.launch(
-            "inner_slabs.grad_input", tasks, **arrays, shape=problem.of_shape, distances=distances,
-            workspace=_of_threads(problem, sizes.LINEAR),
+            "inner_slabs.grad_input", tasks, **arrays, shape=problem.of_shape, parameters=given, distances=distances,
+            workspace=_of_threads(problem, sizes.LINEAR), affine=_affine(problem, recompute),
             **_writing(problem, rows, problem.given(*read), problem.given(*written)),
         )  # fmt: skip
 
 
-def add_backward(problem: ProblemInSlabs, parameters: Argument, frozen: bool, mixed: bool) -> bool:
+def add_backward(problem: ProblemInSlabs, parameters: Argument, how: GradientOptions) -> bool:
     """As `add_forward`."""
+    frozen, mixed, recompute = how
     p, shape, read, written = problem.program, problem.shape, ("dy", "x", "y"), ("dx", "dresidual")
     if _is_outer(shape) or not problem.whole_channels():
         return False
@@ -127,6 +143,7 @@ def add_backward(problem: ProblemInSlabs, parameters: Argument, frozen: bool, mi
         "inner_slabs.backward", shape.channel, **problem.arrays(*read, *written),
         live=problem.array("x", absent=frozen), shape=problem.of_shape, chunks=p.record(_chunks_of(shape)),
         parameters=parameters, mixed=mixed, sums=p.array("sums"), workspace=_of_threads(problem, sizes.LINEAR),
+        affine=_affine(problem, recompute),
         **_writing(problem, shape.outer, problem.given(*read), problem.given(*written)),
     )  # fmt: skip
     return True
@@ -159,6 +176,10 @@ def _parts(shape: Slabs) -> tuple[int, int]:
 def _of_threads(problem: ProblemInSlabs, numbers: int) -> Argument:
     """So many of each thread's channel."""
     return problem.workspace(numbers * problem.num_threads * sizes.PAD)
+
+
+def _affine(problem: ProblemInSlabs, recompute: bool) -> Argument | None:
+    return problem.affine(problem.num_threads * sizes.PAD, recompute)
 
 
 def _writing(

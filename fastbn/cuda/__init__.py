@@ -148,58 +148,56 @@ def forward(
     return run
 
 
+VECTORS = " ".join(GradientTypes._fields).replace("rstd", "spread")
+
+
+def _relu(y: Operand | None, recompute: bool) -> int:
+    return problems.OF_X if recompute else problems.OF_Y if y is not None else 0
+
+
+def _vectors(types: GradientTypes) -> dict[str, Any]:
+    return dict(zip(VECTORS.split(), types, strict=True))
+
+
 def _no_sums(kept: int) -> Callable[..., list[Array]]:
     """Of no elements: 0, though rstd is NaN."""
     return lambda *arrays: [xp.zeros(kept), xp.zeros(kept)]
 
 
 def grad_sums(
-    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, mean: Any, rstd: Any
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool
 ) -> Callable[..., list[Array]]:
     if x.size == 0:
         return _no_sums(x.kept)
-    problem = problem_of({"x": x, "dy": dy, "y": y}, weight, {"mean": mean, "spread": rstd}, y is not None)
-    return _launcher(plans.grad_sums, problem, 2, "dy x y weight mean spread")
+    vectors = {"mean": types.mean, "spread": types.rstd}
+    if recompute:
+        vectors |= {"gamma": types.gamma, "beta": types.beta}
+    problem = problem_of({"x": x, "dy": dy, "y": y}, weight, vectors, _relu(y, recompute))
+    return _launcher(plans.grad_sums, problem, 2, f"dy x y weight {VECTORS}")
 
 
 def grad_input(
-    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, sums: tuple[Any, Any],
-    dx: Operand, dresidual: Operand | None,
-) -> Callable[..., None]:  # fmt: skip
-    float64, itemsize = np.dtype(np.float64), x.dtype.itemsize
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool,
+    sums: tuple[Any, Any], dx: Operand, dresidual: Operand | None,
+) -> Callable[..., object]:  # fmt: skip
+    vectors = _vectors(types) | dict(zip(("dgamma", "dbeta"), sums, strict=True))
     problem = problem_of(
-        {"dy": dy, "x": x, "y": y, "dx": dx, "dresidual": dresidual}, weight,
-        {"mean": types.mean, "spread": float64, "gamma": float64, "offset": float64, "slope": float64},
-        y is not None, dresidual is not None, frozen=False,
+        {"dy": dy, "x": x, "y": y, "dx": dx, "dresidual": dresidual}, weight, vectors, _relu(y, recompute),
+        dresidual is not None, frozen=False,
     )  # fmt: skip
-    launched = _launcher(plans.grad_input, problem, 0, "dy x y weight mean spread gamma offset slope dx dresidual")
-
-    def run(
-        dy: Array, x: Array, y: Array | None, weight: Array | None, mean: Array, rstd: Array, gamma: Array | None,
-        count: Array, dmean: Array | None, dvar: Array | None, dgamma: Array, dbeta: Array,
-        dx: Array, dresidual: Array | None,
-    ) -> None:  # fmt: skip
-        given = [a if a is None else a.astype(np.float64) for a in (gamma, rstd, dgamma, dbeta, count, dmean, dvar)]
-        gamma, rstd, dgamma, dbeta, count, dmean, dvar = (0.0 if a is None else a for a in given)
-        unit, scale, offset, slope = formulas.input_coefficients(
-            1.0 if given[0] is None else gamma, rstd, dgamma, dbeta, count, dmean, dvar, itemsize
-        )
-        launched(dy, x, y, weight, mean, unit, scale, offset, slope, dx, dresidual)
-
-    return run
+    return _launcher(plans.grad_input, problem, 0, f"dy x y weight {VECTORS} dgamma dbeta dx dresidual")
 
 
 def backward(
-    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, frozen: bool,
-    dx: Operand, dresidual: Operand | None,
+    dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool,
+    frozen: bool, dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., list[Array]]:  # fmt: skip
     if x.size == 0:
         return _no_sums(x.kept)
     arrays = {"x": x, "dy": dy, "y": y, "dx": dx, "dresidual": dresidual}
-    vectors = types._asdict()
-    vectors = {"mean": vectors.pop("mean"), "spread": vectors.pop("rstd"), **vectors}
-    problem = problem_of(arrays, weight, vectors, y is not None, dresidual is not None, frozen=frozen)
-    return _launcher(plans.backward, problem, 2, "dy x y weight mean spread gamma count dmean dvar dx dresidual")
+    relu = _relu(y, recompute)
+    problem = problem_of(arrays, weight, _vectors(types), relu, dresidual is not None, frozen=frozen)
+    return _launcher(plans.backward, problem, 2, f"dy x y weight {VECTORS} dx dresidual")
 
 
 def writes(dtype: Any) -> bool:

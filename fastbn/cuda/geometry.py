@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from fastbn.cuda.problems import BFLOAT16, Problem, Tuning, tuning_of
+from fastbn.cuda.problems import BFLOAT16, OF_X, Problem, Tuning, tuning_of
 
 WIDE_FROM = 1 << 31
 """Vectors of a channel from which kernels count them in 64 bits."""
@@ -263,5 +263,7 @@ def doubles_of(problem: Problem, merged: Merged | None) -> int:
 def scratch_bytes(problem: Problem, kernel: str, width: int, partials: int) -> int:
     """Shared memory of a block beside what it keeps: MERGE_BYTES, AFFINE_BYTES and SUM_BYTES of the kernels."""
     coefficients, merged = SCRATCH[kernel]
+    if problem.relu == OF_X:  # scale and bias of y
+        coefficients += 2
     nbytes = width * coefficients * max(4, problem.itemsize) + 8 * doubles_of(problem, merged) * partials
     return -(-nbytes // 16) * 16

@@ -170,7 +170,7 @@ class Params:
 
 AXES = ("batch", "outer", "channel", "inner")
 ARRAYS = ("x", "y", "residual", "dy", "dx", "dresidual", "weight")
-PARAMETERS = ("gamma", "beta", "mean", "spread", "count", "dmean", "dvar", "offset", "slope")
+PARAMETERS = ("gamma", "beta", "mean", "spread", "count", "dmean", "dvar", "dgamma", "dbeta")
 
 RUNNING_STATISTICS = ("running_mean", "running_var")
 

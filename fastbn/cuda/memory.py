@@ -38,7 +38,7 @@ def strides_of(o: Operand) -> Strides:
 
 def problem_of(
     arrays: dict[str, Operand | None], weight: Operand | None, types: dict[str, Any] | None = None,
-    relu: bool = False, residual: bool = False, eps: float = 0.0, **options: bool,
+    relu: int = 0, residual: bool = False, eps: float = 0.0, **options: bool,
 ) -> Problem:  # fmt: skip
     """The description of calls: all that a plan depends on. Types are those of per-channel numbers."""
     present = {name: o for name, o in arrays.items() if o is not None}
@@ -52,7 +52,7 @@ def problem_of(
         weight=0 if weight is None else _WEIGHTS[weight.dtype.name],
         weight_strides=() if weight is None else strides_of(weight),
         types=tuple((name, type_of(dtype)) for name, dtype in (types or {}).items() if dtype is not None),
-        relu=relu,
+        relu=int(relu),
         residual=residual,
         options=tuple((name, int(value)) for name, value in options.items()),
         eps=eps,

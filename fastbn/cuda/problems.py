@@ -49,6 +49,7 @@ TUNING = {
 }
 
 BFLOAT16, FLOAT32 = 1, 2  # of `Problem.dtype`
+OF_Y, OF_X = 1, 2  # of `Problem.relu` in gradients: by y, or y being computed again of x
 
 
 def tuning_of(architecture: int) -> Tuning:
@@ -80,7 +81,8 @@ class Problem(NamedTuple):
     weight_strides: Strides
     types: tuple[tuple[str, int], ...]
     """The dtypes of per-channel numbers, by their names in `launch.PARAMETERS` and `RUNNING_STATISTICS`."""
-    relu: bool
+    relu: int
+    """0 for none; in forward passes 1, in gradients `OF_Y` or `OF_X`."""
     residual: bool
     options: tuple[tuple[str, int], ...] = ()
     """Fields of the kernels' argument."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastbn.cuda import launch, plans, requirements, statistics
+from fastbn.cuda import launch, plans, problems, requirements, statistics
 from fastbn.cuda.launch import Device, Kernel
 from fastbn.cuda.memory import type_of
 from fastbn.cuda.problems import Operand, Problem, Strides
@@ -78,7 +78,7 @@ def _plans(device: Device, dtype: str, shape: Shape, layout: str) -> Iterator[pl
         relu, residual = "relu" in options, "residual" in options
         weight = 2 if "where" in options or "weights" in options else 0  # float64, one for all channels
 
-        def problem(*arrays: str, relu: bool = relu, residual: bool = residual, weight: int = weight) -> Problem:
+        def problem(*arrays: str, relu: int = relu, residual: bool = residual, weight: int = weight) -> Problem:
             operand = Operand(tuple(s if size > 1 else 0 for s, size in zip(strides, collapsed, strict=True)), 0)
             of_weight: Strides = (0, collapsed[3], 0, 1) if weight else ()
             operands = tuple((name, operand) for name in arrays)
@@ -89,6 +89,8 @@ def _plans(device: Device, dtype: str, shape: Shape, layout: str) -> Iterator[pl
         beside = ("residual",) * residual
         yield plans.forward(problem("x", "y", *beside))
         yield plans.backward(problem("x", "dy", *("y",) * relu, "dx", *("dresidual",) * residual))
+        if relu and not residual:  # the one before is of frozen statistics
+            yield plans.backward(problem("x", "dy", "dx", relu=problems.OF_X))
         if not weight:
             yield plans.normalize(problem("x", "y", *beside))
         if not (relu or residual):  # with statistics of several processes

@@ -369,9 +369,9 @@ FAULTS = [
     ),
     Fault(
         "no units of small distances", "forward",
-        "abs(exponent) <= ordinary", "exponent >= -ordinary", "training, block, rows, small, large gamma",
+        "abs(exponent) <= NEAR_RSTD", "exponent >= -NEAR_RSTD", "training, block, rows, small, large gamma",
     ),
-    # affine.cuh
+    # affine.cuh, normalized.cuh
     Fault(
         "low part of a given mean", "normalize",
         "low = is_finite(left) ? static_cast<real>(left) : 0;", "low = 0;", "frozen",

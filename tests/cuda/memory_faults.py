@@ -75,7 +75,7 @@ BLOCKS = [  # barriers of a block
     ("block: dx before its coefficients", "backward", "        __syncthreads();\n        Linear linear[CHANNELS];",
      "backward, block, rows"),
     ("block: dx of a second pass before its coefficients", "grad_input",
-     "given_linear(p, kept, of);\n    }\n    __syncthreads();", "backward, two passes"),
+     "given_sums(p, kept), of);\n    }\n    __syncthreads();", "backward, two passes"),
     ("runs: parts read before they are written", "statistics",
      "scratch[ch * THREADS + threadIdx.x] = partials[ch];\n    __syncthreads();", "moments, runs"),
     ("runs: results read before they are written", "statistics",

@@ -102,7 +102,7 @@ def test_all_that_is_planned_is_chosen_from(architecture):
         "THREADS": {32, 64, 128, 256},
         "WIDE": {0, 1},
         "WEIGHT": {0, 1, 2, 3},
-        "RELU": {0, 1},
+        "RELU": {0, 1, 2},
         "RESIDUAL": {0, 1},
         "CLUSTER": {1, 2, 4, 8} if problems.tuning_of(architecture).cluster > 1 else {1},
     }.items():

@@ -6,7 +6,7 @@ The words are those of `outer_reduction`.
 from typing import Any, NamedTuple
 
 from fastbn.cpu import sizes
-from fastbn.cpu.kernels.common import FULL, affine_of_index, write_affine
+from fastbn.cpu.kernels.common import FULL, affine_of_index, parameters_of_y, write_affine
 from fastbn.cpu.kernels.compiler import inline, shared
 from fastbn.cpu.kernels.simd import (
     advance,
@@ -20,7 +20,7 @@ from fastbn.cpu.kernels.simd import (
     store_first,
     total,
 )
-from fastbn.cpu.records import Rows
+from fastbn.cpu.records import Affine, Rows
 from fastbn.cpu.sizes import PAD
 
 AHEAD = 256  # values: asking for what comes a kilobyte later makes elementwise passes 5 % faster
@@ -177,6 +177,21 @@ def spread_affine(x, parameters, first, j, channels, eps, given_rstd, cells, siz
             spread(affine.scale, i * size, one.scale, size)
             spread(affine.bias, i * size, one.bias, size)
             c = c + 1 if c + 1 < channels else 0  # a division would take as long as the rest
+
+
+@inline
+def affine_at(affine, c):
+    """A vector of columns; None without a table."""
+    if affine is None:
+        return None
+    return Affine(load(affine.hi, c, FULL), load(affine.scale, c, FULL), load(affine.bias, c, FULL))
+
+
+@inline
+def spread_affine_again(x, given, first, j, channels, cells, size, affine):
+    """`spread_affine` from a table of `GradientParameters`, if there is one of `Affine`."""
+    if affine is not None:
+        spread_affine(x, parameters_of_y(given), first, j, channels, 0.0, True, cells, size, affine)
 
 
 @inline

@@ -28,12 +28,15 @@ from fastbn.cpu.kernels.simd import (
     unit_of,
     value,
     zero_where_not_positive,
+    zero_where_stored_not_positive,
     zero_where_uncounted,
     zero_where_zero,
 )
-from fastbn.cpu.records import Affine, Distances, GradientParameters, Linear, Rows, Sums
+from fastbn.cpu.records import Affine, Distances, GradientParameters, Linear, Parameters, Rows, Sums
+from fastbn.cpu.sizes import AFFINE
 
 FULL = 64  # bytes of a vector: one cache line of float32
+NARROW, SINGLE = 32, 4  # at the ends of rows, where masked stores would be slow on AMD processors
 LEAST_M2 = 2.0**-930  # of what is not constant, until `finished` finds it; far below what float32's squares give
 
 
@@ -291,6 +294,39 @@ def normalized(x, residual, affine, relu):
     return z
 
 
+# --- dz: of y, where that is given, or of x, of which y is computed again ---------------------------------------------
+
+
+@inline
+def relu_gradient(array, dy, y, x, affine):
+    """A vector of dz: dy, or 0 where y <= 0. Without y it has the sign that a forward pass found, bit for bit."""
+    if affine is None:
+        return zero_where_not_positive(y, dy)
+    return zero_where_stored_not_positive(array, normalized(x, None, affine, None), dy)
+
+
+@inline
+def parameters_of_y(given):
+    """From a table of `GradientParameters`."""
+    return Parameters(given.mean, given.rstd, given.gamma, given.beta)
+
+
+@inline
+def affine_again(x, given, t, recompute):
+    """`affine_of` kept index t, or None where y is not computed again."""
+    if recompute is None:
+        return None
+    return affine_of(x, given.mean[t], given.rstd[t], given.gamma[t], given.beta[t])
+
+
+@inline
+def affine_table(workspace, thread, pitch):
+    """A thread's table of `Affine`; None without."""
+    if workspace is None:
+        return None
+    return table_rows(Affine, advance(workspace, AFFINE * thread * pitch), pitch)
+
+
 # --- dx ---------------------------------------------------------------------------------------------------------------
 
 
@@ -342,7 +378,7 @@ def dgamma_of(x, mean, rstd, a, b):
 
 @inline
 def distances_of(x, parameters, t, frozen, mixed, dgamma, dbeta):
-    """`Distances` from a table of `GradientParameters` and the sums: `fastbn.formulas.input_coefficients` here.
+    """`Distances` from a table of `GradientParameters` and the sums, as `fastbn.backend` has the formulas.
 
     They are mixed with gradients of the moments, or not; frozen statistics have none.
     """

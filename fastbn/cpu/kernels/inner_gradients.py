@@ -3,6 +3,7 @@
 For each channel, and each batch index if the batch is kept, with x, dy, y and the weights w as (outer, inner):
 
     dz = np.where(y <= 0, 0, dy)                       # or dy, without relu; this is the residual's gradient
+                                                       # without a residual y may be computed of x again: S bytes less
     xhat = (x - mean) * rstd
     dbeta, dgamma = dz.sum(), (dz * xhat).sum()
     dx = gamma * rstd * (dz - w / n * (dbeta + xhat * dgamma))
@@ -23,14 +24,21 @@ from typing import Any, NamedTuple
 
 from fastbn.cpu.kernels.common import (
     FULL,
+    NARROW,
+    SINGLE,
+    affine_again,
+    affine_table,
     dgamma_of,
     distances_of,
     input_gradient,
     linear_of,
+    parameters_of_y,
     put,
+    relu_gradient,
     rows_from,
     rows_of,
     start_of_row,
+    write_affine,
     write_distances,
     write_linear,
 )
@@ -51,12 +59,14 @@ from fastbn.cpu.kernels.inner_places import (
     values_in_run,
 )
 from fastbn.cpu.kernels.inner_reduction import (
-    NARROW,
     ONE_ROW,
-    SINGLE,
+    affine_in_all_lanes,
+    blended_affine,
     gap_of,
     load_across,
     misaligned,
+    narrowed_affine,
+    write_one_affine,
 )
 from fastbn.cpu.kernels.simd import (
     advance,
@@ -72,20 +82,20 @@ from fastbn.cpu.kernels.simd import (
     table_rows,
     total,
     unit_of,
-    zero_where_not_positive,
     zero_where_uncounted,
 )
-from fastbn.cpu.records import Distances, GradientParameters, Linear, SegmentSums, Sums
+from fastbn.cpu.records import Affine, Distances, GradientParameters, Linear, SegmentSums, Sums
 from fastbn.cpu.sizes import LINEAR, PAD, SEGMENT
 
 
 class ChannelRows(NamedTuple):
-    """The rows of a channel that sums are made of."""
+    """The rows of a channel that sums are made of; an `Affine` where y is computed again, else None."""
 
     dy: Any
     x: Any
     y: Any
     weight: Any
+    affine: Any
 
 
 class Inputs(NamedTuple):
@@ -106,6 +116,13 @@ class Gaps(NamedTuple):
     weight: Any
 
 
+class Numbers(NamedTuple):
+    """Tables, or vectors of a channel: a `Linear`, and an `Affine` where y is computed again, else None."""
+
+    linear: Any
+    affine: Any
+
+
 class Outputs(NamedTuple):
     """Pointers to where their gradients go."""
 
@@ -114,25 +131,39 @@ class Outputs(NamedTuple):
 
 
 @inline
-def slabs_of(dy, x, y, weight, t, shape):
-    return ChannelRows(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), rows_of(weight, t, shape))
+def slabs_of(dy, x, y, weight, affine, t, shape):
+    return ChannelRows(
+        rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), rows_of(weight, t, shape), affine
+    )
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------
 
 
 @inline
-def dz_at(slabs, row, column):
+def dz_at(slabs, row, column, affine):
     """A vector of dz."""
     dy = load(slabs.dy.values, start_of_row(slabs.dy, row) + column, FULL)
-    return zero_where_not_positive(load(slabs.y.values, start_of_row(slabs.y, row) + column, FULL), dy)
+    y = load(slabs.y.values, start_of_row(slabs.y, row) + column, FULL)
+    x = load(slabs.x.values, start_of_row(slabs.x, row) + column, FULL)
+    return relu_gradient(slabs.x.values, dy, y, x, affine)
 
 
 @inline
-def dz_at_end(slabs, row, column, n):
+def dz_at_end(slabs, row, column, n, affine):
     """Its first n lanes."""
     dy = load_first(slabs.dy.values, start_of_row(slabs.dy, row) + column, n, FULL)
-    return zero_where_not_positive(load_first(slabs.y.values, start_of_row(slabs.y, row) + column, n, FULL), dy)
+    y = load_first(slabs.y.values, start_of_row(slabs.y, row) + column, n, FULL)
+    x = load_first(slabs.x.values, start_of_row(slabs.x, row) + column, n, FULL)
+    return relu_gradient(slabs.x.values, dy, y, x, affine)
+
+
+@inline
+def affine_in_lanes(x, one):
+    """Of a channel; None without."""
+    if one is None:
+        return None
+    return Affine(splat(x, one.hi, FULL), splat(x, one.scale, FULL), splat(x, one.bias, FULL))
 
 
 @inline
@@ -159,21 +190,21 @@ def chunk_grad_sums(slabs, rows, columns, mean, rstd):
     """
     x = slabs.x.values
     n = lanes(x, FULL)
-    hi, unit = splat(x, mean, FULL), splat(x, unit_of(x, rstd), FULL)
+    hi, unit, affine = splat(x, mean, FULL), splat(x, unit_of(x, rstd), FULL), affine_in_lanes(x, slabs.affine)
     s1 = splat(x, 0.0, FULL)
     s2, t1, t2 = s1, s1, s1
     pairs, whole = rows - rows % 2, columns - columns % n
     for r in range(0, pairs, 2):
         for c in range(0, whole, n):
-            dz = dz_at(slabs, r, c)
+            dz = dz_at(slabs, r, c, affine)
             s1 = s1 + dz
             s2 = fma(dz, distance_at(slabs, r, c, dz, hi, unit), s2)
-            dz = dz_at(slabs, r + 1, c)
+            dz = dz_at(slabs, r + 1, c, affine)
             t1 = t1 + dz
             t2 = fma(dz, distance_at(slabs, r + 1, c, dz, hi, unit), t2)
     for r in range(pairs if whole == columns else 0, rows):
         for c in range(whole if r < pairs else 0, columns, n):
-            dz = dz_at_end(slabs, r, c, columns - c)
+            dz = dz_at_end(slabs, r, c, columns - c, affine)
             s1 = s1 + dz
             s2 = fma(dz, distance_at_end(slabs, r, c, columns - c, dz, hi, unit), s2)
     return total(s1 + t1), total(s2 + t2)
@@ -194,6 +225,7 @@ def add_chunks(slabs, shape, largest, first, end, mean, rstd, a, b):
         part = ChannelRows(
             rows_from(slabs.dy, chunk.row, chunk.column), rows_from(slabs.x, chunk.row, chunk.column),
             rows_from(slabs.y, chunk.row, chunk.column), rows_from(slabs.weight, chunk.row, chunk.column),
+            slabs.affine,
         )  # fmt: skip
         s1, s2 = chunk_grad_sums(part, chunk.rows, chunk.columns, mean, rstd)
         a, b = a + s1, b + s2
@@ -201,14 +233,18 @@ def add_chunks(slabs, shape, largest, first, end, mean, rstd, a, b):
 
 
 @kernel
-def grad_sums_of_segments(thread, first, last, dy, x, y, weight, shape, chunks, parameters, partials):
-    """A table of `SegmentSums`, of every segment of every kept index; of the parameters it reads mean and rstd."""
+def grad_sums_of_segments(thread, first, last, dy, x, y, weight, shape, chunks, parameters, partials, recompute):
+    """A table of `SegmentSums`, of every segment of every kept index.
+
+    Of the parameters it reads mean and rstd and, to compute y again, gamma and beta.
+    """
     segments, kept = segment_count(shape, chunks), shape.batch * shape.channel
     given, parts = table_rows(GradientParameters, parameters, kept), table_rows(SegmentSums, partials, kept * segments)
     for k in range(first, last):
         t = k // segments
+        slabs = slabs_of(dy, x, y, weight, affine_again(x.values, given, t, recompute), t, shape)
         parts.dz[k], parts.distance[k] = segment_grad_sums(
-            slabs_of(dy, x, y, weight, t, shape), shape, chunks, k % segments, given.mean[t], given.rstd[t]
+            slabs, shape, chunks, k % segments, given.mean[t], given.rstd[t]
         )
 
 
@@ -239,35 +275,49 @@ def write_one_linear(linear, one):
 
 
 @inline
-def linear_in_all_lanes(dy, table, t):
-    return Linear(
+def write_affine_again(table, one):
+    """The same of an `Affine`, if there is one."""
+    if table is not None:
+        write_one_affine(table, one)
+
+
+@inline
+def numbers_in_all_lanes(dy, tables, t):
+    table = tables.linear
+    linear = Linear(
         splat(dy, table.scale[t], FULL), splat(dy, table.hi[t], FULL), splat(dy, table.slope[t], FULL),
         splat(dy, table.offset[t], FULL), splat(dy, table.unit[t], FULL),
     )  # fmt: skip
+    return Numbers(linear, affine_in_all_lanes(dy, tables.affine, t))
 
 
 @inline
-def narrowed_linear(dy, linear, width):
-    return Linear(
-        narrowed(dy, linear.scale, width), narrowed(dy, linear.hi, width), narrowed(dy, linear.slope, width),
-        narrowed(dy, linear.offset, width), narrowed(dy, linear.unit, width),
+def narrowed_numbers(dy, numbers, width):
+    of = numbers.linear
+    linear = Linear(
+        narrowed(dy, of.scale, width), narrowed(dy, of.hi, width), narrowed(dy, of.slope, width),
+        narrowed(dy, of.offset, width), narrowed(dy, of.unit, width),
     )  # fmt: skip
+    return Numbers(linear, narrowed_affine(dy, numbers.affine, width))
 
 
 @inline
-def blended_linear(n, a, b):
-    return Linear(
+def blended_numbers(n, first, second):
+    a, b = first.linear, second.linear
+    linear = Linear(
         blended(n, a.scale, b.scale), blended(n, a.hi, b.hi), blended(n, a.slope, b.slope),
         blended(n, a.offset, b.offset), blended(n, a.unit, b.unit),
     )  # fmt: skip
+    return Numbers(linear, blended_affine(n, first.affine, second.affine))
 
 
 @inline
-def write_vector(inputs, results, i, width, linear, nontemporal):
+def write_vector(inputs, results, i, width, numbers, nontemporal):
     """A vector of dx, and of dz where there is a residual."""
-    dz = zero_where_not_positive(load(inputs.y, i, width), load(inputs.dy, i, width))
+    x = load(inputs.x, i, width)
+    dz = relu_gradient(inputs.dy, load(inputs.dy, i, width), load(inputs.y, i, width), x, numbers.affine)
     weight = converted(load(inputs.weight, i, dz), dz)
-    put(results.dx, i, input_gradient(dz, load(inputs.x, i, width), weight, linear), nontemporal)
+    put(results.dx, i, input_gradient(dz, x, weight, numbers.linear), nontemporal)
     store(results.dresidual, i, dz)
 
 
@@ -278,11 +328,12 @@ def weight_across(weight, i, n, gap, dz):
 
 
 @inline
-def write_vector_across(inputs, results, i, n, gaps, linear, nontemporal):
+def write_vector_across(inputs, results, i, n, gaps, numbers, nontemporal):
     """The same with n values of one row and the first ones of the next."""
-    dz = zero_where_not_positive(load_across(inputs.y, i, n, gaps.y), load_across(inputs.dy, i, n, gaps.dy))
+    x, y = load_across(inputs.x, i, n, gaps.x), load_across(inputs.y, i, n, gaps.y)
+    dz = relu_gradient(inputs.dy, load_across(inputs.dy, i, n, gaps.dy), y, x, numbers.affine)
     weight = weight_across(inputs.weight, i, n, gaps.weight, dz)
-    put(results.dx, i, input_gradient(dz, load_across(inputs.x, i, n, gaps.x), weight, linear), nontemporal)
+    put(results.dx, i, input_gradient(dz, x, weight, numbers.linear), nontemporal)
     store(results.dresidual, i, dz)
 
 
@@ -296,9 +347,9 @@ def behind_gaps(inputs, gaps):
 
 
 @inline
-def grad_input_end(inputs, results, start, end, linear):
+def grad_input_end(inputs, results, start, end, numbers):
     """Less than a vector of values, at either end of a row: by short vectors, then one by one."""
-    narrow, single = narrowed_linear(inputs.dy, linear, NARROW), narrowed_linear(inputs.dy, linear, SINGLE)
+    narrow, single = narrowed_numbers(inputs.dy, numbers, NARROW), narrowed_numbers(inputs.dy, numbers, SINGLE)
     i = start
     while i + lanes(inputs.dy, NARROW) <= end:
         write_vector(inputs, results, i, NARROW, narrow, False)
@@ -309,27 +360,27 @@ def grad_input_end(inputs, results, start, end, linear):
 
 
 @inline
-def grad_input_run(inputs, results, gaps, table, t, place, count, shape, walk, nontemporal):
-    """As `inner_reduction.normalize_run`, with a table of `Linear`."""
+def grad_input_run(inputs, results, gaps, tables, t, place, count, shape, walk, nontemporal):
+    """As `inner_reduction.normalize_run`, with tables of `Numbers`."""
     n = lanes(inputs.dy, FULL)
     outer, channel = place.outer, place.channel
     lead = misaligned(results.dx, count) if nontemporal else 0
     i, edge = 0, min(shape.inner - place.column, count)
     while i < count:
-        linear = linear_in_all_lanes(inputs.dy, table, t)
+        numbers = numbers_in_all_lanes(inputs.dy, tables, t)
         t, outer, channel = row_after(t, outer, channel, shape, walk)
         if i < lead:
-            grad_input_end(inputs, results, i, min(lead, edge), linear)
+            grad_input_end(inputs, results, i, min(lead, edge), numbers)
             i = min(lead, edge)
         if i >= lead:
             while i + n <= edge:
-                write_vector(inputs, results, i, FULL, linear, nontemporal)
+                write_vector(inputs, results, i, FULL, numbers, nontemporal)
                 i += n
             if i < edge and (shape.inner < n or i + n > count):
-                grad_input_end(inputs, results, i, edge, linear)
+                grad_input_end(inputs, results, i, edge, numbers)
                 i = edge
             elif i < edge:
-                both = blended_linear(edge - i, linear, linear_in_all_lanes(inputs.dy, table, t))
+                both = blended_numbers(edge - i, numbers, numbers_in_all_lanes(inputs.dy, tables, t))
                 write_vector_across(inputs, results, i, edge - i, gaps, both, nontemporal)
                 i += n
         inputs = behind_gaps(inputs, gaps)
@@ -338,13 +389,21 @@ def grad_input_run(inputs, results, gaps, table, t, place, count, shape, walk, n
 
 @kernel
 def grad_input(
-    thread, first, last, dy, x, y, weight, dx, dresidual, shape, walk, distances, workspace, nontemporal
+    thread, first, last, dy, x, y, weight, dx, dresidual, shape, walk, parameters, distances, workspace, affine,
+    nontemporal,
 ):  # fmt: skip
-    """``dx`` (and ``dresidual = dz``), in the order of memory, as `inner_reduction.normalize`."""
-    start, end = piece_start(first, shape.inner), piece_start(last, shape.inner)
+    """``dx`` (and ``dresidual = dz``), in the order of memory, as `inner_reduction.normalize`.
+
+    With a workspace for `Affine` y is computed again, of parameters that are None else.
+    """
+    start, end, kept = piece_start(first, shape.inner), piece_start(last, shape.inner), shape.batch * walk.batch
     linear = table_rows(Linear, advance(workspace, LINEAR * thread * walk.pitch), walk.pitch)
+    tables = Numbers(linear, affine_table(affine, thread, walk.pitch))
     t, t_end = kept_range(start, end, walk)
-    write_linear(linear, table_rows(Distances, distances, shape.batch * walk.batch), t, t_end - t)
+    write_linear(linear, table_rows(Distances, distances, kept), t, t_end - t)
+    if affine is not None:
+        given = parameters_of_y(table_rows(GradientParameters, parameters, kept))
+        write_affine(tables.affine, given, t, t_end - t, 0.0, True)
     place = place_of(start, shape)
     gaps = Gaps(gap_of(dy, shape, walk), gap_of(x, shape, walk), gap_of(y, shape, walk), gap_of(weight, shape, walk))
     while start < end:
@@ -353,7 +412,7 @@ def grad_input(
             values_from(dy, place), values_from(x, place), values_from(y, place), values_from(weight, place)
         )
         results = Outputs(values_from(dx, place), values_from(dresidual, place))
-        grad_input_run(inputs, results, gaps, linear, kept_at(place, walk) - t, place, count, shape, walk, nontemporal)
+        grad_input_run(inputs, results, gaps, tables, kept_at(place, walk) - t, place, count, shape, walk, nontemporal)
         start += count
         place = place_behind(start, place, shape, walk)
 
@@ -367,17 +426,20 @@ def row_of(rows, r):
 @kernel
 def backward(
     thread, first, last, dy, x, y, weight, dx, dresidual, live, shape, chunks, parameters, mixed, sums, workspace,
-    nontemporal,
+    affine, nontemporal,
 ):  # fmt: skip
     """Sums and dx, a channel at a time: the second pass finds the slabs of dy and x in cache.
 
-    ``live`` is x again, or None where statistics are frozen and dx does not depend on it.
+    ``live`` is x again, or None where statistics are frozen and dx does not depend on it. With a workspace for `Affine`
+    y is computed again.
     """
     kept = shape.batch * shape.channel
     given, out = table_rows(GradientParameters, parameters, kept), table_rows(Sums, sums, kept)
     linear = table_rows(Linear, advance(workspace, LINEAR * thread * PAD), PAD)
+    tables = Numbers(linear, affine_table(affine, thread, PAD))
     for t in range(first, last):
-        slabs, of_live = slabs_of(dy, x, y, weight, t, shape), rows_of(live, t, shape)
+        of_y = affine_again(x.values, given, t, affine)
+        slabs, of_live = slabs_of(dy, x, y, weight, of_y, t, shape), rows_of(live, t, shape)
         of_dx, of_dresidual = rows_of(dx, t, shape), rows_of(dresidual, t, shape)
         mean, rstd = given.mean[t], given.rstd[t]
         a, b = 0.0, 0.0
@@ -389,11 +451,12 @@ def backward(
         d = distances_of(slabs.x.values, given, t, live.values is None, mixed, b, a)
         one = linear_of(slabs.x.values, d.mean, d.scale, d.offset, d.slope, d.unit)
         write_one_linear(linear, one)
+        write_affine_again(tables.affine, of_y)
         for k in range(shape.outer):
             r = row_in_turn(k, shape)
             inputs = Inputs(row_of(slabs.dy, r), row_of(of_live, r), row_of(slabs.y, r), row_of(slabs.weight, r))
             results = Outputs(row_of(of_dx, r), row_of(of_dresidual, r))
             place = Place(0, r, t, 0)
             grad_input_run(
-                inputs, results, Gaps(0, 0, 0, 0), linear, 0, place, shape.inner, shape, ONE_ROW, nontemporal
+                inputs, results, Gaps(0, 0, 0, 0), tables, 0, place, shape.inner, shape, ONE_ROW, nontemporal
             )

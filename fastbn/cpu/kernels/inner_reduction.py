@@ -31,6 +31,8 @@ import numpy as np
 
 from fastbn.cpu.kernels.common import (
     FULL,
+    NARROW,
+    SINGLE,
     affine_of,
     finished,
     marked,
@@ -89,7 +91,6 @@ from fastbn.cpu.records import Affine, MomentRows, Parameters, Part, Walk
 from fastbn.cpu.sizes import AFFINE, PAD, SEGMENT
 
 WIDE = 128  # bytes of a vector where weights cost precision: fewer additions a lane
-NARROW, SINGLE = 32, 4  # bytes at the ends of rows, where masked stores would be slow on AMD processors
 ONE_ROW = Walk(0, 0, 0, 0, 0, 0, 0, 0)  # after which none follows
 # Values that are prefetched, as processors do it within 4 kB alone: elementwise passes are 1.1 times as fast, sums of
 # rows of 12 kB and more 1.2 times.
@@ -265,12 +266,24 @@ def write_one_affine(affine, one):
 
 @inline
 def affine_in_all_lanes(x, table, t):
+    """None without a table."""
+    if table is None:
+        return None
     return Affine(splat(x, table.hi[t], FULL), splat(x, table.scale[t], FULL), splat(x, table.bias[t], FULL))
 
 
 @inline
 def narrowed_affine(x, affine, width):
+    if affine is None:
+        return None
     return Affine(narrowed(x, affine.hi, width), narrowed(x, affine.scale, width), narrowed(x, affine.bias, width))
+
+
+@inline
+def blended_affine(n, a, b):
+    if a is None:
+        return None
+    return Affine(blended(n, a.hi, b.hi), blended(n, a.scale, b.scale), blended(n, a.bias, b.bias))
 
 
 @inline
@@ -338,12 +351,7 @@ def normalize_run(x, y, residual, gaps, table, t, place, count, shape, walk, rel
                 normalize_end(x, y, residual, i, edge, affine, relu)
                 i = edge
             elif i < edge:
-                following = affine_in_all_lanes(x, table, t)
-                both = Affine(
-                    blended(edge - i, affine.hi, following.hi),
-                    blended(edge - i, affine.scale, following.scale),
-                    blended(edge - i, affine.bias, following.bias),
-                )
+                both = blended_affine(edge - i, affine, affine_in_all_lanes(x, table, t))
                 added = load_across(residual, i, edge - i, gaps.residual)
                 put(y, i, normalized(load_across(x, i, edge - i, gaps.x), added, both, relu), nontemporal)
                 i += n

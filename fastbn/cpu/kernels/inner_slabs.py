@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 from fastbn.cpu import sizes
 from fastbn.cpu.kernels.common import (
+    affine_again,
     affine_of,
     affine_of_index,
+    affine_table,
     dgamma_of,
     distances_at,
     distances_of,
@@ -31,9 +33,11 @@ from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.inner_gradients import (
     ChannelRows,
     Inputs,
+    Numbers,
     Outputs,
     add_chunks,
     grad_input_run,
+    write_affine_again,
     write_one_linear,
 )
 from fastbn.cpu.kernels.inner_gradients import Gaps as GapsOfInputs
@@ -218,28 +222,29 @@ def forward(
 
 
 @inline
-def grad_sums_of(dy, x, y, t, shape, largest, k, mean, rstd):
+def grad_sums_of(dy, x, y, affine, t, shape, largest, k, mean, rstd):
     """sum(dz), sum(dz * (x - hi)) in units of 1/unit, of segment k."""
     part = segment_at(k, shape, largest)
     a, b = 0.0, 0.0
     for s in range(part.slab, part.end_slab):
         slabs = ChannelRows(
             halves_of_slab(dy, t, s, shape), halves_of_slab(x, t, s, shape), halves_of_slab(y, t, s, shape),
-            Rows(None, 0, 0),
+            Rows(None, 0, 0), affine,
         )  # fmt: skip
         a, b = add_chunks(slabs, shape, largest, part.chunk, part.end_chunk, mean, rstd, a, b)
     return a, b
 
 
 @kernel
-def grad_sums_of_segments(thread, first, last, dy, x, y, shape, chunks, parameters, partials):
-    """A table of `SegmentSums`, of every segment of every channel; of the parameters it reads mean and rstd."""
+def grad_sums_of_segments(thread, first, last, dy, x, y, shape, chunks, parameters, partials, recompute):
+    """A table of `SegmentSums`, of every segment of every channel; for parameters see `inner_gradients`."""
     segments, given = segments_of(shape, chunks), table_rows(GradientParameters, parameters, shape.channel)
     parts = table_rows(SegmentSums, partials, shape.channel * segments)
     for k in range(first, last):
         t = k // segments
+        affine = affine_again(x.values, given, t, recompute)
         parts.dz[k], parts.distance[k] = grad_sums_of(
-            dy, x, y, t, shape, chunks, k % segments, given.mean[t], given.rstd[t]
+            dy, x, y, affine, t, shape, chunks, k % segments, given.mean[t], given.rstd[t]
         )
 
 
@@ -247,8 +252,15 @@ def grad_sums_of_segments(thread, first, last, dy, x, y, shape, chunks, paramete
 
 
 @inline
-def grad_input_rows(dy, x, y, dx, dresidual, t, s, row, rows, shape, linear, side_by_side, nontemporal):
-    """As `normalize_rows`, with a `Linear`."""
+def tables_of_thread(workspace, affine, thread):
+    """`Numbers` of one channel."""
+    linear = table_rows(Linear, advance(workspace, LINEAR * thread * PAD), PAD)
+    return Numbers(linear, affine_table(affine, thread, PAD))
+
+
+@inline
+def grad_input_rows(dy, x, y, dx, dresidual, t, s, row, rows, shape, tables, side_by_side, nontemporal):
+    """As `normalize_rows`, with `Numbers`."""
     of_dy, of_x, of_y = slab_at(dy, s, shape.near), slab_at(x, s, shape.near), slab_at(y, s, shape.near)
     of_dx, of_dresidual = slab_at(dx, s, shape.near), slab_at(dresidual, s, shape.near)
     gaps = GapsOfInputs(dy.outer - shape.inner, x.outer - shape.inner, y.outer - shape.inner, 0)
@@ -257,47 +269,53 @@ def grad_input_rows(dy, x, y, dx, dresidual, t, s, row, rows, shape, linear, sid
     for r in range(row, row + runs):
         inputs = Inputs(run_at(dy, t, of_dy, r), run_at(x, t, of_x, r), run_at(y, t, of_y, r), None)
         results = Outputs(run_at(dx, t, of_dx, r), run_at(dresidual, t, of_dresidual, r))
-        grad_input_run(inputs, results, gaps, linear, 0, Place(0, 0, 0, 0), count, one, ONE_ROW, nontemporal)
+        grad_input_run(inputs, results, gaps, tables, 0, Place(0, 0, 0, 0), count, one, ONE_ROW, nontemporal)
 
 
 @kernel
 def grad_input(
-    thread, first, last, dy, x, y, dx, dresidual, shape, distances, workspace, side_by_side, nontemporal
+    thread, first, last, dy, x, y, dx, dresidual, shape, parameters, distances, workspace, affine, side_by_side,
+    nontemporal,
 ):  # fmt: skip
-    """``dx`` (and ``dresidual = dz``), a part of a slab at a time."""
-    given = table_rows(Distances, distances, shape.channel)
-    linear = table_rows(Linear, advance(workspace, LINEAR * thread * PAD), PAD)
+    """``dx`` (and ``dresidual = dz``), a part of a slab at a time; for parameters see `inner_gradients`."""
+    of_dx = table_rows(Distances, distances, shape.channel)
+    tables = tables_of_thread(workspace, affine, thread)
     for k in range(first, last):
         task = task_at(k, shape)
-        d = distances_at(given, task.channel)
-        write_one_linear(linear, linear_of(dy.values, d.mean, d.scale, d.offset, d.slope, d.unit))
+        d = distances_at(of_dx, task.channel)
+        write_one_linear(tables.linear, linear_of(dy.values, d.mean, d.scale, d.offset, d.slope, d.unit))
+        if affine is not None:
+            given = table_rows(GradientParameters, parameters, shape.channel)
+            write_one_affine(tables.affine, affine_again(x.values, given, task.channel, affine))
         grad_input_rows(
-            dy, x, y, dx, dresidual, task.channel, task.slab, task.row, task.rows, shape, linear, side_by_side,
+            dy, x, y, dx, dresidual, task.channel, task.slab, task.row, task.rows, shape, tables, side_by_side,
             nontemporal,
         )  # fmt: skip
 
 
 @kernel
 def backward(
-    thread, first, last, dy, x, y, dx, dresidual, live, shape, chunks, parameters, mixed, sums, workspace,
+    thread, first, last, dy, x, y, dx, dresidual, live, shape, chunks, parameters, mixed, sums, workspace, affine,
     side_by_side, nontemporal,
 ):  # fmt: skip
     """Sums and dx, a channel at a time: the second pass finds the slabs of dy and x in cache.
 
-    ``live`` is x again, or None where statistics are frozen and dx does not depend on it.
+    ``live`` is x again, or None where statistics are frozen and dx does not depend on it. With a workspace for `Affine`
+    y is computed again.
     """
     given = table_rows(GradientParameters, parameters, shape.channel)
     out = table_rows(Sums, sums, shape.channel)
-    linear = table_rows(Linear, advance(workspace, LINEAR * thread * PAD), PAD)
+    tables = tables_of_thread(workspace, affine, thread)
     for t in range(first, last):
-        mean, rstd = given.mean[t], given.rstd[t]
+        mean, rstd, of_y = given.mean[t], given.rstd[t], affine_again(x.values, given, t, affine)
         a, b = 0.0, 0.0
         for k in range(segments_of(shape, chunks)):
-            s1, s2 = grad_sums_of(dy, x, y, t, shape, chunks, k, mean, rstd)
+            s1, s2 = grad_sums_of(dy, x, y, of_y, t, shape, chunks, k, mean, rstd)
             a, b = a + s1, b + s2
         b = dgamma_of(x.values, mean, rstd, a, b)
         out.dgamma[t], out.dbeta[t] = b, a
         d = distances_of(x.values, given, t, live.values is None, mixed, b, a)
-        write_one_linear(linear, linear_of(x.values, d.mean, d.scale, d.offset, d.slope, d.unit))
+        write_one_linear(tables.linear, linear_of(x.values, d.mean, d.scale, d.offset, d.slope, d.unit))
+        write_affine_again(tables.affine, of_y)
         for s in range(shape.far * shape.near):
-            grad_input_rows(dy, live, y, dx, dresidual, t, s, 0, shape.outer, shape, linear, side_by_side, nontemporal)
+            grad_input_rows(dy, live, y, dx, dresidual, t, s, 0, shape.outer, shape, tables, side_by_side, nontemporal)

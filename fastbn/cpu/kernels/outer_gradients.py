@@ -4,6 +4,7 @@ For each channel c, and each batch index if the batch is kept, with x, dy and y 
 weights w: one of each row, which all channels share, or one of each row and column:
 
     dz = np.where(y <= 0, 0, dy)                       # or dy, without relu; this is the residual's gradient
+                                                       # without a residual y may be computed of x again: S bytes less
     xhat = (x - mean) * rstd
     dbeta, dgamma = dz.sum(), (dz * xhat).sum()
     dx = gamma * rstd * (dz - w / n * (dbeta + xhat * dgamma))
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 from fastbn.cpu.kernels.cells import (
     AHEAD,
+    affine_at,
     cell_totals,
     clear_sums,
     columns_of_last_row,
@@ -34,17 +36,22 @@ from fastbn.cpu.kernels.cells import (
     results_of,
     rows_of_tile,
     spread,
+    spread_affine_again,
     store_part,
     task_at,
 )
 from fastbn.cpu.kernels.common import (
     FULL,
+    SINGLE,
+    affine_again,
+    affine_table,
     dgamma_of,
     distances_at,
     distances_of,
     input_gradient,
     linear_of,
     put,
+    relu_gradient,
     rows_from,
     rows_of,
     write_distances,
@@ -64,23 +71,27 @@ from fastbn.cpu.kernels.simd import (
     store,
     store_first,
     table_rows,
+    total,
     unit_of,
     value,
-    zero_where_not_positive,
     zero_where_uncounted,
 )
-from fastbn.cpu.records import ColumnSums, Distances, GradientParameters, Linear, Rows, Sums
+from fastbn.cpu.records import Affine, ColumnSums, Distances, GradientParameters, Linear, Rows, Sums
 from fastbn.cpu.sizes import COLUMN_SUMS, LINEAR, ROW_CHUNK, SUMS
 
 
 class Inputs(NamedTuple):
-    """Rows of a tile; weights of a row are ``across`` apart, which is 0 where columns share one."""
+    """Rows of a tile; weights of a row are ``across`` apart, which is 0 where columns share one.
+
+    Where y is computed again there is a table of `Affine` for all columns, else None.
+    """
 
     dy: Any
     x: Any
     y: Any
     weight: Any
     across: Any
+    affine: Any
 
 
 class Outputs(NamedTuple):
@@ -95,7 +106,7 @@ def inputs_from(inputs, row):
     """What is left of them from a row on."""
     return Inputs(
         rows_from(inputs.dy, row, 0), rows_from(inputs.x, row, 0), rows_from(inputs.y, row, 0),
-        rows_from(inputs.weight, row, 0), inputs.across,
+        rows_from(inputs.weight, row, 0), inputs.across, inputs.affine,
     )  # fmt: skip
 
 
@@ -105,8 +116,10 @@ def inputs_from(inputs, row):
 @inline
 def dz_at(inputs, row, c, part):
     """A vector of dz, or its first lanes."""
+    dy = part_of(inputs.dy.values, row * inputs.dy.step + c, part)
     y = part_of(inputs.y.values, row * inputs.y.step + c, part)
-    return zero_where_not_positive(y, part_of(inputs.dy.values, row * inputs.dy.step + c, part))
+    x = part_of(inputs.x.values, row * inputs.x.step + c, part)
+    return relu_gradient(inputs.dy.values, dy, y, x, affine_at(inputs.affine, c))
 
 
 @inline
@@ -226,17 +239,22 @@ def spread_hi_and_unit(x, given, first, j, channels, cells, size, sums):
 
 @kernel
 def grad_sums_of_segments(
-    thread, first, last, dy, x, y, weight, shape, tiles, parameters, partials, workspace
+    thread, first, last, dy, x, y, weight, shape, tiles, parameters, partials, workspace, affine
 ):  # fmt: skip
-    """Of each cell of each segment, in ``partials``: all sum(dz), then all sum(dz * (x - hi) * unit)."""
+    """Of each cell of each segment, in ``partials``: all sum(dz), then all sum(dz * (x - hi) * unit).
+
+    With a workspace for `Affine` y is computed again.
+    """
     channels, size, coalesced = shape.channel, shape.inner, tiles.coalesced
     rows, cells, pitch = shape.outer // coalesced, channels * coalesced, pitch_of(tiles, size)
     results = results_of(shape, rows, cells, tiles)
     given = table_rows(GradientParameters, parameters, shape.batch * channels)
     sums = table_rows(ColumnSums, advance(workspace, thread * COLUMN_SUMS * pitch), pitch)
+    of_y = affine_table(affine, thread, pitch)
     for k in range(first, last):
         task = task_at(k, rows, cells, tiles)
         spread_hi_and_unit(x.values, given, task.batch * channels, task.cell, channels, task.cells, size, sums)
+        spread_affine_again(x.values, given, task.batch * channels, task.cell, channels, task.cells, size, of_y)
         at = task.batch * results.segments + task.row // tiles.height
         dbeta = advance(partials, at * results.of_segment + place_of_cell(task.cell, tiles))
         inputs = Inputs(
@@ -245,6 +263,7 @@ def grad_sums_of_segments(
             rows_of_tile(y, task.batch, task.row, task.cell * size, coalesced),
             rows_of_tile(weight, task.batch, task.row, task.cell * weight.channel, 1),
             weight.channel,
+            of_y,
         )
         dgamma = advance(dbeta, results.together)
         segment_grad_sums(inputs, task.end - task.row, task.cells, size, dbeta, dgamma, sums)
@@ -268,27 +287,35 @@ def write_grad_sums(x, t, count, dz, distance, results, given, sums):
 
 
 @inline
-def single_dz(dy, dy_at, y, y_at):
-    """The gradient of one value, 0 where relu has cut it off."""
-    if y is not None and value(y, y_at) <= 0.0:
-        return 0.0
-    return value(dy, dy_at)
+def single_dz(dy, dy_at, y, y_at, x, x_at, affine):
+    """One value of dz; the `Affine` is its channel's, or None."""
+    one, of_y = splat(dy, 0.0, SINGLE), affine_in_one_lane(dy, affine)
+    gradient = load(dy, dy_at, one), load(y, y_at, one), load(x, x_at, one)
+    return total(relu_gradient(dy, *gradient, of_y))
 
 
 @inline
-def sums_of_rest(dy, x, y, t, first_row, shape, mean, rstd, a, b):
+def affine_in_one_lane(x, affine):
+    """None without."""
+    if affine is None:
+        return None
+    return Affine(splat(x, affine.hi, SINGLE), splat(x, affine.scale, SINGLE), splat(x, affine.bias, SINGLE))
+
+
+@inline
+def sums_of_rest(dy, x, y, affine, t, first_row, shape, mean, rstd, a, b):
     """And of the rows behind the coalesced ones."""
     of_dy, of_x, of_y = rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape)
     hi, unit = rounded(x.values, mean), unit_of(x.values, rstd)
     for r in range(first_row, shape.outer):
-        dz = single_dz(of_dy.values, r * of_dy.step, of_y.values, r * of_y.step)
+        dz = single_dz(of_dy.values, r * of_dy.step, of_y.values, r * of_y.step, of_x.values, r * of_x.step, affine)
         a, b = a + dz, b + dz * ((value(of_x.values, r * of_x.step) - hi) * unit)
     return a, b
 
 
 @kernel
 def channel_grad_sums(
-    thread, first, last, dy, x, y, shape, tiles, parameters, partials, sums, distances, frozen, mixed
+    thread, first, last, dy, x, y, shape, tiles, parameters, partials, sums, distances, frozen, mixed, recompute
 ):  # fmt: skip
     """The results from the cells' sums and, if they are asked for, the `records.Distances` of dx."""
     channels, kept = shape.channel, shape.batch * shape.channel
@@ -310,7 +337,8 @@ def channel_grad_sums(
                 k = at + place_of_cell(j, tiles)
                 a, b = a + dz[k], b + distance[k]
         mean, rstd = given.mean[t], given.rstd[t]
-        a, b = sums_of_rest(dy, x, y, t, rows * tiles.coalesced, shape, mean, rstd, a, b)
+        affine = affine_again(x.values, given, t, recompute)
+        a, b = sums_of_rest(dy, x, y, affine, t, rows * tiles.coalesced, shape, mean, rstd, a, b)
         out.dgamma[t], out.dbeta[t] = dgamma_of(x.values, mean, rstd, a, b), a
     if distances is not None:
         write_distances(x.values, given, first, last, frozen, mixed, out, table_rows(Distances, distances, kept))
@@ -389,21 +417,29 @@ def spread_all_linear(x, distances, first, j, channels, cells, size, linear):
 
 @kernel
 def grad_input(
-    thread, first, last, dy, x, y, weight, dx, dresidual, shape, tiles, distances, workspace, nontemporal
+    thread, first, last, dy, x, y, weight, dx, dresidual, shape, tiles, parameters, distances, workspace, affine,
+    nontemporal,
 ):  # fmt: skip
-    """``dx`` (and ``dresidual = dz``), as `outer_reduction.normalize`."""
+    """``dx`` (and ``dresidual = dz``), as `outer_reduction.normalize`.
+
+    With a workspace for `Affine` y is computed again, of parameters that are None else.
+    """
     channels, size, coalesced = shape.channel, shape.inner, tiles.coalesced
     rows, cells, pitch = -(-shape.outer // coalesced), channels * coalesced, pitch_of(tiles, size)
     given = table_rows(Distances, distances, shape.batch * channels)
     linear = table_rows(Linear, advance(workspace, thread * LINEAR * pitch), pitch)
+    of_y = affine_table(affine, thread, pitch)
     for k in range(first, last):
         task = task_at(k, rows, cells, tiles)
         batch, row, column = task.batch, task.row, task.cell * size
         spread_all_linear(dy.values, given, batch * channels, task.cell, channels, task.cells, size, linear)
+        if affine is not None:
+            of_index = table_rows(GradientParameters, parameters, shape.batch * channels)
+            spread_affine_again(x.values, of_index, batch * channels, task.cell, channels, task.cells, size, of_y)
         inputs = Inputs(
             rows_of_tile(dy, batch, row, column, coalesced), rows_of_tile(x, batch, row, column, coalesced),
             rows_of_tile(y, batch, row, column, coalesced),
-            rows_of_tile(weight, batch, row, task.cell * weight.channel, 1), weight.channel,
+            rows_of_tile(weight, batch, row, task.cell * weight.channel, 1), weight.channel, of_y,
         )  # fmt: skip
         results = Outputs(
             rows_of_tile(dx, batch, row, column, coalesced), rows_of_tile(dresidual, batch, row, column, coalesced)
@@ -435,25 +471,27 @@ def finish_tile(x, t, cells, size, given, frozen, mixed, sums, linear):
 @kernel
 def backward(
     thread, first, last, dy, x, y, dx, dresidual, live, shape, tiles, parameters, mixed, sums, partials, workspace,
-    nontemporal,
+    affine, nontemporal,
 ):  # fmt: skip
     """Sums and dx, a tile of cells at a time: the second pass finds its rows of dy and x in cache.
 
-    ``live`` is x again, or None where statistics are frozen and dx does not depend on it. Rows are not coalesced.
+    ``live`` is x again, or None where statistics are frozen and dx does not depend on it. Rows are not coalesced. With
+    a workspace for `Affine` y is computed again.
     """
     channels, size, rows, kept = shape.channel, shape.inner, shape.outer, shape.batch * shape.channel
     pitch, room = pitch_of(tiles, size), places(tiles.width, tiles.width)
     given, out = table_rows(GradientParameters, parameters, kept), table_rows(Sums, sums, kept)
     of_thread = advance(workspace, thread * LINEAR * pitch)
     columns, linear = table_rows(ColumnSums, of_thread, pitch), table_rows(Linear, of_thread, pitch)
-    dbeta = advance(partials, thread * SUMS * room)
+    dbeta, of_y = advance(partials, thread * SUMS * room), affine_table(affine, thread, pitch)
     dgamma = advance(dbeta, room)
     for k in range(first, last):
         tile = task_at(k, 1, channels, tiles)
         t, cells, wide = tile.batch * channels + tile.cell, tile.cells, tile.cells * size
         no_weight = Rows(None, 0, 0)
-        inputs = Inputs(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), no_weight, 0)
+        inputs = Inputs(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), no_weight, 0, of_y)
         spread_hi_and_unit(x.values, given, t, 0, cells, cells, size, columns)
+        spread_affine_again(x.values, given, t, 0, cells, cells, size, of_y)
         for c in range(cells):
             out.dgamma[t + c] = out.dbeta[t + c] = 0.0
         for row in range(0, rows, tiles.height):
@@ -461,6 +499,6 @@ def backward(
             segment_grad_sums(inputs_from(inputs, row), high, cells, size, dbeta, dgamma, columns)
             add_to_sums(t, cells, dbeta, dgamma, out)
         finish_tile(x.values, t, cells, size, given, live.values is None, mixed, out, linear)
-        of_live = Inputs(inputs.dy, rows_of(live, t, shape), inputs.y, no_weight, 0)
+        of_live = Inputs(inputs.dy, rows_of(live, t, shape), inputs.y, no_weight, 0, of_y)
         results = Outputs(rows_of(dx, t, shape), rows_of(dresidual, t, shape))
         grad_input_rows(of_live, results, rows, wide, wide, linear, nontemporal, wide)

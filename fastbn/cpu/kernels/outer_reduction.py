@@ -40,6 +40,7 @@ import numpy as np
 
 from fastbn.cpu.kernels.cells import (
     AHEAD,
+    affine_at,
     cell_totals,
     clear_sums,
     columns_of_last_row,
@@ -400,12 +401,6 @@ def channel_moments(thread, first, last, x, weight, shape, tiles, origins, parti
 
 
 # --- y ----------------------------------------------------------------------------------------------------------------
-
-
-@inline
-def affine_at(affine, c):
-    """A vector of columns."""
-    return Affine(load(affine.hi, c, FULL), load(affine.scale, c, FULL), load(affine.bias, c, FULL))
 
 
 @inline

@@ -22,10 +22,12 @@ from fastbn.cpu.kernels.cells import (
     quarters_of,
     results_of,
     spread_affine,
+    spread_affine_again,
     spread_rounded,
     task_at,
 )
 from fastbn.cpu.kernels.common import (
+    affine_table,
     finished_slabs,
     marked,
     merged,
@@ -213,11 +215,12 @@ def normalize(
 
 
 class GradientArrays(NamedTuple):
-    """Those that gradients are made of."""
+    """Those that gradients are made of; and of all columns an `Affine` where y is computed again, else None."""
 
     dy: Any
     x: Any
     y: Any
+    affine: Any
 
 
 @inline
@@ -225,7 +228,7 @@ def inputs_at(arrays, s, cell, shape, tiles):
     """Rows of slab s, without weights."""
     return Inputs(
         rows_at(arrays.dy, s, cell, shape, tiles), rows_at(arrays.x, s, cell, shape, tiles),
-        rows_at(arrays.y, s, cell, shape, tiles), Rows(None, 0, 0), 0,
+        rows_at(arrays.y, s, cell, shape, tiles), Rows(None, 0, 0), 0, arrays.affine,
     )  # fmt: skip
 
 
@@ -260,32 +263,40 @@ def sums_of_task(arrays, task, shape, tiles, dbeta, dgamma, sums):
 
 
 @kernel
-def grad_sums_of_segments(thread, first, last, dy, x, y, shape, tiles, parameters, partials, workspace):
+def grad_sums_of_segments(thread, first, last, dy, x, y, shape, tiles, parameters, partials, workspace, affine):
     """Of each cell of each task, in ``partials``: all sum(dz), then all sum(dz * (x - hi) * unit)."""
     results, channels, pitch = results_of_slabs(shape, tiles), shape.channel, pitch_of(tiles, 1)
     given = table_rows(GradientParameters, parameters, channels)
     sums = table_rows(ColumnSums, advance(workspace, thread * COLUMN_SUMS * pitch), pitch)
+    arrays = GradientArrays(dy, x, y, affine_table(affine, thread, pitch))
     for k in range(first, last):
         task = task_at(k, shape.far * shape.near, cells_of(shape, tiles), tiles)
         spread_hi_and_unit(x.values, given, 0, task.cell, channels, task.cells, 1, sums)
+        spread_affine_again(x.values, given, 0, task.cell, channels, task.cells, 1, arrays.affine)
         dbeta = advance(partials, task.row // tiles.height * results.of_segment + place_of_cell(task.cell, tiles))
-        sums_of_task(GradientArrays(dy, x, y), task, shape, tiles, dbeta, advance(dbeta, results.together), sums)
+        sums_of_task(arrays, task, shape, tiles, dbeta, advance(dbeta, results.together), sums)
 
 
 # --- dx ---------------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def grad_input(thread, first, last, dy, x, y, dx, dresidual, shape, tiles, distances, workspace, nontemporal):
+def grad_input(
+    thread, first, last, dy, x, y, dx, dresidual, shape, tiles, parameters, distances, workspace, affine, nontemporal
+):  # fmt: skip
     """As `outer_gradients.grad_input`."""
     rows, channels, pitch = shape.outer // tiles.coalesced, shape.channel, pitch_of(tiles, 1)
     given = table_rows(Distances, distances, channels)
     linear = table_rows(Linear, advance(workspace, thread * LINEAR * pitch), pitch)
+    arrays = GradientArrays(dy, x, y, affine_table(affine, thread, pitch))
     for k in range(first, last):
         task = task_at(k, shape.far * shape.near, cells_of(shape, tiles), tiles)
         cell, cells = task.cell, task.cells
         spread_all_linear(dy.values, given, 0, cell, channels, cells, 1, linear)
+        if affine is not None:
+            of_channel = table_rows(GradientParameters, parameters, channels)
+            spread_affine_again(x.values, of_channel, 0, cell, channels, cells, 1, arrays.affine)
         for s in range(task.row, task.end):
             results = Outputs(rows_at(dx, s, cell, shape, tiles), rows_at(dresidual, s, cell, shape, tiles))
-            inputs = inputs_at(GradientArrays(dy, x, y), s, cell, shape, tiles)
+            inputs = inputs_at(arrays, s, cell, shape, tiles)
             grad_input_rows(inputs, results, rows, cells, cells, linear, nontemporal, AHEAD)

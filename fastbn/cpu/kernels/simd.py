@@ -137,6 +137,18 @@ def zero_where_not_positive(typing, test, v):
 
 
 @intrinsic
+def zero_where_stored_not_positive(typing, array, test, v):
+    """The same of what ``test`` is in the dtype of ``array``, to which the smallest numbers of halves round to 0."""
+    most = {types.uint16: 2.0**-25, types.int16: 2.0**-134}.get(array.dtype, 0.0)
+
+    def codegen(context, builder, sig, args):
+        zero, bound = (ir.Constant(v.llvm, [number] * v.lanes) for number in (0.0, most))
+        return builder.select(builder.fcmp_ordered("<=", args[1], bound), zero, args[2])
+
+    return v(array, test, v), codegen
+
+
+@intrinsic
 def zero_where_zero(typing, test, v):
     """v, but 0 in the lanes where test == 0."""
 

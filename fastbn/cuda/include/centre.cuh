@@ -8,17 +8,16 @@
 #include "tile.cuh"
 
 #if DTYPE == 3
-#define ORDINARY_RSTD 300    // exponents up to which distances are taken as they are
 #define LEAST_EXPONENT -360  // of numbers that are multiplied with elements
 #define MOST_EXPONENT 900
 #define UNITS 1022  // the largest exponent of a unit
 #else
-#define ORDINARY_RSTD 30
 #define LEAST_EXPONENT -40
 #define MOST_EXPONENT 100
 #define UNITS 126
 #endif
 
+#define NEAR_RSTD 4  // exponents up to which distances are as they are: near 1, since dz is multiplied with them too
 #define NO_EXPONENT -1023
 
 __device__ __forceinline__ int exponent_of(double value) {  // none of 0, infinities and NaN
@@ -30,10 +29,10 @@ __device__ __forceinline__ double power_of_two(int exponent) {  // -1022 to 1023
     return __longlong_as_double(static_cast<i64>(exponent + 1023) << 52);
 }
 
-// The exponent of the unit of a channel's distances, 0 up to `ordinary` exponents of rstd.
-__device__ __forceinline__ int distance_exponent(double mean, double rstd, int ordinary = ORDINARY_RSTD) {
+// The exponent of the unit of a channel's distances.
+__device__ __forceinline__ int distance_exponent(double mean, double rstd) {
     int exponent = exponent_of(rstd);
-    if (exponent == NO_EXPONENT || abs(exponent) <= ordinary) exponent = 0;
+    if (exponent == NO_EXPONENT || abs(exponent) <= NEAR_RSTD) exponent = 0;
     exponent = min(exponent, MOST_EXPONENT - exponent_of(mean));  // nor may the mean get out of range
     exponent = max(-UNITS, min(exponent, UNITS));
 #if DTYPE != 3

@@ -11,21 +11,38 @@
 
 #pragma once
 
-#include "centre.cuh"
+#include "affine.cuh"
 #include "tile.cuh"
 
-#define NEAR_RSTD 4  // as ORDINARY_RSTD: distances are near 1, since dz is multiplied with them before rstd is
+#define OF_Y 1  // relu's gradient, which passes where y > 0
+#define OF_X 2  // y being computed again: S bytes less, where there was no residual
 
 struct Xhat {  // of a channel: (x - mean) rstd
     Centre centre;
     real rstd;  // per unit
+#if RELU == OF_X
+    real scale, bias;  // of y
+#endif
 
     __device__ __forceinline__ void set(const Params& p, i64 at) {
         const double mean = parameter(p.mean, p.mean_type, at, 0.0);
         const double value = parameter(p.spread, p.spread_type, at, 1.0);
-        const int exponent = distance_exponent(mean, value, NEAR_RSTD);
+        const int exponent = distance_exponent(mean, value);
         centre.set(mean, 0.0, exponent);
         rstd = static_cast<real>(value * power_of_two(-exponent));
+#if RELU == OF_X
+        Affine y;
+        y.set(p, at, Statistics{mean, 0.0, value});
+        scale = y.scale, bias = y.bias;
+#endif
+    }
+
+    __device__ __forceinline__ void clear() {  // threads behind the last channel sum nothing times rstd
+        centre = Centre{0, 0, 0};
+        rstd = 0;
+#if RELU == OF_X
+        scale = bias = 0;
+#endif
     }
 };
 
@@ -59,26 +76,37 @@ struct Linear {  // dx of a channel: unit (scale dz - w (offset + slope distance
     }
 };
 
-// dz of a vector of dy: 0 where the activation's output y is not positive; NaN passes.
-__device__ __forceinline__ void mask(Packed& dy, const Packed& y) {
+// dz of a vector of dy: 0 where the activation's output, y(j) of the vector's elements, is not positive; NaN passes.
+template <class Output>
+__device__ __forceinline__ void mask(Packed& dy, real most, Output y) {
     Elements gradient;
     gradient.packed = dy;
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j)
-        if (element(y, j) <= 0) gradient.each[j] = 0;
+        if (y(j) <= most) gradient.each[j] = 0;
     dy = gradient.packed;
 }
 
 __device__ __forceinline__ void load_dz(
-    Items& dz, const Params& p, const Tile& tile, Index v, int count
+    Items& dz, const Items& x, const Xhat (&xhat)[CHANNELS], const Params& p, const Tile& tile, Index v, int count
 ) {
     load(dz, p.dy, p.dy_strides, p, tile, v, count);
-#if RELU
+#if RELU == OF_Y
     Items y;
     load(y, p.y, p.y_strides, p, tile, v, count);
+#endif
+#if RELU
 #pragma unroll
     for (int k = 0; k < ITEMS_PER_THREAD; ++k)
-        if (k < count) mask(dz[k], y[k]);
+        if (k < count)
+#if RELU == OF_Y
+            mask(dz[k], 0, [&](int j) { return element(y[k], j); });
+#else
+            mask(dz[k], MOST_ROUNDED_TO_0, [&](int j) {
+                const Xhat of = tile.of_element(xhat, j);
+                return affine_of(of.centre.distance(element(x[k], j)), of.scale, of.bias);
+            });
+#endif
 #endif
 }
 
@@ -170,7 +198,7 @@ __device__ __forceinline__ void add_sums(
 
 // --- shared memory: numbers of a tile's channels, which are made once for all threads; sums ---------------------------
 
-#define NUMBERS_BYTES (sizeof(Xhat) * WIDTH + sizeof(Linear) * WIDTH)  // multiples of 16 bytes
+#define NUMBERS_BYTES ((sizeof(Xhat) * WIDTH + sizeof(Linear) * WIDTH + 15) / 16 * 16)
 #define SUM_BYTES (NUMBERS_BYTES + sizeof(Sums) * (WIDTH + (RUN ? 2 * THREADS : WIDTH * WARPS)))
 
 __device__ __forceinline__ Xhat* xhat_of_channels() { return reinterpret_cast<Xhat*>(dynamic_shared()); }
@@ -191,7 +219,7 @@ __device__ __forceinline__ void set_xhat(const Params& p, const Tile& tile, Xhat
         if (tile.has(p, q))
             xhat_of_channels()[q].set(p, tile.kept(p, q));
         else
-            xhat_of_channels()[q] = Xhat{{0, 0, 0}, 0};  // threads behind the last channel sum nothing times rstd
+            xhat_of_channels()[q].clear();
     }
     __syncthreads();
     fetch_numbers(tile, xhat_of_channels(), xhat);
@@ -300,7 +328,7 @@ __device__ __forceinline__ Linear linear_of(const Params& p, i64 at, const Sums&
     double offset = 0, slope = 0;
     if (!p.frozen) {
         const double mean = parameter(p.mean, p.mean_type, at, 0.0);
-        const double per_distance = power_of_two(-distance_exponent(mean, rstd, NEAR_RSTD));
+        const double per_distance = power_of_two(-distance_exponent(mean, rstd));
         const double count = parameter(p.count, p.count_type, at, 1.0);
         const double dmean = parameter(p.dmean, p.dmean_type, at, 0.0);
         const double dvar = parameter(p.dvar, p.dvar_type, at, 0.0);

@@ -12,6 +12,7 @@
 
 #pragma once
 
+#include "affine.cuh"
 #include "running.cuh"
 #include "tile.cuh"
 
@@ -215,10 +216,6 @@ __device__ __forceinline__ double batch_rstd(const Partial& partial, double eps)
     return reciprocal_sqrt(var + eps);
 #endif
 }
-
-struct Statistics {  // what normalisation takes
-    double mean, rest, rstd;  // the mean is mean + rest
-};
 
 // Writes count, M2, mean and rstd, a row of the results each, and where other blocks go on the rest of the mean, the
 // first row of the partials. Running statistics move towards what is written.

@@ -13,7 +13,7 @@
 //   STEPS             how a channel's vectors lie in all arrays, where 32 bits count them: 1 at equal distances, 2 in rows
 //                     without gaps, 0 in any other way: an address takes 1, 5 and 12 instructions
 //   WEIGHT            0 none, 1 bool, 2 float64, 3 float32
-//   RELU, RESIDUAL    0 or 1
+//   RELU, RESIDUAL    0 or 1; RELU 2 in gradients, which compute y again
 //   CLUSTER           blocks of a cluster, 1 without
 //   MIN_BLOCKS        resident on a multiprocessor at least: without it ptxas spills a few bytes to reach a number of
 //                     blocks that nothing asked for
@@ -73,13 +73,13 @@ typedef i64 Strides[4];  // of batch, outer, channel and inner, in elements
 // contiguous, one for each kept channel; their types are as DTYPE.
 struct Params {
     char *x, *y, *residual, *dy, *dx, *dresidual, *weight;
-    const char *gamma, *beta, *mean, *spread, *count, *dmean, *dvar, *offset, *slope;
+    const char *gamma, *beta, *mean, *spread, *count, *dmean, *dvar, *dgamma, *dbeta;
     char *running_mean, *running_var;  // updated, if they are given
     double *results, *partials;
     unsigned* counters;
     double rate, correction;  // of the running statistics
     Strides x_strides, y_strides, residual_strides, dy_strides, dx_strides, dresidual_strides, weight_strides;
-    i64 gamma_type, beta_type, mean_type, spread_type, count_type, dmean_type, dvar_type, offset_type, slope_type;
+    i64 gamma_type, beta_type, mean_type, spread_type, count_type, dmean_type, dvar_type, dgamma_type, dbeta_type;
     i64 running_mean_type, running_var_type;
     i64 batches, channels;      // kept sizes
     i64 vectors, row_vectors;   // of a channel; of these in one run of the inner axis

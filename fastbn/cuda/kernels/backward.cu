@@ -5,8 +5,8 @@
 //     dx = gamma rstd (dz - w/W (dbeta + xhat dgamma)) + w/W (dmean + 2 (x - mean) dvar)
 //     dresidual = dz
 //
-// x and dz are read once and kept on the chip until their sums are known. Reads x and dy, writes dx: 3S bytes; with
-// relu also reads y, with a residual also writes dz. Groups of blocks as in forward.cu; sums and dx in gradients.cuh.
+// x and dz are read once and kept on the chip until their sums are known. Reads x and dy, writes dx: 3S bytes; with a
+// residual also writes dz, and under relu then also reads y. Groups of blocks as in forward.cu; sums and dx in gradients.cuh.
 
 #include "gradients.cuh"
 
@@ -27,7 +27,7 @@ KERNEL backward(const Params p) {
         int chunk = 0;
         const auto take = [&](int count) {
             load(x, p.x, p.x_strides, p, tile, v, count);
-            load_dz(dz, p, tile, v, count);
+            load_dz(dz, x, xhat, p, tile, v, count);
             add_sums(gathered, x, dz, count, xhat, p, tile, v);
         };
         while (tile.whole(v)) {

@@ -14,7 +14,7 @@
 // After: Ioffe & Szegedy (2015), Algorithm 1; kept on the chip as in NVIDIA Apex's groupbn.
 
 #include "accumulator.cuh"
-#include "affine.cuh"
+#include "normalized.cuh"
 
 KERNEL forward(const Params p) {
     Affine* shared = reinterpret_cast<Affine*>(dynamic_shared() + MERGE_BYTES);

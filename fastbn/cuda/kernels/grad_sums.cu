@@ -2,7 +2,7 @@
 //
 //     dbeta = sum(dz),   dgamma = sum(dz (x - mean) rstd)
 //
-// Reads dy and x, and y under relu: 2S or 3S bytes.
+// Reads dy and x, and y under relu where there was a residual: 2S or 3S bytes.
 //
 // Each block takes one split of one tile; with one split it writes the sums, else partial ones, which `finish_sums`
 // adds up in a fixed order.
@@ -21,7 +21,7 @@ KERNEL grad_sums(const Params p) {
     const auto take = [&](Index v, int count) {
         Items x, dz;
         load(x, p.x, p.x_strides, p, tile, v, count);
-        load_dz(dz, p, tile, v, count);
+        load_dz(dz, x, xhat, p, tile, v, count);
         add_sums(gathered, x, dz, count, xhat, p, tile, v);
     };
     Index v = tile.start();

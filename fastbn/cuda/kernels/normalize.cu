@@ -3,7 +3,7 @@
 // The mean and the rstd are given (or the variance, to which eps is added); the second pass of a batch normalization
 // takes them from the results of the first.
 
-#include "affine.cuh"
+#include "normalized.cuh"
 
 KERNEL normalize(const Params p) {
     unsigned at, split;
