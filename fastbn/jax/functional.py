@@ -15,6 +15,7 @@ from numpy.exceptions import AxisError
 from numpy.lib.array_utils import normalize_axis_tuple
 
 import fastbn
+from fastbn.formulas import LEAST_EPS
 from fastbn.jax import xla
 from fastbn.saved import make_saved
 
@@ -225,12 +226,13 @@ def _train(static: Static, x: Any, gamma: Any, beta: Any, residual: Any) -> tupl
 def _train_forward(static: Static, x: Any, gamma: Any, beta: Any, residual: Any) -> Any:
     results = _train(static, x, gamma, beta, residual)
     y, table, _ = results
-    return results, (x, y if static.relu else None, gamma, beta, table, residual is not None)
+    keeps_y = static.relu and (residual is not None or static.eps < LEAST_EPS)
+    return results, (x, y if keeps_y else None, gamma, beta, table, residual is not None)
 
 
 def _train_backward(static: Static, saved: Any, cotangents: Any) -> Any:
     x, y, gamma, beta, table, has_residual = saved
-    dx, dgamma, dbeta, dz = _backward(static, cotangents[0], x, y, gamma, table, False)
+    dx, dgamma, dbeta, dz = _backward(static, cotangents[0], x, y, gamma, (table, beta), False)
     return dx, _like(gamma, dgamma), _like(beta, dbeta), dz if has_residual else None
 
 
@@ -268,12 +270,11 @@ _infer.defvjp(_infer_forward, _infer_backward)
 
 
 def _backward(static: Static, dy: Any, x: Any, y: Any, gamma: Any, statistics: Any, frozen: bool) -> Any:
-    """dx, dgamma, dbeta, and dy where relu let it pass."""
+    """dx, dgamma, dbeta, and dy where relu let it pass; statistics are mean and var, or a table and beta."""
     sums = jax.ShapeDtypeStruct((2, *static.channels(x)), jax.dtypes.canonicalize_dtype(np.float64))
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    outputs = (like, sums, like) if static.relu else (like, sums)
-    given = statistics if frozen else (statistics, None)
-    dx, dsums, *dz = _call("frozen" if frozen else "backward", static, outputs, dy, x, y, gamma, *given)
+    outputs = (like, sums) if y is None else (like, sums, like)
+    dx, dsums, *dz = _call("frozen" if frozen else "backward", static, outputs, dy, x, y, gamma, *statistics)
     return dx, dsums[0], dsums[1], dz[0] if dz else dy
 
 
@@ -338,20 +339,20 @@ def _backward_on_host(
     attributes: dict[str, Any], inputs: Sequence[Any], outputs: Sequence[Any], frozen: bool = False
 ) -> None:
     dy, x, y, gamma, first, second = _given(attributes, inputs, 6)
-    options, relu = _options(attributes), bool(attributes["relu"])
+    options, with_dz = _options(attributes), y is not None
     if frozen:
         saved = fastbn.Saved.frozen(x, first, second, gamma, eps=attributes["eps"], y=y, **options)
-        saved = saved._replace(has_residual=relu)
+        saved = saved._replace(has_residual=with_dz)
     else:
         count, mean, m2, rstd = np.ascontiguousarray(first).view(np.float64)[..., 0]
         moments = fastbn.Moments(count, mean, m2)
         saved = make_saved(
-            x=x, y=y, gamma=gamma, weight=None, moments=moments, mean=mean, rstd=rstd, has_residual=relu,
-            gathered=False, **options,
+            x=x, y=y, gamma=gamma, beta=second, weight=None, moments=moments, mean=mean, rstd=rstd,
+            has_residual=with_dz, gathered=False, **options,
         )  # fmt: skip
     grads = fastbn.batch_norm_backward(dy, saved, out=outputs[0])
     outputs[1][...] = grads.gamma, grads.beta
-    if relu:
+    if with_dz:
         outputs[2][...] = grads.residual
 
 

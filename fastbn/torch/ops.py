@@ -169,7 +169,7 @@ class Forward(torch.autograd.Function):
         if drstd is not None:
             through = -0.5 * rstd**3 * drstd
             dvar = through if dvar is None else dvar + through
-        return _gradients(ctx, saved, torch.zeros_like(x) if dy is None else dy, dmean, dvar)
+        return _gradients(ctx, saved, torch.zeros_like(x) if dy is None else dy, dmean, dvar, 1)
 
     @staticmethod
     def jvp(ctx: Any, dx: Any, dweight: Any, dbias: Any, dresidual: Any, *_: Any) -> tuple[Tensor, ...]:
@@ -286,11 +286,11 @@ def _save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_forward(*tensors)
 
 
-def _gradients(ctx: Any, saved: Any, dy: Tensor, dmean: Any, dvar: Any) -> tuple[Any, ...]:
+def _gradients(ctx: Any, saved: Any, dy: Tensor, dmean: Any, dvar: Any, at: int) -> tuple[Any, ...]:
+    """Of the operator's inputs; its weight is the function's input ``at``."""
     x, y, weight, mean, rstd = saved
     with_dz = ctx.relu and ctx.has_residual
     dx, dweight, dbias, dz = backward(dy, x, y, weight, mean, rstd, dmean, dvar, False, with_dz)
-    at = len(ctx.needs_input_grad) - 5
     return dx, *_of_parameters(ctx, weight, dweight, dbias, at), _of_residual(ctx, dy, dz), None, None
 
 
@@ -405,11 +405,11 @@ class Training(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         with on_stream(x):
             y = tensor(kernels.normalized(saved, x, weight, bias, residual, relu, eps, update))
-        ctx.save_for_backward(x, y if relu else None, weight)
         (made,) = saved
+        ctx.save_for_backward(x, None if made.y is None else y, weight, None if made.beta is None else bias)
         if residual is not None and not relu:
             made = made._replace(has_residual=False)  # its gradient is dy itself
-        ctx.saved = made._replace(x=None, y=None, gamma=None)  # these are tensors of PyTorch's
+        ctx.saved = made._replace(x=None, y=None, gamma=None, beta=None)  # these are tensors of PyTorch's
         ctx.relu, ctx.has_residual, ctx.eps = relu, residual is not None, eps
         ctx.set_materialize_grads(False)
         return y
@@ -418,16 +418,19 @@ class Training(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         if dy is None:
             return (None,) * 8
-        x, y, weight = ctx.saved_tensors
+        x, y, weight, bias = ctx.saved_tensors
         seen = _active_transforms_backwards(dy, x, y, weight)
         if torch.is_grad_enabled() or seen != NONE:
             # They are to see where the statistics come from.
-            statistics = _way(seen, Forward, torch.ops.fastbn.batch_norm)
-            _, mean, _, rstd = statistics(x, None, None, None, False, ctx.eps)
-            return None, *_gradients(ctx, (x, y, weight, mean, rstd), dy, None, None), None
+            again = ctx.relu and y is None
+            forward = _way(seen, Forward, torch.ops.fastbn.batch_norm)
+            given = (weight, bias) if again else (None, None)
+            found, mean, _, rstd = forward(x, *given, None, again, ctx.eps)
+            y = found if again else y
+            return None, *_gradients(ctx, (x, y, weight, mean, rstd), dy, None, None, 2), None
         with on_stream(x), np.errstate(all="ignore"):  # PyTorch is silent about what overflows a dtype
             gamma = optional(weight)
-            saved = ctx.saved._replace(x=array(x), y=optional(y), gamma=gamma)
+            saved = ctx.saved._replace(x=array(x), y=optional(y), gamma=gamma, beta=optional(bias))
             grads = fastbn.batch_norm_backward(array(dy), saved, out=out(x))
             kind = grads.gamma.dtype if gamma is None else gamma.dtype
             of_parameters = (

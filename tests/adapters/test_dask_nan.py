@@ -118,12 +118,12 @@ def test_many_channels(monkeypatch):
     """Merged a few thousand at a time, with the same bits as all at once."""
     x = np.random.default_rng(0).standard_normal((6, 211, 97))
     x[x > 1] = np.nan
-    assert x[0].size > fd.PIECE
+    assert x[0].size > fd.CHANNELS_AT_ONCE
     lazy = da.from_array(x, (2, 211, 97))
     np.testing.assert_allclose(fd.nanvar(lazy, 0).compute(), numpys("nanvar", x, 0), rtol=1e-12)
     results = []
-    for piece in (fd.PIECE, 1 << 20, 1000):
-        monkeypatch.setattr(fd, "PIECE", piece)
+    for piece in (fd.CHANNELS_AT_ONCE, 1 << 20, 1000):
+        monkeypatch.setattr(fd, "CHANNELS_AT_ONCE", piece)
         results.append(fd.nanvar(lazy, 0).compute(scheduler="synchronous").tobytes())
     assert len(set(results)) == 1
 

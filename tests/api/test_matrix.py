@@ -140,14 +140,14 @@ FAULTS = {
         ("forward", nudged(7, 1e-6)),
         ("backward", scaled(0, 1 + 1e-5)),
         ("backward", scaled(1, 1 + 1e-4)),
-        ("backward", nudged(10, 1e-4)),
-        ("backward", nudged(11, 1e-3)),
+        ("backward", nudged(11, 1e-4)),
+        ("backward", nudged(12, 1e-3)),
     ],
-    "frozen": [("normalize", nudged(2, 1e-4)), ("backward", nudged(10, 1e-4)), ("backward", scaled(0, 1.001))],
+    "frozen": [("normalize", nudged(2, 1e-4)), ("backward", nudged(11, 1e-4)), ("backward", scaled(0, 1.001))],
     "parts": [
         ("grad_sums", scaled(0, 1 + 1e-4)),
         ("grad_sums", scaled(1, 1 + 1e-4)),
-        ("grad_input", nudged(12, 1e-4)),
+        ("grad_input", nudged(13, 1e-4)),
     ],
 }
 

@@ -413,8 +413,8 @@ FAULTS = [
     ),
     Fault(
         "coefficients of the first threads' channels", "normalize",
-        "q < WIDTH && tile.has(p, q); q += THREADS) {\n        const i64 at = tile.kept(p, q);\n        shared[q].set",
-        "q < WIDTH && tile.has(p, q); q += WIDTH) {\n        const i64 at = tile.kept(p, q);\n        shared[q].set",
+        "q < WIDTH && tile.has(p, q); q += THREADS) {\n        const i64 at = tile.kept(p, q);\n        Statistics of",
+        "q < WIDTH && tile.has(p, q); q += WIDTH) {\n        const i64 at = tile.kept(p, q);\n        Statistics of",
         "inference, more channels than threads",
     ),
     Fault(

@@ -34,11 +34,27 @@ FAULTS = [
     ),
     Fault(
         "relu passes gradients at 0", "backward",
-        "element(y, j) <= 0", "element(y, j) < 0", "backward, block, rows, all",
+        "y(j) <= most", "y(j) < most", "backward, block, rows, all",
     ),
     Fault(
         "relu of NaN passes none", "backward",
-        "if (element(y, j) <= 0)", "if (!(element(y, j) > 0))", "backward, block, columns, NaN",
+        "if (y(j) <= most)", "if (!(y(j) > most))", "backward, block, columns, NaN",
+    ),
+    Fault(
+        "relu: y again, without beta", "backward",
+        "scale = y.scale, bias = y.bias;", "scale = y.scale, bias = 0;", "relu, block, rows",
+    ),
+    Fault(
+        "relu: y again, of other channels", "grad_sums",
+        "const Xhat of = tile.of_element(xhat, j);", "const Xhat of = xhat[0];", "relu, two passes",
+    ),
+    Fault(
+        "relu: what is stored as 0 passes", "backward",
+        "#define MOST_ROUNDED_TO_0 0x1p-25f", "#define MOST_ROUNDED_TO_0 0", "relu, block, columns, tiny",
+    ),
+    Fault(
+        "relu: y knows more of the mean", "forward",
+        "if (SIGN_IS_KNOWN) of.rest = 0;", "", "relu, block, rows, beside the mean",
     ),
     Fault(
         "dz not written", "backward",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fastbn import reference
-from tests.cases import checks
+from tests.cases import checks, relu
 from tests.cuda import running, scales
 from tests.on_cupy import OnCupy
 from tests.simt import cuda, host_cupy
@@ -113,6 +113,10 @@ def check_far_from_0(case):
     y, _ = checks.fastbn.batch_norm(far, case.gamma, case.beta, **case.keywords)
     forward = reference.batch_norm(case.x, case.gamma, case.beta, **case.keywords)
     checks.assert_close("y", y, forward.y, checks.y_bound(case, forward))
+
+
+def check_relu(case):
+    relu.check_gradient(case, checks.fastbn)
 
 
 def check_gradients_of_statistics(case):
@@ -339,6 +343,15 @@ RUNS = {
     "backward, cooperative, blocks take several tiles": Run(backward, MANY_ROWS, strategy="cooperative"),
     "backward, cooperative, runs": Run(backward, RUNS_OF_ROWS, "affine residual relu", strategy="cooperative"),
     "backward, two passes": Run(backward, COLUMNS, strategy="two passes"),
+    "relu, block, rows": Run(check_relu, ROWS, "weights relu", strategy="block", settings=TWICE),
+    "relu, block, columns, tiny": Run(
+        check_relu, COLUMNS, "weights relu", "float16", strategy="block", settings=TWICE, alter=relu.tiny
+    ),
+    "relu, block, rows, beside the mean": Run(
+        check_relu, ROWS, "weights relu", "float64", strategy="block", settings=TWICE, alter=relu.beside_the_mean
+    ),
+    "relu, cooperative, runs": Run(check_relu, RUNS_OF_ROWS, "weights relu", strategy="cooperative"),
+    "relu, two passes": Run(check_relu, COLUMNS, "weights relu", "bfloat16", strategy="two passes", alter=relu.near_0),
     "training, block, rows, small": Run(check_scaled(-110), ROWS, strategy="block", settings=TWICE),
     "training, block, runs, small": Run(check_scaled(-110), RUNS_OF_ROWS, strategy="block", settings=TWICE),
     "training, block, rows, small deviations": Run(check_small_gradients, ROWS, strategy="block", settings=TWICE),

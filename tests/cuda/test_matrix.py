@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from tests.cases import checks, outputs
+from tests.cases import checks, outputs, relu
 from tests.cuda.harness import ON_A_DEVICE
 from tests.on_cupy import OnGpu
-from tests.support import DTYPES, LAYOUTS, OPTIONS, make_case
+from tests.support import DTYPES, LAYOUTS, OPTIONS, Options, make_case, some_slow
 
 pytestmark = pytest.mark.usefixtures("on_cupy")
 
@@ -41,6 +41,16 @@ def test_moments(layout, dtype, options):
 @by_case(*checks.TRAINING, step=1)
 def test_training(layout, dtype, options):
     checks.check_backward(make_case(LAYOUTS[layout], dtype, OPTIONS[options]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", some_slow(ON_A_DEVICE, ON_A_DEVICE[::4]))
+def test_relu(cuda_arrays, monkeypatch, layout, dtype):
+    """Its gradient by x, which is that by y to the bit."""
+    monkeypatch.setattr(relu, "fastbn", cuda_arrays)
+    for small, weights in ((False, False), (True, False), (False, True)):
+        options = Options(affine=True, relu=True, weights=weights, parameter_dtype="float32")
+        relu.check_gradient(relu.make_relu_case(LAYOUTS[layout], dtype, options, small=small))
 
 
 @by_case("affine residual relu", "plain", first=1)

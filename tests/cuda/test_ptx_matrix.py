@@ -101,7 +101,14 @@ class TestMatrix:
 
 # --- ways through the kernels -----------------------------------------------------------------------------------------
 
-EACH_WAY = {"forward, cluster": 90, "backward, cooperative": 80, "backward, two passes": 90, "frozen, runs": 80}
+EACH_WAY = {
+    "forward, cluster": 90,
+    "backward, cooperative": 80,
+    "backward, two passes": 90,
+    "frozen, runs": 80,
+    "relu, block, rows": 90,
+    "relu, two passes": 80,
+}
 
 
 def by_run():
