@@ -9,7 +9,8 @@ border go in one piece where channels come first, and in one for each image wher
 
 Kernels of the CPU walk such arrays, and pieces, in slabs (`fastbn.layout`).
 
-Statistics are those of `direct_reductions`, whose kernel walks any strides.
+Statistics are x's own: where the backend walks x by itself they are its moments, else those of `direct_reductions`,
+whose kernel walks any strides.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from fastbn import direct_reductions
 from fastbn.backend import Backend
+from fastbn.call import Call, Once
 from fastbn.cuts import Cut, cut_of, walked_by
 from fastbn.formulas import batch_rstd, rstd_with
 from fastbn.layout import Layout, Shape
@@ -154,33 +156,37 @@ class Pieces:
     def _moments(self, of_x: Operand, eps: float) -> Callable[..., tuple[Any, ...]]:
         """Of the whole array, with the bits that x by itself has."""
         backend, layout, xp = self._backend, self._layout, self._backend.xp
-        walked: list[Callable[..., Any]] = []
-        in_any_strides: list[Callable[..., Any]] = []
 
-        def prepare(x: Any) -> None:
-            own = walked_by(backend, layout, [x])
-            if own is not None:  # it is another array that is not
-                walked.append(backend.moments(Ways(backend, own, x).data(x)[0], None))
-            elif (found := direct_reductions.moments(x, None, None, layout.kept)) is not None:
-                in_any_strides.append(found)
-
-        def run(x: Any, weight: Any) -> tuple[Any, ...]:
-            if not walked and not in_any_strides:
-                prepare(x)
-            if walked:
-                count, mean, m2, rstd = walked[0](x, None)
-                return count, mean, m2, rstd_with(xp, rstd, eps)
-            if in_any_strides and (moments := in_any_strides[0](x, None, None)) is not None:
-                count, mean, m2 = (layout.vector(xp, a) for a in moments)
-                return count, mean, m2, batch_rstd(count, m2, eps)
-            # Squares left the range of float64: rare enough for a copy.
-            collapsed = xp.ascontiguousarray(layout.collapse(x))
-            count, mean, m2, rstd = backend.moments(dense(layout.collapsed, x.dtype, of_x.device), None)(
-                collapsed, None
-            )
+        def with_eps(count: Any, mean: Any, m2: Any, rstd: Any) -> tuple[Any, ...]:
             return count, mean, m2, rstd_with(xp, rstd, eps)
 
-        return run
+        def copying() -> Call:
+            of_copies = backend.moments(dense(layout.collapsed, of_x.dtype, of_x.device), None)
+            return lambda x: with_eps(*of_copies(xp.ascontiguousarray(layout.collapse(x)), None))
+
+        copied = Once(copying)
+
+        def prepare(x: Any) -> Call:
+            own = walked_by(backend, layout, [x])
+            if own is not None:  # it is another array that is not
+                walked = backend.moments(Ways(backend, own, x).data(x)[0], None)
+                return lambda x: with_eps(*walked(x, None))
+            in_any_strides = direct_reductions.moments(x, None, None, layout.kept)
+            if in_any_strides is None:
+                return copied()
+
+            def run(x: Any) -> tuple[Any, ...]:
+                moments = in_any_strides(x, None, None)
+                if moments is None:  # squares left the range of float64: rare enough for a copy
+                    vectors: tuple[Any, ...] = copied()(x)
+                    return vectors
+                count, mean, m2 = (layout.vector(xp, a) for a in moments)
+                return count, mean, m2, batch_rstd(count, m2, eps)
+
+            return run
+
+        prepared = Once(prepare)
+        return lambda x, weight: prepared(x)(x)
 
     def _added_up(self, results: Iterator[tuple[tuple[slice, ...], PieceVectors, Any]]) -> tuple[Any, Any]:
         """Sums of all pieces, in their order, as vectors."""

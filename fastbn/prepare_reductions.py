@@ -52,9 +52,11 @@ def _by_moments(what: str, x: Any, where: Any, weights: Any, given: Any, out: An
 
 def average(x: Any, weights: Any, dtype: Any, axis: Any, keepdims: Any) -> Call:
     """``call(x, weights)`` gives averages and the sums of weights, for any real weights of x's dimensions."""
-    found = direct_reductions.average(x, weights, dtype, axis, keepdims)
+    backend = backend_of(one_kind({"x": x}, weights=weights))
+    with device_of(x):
+        found = direct_reductions.average(x, weights, dtype, axis, keepdims)
     axes = tuple(set(range(x.ndim)) - kept_axes(x, axis))
-    xp, wide = backend_of(one_kind({"x": x}, weights=weights)).xp, np.result_type(dtype, np.float64)
+    xp, wide, mean = backend.xp, np.result_type(dtype, np.float64), Once(statistic)
 
     def some(scale: Any) -> Any:
         if (scale == 0.0).any():
@@ -65,7 +67,7 @@ def average(x: Any, weights: Any, dtype: Any, axis: Any, keepdims: Any) -> Call:
         with np.errstate(over="ignore"):
             scale = some(xp.broadcast_to(weights, x.shape).sum(axis=axes, dtype=wide, keepdims=keepdims))
         if dtype.char != "g" and bool((xp.isfinite(weights) & (weights >= 0)).all()):
-            run = statistic("mean", x, None, weights, None, None, ReductionOptions(axis, dtype, keepdims))
+            run = mean("mean", x, None, weights, None, None, ReductionOptions(axis, dtype, keepdims))
             return run(x, None, weights, None, None), scale
         # Sums that may cancel, and what is not finite, as NumPy has them.
         result = xp.multiply(x, weights, dtype=wide).sum(axis=axes, keepdims=keepdims) / scale
@@ -77,7 +79,7 @@ def average(x: Any, weights: Any, dtype: Any, axis: Any, keepdims: Any) -> Call:
             return by_moments(x, weights)
         return both[0], some(both[1])
 
-    return call
+    return backend.on_its_device(call, x)
 
 
 def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:

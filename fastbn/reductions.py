@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from fastbn import prepare_reductions, validation
-from fastbn.arrays import is_foreign, one_kind
+from fastbn.arrays import device_of, is_foreign, one_kind
 from fastbn.call import axes_of, describe, find, keep
 from fastbn.merging import Moments, namespace
 from fastbn.prepare_reductions import statistic
@@ -327,12 +327,16 @@ def average(x: Any, axis: Any = None, weights: Any = None, returned: bool = Fals
     if run is None:
         run = keep(signature, prepare_reductions.average(x, weights, dtype, axis, keepdims))
     result, scale = run(x, weights)
-    return (result, scale.astype(dtype)) if returned else result
+    if not returned:
+        return result
+    with device_of(x):
+        return result, scale.astype(dtype)
 
 
 def _like(a: Any, number: int) -> Any:
     """A number in an array's shape and dtype."""
-    full = namespace(a).full_like(a, number)
+    with device_of(a):
+        full = namespace(a).full_like(a, number)
     return full[()] if isinstance(full, np.ndarray) else full
 
 
@@ -340,7 +344,8 @@ def _weights_beside(weights: Any, x: Any, axis: Any) -> Any:
     """Weights with x's dimensions: of x's shape, or of that of the axes."""
     if not (type(weights) is np.ndarray or is_foreign(weights)):
         weights = np.asarray(weights)
-        weights = weights if isinstance(x, np.ndarray) else namespace(x).asarray(weights)
+        with device_of(x):
+            weights = weights if isinstance(x, np.ndarray) else namespace(x).asarray(weights)
     one_kind({"x": x, "weights": weights})
     if weights.dtype.kind not in "biuf" and not validation.is_float(weights.dtype):
         raise TypeError(f"weights: expected real numbers, got dtype {weights.dtype}")

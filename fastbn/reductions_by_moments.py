@@ -68,16 +68,16 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
 
 def without_nans(what: str, x: Any, given: Any, out: Any, options: ReductionOptions) -> Call:
     """With a mask, where no kernel looks for NaNs itself."""
-    xp = backend_of(kind_of("x", x)).xp
+    backend = backend_of(kind_of("x", x))
     masked = Once(lambda x, numbers, given, out: statistic(what, x, numbers, None, given, out, options))
 
     def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
-        numbers = ~xp.isnan(x)
+        numbers = ~backend.xp.isnan(x)
         if where is not None:
             numbers &= operand("where", where, x)
         return masked(x, numbers, given, out)(x, numbers, None, given, out)
 
-    return call
+    return backend.on_its_device(call, x)
 
 
 def moments(x: Any, where: Any, weights: Any, kept: frozenset[int]) -> Call:

@@ -256,3 +256,17 @@ def test_equal_values_in_short_rows(inner):
     exact = x[0].astype(float)
     np.testing.assert_allclose(saved.mean, exact.mean(), rtol=1e-7)
     np.testing.assert_allclose(saved.moments.var(), exact.var(), rtol=1e-6)
+
+
+def test_squares_beyond_float64(monkeypatch):
+    """What takes a copy, which is prepared once."""
+    x = (np.random.default_rng(0).standard_normal((64, 6, 40, 128)) * 1e200)[..., ::2]
+    asked, moments = [], cpu.moments
+    monkeypatch.setattr(cpu, "moments", lambda *given: asked.append(1) or moments(*given))
+    call.forget()
+    for _ in range(3):
+        _, saved = fastbn.batch_norm(x)
+    call.forget()
+    assert len(asked) == 1
+    np.testing.assert_allclose(saved.mean, x.mean((0, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(1 / saved.rstd, (x / 1e200).std((0, 2, 3)) * 1e200, rtol=1e-9)

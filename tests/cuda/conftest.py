@@ -1,5 +1,6 @@
 """What tests of calls on CuPy arrays ask for."""
 
+import types
 import weakref
 
 import numpy as np
@@ -52,6 +53,43 @@ def buffers(cuda_device):
     cupy.cuda.set_allocator(allocate)
     yield found
     cupy.cuda.set_allocator(before)
+
+
+@pytest.fixture
+def devices(counted, buffers, monkeypatch):
+    """Two devices, and on which of them kernels are launched."""
+    import cupy
+
+    from fastbn.cuda import launch
+
+    current, launched, function, device = [0], [], launch.function, launch.device
+
+    class Device:
+        def __init__(self, number=None):
+            self.id = current[-1] if number is None else number
+
+        def __enter__(self):
+            current.append(self.id)
+            return self
+
+        def __exit__(self, *_):
+            current.pop()
+
+    def noted(number, *args):
+        compiled = function(number, *args)
+
+        def run(*given, **options):
+            launched.append((number, current[-1]))
+            return compiled(*given, **options)
+
+        return run
+
+    monkeypatch.setattr(cupy.cuda, "Device", Device)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: current[-1])
+    monkeypatch.setattr(launch, "device", lambda number: device(number)._replace(number=number))
+    monkeypatch.setattr(launch, "function", noted)
+    yield types.SimpleNamespace(current=current, launched=launched)
+    assert current == [0]
 
 
 @pytest.fixture

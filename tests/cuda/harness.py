@@ -52,9 +52,12 @@ NOT_ON_A_DEVICE = ("unaligned", "swapped bytes")  # no such arrays exist there
 ON_A_DEVICE = [name for name in LAYOUTS if name not in NOT_ON_A_DEVICE]
 by_layout = pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 
-# All functions with arguments that they take.
+# All functions that never wait for the device (`average` does, for its weights), with arguments that they take.
 EVERY = GOOD | {
     fastbn.std: GOOD[fastbn.var],
+    fastbn.nanmean: GOOD[fastbn.mean],
+    fastbn.nanvar: GOOD[fastbn.var],
+    fastbn.nanstd: GOOD[fastbn.var],
     fastbn.mean_var: lambda: {"x": data(), "axis": (0, 2), "where": data((4, 3, 5), bool)},
     fastbn.Moments.var: lambda: {"self": batch(), "correction": 1},
     fastbn.Moments.std: lambda: {"self": batch()},

@@ -162,41 +162,6 @@ def test_current_stream(counted, monkeypatch, strategy):
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def devices(counted, buffers, monkeypatch):
-    """Two devices, and on which of them kernels are launched."""
-    import cupy
-
-    current, launched, function, device = [0], [], launch.function, launch.device
-
-    class Device:
-        def __init__(self, number=None):
-            self.id = current[-1] if number is None else number
-
-        def __enter__(self):
-            current.append(self.id)
-            return self
-
-        def __exit__(self, *_):
-            current.pop()
-
-    def noted(number, *args):
-        compiled = function(number, *args)
-
-        def run(*given, **options):
-            launched.append((number, current[-1]))
-            return compiled(*given, **options)
-
-        return run
-
-    monkeypatch.setattr(cupy.cuda, "Device", Device)
-    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: current[-1])
-    monkeypatch.setattr(launch, "device", lambda number: device(number)._replace(number=number))
-    monkeypatch.setattr(launch, "function", noted)
-    yield types.SimpleNamespace(current=current, launched=launched)
-    assert current == [0]
-
-
 @pytest.mark.parametrize("function", EVERY, ids=label)
 def test_the_arrays_device_is_used(devices, function):
     """Not the current one, which is current again after the call."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import reference
+from fastbn import prepare_reductions, reference
 from fastbn.cuda import problems
 from tests.cases import like_numpy, statistics, statistics_options
 from tests.cases.like_numpy import FUNCTIONS, by_function, by_spread, numbers
@@ -250,3 +250,25 @@ def test_squares_that_overflow_about_the_first_value(cuda_device, monkeypatch, n
     assert (((x - x[0]) / 1e154) ** 2).sum(0).max() > 1.8 or n == 2  # times 1e308
     np.testing.assert_allclose(var, reference.var(x, 0), rtol=1e-13)
     np.testing.assert_allclose(mean, x.mean(0), rtol=1e-15)
+
+
+NEGATIVE = np.where(np.arange(20) % 5 == 1, -0.5, 1.0).reshape(4, 5)
+
+
+@pytest.mark.parametrize("weights", [None, np.ones((4, 5)), NEGATIVE], ids=["none", "ones", "negative"])
+def test_average_is_on_the_arrays_device(devices, weights):
+    """Which is not the current one."""
+    x, weights = on_device(numbers((4, 5)), 1), None if weights is None else on_device(weights, 1)
+    for _ in range(2):
+        for result in fastbn.average(x, 0, weights, returned=True):
+            assert result.data.device_id == 1
+    assert set(devices.launched) <= {(1, 1)}
+
+
+def test_average_is_prepared_once(cuda_device, monkeypatch):
+    prepared, statistic = [], prepare_reductions.statistic
+    monkeypatch.setattr(prepare_reductions, "statistic", lambda *given: prepared.append(1) or statistic(*given))
+    x, weights = on_device(numbers((4, 5))), on_device(np.arange(1.0, 21.0).reshape(4, 5))
+    for _ in range(3):
+        fastbn.average(x, 0, weights)
+    assert len(prepared) == 1
