@@ -1,7 +1,7 @@
 """The package's structure: ``python -m tests.structure`` lists which file imports which, floor by floor, and circles.
 
-A file stands a floor above the highest of those that it imports, wherever in it the import is. Nothing is imported: the
-sources are read.
+A file stands a floor above the highest of those that it imports, wherever in it the import is, and by `import_module`
+too: of a name that is made when it runs, all files that it may be. Nothing is imported: the sources are read.
 """
 
 from __future__ import annotations
@@ -35,8 +35,20 @@ def _imports(path: Path, known: set[str]) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [n if n in known else node.module for n in names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "import_module":
+            names = _named(node.args[0], known)
         found |= {n for n in names if n in known}
     return found
+
+
+def _named(name: ast.expr, known: set[str]) -> list[str]:
+    """Files that a text stands for, or one that only begins with a text."""
+    if isinstance(name, ast.Constant):
+        return [str(name.value)]
+    first = name.values[0] if isinstance(name, ast.JoinedStr) else None
+    if not isinstance(first, ast.Constant):
+        return []
+    return [file for file in known if file.startswith(first.value)]
 
 
 def circles(graph: Graph) -> list[list[str]]:

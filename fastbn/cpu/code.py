@@ -27,6 +27,7 @@ import llvmlite.binding as llvm
 
 from fastbn import operands
 from fastbn.cpu import ahead, halves, objects, shipped
+from fastbn.cpu.machines import machine_for, processor
 from fastbn.cpu.store import store_of
 from fastbn.numba_parts.version import fingerprint
 
@@ -98,27 +99,6 @@ def _engine() -> Any:
     if llvm.get_process_triple().startswith("x86_64") and "+f16c" not in processor()[1].split(","):
         halves.provide(engine)
     return engine
-
-
-def machine_for(level: str | None) -> Any:
-    """What LLVM makes code for: a level of processors as LLVM names it, or this one."""
-    target = llvm.Target.from_triple(llvm.get_process_triple())
-    cpu, features = processor() if level is None else (level, "")
-    reloc = "static" if target.name.startswith("x86") else "default"
-    return target.create_target_machine(
-        cpu=cpu, features=features, opt=3, reloc=reloc, codemodel="jitdefault", jit=True
-    )
-
-
-@cache
-def processor() -> tuple[str, str]:
-    """Its name and features, or those that Numba is told to make code for."""
-    try:
-        features = llvm.get_host_cpu_features().flatten()
-    except RuntimeError:  # where LLVM cannot ask
-        features = ""
-    name = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
-    return name, os.environ.get("NUMBA_CPU_FEATURES") or ("" if "NUMBA_CPU_NAME" in os.environ else features)
 
 
 # --- what came with this installation ---------------------------------------------------------------------------------

@@ -16,25 +16,17 @@ import numpy as np
 from fastbn.cpu import team
 from fastbn.cpu.division import option
 from fastbn.cpu.memory import Array
-from fastbn.cpu.program import NONE, VECTOR_KINDS, Argument, Program, kind_of
+from fastbn.cpu.program import NONE, Argument, Program, kind_of
+from fastbn.cpu.program_words import VECTOR_KINDS
 from fastbn.cpu.records import Formats, Geometry, Options, Results
-from fastbn.cpu.sizes import pitch
+from fastbn.cpu.sizes import AHEAD_BYTES, BYTES, FIELDS, MOVED, OF_INNER, OF_ROWS, OF_VALUES, pitch
 from fastbn.dimensions import Dimension, dimensions
 from fastbn.operands import Mask, Statistic
 
-OF_VALUES, OF_ROWS = 1, 2  # what a mask is of
-DIMENSION = 4  # words: size, steps in x, mask and results
-FIELDS = 4  # numbers of a part
-BUFFER = 512  # values that are converted at once
-OF_INNER = FIELDS * 8 + BUFFER + 8  # numbers that a thread of `inner` has for itself
 FORMS = ("var", "std", "m2")
-VAR, STD, SUM_OF_SQUARES = range(3)
 SMALL = ("n1*", "s1*", "b1*", "n2*", "s2*")  # what is added up in integers where it lies side by side
-MOVED = {"n1*": -128, "n2*": -32768}  # what is added to unsigned ones first, so that there is room to add up squares
-BYTES = 64  # of small integers that are added up at once
 MOST_SQUARES = 1 << 20  # of values of 16 bits, whose sum, and twice that, is exact in float64
 EXACT = ("f8*", "s8*", "n8*")  # dtypes whose sums in float64 lose digits
-LEAST_SQUARE = 2.0**-900  # below which a sum of squares, unless it is 0, may have lost some
 
 SHORT = 512  # values: reduced rows that are shorter may lie side by side in the rows of `outer`
 ENOUGH_ROWS, ENOUGH_LONG_ROWS = 8, 12  # reduced rows side by side, for which a sum of each column is worth the space
@@ -53,7 +45,6 @@ IN_L1 = 16 << 10  # bytes of sums that `outer` goes through for each row: half t
 OF_WIDE_ROWS = 64 << 10  # bytes of sums, from L2, where `outer` takes parts of rows: up to 1.6 times as fast as IN_L1
 FEW_COLUMNS = 512  # of small integers: a tile may have so many at least, and one for each SIZE_OF_COLUMN
 SIZE_OF_COLUMN = 8192  # bytes of the array, of which the 80 that two threads have for a column are a hundredth
-AHEAD_BYTES = 8 << 10  # that rows are prefetched ahead: processors do it within a page alone; 1.3 to 1.6 times as fast
 NEXT = 64 << 10  # bytes of a kept index, up to which those of the next are prefetched, if they lie nearer than its rows
 AHEAD_OF_ROWS = 32 << 10  # bytes ahead in images of one channel, each in a page of its own: 1.4 to 5 times as fast
 PART = 1 << 16  # values of a part, about, which a thread takes at once

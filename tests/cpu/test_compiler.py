@@ -27,7 +27,7 @@ from numba.core.compiler import CompilerBase, DefaultPassBuilder, Flags
 from numba.core.compiler_machinery import PassManager
 from numba.core.registry import cpu_target
 
-from fastbn.cpu import code
+from fastbn.cpu import machines
 from fastbn.cpu.kernels import compiler
 from fastbn.cpu.kernels.simd import load, store
 from fastbn.cpu.records import INTEGER_RECORDS, Options, Shape
@@ -134,7 +134,7 @@ def test_a_kernel_by_itself():
     """What comes out runs without Numba, from words alone."""
     kinds = ["x:f4[]", "shape:Shape", "scale:f8", "relu:none", "y:f4*"]
     (made,) = compiler.object_code(double, kinds, "double-here", [None])
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), code.machine_for(None))
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machines.machine_for(None))
     engine.add_object_file(llvm.ObjectFileRef.from_data(made))
     engine.finalize_object()
     run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(engine.get_function_address("double-here"))
@@ -159,8 +159,8 @@ def test_groups():
 
 NAMES = """
 import sys
-from fastbn.cpu import team
-team.POSSIBLE, team.FUTEX = {possible}, 0
+from fastbn.cpu import team_words
+team_words.POSSIBLE, team_words.FUTEX = {possible}, 0
 from fastbn.cpu.kernels import calls, compiler
 sys.stdout.buffer.write(compiler.object_code(calls.call, (), "symbol", [None])[0])
 """

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cpu import program, team
+from fastbn.cpu import program, program_words, team_words
 
 KEPT, LONG = program.KEPT_WORK // 2, program.LONG_WORK // 2  # elements of a forward pass, which goes through them twice
 
@@ -20,7 +20,7 @@ def random(shape):
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-needs_clock = pytest.mark.skipif(not team.POSSIBLE, reason="such calls keep the lock on this system")
+needs_clock = pytest.mark.skipif(not team_words.POSSIBLE, reason="such calls keep the lock on this system")
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ class Lock:
 
 def test_by_size(lock):
     assert lock.times(KEPT - 4) == 0
-    assert lock.times(KEPT) == team.POSSIBLE
+    assert lock.times(KEPT) == team_words.POSSIBLE
     assert lock.times(LONG) == 1
 
 
@@ -76,12 +76,12 @@ def once(right):
 def test_after_a_long_wait(lock):
     def rests():
         program._lock[:] = 0, 0, 0
-        lock.wait = 2 * program.LONG_WAIT / 1e9
+        lock.wait = 2 * program_words.LONG_WAIT / 1e9
         assert lock.times(KEPT) == 1
         lock.wait = 0.0
         rest = program._lock[0] - time.monotonic_ns()
         released = [lock.times(elements) for elements in (KEPT, 2 * KEPT, LONG)]
-        return rest > 0.9 * program.REST * program.LONG_WAIT and released == [0, 0, 1]
+        return rest > 0.9 * program_words.REST * program_words.LONG_WAIT and released == [0, 0, 1]
 
     assert once(rests)
     time.sleep(max(0, program._lock[0] - time.monotonic_ns()) / 1e9)
@@ -94,7 +94,7 @@ def test_after_short_waits(lock):
         program._lock[:] = 0, 0, 0
         start = time.perf_counter_ns()
         assert lock.times(KEPT) == 1
-        short = time.perf_counter_ns() - start < program.LONG_WAIT  # unless the machine has held the call up
+        short = time.perf_counter_ns() - start < program_words.LONG_WAIT  # unless the machine has held the call up
         assert not (short and program._lock[0])
 
 
@@ -103,14 +103,14 @@ def test_a_long_wait_among_others_is_none(lock):
     """A thread that has the lock may have lost its processor."""
 
     def balance():
-        program._lock[:] = 0, -program.MOST_WON, 0
+        program._lock[:] = 0, -program_words.MOST_WON, 0
         assert lock.times(KEPT) == 1
         return program._lock[1]
 
-    lock.wait = program.LONG_WAIT / 1e9
-    assert once(lambda: balance() < -program.MOST_WON / 2)
+    lock.wait = program_words.LONG_WAIT / 1e9
+    assert once(lambda: balance() < -program_words.MOST_WON / 2)
     assert program._lock[0] == 0
-    lock.wait = 2 * program.MOST_WON / 1e9
+    lock.wait = 2 * program_words.MOST_WON / 1e9
     balance()
     assert program._lock[0] > 0
 
@@ -122,7 +122,7 @@ def test_work_without_the_lock_makes_up_for_waits(lock):
         assert lock.times(LONG // 2) == 1
         return program._lock[1]
 
-    assert once(lambda: -program.MOST_WON <= balance() < 0)
+    assert once(lambda: -program_words.MOST_WON <= balance() < 0)
 
 
 @needs_clock
@@ -133,7 +133,7 @@ def test_threads_that_wait_together_share_the_loss(lock):
         assert program._lock[2] == others
         return program._lock[1]
 
-    lock.wait = program.LONG_WAIT / 2e9
+    lock.wait = program_words.LONG_WAIT / 2e9
     alone, shared = (statistics.median(balance(others) for _ in range(21)) for others in (0, 7))
     assert alone > 0
     assert shared < alone / 4

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cpu import objects, program
+from fastbn.cpu import objects, program, program_words
 from tests import interpreters
 from tests.cpu.programs import run
 
@@ -89,11 +89,11 @@ def test_no_memory_for_scratch(monkeypatch):
     monkeypatch.setattr(program.Program, "_prepare", lambda self: (made.append(self), prepare(self))[1])
     mean = fastbn.moments(X).mean
     (one,) = made
-    at, size = program.SCRATCH_BYTES // 8, int(one._words[program.SCRATCH_BYTES // 8])
+    at, size = program_words.SCRATCH_BYTES // 8, int(one._words[program_words.SCRATCH_BYTES // 8])
     one._words[at] = 1 << 62
     with pytest.raises(MemoryError):
         fastbn.moments(X)
-    for enough in (size, program.ON_STACK + 1, 1 << 24):
+    for enough in (size, program_words.ON_STACK + 1, 1 << 24):
         one._words[at] = enough
         assert np.array_equal(fastbn.moments(X).mean, mean)
 

@@ -13,7 +13,7 @@ from fastbn.cpu.kernels.compiler import inline, offsets, plain
 from fastbn.cpu.kernels.simd import value
 from fastbn.cpu.kernels.team import add, load, nanoseconds, run_tasks, store
 from fastbn.cpu.objects import DATA_AT, FLOAT_AT
-from fastbn.cpu.program import (
+from fastbn.cpu.program_words import (
     ALWAYS,
     AT_LEAST,
     DATA,
@@ -44,7 +44,7 @@ from fastbn.cpu.program import (
     SourceWords,
     VectorWords,
 )  # fmt: skip
-from fastbn.cpu.team import POSSIBLE
+from fastbn.cpu.team_words import POSSIBLE
 
 word = types.int64
 I64 = ir.IntType(64)

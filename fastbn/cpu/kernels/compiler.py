@@ -17,8 +17,8 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import njit, types
 
-from fastbn.cpu.code import machine_for
 from fastbn.cpu.kernels.llvm import INTEGER_ARRAYS
+from fastbn.cpu.machines import machine_for
 from fastbn.cpu.records import ARRAYS, GROUPS, INTEGER_RECORDS
 from fastbn.numba_parts.compiling import Part, PartCompiler, lock, target
 

@@ -24,7 +24,7 @@ from fastbn.cpu.kernels.doubles import DOUBLE_LANES, LANES, everywhere, lane, so
 from fastbn.cpu.kernels.llvm import I32, I64, lanes_below, pointer_to, size_of
 from fastbn.cpu.kernels.simd import fma, load, prefetch, table_rows
 from fastbn.cpu.kernels.simd import store as put
-from fastbn.cpu.statistics import BYTES, MOVED
+from fastbn.cpu.sizes import BYTES, MOVED
 
 LANE_ROUNDS = 32  # of eight values a lane, the most whose sum a lane of 16 bits holds: 32 * 8 * -128 = -2^15
 LONG_ROUNDS = 96  # rounds of a row from which its quarters are read side by side: 24 kB

@@ -18,7 +18,7 @@ from fastbn.cpu.objects import (
     STRIDES_AT,
     TYPE_AT,
 )
-from fastbn.cpu.program import ARRAY_TYPE, FALSE_AT, INCREASE, NEW_BYTES, NONE_AT, TRUE_AT
+from fastbn.cpu.program_words import ARRAY_TYPE, FALSE_AT, INCREASE, NEW_BYTES, NONE_AT, TRUE_AT
 
 I64 = ir.IntType(64)
 MOST_WORDS = 256  # words

@@ -54,7 +54,7 @@ from fastbn.cpu.kernels.simd import address, fma, load
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
 from fastbn.cpu.kernels.vectors import two_sum
-from fastbn.cpu.statistics import DIMENSION, OF_ROWS
+from fastbn.cpu.sizes import DIMENSION, OF_ROWS
 
 SIZE, STEP, MASK, RESULT = range(DIMENSION)  # words
 PEEKS = 8  # values of a part, of whose mean the first shift is made

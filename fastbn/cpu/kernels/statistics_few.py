@@ -48,7 +48,7 @@ from fastbn.cpu.kernels.statistics import (
     weight_of_row,
 )
 from fastbn.cpu.kernels.statistics_results import Targets, checks, finish
-from fastbn.cpu.statistics import AHEAD_BYTES
+from fastbn.cpu.sizes import AHEAD_BYTES
 from fastbn.operands import CAREFUL
 
 COUNTS, RESTS, SHIFTS = (k * LANES * LANES for k in (1, 2, 3))  # behind the sums, in the table of `sums_of_rows`

@@ -47,7 +47,7 @@ from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import load as word_at
 from fastbn.cpu.kernels.team import store as put_word
 from fastbn.cpu.kernels.vectors import two_sum
-from fastbn.cpu.statistics import BUFFER, FIELDS, OF_INNER, OF_VALUES
+from fastbn.cpu.sizes import BUFFER, FIELDS, OF_INNER, OF_VALUES
 from fastbn.operands import CAREFUL
 
 LONG_ROW = 6 << 10  # values of a row whose quarters take turns: up to a tenth faster than prefetching

@@ -60,7 +60,7 @@ from fastbn.cpu.kernels.statistics_table import (
 )
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
-from fastbn.cpu.statistics import AHEAD_BYTES, FIELDS, OF_ROWS, OF_VALUES
+from fastbn.cpu.sizes import AHEAD_BYTES, FIELDS, OF_ROWS, OF_VALUES
 from fastbn.operands import CAREFUL
 
 BIG = 1.5 * 2.0**52  # added and taken off again, it rounds to a whole number

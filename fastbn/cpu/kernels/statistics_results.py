@@ -34,7 +34,7 @@ from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.simd import any_greater, fma, load, root, zero_where_not_positive
 from fastbn.cpu.kernels.statistics import field, kept_place
 from fastbn.cpu.kernels.vectors import two_sum
-from fastbn.cpu.statistics import FIELDS, LEAST_SQUARE, STD, SUM_OF_SQUARES
+from fastbn.cpu.sizes import FIELDS, LEAST_SQUARE, STD, SUM_OF_SQUARES
 from fastbn.operands import CAREFUL, EMPTY, NO_DEGREES
 
 

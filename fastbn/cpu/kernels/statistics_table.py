@@ -18,7 +18,7 @@ from fastbn.cpu.kernels.doubles import (
 )
 from fastbn.cpu.kernels.simd import address, load, store
 from fastbn.cpu.kernels.statistics import field, one_by_one, together, totals
-from fastbn.cpu.statistics import FIELDS
+from fastbn.cpu.sizes import FIELDS
 
 LONG_CELL = 12  # neighbouring columns of a cell, from which they are read eight at once
 OF_EIGHT = 3 * LANES * LANES  # numbers: lanes of the sums, of what these lost, and of the counts of eight cells

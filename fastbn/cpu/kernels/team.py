@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastbn.cpu.kernels.compiler import inline, plain
-from fastbn.cpu.team import (
+from fastbn.cpu.team_words import (
     ASLEEP,
     AT_ONCE,
     AVERAGE,
