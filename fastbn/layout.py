@@ -8,7 +8,7 @@ four groups: batch and channel are kept, outer and inner are reduced, and absent
     NCHW, channel_axis=(0, 1)     (1, 1, NC, HW)      instance norm
     NHWC, channel_axis=(0, 3)     (N, HW, C, 1)       instance norm
 
-The order is derived once, from ``x``, and applied to every array of the call. Folding an array is a transpose and a
+The order is derived once, from ``x``, and applied to every array of the call. Collapsing an array is a transpose and a
 reshape. Kernels walk the groups by strides of their own, so the groups need not lie in this order: where the axes of a
 group do not collapse into one, as in a spatial slice, they are two groups if two are left::
 

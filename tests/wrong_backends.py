@@ -6,7 +6,7 @@ from fastbn import cpu
 
 PREPARING = (
     "prepare_forward", "prepare_gradients", "prepare_folding", "prepare_reductions", "direct_reductions",
-    "reductions_by_moments",
+    "reductions_by_moments", "merging", "saved",
 )  # fmt: skip
 
 

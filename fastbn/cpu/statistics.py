@@ -1,4 +1,4 @@
-"""Mean and variance of arrays as they lie: which kernel of `kernels.statistics`, and how its work is divided.
+"""Mean and variance of arrays as they lie: which of the kernels that `kernels.statistics` names, and who does what.
 
 Nothing is copied and nothing as large as the array is allocated: kernels walk any strides, read every real dtype where
 it lies, take masks as bytes, and write results in their dtype. All that changes bits follows from shapes and strides.

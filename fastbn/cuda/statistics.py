@@ -149,7 +149,7 @@ def _columns(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning
     )
 
 
-def _folded(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning: Tuning) -> _Beside:
+def _few_and_above(kept: list[Dimension], reduced: list[Dimension], data: Data, tuning: Tuning) -> _Beside:
     """A few kept indices and the reduced dimension above them as one row."""
     (few, *outer), (above, *others) = kept, reduced
     size = few.size * above.size
@@ -190,7 +190,7 @@ def divide(data: Data, device: Device) -> Division | None:
         one_row = above is not None and not above.kept and last.step == 1 and above.step == last.size < FEW
         if one_row and above is not None and data.masked:
             one_row = above.mask == last.mask * last.size
-        b = (_folded if one_row else _columns)(kept, reduced, data, tuning)
+        b = (_few_and_above if one_row else _columns)(kept, reduced, data, tuning)
     if len(kept) > MOST_DIMENSIONS or len(b.reduced) > MOST_REDUCED or any(o.size >= 1 << 31 for o in b.reduced[:-1]):
         return None
     vectors, items = math.prod(o.size for o in b.reduced), _items(b.vector, data, tuning)

@@ -8,7 +8,7 @@ from numba.core.compiler_lock import global_compiler_lock as lock
 from numba.core.compiler_machinery import PassManager
 from numba.core.registry import cpu_target
 
-__all__ = ["PASSES", "Part", "PartCompiler", "lock", "target"]
+__all__ = ["OF_PARTS", "PASSES", "Part", "lock", "lowered", "target"]
 
 target = cpu_target.target_context
 
@@ -108,7 +108,7 @@ class _Target(_Context):
         return context
 
 
-class PartCompiler(CompilerBase):
+class _PartCompiler(CompilerBase):
     def __init__(self, typingctx, targetctx, library, *rest):
         super().__init__(_Typing(typingctx), _Target(targetctx), Part(targetctx.codegen(), "part"), *rest)
 
@@ -118,3 +118,35 @@ class PartCompiler(CompilerBase):
             passes.add_pass(one, one.__name__)
         passes.finalize()
         return [passes]
+
+
+OF_PARTS = {
+    "pipeline_class": _PartCompiler, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True,
+    "_nrt": False,
+}  # fmt: skip
+"""Options of `numba.njit` for functions that become part of kernels and are never called from Python."""
+
+
+def lowered(part, signature, symbol, enter):
+    """LLVM's module of a function for such arguments, and of all that it calls.
+
+    ``enter(module, symbol, call, signature)`` adds another function by this name, in which ``call(builder, arguments)``
+    calls it. Ours raise nothing.
+    """
+    target.refresh()
+    part.compile(signature)
+    code = part.overloads[signature]
+
+    def call(builder, arguments):
+        function = target.declare_function(builder.module, code.fndesc)
+        _, result = target.call_conv.call_function(builder, function, code.fndesc.restype, signature, arguments)
+        return result
+
+    library = Part(target.codegen(), symbol)
+    module = library.create_ir_module(symbol)
+    enter(module, symbol, call, signature)
+    library.add_ir_module(module)
+    library.add_linking_library(code.library)
+    library.finalize()
+    library.link_all()
+    return library._final_module

@@ -89,20 +89,20 @@ def _mapped(call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], given
     """A batch of calls is one call, with the mapped axis beside the channels."""
     size = info.batch_size
 
-    def folded(t: Any, axis: int | None) -> Any:
+    def beside_channels(t: Any, axis: int | None) -> Any:
         if not isinstance(t, Tensor):
             return t
         t = t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0)
         return t.flatten(0, 1) if t.ndim == 2 else t.movedim(0, 1).flatten(1, 2)
 
-    def unfolded(t: Tensor) -> tuple[Tensor, int]:
+    def apart(t: Tensor) -> tuple[Tensor, int]:
         axis = int(t.ndim > 1)
         return t.unflatten(axis, (size, t.shape[axis] // size)), axis
 
-    results = call(*map(folded, given, in_dims))
+    results = call(*map(beside_channels, given, in_dims))
     if isinstance(results, Tensor):
-        return unfolded(results)
-    return tuple(zip(*map(unfolded, results), strict=True))
+        return apart(results)
+    return tuple(zip(*map(apart, results), strict=True))
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

@@ -144,6 +144,13 @@ FAULTS = {
         ("backward", nudged(12, 1e-3)),
     ],
     "frozen": [("normalize", nudged(2, 1e-4)), ("backward", nudged(11, 1e-4)), ("backward", scaled(0, 1.001))],
+    "merged": [
+        ("merge", scaled(0, 1 + 1e-9)),
+        ("merge", scaled(1, 1 + 1e-9)),
+        ("merge", scaled(2, 1 + 1e-9)),
+        ("update_running", written(5, 1 + 1e-9)),
+        ("update_running", written(6, 1 + 1e-9)),
+    ],
     "parts": [
         ("grad_sums", scaled(0, 1 + 1e-4)),
         ("grad_sums", scaled(1, 1 + 1e-4)),

@@ -191,7 +191,27 @@ def check_statistics(case):
 
 # --- wrong backends ---------------------------------------------------------------------------------------------------
 
+
+def check_merged(case):
+    """Moments of two parts of the batch, together and into running statistics."""
+    axis = next(axis for axis in range(case.x.ndim) if axis not in case.layout.kept)
+    parts = np.array_split(case.x, 2, axis)
+    keywords = {"channel_axis": case.layout.channel_axis}
+    expected = [reference.moments(part, **keywords) for part in parts]
+    given = [Moments(part.count, part.mean, part.m2) for part in expected]
+    name, whole = case.dtype.name, reference.merge(*expected)
+    merged = fastbn.merge(*given)
+    for field in ("count", "mean", "m2"):
+        theirs = getattr(whole, field)
+        assert_close(f"{name} {field}", getattr(merged, field), theirs, 1e-13 * np.abs(theirs))
+    running = np.zeros(case.layout.channels), np.ones(case.layout.channels)
+    found = fastbn.update_running(*running, given[0])
+    for ours, theirs in zip(found, reference.update_running(*running, expected[0]), strict=True):
+        assert_close(name, ours, theirs, 1e-14 * np.abs(theirs))
+
+
 CHECKS = {
+    "merged": check_merged,
     "moments": check_moments,
     "training": check_backward,
     "frozen": check_frozen,

@@ -20,7 +20,7 @@ from numba import njit, types
 from fastbn.cpu.kernels.llvm import INTEGER_ARRAYS
 from fastbn.cpu.machines import machine_for
 from fastbn.cpu.records import ARRAYS, GROUPS, INTEGER_RECORDS
-from fastbn.numba_parts.compiling import Part, PartCompiler, lock, target
+from fastbn.numba_parts.compiling import OF_PARTS, lock, lowered, target
 
 llvm.initialize_native_asmparser()  # for `flags`; Numba, that has no assembly of its own, leaves it out
 
@@ -60,8 +60,7 @@ def inline(function):
 
     Inlined by force: a call costs some 10 ns, as much as a row of 49 values.
     """
-    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True, "_nrt": False}
-    return njit(nogil=True, error_model="numpy", pipeline_class=PartCompiler, **options)(function)
+    return njit(nogil=True, error_model="numpy", **OF_PARTS)(function)
 
 
 def shared(function):
@@ -117,39 +116,28 @@ def object_code(function, kinds, symbol, levels):
     own = names[len(names) - len(given) :]
     if own != [name for name, _, _ in given]:
         raise TypeError(f"{function.__qualname__}: expected {own}, got {kinds}")
-    target.refresh()
     signature = (*[types.int64] * (len(names) - len(own)), *(_kind(kind) for _, _, kind in given))
-    part = inline(function)
-    part.compile(signature)
-    code = part.overloads[signature]
-    library = Part(target.codegen(), symbol)
-    module = library.create_ir_module(symbol)
-    function.entry(module, symbol, code.fndesc, signature)
-    library.add_ir_module(module)
-    library.add_linking_library(code.library)
-    library.finalize()
-    library.link_all()
-    machines = map(machine_for, levels)
-    return [machine.emit_object(_optimized(library._final_module.clone(), symbol, machine)) for machine in machines]
+    module = lowered(inline(function), signature, symbol, function.entry)
+    return [machine.emit_object(_optimized(module.clone(), symbol, machine)) for machine in map(machine_for, levels)]
 
 
-def _enter_kernel(module, symbol, description, signature):
+def _enter_kernel(module, symbol, call, signature):
     """``symbol(params, thread, first, last)`` takes the arguments from where ``params`` points to."""
     function = ir.Function(module, ir.FunctionType(_VOID, [_WORDS, _I64, _I64, _I64]), symbol)
     builder = ir.IRBuilder(function.append_basic_block())
     params, *tasks = function.args
     words = (builder.load(builder.gep(params, [ir.Constant(_I64, i)])) for i in itertools.count())
     arguments = [_argument(builder, words, kind) for kind in signature[_OF_A_TASK:]]
-    _call(builder, description, signature, [*tasks, *arguments])
+    call(builder, [*tasks, *arguments])
     builder.ret_void()
 
 
-def _enter_plain(module, symbol, description, signature):
+def _enter_plain(module, symbol, call, signature):
     """``symbol(words)``, with a word as result."""
     function = ir.Function(module, ir.FunctionType(_I64, [_I64] * len(signature)), symbol)
     builder = ir.IRBuilder(function.append_basic_block())
-    result = _call(builder, description, signature, function.args)
-    builder.ret(result if description.restype == types.int64 else ir.Constant(_I64, 0))
+    result = call(builder, function.args)
+    builder.ret(result if result.type == _I64 else ir.Constant(_I64, 0))
 
 
 def _argument(builder, words, kind):
@@ -176,13 +164,6 @@ def _from_word(builder, word, kind):
         return builder.icmp_unsigned("!=", word, ir.Constant(_I64, 0))
     to = target.get_value_type(kind)
     return builder.bitcast(word, to) if kind == types.float64 else builder.inttoptr(word, to)
-
-
-def _call(builder, description, signature, values):
-    """Call a compiled function; ours raise nothing."""
-    function = target.declare_function(builder.module, description)
-    _, result = target.call_conv.call_function(builder, function, description.restype, signature, values)
-    return result
 
 
 def _optimized(module, symbol, machine):

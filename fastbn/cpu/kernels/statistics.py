@@ -13,13 +13,13 @@ Everything is summed in float64, and an array's kept indices in parts of its red
   the shift is large beside the deviation; where these are too many, the part is summed again around its mean. Parts
   are merged by Chan's update (eq. 2.1).
 
-`statistics_inner` goes along rows whose values are reduced, `statistics_outer` along rows of kept indices; here are
-what both share, and how parts become results. A mask has a byte, or a weight, of each value, of each row, or of each of
-several short rows that are taken as one, such as the pixels of an image. Integers of up to 16 bits that lie side by
-side are added up by `integers`, all exactly; then the shift is a whole number. Values that lie apart are fetched:
-converted, some hundred at a time, by a kernel of its own for each dtype, so that the others need not know it.
-`fastbn.cpu.statistics` divides the work and says how the dimensions lie. A part's numbers are (n, shift, A, B), of sums
-(n, _, sum, rest).
+`statistics_inner` goes along rows whose values are reduced, `statistics_outer` along rows of kept indices, and
+`statistics_few` where these have few values; `statistics_results` makes results of parts. Here is what they share. A
+mask has a byte, or a weight, of each value, of each row, or of each of several short rows that are taken as one, such
+as the pixels of an image. Integers of up to 16 bits that lie side by side are added up by `integers`, all exactly; then
+the shift is a whole number. Values that lie apart are fetched: converted, some hundred at a time, by a kernel of its
+own for each dtype, so that the others need not know it. `fastbn.cpu.statistics` divides the work and says how the
+dimensions lie. A part's numbers are (n, shift, A, B), of sums (n, _, sum, rest).
 
 Bytes moved, S = the bytes of x and of its mask: S, and once more those of parts that are summed again; 2S where mean
 and variance of 8-byte dtypes are both wanted, of which each has a pass of its own. Squares of `statistics_few` take S

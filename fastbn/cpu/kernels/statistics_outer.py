@@ -126,7 +126,7 @@ def weight_at_row(source, at, o):
 
 @inline
 def add_quarters(x, source, at, step, w_at, w_step, rows, by_cell, o, table, columns):
-    """Rows of four quarters, read side by side; how many, and what they weigh. None if rows may be left out."""
+    """Rows of four quarters, read side by side: how many, and what they weigh. None if rows may be left out."""
     if x is None:
         return 0, 0.0
     if source.geometry.mask == OF_ROWS and o.weighted is None:
