@@ -207,7 +207,14 @@ def grad_input(
             "count": to_count, "beta": None, "dmean": None, "dvar": None, "dgamma": to_dgamma, "dbeta": to_dbeta,
             "dx": to_dx, "dresidual": None,
         }  # fmt: skip
-        run, make, apart = ways.through(run, arriving, results=["dx"]), backend.allocator(x), Once(grad_input)
+        run = ways.through(run, arriving, results=["dx"])
+        call = _grad_input(ways, run, plain, weigh, axes, constant, backend.allocator(x))
+        return backend.on_its_device(call, x)
+
+
+def _grad_input(ways: Ways, run: Call, plain: Any, weigh: Any, axes: Any, constant: bool, make: Call) -> Call:
+    """The call of `grad_input`; ``constant`` says that the count is a number."""
+    apart = Once(grad_input)
 
     def call(
         dy: Any, x: Any, mean: Any, rstd: Any, gamma: Any, dgamma: Any, dbeta: Any, count: Any, where: Any,
@@ -227,7 +234,7 @@ def grad_input(
         run(dy, x, None, weight, mean, rstd, gamma, count, None, None, None, dgamma, dbeta, dx, None)
         return dx
 
-    return backend.on_its_device(call, x)
+    return call
 
 
 def _filled(xp: Any, kept: int, number: Real) -> Any:

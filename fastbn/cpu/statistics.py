@@ -178,67 +178,76 @@ def _in_fours(size: int, most: int) -> int:
     return next(good, most)
 
 
-def _along_kept(
-    d: list[Dimension], row: Dimension, size: Dimension | None, together: Dimension | None, most: int, how: Summing
-) -> Division:
-    """Rows of kept indices: ``size`` neighbouring reduced values of each, so many rows ``together``; `most` columns."""
-    own = [o for o in (row, size) if o is not None]
-    inner = 1 if size is None else size.size
-    rest = [o for o in d if o not in own]
-    kept, rows = [o for o in rest if o.kept], [o for o in rest if not o.kept]
-    coalesced, tail = 1, 0
-    vector = BYTES // how.itemsize if how.small and size is None else 8
-    if together is not None:
-        coalesced = min(together.size, max(1, most // (row.size * inner)))
-        coalesced = -(-together.size // -(-together.size // coalesced))
-        if how.small:
-            coalesced = min(together.size, -(-coalesced // vector) * vector)
-        elif rows != [together]:
-            coalesced = _in_fours(together.size, coalesced)
-        count = -(-together.size // coalesced)
-        tail = together.size % coalesced * row.size * inner
-        step = together._replace(size=count, step=together.step * coalesced, mask=together.mask * coalesced)
-        rows = [o for o in rows if o is not together] + [step][: count - 1]  # innermost, for its short end
-    cells = row.size if coalesced > 1 else min(row.size, max(vector, most // inner // vector * vector))
-    others, count = math.prod(o.size for o in kept), math.prod(o.size for o in rows)
+def _coalesced(
+    together: Dimension, rows: list[Dimension], columns: int, vector: int, most: int, how: Summing
+) -> tuple[int, int, list[Dimension]]:
+    """How many of the rows ``together``, of so many columns, are one; the columns that are left over; all rows then."""
+    coalesced = min(together.size, max(1, most // columns))
+    coalesced = -(-together.size // -(-together.size // coalesced))
+    if how.small:
+        coalesced = min(together.size, -(-coalesced // vector) * vector)
+    elif rows != [together]:
+        coalesced = _in_fours(together.size, coalesced)
+    count = -(-together.size // coalesced)
+    step = together._replace(size=count, step=together.step * coalesced, mask=together.mask * coalesced)
+    others = [o for o in rows if o is not together]
+    return coalesced, together.size % coalesced * columns, others + [step][: count - 1]  # innermost, for its short end
+
+
+def _parts(count: int, coalesced: int, inner: int, cells: int, tiles: int, how: Summing) -> tuple[int, int]:
+    """Into how many parts so many rows of each tile of cells are divided, and rows of each; none is empty."""
     least = max(1, SHARE_OF_PARTS // (how.itemsize * coalesced), PART // (coalesced * cells * inner))
     longest = 1024 if how.exact and how.squares else count
     if how.small and how.itemsize == 2:  # sums of squares are to be exact in float64
         longest = max(1, MOST_SQUARES // (coalesced * inner))
     parts = max(1, min(count // least, max(PARTS_AT_MOST, -(-count // longest))))
     each = -(-count // parts)
-    parts = -(-count // each)  # none is empty
-    if others * -(-row.size // cells) == parts == 1 and count * coalesced * how.itemsize >= TWO_PARTS:
-        parts, each = 2, -(-count // 2)
-    if coalesced == 1 and others * parts * -(-row.size // cells) == 1:
+    parts = -(-count // each)
+    if tiles == parts == 1 and count * coalesced * how.itemsize >= TWO_PARTS:
+        return 2, -(-count // 2)
+    return parts, each
+
+
+def _along_kept(
+    d: list[Dimension], row: Dimension, size: Dimension | None, together: Dimension | None, most: int, how: Summing
+) -> Division:
+    """Rows of kept indices: ``size`` neighbouring reduced values of each, so many rows ``together``; `most` columns."""
+    own, inner = [o for o in (row, size) if o is not None], 1 if size is None else size.size
+    rest = [o for o in d if o not in own]
+    kept, rows = [o for o in rest if o.kept], [o for o in rest if not o.kept]
+    coalesced, tail, vector = 1, 0, BYTES // how.itemsize if how.small and size is None else 8
+    if together is not None:
+        coalesced, tail, rows = _coalesced(together, rows, row.size * inner, vector, most, how)
+    cells = row.size if coalesced > 1 else min(row.size, max(vector, most // inner // vector * vector))
+    others, count, tiles = math.prod(o.size for o in kept), math.prod(o.size for o in rows), -(-row.size // cells)
+    parts, each = _parts(count, coalesced, inner, cells, others * tiles, how)
+    if coalesced == 1 and others * parts * tiles == 1:
         cells = min(cells, max(-(-row.size * others * parts // TASKS), NARROWEST // inner))
         cells = min(row.size, -(-row.size // (vector * -(-row.size // cells))) * vector)  # as many in each tile
-    tiles = -(-row.size // cells)
+        tiles = -(-row.size // cells)
     geometry = Geometry(
         len(kept), len(rows), rows=count, parts=parts, rows_of_a_part=each,
         step=row.step if size is None else size.step, channels=row.size, size=inner, coalesced=coalesced, tail=tail,
         tile=cells, width=pitch(coalesced * -(-cells // 8) * 8 * inner + 8 * inner), kept_step=row.result,
         mask_step=row.mask,
     )  # fmt: skip
-    words = _words(kept, rows)
     along = row.step != 1 and bool(rows) and rows[-1].step == 1 and how.along(rows[-1].size)
     along = along and (not how.mask or rows[-1].mask == 1)
     few = ABREAST_ROWS if row.step == 1 else how.few(along)
     if count <= few and size is None and coalesced == 1:
-        geometry = geometry._replace(parts=1, rows_of_a_part=count)
-        of_rows = row.mask == 0 and not along
         return Division(
-            "few", geometry, words, tasks=others * tiles, finishing=0, partials=0, own=0, strided=row.step != 1,
-            mask_of_rows=of_rows, along=along,
+            "few", geometry._replace(parts=1, rows_of_a_part=count), _words(kept, rows), tasks=others * tiles,
+            finishing=0, partials=0, own=0, strided=row.step != 1, mask_of_rows=row.mask == 0 and not along,
+            along=along,
         )  # fmt: skip
     innermost = row if size is None else size
     of_cells = together is not None and how.mask > 0 and innermost.mask == 0 != together.mask
     of_thread = (FIELDS + 1) * geometry.width + (-(-4 * geometry.width * how.mask // 8) if of_cells else 0)
-    partials = FIELDS * row.size * parts * others if parts > 1 else 0
     return Division(
-        "outer", geometry._replace(own=of_thread), words, tasks=others * parts * tiles,
-        finishing=others * -(-row.size // 8), partials=partials, own=of_thread, strided=innermost.step != 1,
-        mask_of_rows=innermost.mask == 0 and not of_cells, mask_of_cells=of_cells,
+        "outer", geometry._replace(own=of_thread), _words(kept, rows), tasks=others * parts * tiles,
+        finishing=others * -(-row.size // 8), partials=FIELDS * row.size * parts * others if parts > 1 else 0,
+        own=of_thread, strided=innermost.step != 1, mask_of_rows=innermost.mask == 0 and not of_cells,
+        mask_of_cells=of_cells,
     )  # fmt: skip
 
 
