@@ -17,7 +17,7 @@ from fastbn import bench, environment, threads
 
 kernels = pytest.importorskip("benchmarks.kernels", reason="installed without the benchmarks")
 import fastbn  # noqa: E402
-from benchmarks import busy, calls, frameworks, gate, host, small, statistics_cases, views, workloads  # noqa: E402
+from benchmarks import busy, calls, frameworks, gate, host, relu, small, statistics_cases, views, workloads  # noqa: E402
 from tests import interpreters  # noqa: E402
 
 TOY = (2, 4, 3, 5)
@@ -463,6 +463,16 @@ def test_steps(monkeypatch, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("x |")]
     assert len(rows) == len(small) * (len(modes) + 1) + 4
     assert all(float(row.split("|")[-2].strip(" x")) > 0 for row in rows)
+
+
+def test_relu_has_a_table(toy, capsys, monkeypatch):
+    few = [relu.Images((4, 3, 5, 6), axis, dtype) for axis in (1, -1) for dtype in ("float32", "float16")]
+    monkeypatch.setattr(relu, "cases", lambda: few)
+    monkeypatch.setattr(sys, "argv", ["relu", "--rounds", "1"])
+    relu.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 + len(few)
+    assert all(float(row.split("|")[2]) > 0 for row in rows[2:])
 
 
 def test_views_have_a_table(toy, capsys, monkeypatch):
