@@ -320,6 +320,14 @@ def affine_again(x, given, t, recompute):
 
 
 @inline
+def around(hi, affine):
+    """An `Affine` whose hi is the vector, or the row, of others: what is subtracted from x is loaded once for both."""
+    if affine is None:
+        return None
+    return Affine(hi, affine.scale, affine.bias)
+
+
+@inline
 def affine_table(workspace, thread, pitch):
     """A thread's table of `Affine`; None without."""
     if workspace is None:

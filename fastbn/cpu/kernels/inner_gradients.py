@@ -28,6 +28,7 @@ from fastbn.cpu.kernels.common import (
     SINGLE,
     affine_again,
     affine_table,
+    around,
     dgamma_of,
     distances_of,
     input_gradient,
@@ -190,7 +191,8 @@ def chunk_grad_sums(slabs, rows, columns, mean, rstd):
     """
     x = slabs.x.values
     n = lanes(x, FULL)
-    hi, unit, affine = splat(x, mean, FULL), splat(x, unit_of(x, rstd), FULL), affine_in_lanes(x, slabs.affine)
+    hi, unit = splat(x, mean, FULL), splat(x, unit_of(x, rstd), FULL)
+    affine = around(hi, affine_in_lanes(x, slabs.affine))
     s1 = splat(x, 0.0, FULL)
     s2, t1, t2 = s1, s1, s1
     pairs, whole = rows - rows % 2, columns - columns % n
@@ -288,7 +290,7 @@ def numbers_in_all_lanes(dy, tables, t):
         splat(dy, table.scale[t], FULL), splat(dy, table.hi[t], FULL), splat(dy, table.slope[t], FULL),
         splat(dy, table.offset[t], FULL), splat(dy, table.unit[t], FULL),
     )  # fmt: skip
-    return Numbers(linear, affine_in_all_lanes(dy, tables.affine, t))
+    return Numbers(linear, around(linear.hi, affine_in_all_lanes(dy, tables.affine, t)))
 
 
 @inline
@@ -298,7 +300,7 @@ def narrowed_numbers(dy, numbers, width):
         narrowed(dy, of.scale, width), narrowed(dy, of.hi, width), narrowed(dy, of.slope, width),
         narrowed(dy, of.offset, width), narrowed(dy, of.unit, width),
     )  # fmt: skip
-    return Numbers(linear, narrowed_affine(dy, numbers.affine, width))
+    return Numbers(linear, around(linear.hi, narrowed_affine(dy, numbers.affine, width)))
 
 
 @inline
@@ -308,7 +310,7 @@ def blended_numbers(n, first, second):
         blended(n, a.scale, b.scale), blended(n, a.hi, b.hi), blended(n, a.slope, b.slope),
         blended(n, a.offset, b.offset), blended(n, a.unit, b.unit),
     )  # fmt: skip
-    return Numbers(linear, blended_affine(n, first.affine, second.affine))
+    return Numbers(linear, around(linear.hi, blended_affine(n, first.affine, second.affine)))
 
 
 @inline

@@ -45,6 +45,7 @@ from fastbn.cpu.kernels.common import (
     SINGLE,
     affine_again,
     affine_table,
+    around,
     dgamma_of,
     distances_at,
     distances_of,
@@ -154,9 +155,9 @@ def add_two_rows(near, far, row, near_weight, far_weight, part, sums, c):
     """Add one vector of columns, or a part, of a row of each to the sums."""
     hi, unit = load(sums.hi, c, FULL), load(sums.unit, c, FULL)
     dz, far_dz = dz_at(near, row, c, part), dz_at(far, row, c, part)
-    store(sums.s1, c, load(sums.s1, c, FULL) + (dz + far_dz))
     distance = distance_at(near, row, c, part, near_weight, dz, hi, unit)
     far_distance = distance_at(far, row, c, part, far_weight, far_dz, hi, unit)
+    store(sums.s1, c, load(sums.s1, c, FULL) + (dz + far_dz))  # behind all loads of x: LLVM would repeat those
     store(sums.s2, c, load(sums.s2, c, FULL) + fma(dz, distance, far_dz * far_distance))
 
 
@@ -263,7 +264,7 @@ def grad_sums_of_segments(
             rows_of_tile(y, task.batch, task.row, task.cell * size, coalesced),
             rows_of_tile(weight, task.batch, task.row, task.cell * weight.channel, 1),
             weight.channel,
-            of_y,
+            around(sums.hi, of_y),
         )
         dgamma = advance(dbeta, results.together)
         segment_grad_sums(inputs, task.end - task.row, task.cells, size, dbeta, dgamma, sums)
@@ -439,7 +440,7 @@ def grad_input(
         inputs = Inputs(
             rows_of_tile(dy, batch, row, column, coalesced), rows_of_tile(x, batch, row, column, coalesced),
             rows_of_tile(y, batch, row, column, coalesced),
-            rows_of_tile(weight, batch, row, task.cell * weight.channel, 1), weight.channel, of_y,
+            rows_of_tile(weight, batch, row, task.cell * weight.channel, 1), weight.channel, around(linear.hi, of_y),
         )  # fmt: skip
         results = Outputs(
             rows_of_tile(dx, batch, row, column, coalesced), rows_of_tile(dresidual, batch, row, column, coalesced)
@@ -489,7 +490,8 @@ def backward(
         tile = task_at(k, 1, channels, tiles)
         t, cells, wide = tile.batch * channels + tile.cell, tile.cells, tile.cells * size
         no_weight = Rows(None, 0, 0)
-        inputs = Inputs(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), no_weight, 0, of_y)
+        rows_of_y, again = rows_of(y, t, shape), around(columns.hi, of_y)
+        inputs = Inputs(rows_of(dy, t, shape), rows_of(x, t, shape), rows_of_y, no_weight, 0, again)
         spread_hi_and_unit(x.values, given, t, 0, cells, cells, size, columns)
         spread_affine_again(x.values, given, t, 0, cells, cells, size, of_y)
         for c in range(cells):
@@ -499,6 +501,7 @@ def backward(
             segment_grad_sums(inputs_from(inputs, row), high, cells, size, dbeta, dgamma, columns)
             add_to_sums(t, cells, dbeta, dgamma, out)
         finish_tile(x.values, t, cells, size, given, live.values is None, mixed, out, linear)
-        of_live = Inputs(inputs.dy, rows_of(live, t, shape), inputs.y, no_weight, 0, of_y)
+        again = around(linear.hi, of_y)
+        of_live = Inputs(inputs.dy, rows_of(live, t, shape), rows_of_y, no_weight, 0, again)
         results = Outputs(rows_of(dx, t, shape), rows_of(dresidual, t, shape))
         grad_input_rows(of_live, results, rows, wide, wide, linear, nontemporal, wide)

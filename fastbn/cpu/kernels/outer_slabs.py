@@ -28,6 +28,7 @@ from fastbn.cpu.kernels.cells import (
 )
 from fastbn.cpu.kernels.common import (
     affine_table,
+    around,
     finished_slabs,
     marked,
     merged,
@@ -268,7 +269,7 @@ def grad_sums_of_segments(thread, first, last, dy, x, y, shape, tiles, parameter
     results, channels, pitch = results_of_slabs(shape, tiles), shape.channel, pitch_of(tiles, 1)
     given = table_rows(GradientParameters, parameters, channels)
     sums = table_rows(ColumnSums, advance(workspace, thread * COLUMN_SUMS * pitch), pitch)
-    arrays = GradientArrays(dy, x, y, affine_table(affine, thread, pitch))
+    arrays = GradientArrays(dy, x, y, around(sums.hi, affine_table(affine, thread, pitch)))
     for k in range(first, last):
         task = task_at(k, shape.far * shape.near, cells_of(shape, tiles), tiles)
         spread_hi_and_unit(x.values, given, 0, task.cell, channels, task.cells, 1, sums)
@@ -288,7 +289,7 @@ def grad_input(
     rows, channels, pitch = shape.outer // tiles.coalesced, shape.channel, pitch_of(tiles, 1)
     given = table_rows(Distances, distances, channels)
     linear = table_rows(Linear, advance(workspace, thread * LINEAR * pitch), pitch)
-    arrays = GradientArrays(dy, x, y, affine_table(affine, thread, pitch))
+    arrays = GradientArrays(dy, x, y, around(linear.hi, affine_table(affine, thread, pitch)))
     for k in range(first, last):
         task = task_at(k, shape.far * shape.near, cells_of(shape, tiles), tiles)
         cell, cells = task.cell, task.cells
