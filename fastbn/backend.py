@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from fastbn.layout import Layout, Shape
-from fastbn.operands import AffineTypes, GradientTypes, Mask, Operand, Statistic
+from fastbn.operands import AffineTypes, GradientTypes, Mask, Operand, RunningTypes, Statistic
 
 
 class Backend(Protocol):
@@ -94,10 +94,8 @@ class Backend(Protocol):
 
     # --- vectors of a number per kept index, in their own dtypes ---
 
-    def update_running(
-        self, kept: int, types: tuple[Any, ...], skip_nonfinite: bool, fresh: bool
-    ) -> Callable[..., Any]:
-        """``run(mean, var, count, batch_mean, m2, new_mean, new_var, rate, correction)``: `fastbn.formulas.running`.
+    def update_running(self, kept: int, types: RunningTypes, skip_nonfinite: bool, fresh: bool) -> Callable[..., Any]:
+        """``run(*vectors, rate, correction)``: `fastbn.formulas.running`, from five vectors into the new ones.
 
         The new ones have the old ones' dtypes, or are float64 where the backend does not write these (`writes`). They
         are fresh, or may share memory with the others.

@@ -15,6 +15,7 @@ from fastbn import validation
 from fastbn.arrays import device_of, kind_of, on_device, one_kind
 from fastbn.backend import backend_of
 from fastbn.call import Call, Unlike, describe, find, keep
+from fastbn.operands import RunningTypes
 from fastbn.ways import Way, arriving
 
 if TYPE_CHECKING:
@@ -262,7 +263,8 @@ def _prepare_update(mean: Any, var: Any, moments: Any, skip_nonfinite: bool, out
         mean_type, make_mean, end_mean = _target(backend, mean, pair[0])
         var_type, make_var, end_var = _target(backend, var, pair[1])
         types, ways = zip(*(_vector(backend, a) for a in (mean, var, *moments)), strict=True)
-        run = backend.update_running(mean.size, (*types, mean_type, var_type), bool(skip_nonfinite), out is None)
+        of_kernel = RunningTypes._make((*types, mean_type, var_type))
+        run = backend.update_running(mean.size, of_kernel, bool(skip_nonfinite), out is None)
         arrive = arriving(*ways)
 
     def call(mean: Any, var: Any, moments: Moments, rate: Any, correction: Any, out: Any) -> tuple[Any, Any]:

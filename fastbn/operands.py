@@ -57,6 +57,23 @@ class GradientTypes(NamedTuple):
     dvar: Any = None
 
 
+class RunningTypes(NamedTuple):
+    """Dtypes of the vectors of running statistics, of a batch's, and of new running ones."""
+
+    mean: Any
+    var: Any
+    count: Any
+    batch_mean: Any
+    m2: Any
+    new_mean: Any
+    new_var: Any
+
+    @classmethod
+    def in_place(cls, running: tuple[Any, Any], of_batch: Any) -> RunningTypes:
+        """Of running statistics that become those after a batch, whose numbers have one dtype."""
+        return cls(*running, of_batch, of_batch, of_batch, *running)
+
+
 class Mask(NamedTuple):
     """Bools or weights beside an array: strides in bytes for each axis of that, 0 where they do not vary."""
 

@@ -25,7 +25,7 @@ from fastbn.call import Call, Once
 from fastbn.cuts import Cut, cut_of, walked_by
 from fastbn.formulas import batch_rstd, rstd_with
 from fastbn.layout import Layout, Shape
-from fastbn.operands import AffineTypes, GradientTypes, Operand, dense
+from fastbn.operands import AffineTypes, GradientTypes, Operand, RunningTypes, dense
 from fastbn.ways import Ways, WaysToPieces, arriving
 
 
@@ -88,7 +88,7 @@ class Pieces:
         normalize = self.normalize(x, y, residual, AffineTypes(float64, float64, gamma, beta), None, relu)
         update = None
         if running is not None:
-            types, kept = (*running, *(float64,) * 3, *running), math.prod(self._layout.kept_shape)
+            types, kept = RunningTypes.in_place(running, float64), math.prod(self._layout.kept_shape)
             update = self._backend.update_running(kept, types, False, False)
 
         def run(x: Any, weight: Any, gamma: Any, beta: Any, residual: Any, y: Any, *running: Any) -> tuple[Any, ...]:

@@ -35,7 +35,7 @@ from fastbn.cpu.program import Program, kind_of
 from fastbn.cpu.records import MomentRows, Sums, Union
 from fastbn.cpu.statistics import statistic
 from fastbn.formulas import LEAST_EPS, reciprocal_std
-from fastbn.operands import AffineTypes, GradientTypes, Operand, dense
+from fastbn.operands import AffineTypes, GradientTypes, Operand, RunningTypes, dense
 
 __all__ = [
     "LEAST_PIECE",
@@ -202,7 +202,7 @@ def forward(
 
 def _updating(forward: Callable[..., tuple[Array, ...]], kept: int, running: tuple[Any, Any]) -> Callable[..., Any]:
     """The forward pass, and then running statistics, which take no share of its time."""
-    update = update_running(kept, (*running, *(np.dtype(float),) * 3, *running), False, False)
+    update = update_running(kept, RunningTypes.in_place(running, np.dtype(float)), False, False)
 
     def run(
         x: Array, weight: Array | None, gamma: Array | None, beta: Array | None, residual: Array | None, y: Array,
@@ -309,7 +309,7 @@ def writes(dtype: Any) -> bool:
     return dtype in (np.dtype(np.float32), np.dtype(float))
 
 
-def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool, fresh: bool) -> Callable[..., object]:
+def update_running(kept: int, types: RunningTypes, skip_nonfinite: bool, fresh: bool) -> Callable[..., object]:
     return vector_plans.update_running(kept, tuple(map(kind_of, types)), skip_nonfinite).prepared()
 
 

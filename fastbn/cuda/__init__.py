@@ -33,7 +33,7 @@ from fastbn.cuda.memory import (
     type_of,
 )
 from fastbn.cuda.statistics import statistic
-from fastbn.operands import AffineTypes, GradientTypes, Operand
+from fastbn.operands import AffineTypes, GradientTypes, Operand, RunningTypes
 
 __all__ = [
     "LEAST_PIECE",
@@ -204,23 +204,24 @@ def writes(dtype: Any) -> bool:
     return True
 
 
-def update_running(kept: int, types: tuple[Any, ...], skip_nonfinite: bool, fresh: bool) -> Callable[..., None]:
+def update_running(kept: int, types: RunningTypes, skip_nonfinite: bool, fresh: bool) -> Callable[..., None]:
     if kept == 0:
         return lambda *given: None
-    numbers = tuple(map(type_of, types[:5]))
+    read, vectors = len(launch.MOMENTS), len(types)
+    numbers = tuple(map(type_of, types[:read]))
     step = plans.update_running(launch.device(launch.current_device()), kept, numbers, skip_nonfinite)
     launched = step.bound([*launch.RUNNING.pointers, *launch.RUNNING.scalars])
     sizes = [kept * dtype.itemsize for dtype in types]
 
     def run(*given: Any) -> None:
-        vectors, scalars = given[:7], given[7:]
-        addresses = [a.data.ptr for a in vectors]
+        arrays, scalars = given[:vectors], given[vectors:]
+        addresses = [a.data.ptr for a in arrays]
         if fresh or not askew(addresses, sizes):
             launched(*addresses, *scalars)
             return
-        new = vectors[5:]
+        new = arrays[read:]
         apart = [xp.empty_like(a) for a in new]
-        launched(*addresses[:5], *(a.data.ptr for a in apart), *scalars)
+        launched(*addresses[:read], *(a.data.ptr for a in apart), *scalars)
         for to, found in zip(new, apart, strict=True):
             to[...] = found
 

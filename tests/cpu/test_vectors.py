@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import fastbn
 from fastbn import cpu, formulas
+from fastbn.operands import RunningTypes
 from tests.support import DTYPES
 
 ENDS = [0.0, -0.0, 1.0, 2.0, 1e-300, 1e300, np.inf, -np.inf, np.nan]
@@ -37,7 +38,7 @@ def test_merge(parts):
 )  # fmt: skip
 def test_running(mean, var, count, batch_mean, m2, rate, correction, skip):
     new = np.empty((2, 4))
-    run = cpu.update_running(4, (F8,) * 7, skip, True)
+    run = cpu.update_running(4, RunningTypes(*[F8] * 7), skip, True)
     run(mean, var, count, batch_mean, m2, new[0], new[1], rate, correction)
     with np.errstate(all="ignore"):
         expected = formulas.running(np, mean, var, count, batch_mean, m2, rate, correction, skip)
