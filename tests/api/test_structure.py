@@ -23,7 +23,11 @@ def test_no_circles():
     assert structure.circles(structure.graph_of(structure.PACKAGE)) == []
 
 
-@pytest.mark.parametrize(("back", "expected"), [("", []), ("import pack.top", [["pack.inner.low", "pack.top"]])])
+BACK = ["import pack.top", "importlib.import_module('pack.top')", "import_module(f'pack.t{name}')"]
+CIRCLE = [["pack.inner.low", "pack.top"]]
+
+
+@pytest.mark.parametrize(("back", "expected"), [("", []), *((back, CIRCLE) for back in BACK)])
 def test_a_circle_is_found(tmp_path, back, expected):
     package = tmp_path / "pack"
     (package / "inner").mkdir(parents=True)
@@ -38,6 +42,15 @@ def test_a_circle_is_found(tmp_path, back, expected):
     """)
     )
     assert structure.circles(structure.graph_of(package)) == expected
+
+
+def test_kernels_stand_on_the_ground():
+    """They are imported when they are compiled: by files that stand above all that they import."""
+    ground = {f"fastbn.cpu.{n}" for n in ("machines", "objects", "program_words", "records", "sizes", "team_words")}
+    ground |= {"fastbn.operands", "fastbn.numba_parts.compiling"}
+    for file, imported in structure.graph_of(structure.PACKAGE).items():
+        if file.startswith("fastbn.cpu.kernels."):
+            assert {o for o in imported if not o.startswith("fastbn.cpu.kernels.")} <= ground, file
 
 
 PREPARED = (
