@@ -231,9 +231,9 @@ class PieceVectors:
         return repeated.reshape(-1)
 
     def added_up(self, vector: Any) -> Any:
-        """Sums of a piece, over repeated axes."""
+        """Sums of a piece, over repeated axes, in the shape of the kept ones."""
         if self._same:
-            return vector
+            return vector.reshape(self.sizes)
         return vector.reshape(self._there).sum(axis=self._repeated).transpose(self._back)
 
 

@@ -195,6 +195,7 @@ OPTIONS = {
     "where": Options(where=True, affine=True, parameter_dtype="float16"),
     "weights relu": Options(weights=True, relu=True, affine=True),
     "where weights residual": Options(where=True, weights=True, residual=True),
+    "affine relu": Options(affine=True, relu=True, parameter_dtype="float32"),
 }
 
 

@@ -270,3 +270,21 @@ def test_squares_beyond_float64(monkeypatch):
     assert len(asked) == 1
     np.testing.assert_allclose(saved.mean, x.mean((0, 2, 3)), rtol=1e-9)
     np.testing.assert_allclose(1 / saved.rstd, (x / 1e200).std((0, 2, 3)) * 1e200, rtol=1e-9)
+
+
+@pytest.mark.parametrize("order", [(4, 1, 3, 2, 0), (0, 1, 2, 3, 4), (2, 0, 4, 1, 3)])
+def test_gradients_in_another_order(order):
+    """Of two kept axes between reduced ones, of which pieces are cut along the last in memory."""
+    rng, shape, kept = np.random.default_rng(0), (33, 17, 33, 2, 8), (1, 3)
+
+    def lying(order):
+        a = np.empty([shape[axis] for axis in order]).transpose(np.argsort(order))
+        a[...] = rng.standard_normal(shape)
+        return a
+
+    x, dy = lying((0, 4, 1, 2, 3)), lying(order)
+    _, saved = fastbn.batch_norm(x, channel_axis=kept)
+    found = fastbn.batch_norm_backward(dy, saved)
+    expected = fastbn.batch_norm_backward(dy.copy(), saved._replace(x=x.copy()))
+    for ours, theirs in zip(found[:3], expected[:3], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -49,6 +49,10 @@ FAULTS = [
         "const Xhat of = tile.of_element(xhat, j);", "const Xhat of = xhat[0];", "relu, two passes",
     ),
     Fault(
+        "relu: y again, of the first of a run's channels", "backward",
+        "const Xhat of = tile.of_element(xhat, j);", "const Xhat of = xhat[0];", "relu, cooperative, runs",
+    ),
+    Fault(
         "relu: what is stored as 0 passes", "backward",
         "#define MOST_ROUNDED_TO_0 0x1p-25f", "#define MOST_ROUNDED_TO_0 0", "relu, block, columns, tiny",
     ),

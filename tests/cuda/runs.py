@@ -350,8 +350,8 @@ RUNS = {
     "relu, block, rows, beside the mean": Run(
         check_relu, ROWS, "weights relu", "float64", strategy="block", settings=TWICE, alter=relu.beside_the_mean
     ),
-    "relu, cooperative, runs": Run(check_relu, RUNS_OF_ROWS, "weights relu", strategy="cooperative"),
-    "relu, two passes": Run(check_relu, COLUMNS, "weights relu", "bfloat16", strategy="two passes", alter=relu.near_0),
+    "relu, cooperative, runs": Run(check_relu, RUNS_OF_ROWS, "affine relu", strategy="cooperative"),
+    "relu, two passes": Run(check_relu, COLUMNS, "affine relu", "bfloat16", strategy="two passes", alter=relu.near_0),
     "training, block, rows, small": Run(check_scaled(-110), ROWS, strategy="block", settings=TWICE),
     "training, block, runs, small": Run(check_scaled(-110), RUNS_OF_ROWS, strategy="block", settings=TWICE),
     "training, block, rows, small deviations": Run(check_small_gradients, ROWS, strategy="block", settings=TWICE),
