@@ -99,7 +99,7 @@ class Variant(NamedTuple):
 @lru_cache(maxsize=16)
 def planned(architecture: int) -> tuple[Variant, ...]:
     """All that the planner asks for, over a grid of problems, with every choice of options: widest loads first."""
-    from fastbn.cuda import launch, plans
+    from fastbn.cuda import launch, plans, problems
 
     found: set[tuple[str, launch.Macros]] = set()
 
@@ -130,6 +130,9 @@ def planned(architecture: int) -> tuple[Variant, ...]:
             changed = known | dict(zip(here, values, strict=True))
             if changed.get("RELU") == 2 and changed.get("RESIDUAL"):  # then y is read
                 continue
+            if "RELU" in changed and kernel == "backward":
+                along, tuning = bool(changed["ALONG_CHANNELS"]), problems.tuning_of(architecture)
+                changed["MIN_BLOCKS"] = plans.min_blocks(kernel, along, changed["DTYPE"], changed, tuning)
             variants.add(Variant(kernel, tuple((name, changed.get(name, value)) for name, value in macros)))
     first = ("VECTOR", "ITEMS_PER_THREAD", "THREADS")
     return tuple(sorted(variants, key=lambda v: (v.kernel, *(-v[name] for name in first), v.macros)))

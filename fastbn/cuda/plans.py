@@ -30,7 +30,7 @@ from fastbn.cuda.geometry import (
     work_of,
 )
 from fastbn.cuda.launch import Device, Launch
-from fastbn.cuda.problems import FLOAT32, Operand, Problem
+from fastbn.cuda.problems import FLOAT32, FLOAT64, OF_X, Operand, Problem, Tuning
 
 NOTHING: Mapping[str, int] = {}
 STRATEGIES = ("block", "cluster", "cooperative", "two passes")
@@ -109,10 +109,19 @@ def _launch(
     return Launch(compiled, grid, threads, shared, cooperative, launch.TILES, everything)
 
 
+def min_blocks(kernel: str, along_channels: bool, dtype: int, options: Mapping[str, int], tuning: Tuning) -> int:
+    """Blocks of a multiprocessor at least: with one instead of two, a thread has twice the registers."""
+    if kernel != "backward" or not along_channels:
+        return 2
+    # Where float64's y is computed again beside weights, 128 registers are one too few.
+    heavy = dtype == FLOAT64 and options["RELU"] == OF_X and options["WEIGHT"] > 0
+    return 1 if heavy else tuning.backward_blocks
+
+
 def _macros(work: Work, kernel: str, threads: int, items: int, cluster: int = 1) -> launch.Macros:
     problem, tuning, geometry = work
-    blocks = tuning.backward_blocks if kernel == "backward" and geometry.along_channels else 2
     options = {"WEIGHT": problem.weight, "RELU": int(problem.relu), "RESIDUAL": int(problem.residual)}
+    blocks = min_blocks(kernel, geometry.along_channels, problem.dtype, options, tuning)
     return (
         ("DTYPE", problem.dtype),
         ("VECTOR", geometry.vector),

@@ -48,7 +48,7 @@ TUNING = {
     120: Tuning(cluster=8),
 }
 
-BFLOAT16, FLOAT32 = 1, 2  # of `Problem.dtype`
+BFLOAT16, FLOAT32, FLOAT64 = 1, 2, 3  # of `Problem.dtype`
 OF_Y, OF_X = 1, 2  # of `Problem.relu` in gradients: by y, or y being computed again of x
 
 

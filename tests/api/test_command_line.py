@@ -182,7 +182,7 @@ FAULTS = [
     ("constant", "forward", nudged(5)),
     ("oracle", "forward", nudged(5)),
     ("oracle", "normalize", nudged(2)),
-    ("oracle", "backward", nudged(10)),
+    ("oracle", "backward", nudged(11)),
     ("oracle", "backward", scaled(0, 1 + 1e-3)),
     ("oracle", "backward", scaled(1, 1 + 1e-3)),
 ]

@@ -365,7 +365,7 @@ FAULTS = [
     # centre.cuh
     Fault(
         "no units of large distances", "forward",
-        "abs(exponent) <= ordinary", "exponent <= ordinary", "training, block, columns, large, affine",
+        "abs(exponent) <= NEAR_RSTD", "exponent <= NEAR_RSTD", "training, block, columns, large, affine",
     ),
     Fault(
         "no units of small distances", "forward",
