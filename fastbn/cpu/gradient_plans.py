@@ -145,7 +145,7 @@ def _add_grad_input(
         tiled = Tiled(problem, coalesced, width, workspace=sizes.LINEAR)
         arrays = problem.arrays(*names) | {"x": problem.array("x", absent=frozen), "shape": problem.of_shape}
         p.launch(
-            "outer_gradients.grad_input", tiled.tasks, **arrays, tiles=p.record(tiled.tiles),
+            "outer_input_gradients.grad_input", tiled.tasks, **arrays, tiles=p.record(tiled.tiles),
             parameters=parameters if recompute else None, distances=distances,
             workspace=problem.workspace(tiled.workspace), affine=problem.affine(tiled.columns, recompute),
             nontemporal=problem.nontemporal(tiled.whole_lines(problem.given("dx", "dresidual"))),
@@ -197,7 +197,7 @@ def _add_fused(problem: Problem | ProblemInSlabs, table: Argument, how: Gradient
     if tile:
         tiled = Tiled(problem, 1, tile, scratch=sizes.SUMS, workspace=sizes.LINEAR, fused=True)
         p.launch(
-            "outer_gradients.backward", tiled.tasks, **problem.arrays(*read, *written),
+            "outer_input_gradients.backward", tiled.tasks, **problem.arrays(*read, *written),
             live=problem.array("x", absent=frozen), shape=problem.of_shape, tiles=p.record(tiled.tiles),
             parameters=table, mixed=mixed, sums=sums,
             partials=p.scratch(tiled.partials, "f8*"), workspace=problem.workspace(tiled.workspace),

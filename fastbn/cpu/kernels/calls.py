@@ -10,7 +10,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastbn.cpu.kernels.compiler import inline, offsets, plain
-from fastbn.cpu.kernels.simd import value
+from fastbn.cpu.kernels.pointers import value
 from fastbn.cpu.kernels.team import add, load, nanoseconds, run_tasks, store
 from fastbn.cpu.objects import DATA_AT, FLOAT_AT
 from fastbn.cpu.program_words import (

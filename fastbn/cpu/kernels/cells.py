@@ -8,18 +8,8 @@ from typing import Any, NamedTuple
 from fastbn.cpu import sizes
 from fastbn.cpu.kernels.common import FULL, affine_of_index, parameters_of_y, write_affine
 from fastbn.cpu.kernels.compiler import inline, shared
-from fastbn.cpu.kernels.simd import (
-    advance,
-    converted,
-    lanes,
-    load,
-    load_first,
-    rounded,
-    splat,
-    store,
-    store_first,
-    total,
-)
+from fastbn.cpu.kernels.pointers import advance
+from fastbn.cpu.kernels.simd import converted, lanes, load, load_first, rounded, splat, store, store_first, total
 from fastbn.cpu.records import Affine, Rows
 from fastbn.cpu.sizes import PAD
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastbn.cpu.kernels.compiler import inline, kernel
+from fastbn.cpu.kernels.pointers import advance, table_rows, value
 from fastbn.cpu.kernels.simd import (
-    advance,
     converted,
     fma,
     lanes,
@@ -24,9 +24,7 @@ from fastbn.cpu.kernels.simd import (
     splat,
     store,
     store_nontemporal,
-    table_rows,
     unit_of,
-    value,
     zero_where_not_positive,
     zero_where_stored_not_positive,
     zero_where_uncounted,

@@ -69,8 +69,8 @@ from fastbn.cpu.kernels.inner_reduction import (
     narrowed_affine,
     write_one_affine,
 )
+from fastbn.cpu.kernels.pointers import advance, table_rows
 from fastbn.cpu.kernels.simd import (
-    advance,
     blended,
     converted,
     fma,
@@ -80,7 +80,6 @@ from fastbn.cpu.kernels.simd import (
     narrowed,
     splat,
     store,
-    table_rows,
     total,
     unit_of,
     zero_where_uncounted,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from fastbn.cpu import sizes
 from fastbn.cpu.kernels.compiler import inline, shared
-from fastbn.cpu.kernels.simd import advance
+from fastbn.cpu.kernels.pointers import advance
 from fastbn.cpu.sizes import PIECE
 
 chunk_count, segment_count = shared(sizes.chunk_count), shared(sizes.segment_count)

@@ -65,9 +65,8 @@ from fastbn.cpu.kernels.inner_places import (
     values_from,
     values_in_run,
 )
+from fastbn.cpu.kernels.pointers import address, advance, present, table_rows
 from fastbn.cpu.kernels.simd import (
-    address,
-    advance,
     blended,
     converted,
     exactly_summed,
@@ -78,12 +77,10 @@ from fastbn.cpu.kernels.simd import (
     load_first,
     narrowed,
     prefetch,
-    present,
     rounded,
     splat,
     store,
     store_nontemporal,
-    table_rows,
     total,
     zero_where_zero,
 )

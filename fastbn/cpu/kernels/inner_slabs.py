@@ -54,7 +54,7 @@ from fastbn.cpu.kernels.inner_reduction import (
     normalize_run,
     write_one_affine,
 )
-from fastbn.cpu.kernels.simd import advance, table_rows
+from fastbn.cpu.kernels.pointers import advance, table_rows
 from fastbn.cpu.records import (
     Affine,
     Distances,

@@ -22,7 +22,8 @@ from numba.extending import intrinsic, models, register_model
 from fastbn.cpu.kernels.compiler import inline, kernel, offsets, offsets_of_arguments
 from fastbn.cpu.kernels.doubles import DOUBLE_LANES, LANES, everywhere, lane, some_values
 from fastbn.cpu.kernels.llvm import I32, I64, lanes_below, pointer_to, size_of
-from fastbn.cpu.kernels.simd import fma, load, prefetch, table_rows
+from fastbn.cpu.kernels.pointers import table_rows
+from fastbn.cpu.kernels.simd import fma, load, prefetch
 from fastbn.cpu.kernels.simd import store as put
 from fastbn.cpu.sizes import BYTES, MOVED
 

@@ -78,8 +78,8 @@ from fastbn.cpu.kernels.common import (
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.outer_weighted import WeightedCells, weighted_segment
+from fastbn.cpu.kernels.pointers import advance, present, table_rows, value
 from fastbn.cpu.kernels.simd import (
-    advance,
     any_greater,
     any_nan,
     first_lanes,
@@ -88,14 +88,11 @@ from fastbn.cpu.kernels.simd import (
     load,
     load_first,
     prefetch,
-    present,
     root,
     splat,
     store,
     store_first,
-    table_rows,
     total,
-    value,
     zero_where_not_positive,
     zero_where_zero,
 )

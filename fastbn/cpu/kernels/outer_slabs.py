@@ -42,15 +42,13 @@ from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.outer_gradients import (
     Inputs,
-    Outputs,
     add_row,
     add_rows_of_two,
-    grad_input_rows,
     inputs_from,
     move_sums,
-    spread_all_linear,
     spread_hi_and_unit,
 )
+from fastbn.cpu.kernels.outer_input_gradients import Outputs, grad_input_rows, spread_all_linear
 from fastbn.cpu.kernels.outer_reduction import (
     PEEK,
     TileCells,
@@ -60,7 +58,7 @@ from fastbn.cpu.kernels.outer_reduction import (
     normalize_rows,
     some_shift_is_poor,
 )
-from fastbn.cpu.kernels.simd import advance, table_rows
+from fastbn.cpu.kernels.pointers import advance, table_rows
 from fastbn.cpu.records import (
     Affine,
     ColumnMoments,
@@ -285,7 +283,7 @@ def grad_sums_of_segments(thread, first, last, dy, x, y, shape, tiles, parameter
 def grad_input(
     thread, first, last, dy, x, y, dx, dresidual, shape, tiles, parameters, distances, workspace, affine, nontemporal
 ):  # fmt: skip
-    """As `outer_gradients.grad_input`."""
+    """As `outer_input_gradients.grad_input`."""
     rows, channels, pitch = shape.outer // tiles.coalesced, shape.channel, pitch_of(tiles, 1)
     given = table_rows(Distances, distances, channels)
     linear = table_rows(Linear, advance(workspace, thread * LINEAR * pitch), pitch)

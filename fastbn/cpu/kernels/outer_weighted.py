@@ -19,17 +19,8 @@ from fastbn.cpu.kernels.cells import fill
 from fastbn.cpu.kernels.common import FULL, marked, merged, needs_new_shift, positive_or_nan, rows_from
 from fastbn.cpu.kernels.compiler import inline
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
-from fastbn.cpu.kernels.simd import (
-    converted,
-    fma,
-    lanes,
-    load,
-    load_first,
-    splat,
-    store,
-    value,
-    zero_where_zero,
-)
+from fastbn.cpu.kernels.pointers import value
+from fastbn.cpu.kernels.simd import converted, fma, lanes, load, load_first, splat, store, zero_where_zero
 
 WEIGHTED_CHUNK = 32  # rows: with weights each column has one sum, whose roundings of equal values add up
 

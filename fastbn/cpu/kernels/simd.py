@@ -74,7 +74,7 @@ def _vector(array, width):
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
-def _absent(result, *arguments):
+def absent(result, *arguments):
     """The intrinsic of an absent array: the last argument handed on where the result is one, else nothing."""
 
     def codegen(context, builder, sig, args):
@@ -127,7 +127,7 @@ def root(typing, v):
 def zero_where_not_positive(typing, test, v):
     """v, but 0 in the lanes where test <= 0. A NaN in ``test`` lets v through."""
     if test == types.none:
-        return _absent(v, test, v)
+        return absent(v, test, v)
 
     def codegen(context, builder, sig, args):
         zero = ir.Constant(v.llvm, [0.0] * v.lanes)
@@ -163,7 +163,7 @@ def zero_where_zero(typing, test, v):
 def zero_where_uncounted(typing, weight, dz, v):
     """v, but 0 in the lanes where neither the weight nor dz is other than 0, whatever v is there."""
     if weight == types.none:
-        return _absent(v, weight, dz, v)
+        return absent(v, weight, dz, v)
 
     def codegen(context, builder, sig, args):
         test, zero = (ir.Constant(kind.llvm, [0.0] * kind.lanes) for kind in (weight, v))
@@ -188,7 +188,7 @@ def first_lanes(typing, v, n):
 def blended(typing, n, a, b):
     """The first n lanes of a, then those of b."""
     if a == types.none:
-        return _absent(types.none, types.intp, a, b)
+        return absent(types.none, types.intp, a, b)
 
     def codegen(context, builder, sig, args):
         return builder.select(lanes_below(builder, args[0], a.lanes), args[1], args[2])
@@ -200,7 +200,7 @@ def blended(typing, n, a, b):
 def converted(typing, v, like):
     """``v`` in the compute type of the vector ``like``, which has as many lanes."""
     if v == types.none:
-        return _absent(types.none, v, like)
+        return absent(types.none, v, like)
     to = Vector(like.scalar, v.lanes)
 
     def codegen(context, builder, sig, args):
@@ -287,7 +287,7 @@ def lanes(typing, array, width):
 def splat(typing, array, value, width):
     """``value`` in every lane, in the compute type of ``array``."""
     if value == types.none:
-        return _absent(types.none, array, value, width)
+        return absent(types.none, array, value, width)
     v = _vector(array, width)
 
     def codegen(context, builder, sig, args):
@@ -302,7 +302,7 @@ def splat(typing, array, value, width):
 def load(typing, array, at, width):
     """The values from ``at`` on."""
     if array == types.none:
-        return _absent(types.none, array, types.intp, width)
+        return absent(types.none, array, types.intp, width)
     v = _vector(array, width)
 
     def codegen(context, builder, sig, args):
@@ -316,7 +316,7 @@ def load(typing, array, at, width):
 def load_first(typing, array, at, n, width):
     """The ``n`` values from ``at`` on and 0 in the other lanes, whose memory is not touched."""
     if array == types.none:
-        return _absent(types.none, array, types.intp, types.intp, width)
+        return absent(types.none, array, types.intp, types.intp, width)
     v = _vector(array, width)
 
     def codegen(context, builder, sig, args):
@@ -335,7 +335,7 @@ def load_first(typing, array, at, n, width):
 def store(typing, array, at, v):
     """Write the lanes from ``at`` on."""
     if array == types.none:
-        return _absent(types.none, array, types.intp, v)
+        return absent(types.none, array, types.intp, v)
 
     def codegen(context, builder, sig, args):
         pointer = pointer_to(builder, array, args[0], args[1], v.lanes)
@@ -349,7 +349,7 @@ def store(typing, array, at, v):
 def store_first(typing, array, at, n, v):
     """Write the first ``n`` lanes from ``at`` on; the memory behind them is not touched."""
     if array == types.none:
-        return _absent(types.none, array, types.intp, types.intp, v)
+        return absent(types.none, array, types.intp, types.intp, v)
 
     def codegen(context, builder, sig, args):
         pointer = pointer_to(builder, array, args[0], args[1], v.lanes)
@@ -394,29 +394,13 @@ def store_nontemporal(typing, array, at, v):
 def prefetch(typing, array, at):
     """Ask for the line of an element ahead of its use; it need not exist."""
     if array == types.none:
-        return _absent(types.none, array, types.intp)
+        return absent(types.none, array, types.intp)
 
     def codegen(context, builder, sig, args):
         prefetch_line(builder, pointer_to(builder, array, *args, 1))
         return context.get_dummy_value()
 
     return types.none(array, types.intp), codegen
-
-
-@intrinsic
-def value(typing, array, at):
-    """One value as float64."""
-    if array == types.none:
-        return _absent(types.none, array, types.intp)
-    v = Vector(types.float64 if array.dtype == types.float64 else types.float32, 1)
-
-    def codegen(context, builder, sig, args):
-        pointer = pointer_to(builder, array, args[0], args[1], 1)
-        single = decode(builder, builder.load(pointer, align=size_of(array)), array.dtype, v)
-        single = builder.extract_element(single, I32(0))
-        return single if v.scalar == types.float64 else builder.fpext(single, DOUBLE)
-
-    return types.float64(array, types.intp), codegen
 
 
 @intrinsic
@@ -462,45 +446,3 @@ def unit_of(typing, array, number):
         return unit if count > 1 else builder.extract_element(unit, I32(0))
 
     return number(array, number), codegen
-
-
-@intrinsic
-def advance(typing, array, count):
-    """The same array from an element on."""
-    if array == types.none:
-        return _absent(types.none, array, types.intp)
-
-    def codegen(context, builder, sig, args):
-        return builder.gep(args[0], [args[1]])
-
-    return array(array, types.intp), codegen
-
-
-@intrinsic
-def table_rows(typing, record, table, pitch):
-    """A table as a record of `records`: its fields are pointers to rows that are a pitch apart."""
-    rows = types.NamedUniTuple(table, len(record.instance_class._fields), record.instance_class)
-
-    def codegen(context, builder, sig, args):
-        starts = (builder.mul(args[2], ir.Constant(I64, row)) for row in range(len(rows)))
-        return context.make_tuple(builder, rows, [builder.gep(args[1], [start]) for start in starts])
-
-    return rows(record, table, types.intp), codegen
-
-
-@intrinsic
-def present(typing, record):
-    """An array with strides, or rows; None if they are absent."""
-    if record[0] == types.none:
-        return _absent(types.none, record)
-    return record(record), lambda context, builder, sig, args: args[0]
-
-
-@intrinsic
-def address(typing, array, at):
-    """The address of an element in bytes."""
-
-    def codegen(context, builder, sig, args):
-        return builder.ptrtoint(pointer_to(builder, array, args[0], args[1], 1), I64)
-
-    return types.intp(array, types.intp), codegen

@@ -50,7 +50,8 @@ from fastbn.cpu.kernels.doubles import (
     values_to_test,
     which_count,
 )
-from fastbn.cpu.kernels.simd import address, fma, load
+from fastbn.cpu.kernels.pointers import address
+from fastbn.cpu.kernels.simd import fma, load
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
 from fastbn.cpu.kernels.vectors import two_sum

@@ -19,7 +19,7 @@ from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.doubles import LANES, everywhere, hidden, lane, only_if, prefetch_values, unless, value_at
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.integers import ROW, ROW_SUMS
-from fastbn.cpu.kernels.simd import address
+from fastbn.cpu.kernels.pointers import address
 from fastbn.cpu.kernels.statistics import (
     LOOKS,
     PEEKS,

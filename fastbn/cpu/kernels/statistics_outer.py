@@ -27,7 +27,8 @@ from fastbn.cpu.kernels.doubles import (
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.integers import COLUMNS, HOLDS
-from fastbn.cpu.kernels.simd import address, any_greater, load, prefetch, store
+from fastbn.cpu.kernels.pointers import address
+from fastbn.cpu.kernels.simd import any_greater, load, prefetch, store
 from fastbn.cpu.kernels.statistics import (
     LOOKS,
     RowRange,

@@ -16,7 +16,8 @@ from fastbn.cpu.kernels.doubles import (
     row_sums,
     values,
 )
-from fastbn.cpu.kernels.simd import address, load, store
+from fastbn.cpu.kernels.pointers import address
+from fastbn.cpu.kernels.simd import load, store
 from fastbn.cpu.kernels.statistics import field, one_by_one, together, totals
 from fastbn.cpu.sizes import FIELDS
 

@@ -10,7 +10,7 @@ Each function is one task. Tables are those of `records`: a row for each field.
 import numpy as np
 
 from fastbn.cpu.kernels.compiler import inline, kernel
-from fastbn.cpu.kernels.simd import table_rows
+from fastbn.cpu.kernels.pointers import table_rows
 from fastbn.cpu.records import Part, Running, Scale, Union
 
 MOST_FLOAT32 = float(np.finfo(np.float32).max)
