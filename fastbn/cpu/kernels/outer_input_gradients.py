@@ -1,7 +1,7 @@
 """dx across memory, and the fused backward pass: of the sums that `outer_gradients` makes, whose formulas these are.
 
-``dx = unit * (scale * dz - w * (offset + slope * (x - hi)))``, of numbers of all columns of a tile, which a thread has in
-a table (`records.Linear`).
+``dx = unit * (scale * dz - w * (offset + slope * (x - hi)))``, of numbers of all columns of a tile, which a thread has
+in a table (`records.Linear`).
 
 Bytes moved, S = the bytes of x: grad_input 3S; backward 3S where a tile of all rows of dy and x stays in cache between
 the two passes over it.
