@@ -254,7 +254,7 @@ def batch_norm_inference(
         run = keep(
             signature,
             prepare_forward.normalize(
-                x, mean, var, gamma, beta, residual, out, channel_axis, validation.epsilon(eps), activation, "var"
+                x, mean, var, gamma, beta, residual, out, channel_axis, validation.epsilon(eps), activation
             ),
         )
     return run(x, mean, var, gamma, beta, residual, out)

@@ -81,7 +81,7 @@ def _forward(ways: Ways, run: Call, options: _Options, plain: Any, weigh: Any, u
     backend, shaped = ways.backend, ways.shaped()
     axes, eps, activation, has_residual, gathered, keeps_y = options
     keeps_beta = activation is not None and not keeps_y
-    check_running, apart = _running_check(backend), Once(batch_norm)
+    check_running, by_itself = _running_check(backend), Once(batch_norm)
 
     def call(
         x: Any, gamma: Any, beta: Any, where: Any, weights: Any, residual: Any, out: Any, gather: Any, running: Any,
@@ -95,9 +95,9 @@ def _forward(ways: Ways, run: Call, options: _Options, plain: Any, weigh: Any, u
             y, kept_x = make(x), x
         else:
             y, kept_x = out, None if backend.overlap(out, x) else x
-            if ways.askew(out, x, residual, gamma, beta, where, weights):
+            if ways.partly_overlaps(out, x, residual, gamma, beta, where, weights):
                 alone = x, gamma, beta, where, weights, residual, None, gather, running
-                result, saved = apart(*alone, axes, eps, activation)(*alone, rate, correction)
+                result, saved = by_itself(*alone, axes, eps, activation)(*alone, rate, correction)
                 out[...] = result
                 return out, saved._replace(x=kept_x, y=out if keeps_y else None)
         weight, w = (None, None) if weigh is None else weigh(where, weights)
@@ -169,9 +169,10 @@ def _over_ranks(backend: Backend, layout: Layout, moments: Call, normalize: Call
 
 def normalize(
     x: Any, mean: Any, spread: Any, gamma: Any, beta: Any, residual: Any, out: Any,
-    channel_axis: Any, eps: Any, activation: Any, name: str,
+    channel_axis: Any, eps: Any, activation: Any,
 ) -> Call:  # fmt: skip
-    """``call(x, mean, spread, gamma, beta, residual, out)``; spread, so named, is the variance, or without eps rstd."""
+    """``call(x, mean, spread, gamma, beta, residual, out)``: the spread is the variance, or without eps rstd."""
+    name = "rstd" if eps is None else "var"
     with device_of(x):
         given = {"x": x, "mean": mean, name: spread}
         backend = backend_of(one_kind(given, gamma=gamma, beta=beta, residual=residual, out=out))
@@ -195,16 +196,16 @@ def normalize(
             "x": to_x, "residual": to_residual, "y": to_y, "mean": to_mean, "spread": to_spread, "gamma": to_gamma,
             "beta": to_beta,
         }  # fmt: skip
-        run, make, apart = ways.through(run, arriving, results=["y"]), backend.allocator(x), Once(normalize)
+        run, make, by_itself = ways.through(run, arriving, results=["y"]), backend.allocator(x), Once(normalize)
 
     def call(x: Any, mean: Any, spread: Any, gamma: Any, beta: Any, residual: Any, out: Any) -> Any:
         if plain is not None:
             x = plain(x)
         if out is None:
             y = make(x)
-        elif ways.askew(out, x, residual, mean, spread, gamma, beta):
+        elif ways.partly_overlaps(out, x, residual, mean, spread, gamma, beta):
             alone = x, mean, spread, gamma, beta, residual, None
-            out[...] = apart(*alone, axes, eps, activation, name)(*alone)
+            out[...] = by_itself(*alone, axes, eps, activation)(*alone)
             return out
         else:
             y = out

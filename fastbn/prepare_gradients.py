@@ -59,7 +59,7 @@ def batch_norm_backward(dy: Any, saved: Any, dmean: Any, dvar: Any, out: Any, ga
 def _backward(ways: Ways, run: Call, saved: Saved, plain: Any, make: Call) -> Call:
     """The call of `batch_norm_backward`, with what is like the saved values."""
     shaped, gathered, has_residual = ways.shaped(), saved.gathered, saved.has_residual
-    frozen, relu, apart = saved.moments is None, saved.activation is not None, Once(batch_norm_backward)
+    frozen, relu, by_itself = saved.moments is None, saved.activation is not None, Once(batch_norm_backward)
 
     def call(dy: Any, saved: Saved, dmean: Any, dvar: Any, out: Any, gather: Any) -> Gradients:
         x, y, gamma, beta, weight = saved.x, saved.y, saved.gamma, saved.beta, saved.weight
@@ -69,9 +69,9 @@ def _backward(ways: Ways, run: Call, saved: Saved, plain: Any, make: Call) -> Ca
         gradients: Gradients
         if out is None:
             dx = make(x)
-        elif ways.askew(out, dy, x, y, gamma, beta, weight, mean, rstd, count, dmean, dvar):
+        elif ways.partly_overlaps(out, dy, x, y, gamma, beta, weight, mean, rstd, count, dmean, dvar):
             alone = dy, saved, dmean, dvar, None, gather
-            gradients = apart(*alone)(*alone)
+            gradients = by_itself(*alone)(*alone)
             out[...] = gradients.x
             return gradients._replace(x=out)
         else:
@@ -214,7 +214,7 @@ def grad_input(
 
 def _grad_input(ways: Ways, run: Call, plain: Any, weigh: Any, axes: Any, constant: bool, make: Call) -> Call:
     """The call of `grad_input`; ``constant`` says that the count is a number."""
-    apart = Once(grad_input)
+    by_itself = Once(grad_input)
 
     def call(
         dy: Any, x: Any, mean: Any, rstd: Any, gamma: Any, dgamma: Any, dbeta: Any, count: Any, where: Any,
@@ -224,9 +224,11 @@ def _grad_input(ways: Ways, run: Call, plain: Any, weigh: Any, axes: Any, consta
             x = plain(x)
         if out is None:
             dx = make(x)
-        elif ways.askew(out, dy, x, mean, rstd, gamma, dgamma, dbeta, None if constant else count, where, weights):
+        elif ways.partly_overlaps(
+            out, dy, x, mean, rstd, gamma, dgamma, dbeta, None if constant else count, where, weights
+        ):
             without = dy, x, mean, rstd, gamma, dgamma, dbeta, count, where, weights, None
-            out[...] = apart(*without, axes)(*without)
+            out[...] = by_itself(*without, axes)(*without)
             return out
         else:
             dx = out

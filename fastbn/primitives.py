@@ -59,9 +59,7 @@ def normalize(
     if run is None:
         run = keep(
             signature,
-            prepare_forward.normalize(
-                x, mean, rstd, gamma, beta, residual, out, channel_axis, None, activation, "rstd"
-            ),
+            prepare_forward.normalize(x, mean, rstd, gamma, beta, residual, out, channel_axis, None, activation),
         )
     return run(x, mean, rstd, gamma, beta, residual, out)
 

@@ -124,7 +124,7 @@ class Ways:
 
         return through
 
-    def askew(self, out: Any, *inputs: Any) -> bool:
+    def partly_overlaps(self, out: Any, *inputs: Any) -> bool:
         """Whether an input shares memory with `out` but not element for element: it would be lost before it is read."""
         if self.backend.apart(out, *inputs):
             return False

@@ -28,7 +28,7 @@ SMALL = ("n1*", "s1*", "b1*", "n2*", "s2*")  # what is added up in integers wher
 MOST_SQUARES = 1 << 20  # of values of 16 bits, whose sum, and twice that, is exact in float64
 EXACT = ("f8*", "s8*", "n8*")  # dtypes whose sums in float64 lose digits
 
-SHORT = 512  # values: reduced rows that are shorter may lie side by side in the rows of `outer`
+SHORT_ROW = 512  # values: reduced rows that are shorter may lie side by side in the rows of `outer`
 ENOUGH_ROWS, ENOUGH_LONG_ROWS = 8, 12  # reduced rows side by side, for which a sum of each column is worth the space
 LONG_ROW = 128  # values: rows at least so long need ENOUGH_LONG_ROWS rows, shorter ones ENOUGH_ROWS
 ENOUGH_FOR_SQUARES = 25  # rows that squares of 4 and 8 bytes need instead, where these have LONG_FOR_SQUARES values
@@ -262,7 +262,7 @@ def divide(d: list[Dimension], how: Summing) -> Division:
         assert above is not None
         rows = math.prod(o.size for o in d if not o.kept) // last.size
         beside = last.step == 1 and above.step == last.size and (not how.mask or above.mask == last.mask * last.size)
-        if above.kept and beside and last.size < SHORT and rows >= how.enough(last.size):
+        if above.kept and beside and last.size < SHORT_ROW and rows >= how.enough(last.size):
             return _along_kept(d, above, last, None, most, how)
         values = rows * last.size
         along = last.step == 1 and (not how.mask or last.mask == 1) and how.along(last.size)

@@ -216,19 +216,19 @@ def update_running(kept: int, types: RunningTypes, skip_nonfinite: bool, fresh: 
     def run(*given: Any) -> None:
         arrays, scalars = given[:vectors], given[vectors:]
         addresses = [a.data.ptr for a in arrays]
-        if fresh or not askew(addresses, sizes):
+        if fresh or not some_overlap_partly(addresses, sizes):
             launched(*addresses, *scalars)
             return
         new = arrays[read:]
-        apart = [xp.empty_like(a) for a in new]
-        launched(*addresses[:read], *(a.data.ptr for a in apart), *scalars)
-        for to, found in zip(new, apart, strict=True):
+        copies = [xp.empty_like(a) for a in new]
+        launched(*addresses[:read], *(a.data.ptr for a in copies), *scalars)
+        for to, found in zip(new, copies, strict=True):
             to[...] = found
 
     return run
 
 
-def askew(addresses: Sequence[int], sizes: Sequence[int]) -> bool:
+def some_overlap_partly(addresses: Sequence[int], sizes: Sequence[int]) -> bool:
     """Whether one of the last two vectors overlaps another one, but number for number."""
     for i in (-2, -1):
         first, size = addresses[i], sizes[i]

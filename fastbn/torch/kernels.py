@@ -75,7 +75,7 @@ def batch_norm_backward(
         if not frozen:
             count = type(x_)(mean_.shape, np.float64)
             count.fill(values_per_channel(x))
-            moments = fastbn.Moments(count, mean_, mean_)  # of the sum of squares the backward pass knows rstd
+            moments = fastbn.Moments(count, mean_, None)  # of the sum of squares the backward pass knows rstd
         saved = make_saved(
             x=x_, y=optional(y), gamma=optional(weight), weight=None, moments=moments, mean=mean_, rstd=rstd_,
             channel_axis=1, activation=None if y is None else "relu", has_residual=with_dz, gathered=False,

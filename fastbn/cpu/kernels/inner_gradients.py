@@ -107,7 +107,7 @@ class Inputs(NamedTuple):
     weight: Any
 
 
-class Gaps(NamedTuple):
+class GradientGaps(NamedTuple):
     """Values between their rows, where rows of the results have none."""
 
     dy: Any
@@ -131,7 +131,7 @@ class Outputs(NamedTuple):
 
 
 @inline
-def slabs_of(dy, x, y, weight, affine, t, shape):
+def channel_rows(dy, x, y, weight, affine, t, shape):
     return ChannelRows(
         rows_of(dy, t, shape), rows_of(x, t, shape), rows_of(y, t, shape), rows_of(weight, t, shape), affine
     )
@@ -243,7 +243,7 @@ def grad_sums_of_segments(thread, first, last, dy, x, y, weight, shape, chunks, 
     given, parts = table_rows(GradientParameters, parameters, kept), table_rows(SegmentSums, partials, kept * segments)
     for k in range(first, last):
         t = k // segments
-        slabs = slabs_of(dy, x, y, weight, affine_again(x.values, given, t, recompute), t, shape)
+        slabs = channel_rows(dy, x, y, weight, affine_again(x.values, given, t, recompute), t, shape)
         parts.dz[k], parts.distance[k] = segment_grad_sums(
             slabs, shape, chunks, k % segments, given.mean[t], given.rstd[t]
         )
@@ -406,7 +406,9 @@ def grad_input(
         given = parameters_of_y(table_rows(GradientParameters, parameters, kept))
         write_affine(tables.affine, given, t, t_end - t, 0.0, True)
     place = place_of(start, shape)
-    gaps = Gaps(gap_of(dy, shape, walk), gap_of(x, shape, walk), gap_of(y, shape, walk), gap_of(weight, shape, walk))
+    gaps = GradientGaps(
+        gap_of(dy, shape, walk), gap_of(x, shape, walk), gap_of(y, shape, walk), gap_of(weight, shape, walk)
+    )
     while start < end:
         count = values_in_run(start, end, place, shape, walk)
         inputs = Inputs(
@@ -440,7 +442,7 @@ def backward(
     tables = Numbers(linear, affine_table(affine, thread, PAD))
     for t in range(first, last):
         of_y = affine_again(x.values, given, t, affine)
-        slabs, of_live = slabs_of(dy, x, y, weight, of_y, t, shape), rows_of(live, t, shape)
+        slabs, of_live = channel_rows(dy, x, y, weight, of_y, t, shape), rows_of(live, t, shape)
         of_dx, of_dresidual = rows_of(dx, t, shape), rows_of(dresidual, t, shape)
         mean, rstd = given.mean[t], given.rstd[t]
         a, b = 0.0, 0.0
@@ -459,5 +461,5 @@ def backward(
             results = Outputs(row_of(of_dx, r), row_of(of_dresidual, r))
             place = Place(0, r, t, 0)
             grad_input_run(
-                inputs, results, Gaps(0, 0, 0, 0), tables, 0, place, shape.inner, shape, ONE_ROW, nontemporal
+                inputs, results, GradientGaps(0, 0, 0, 0), tables, 0, place, shape.inner, shape, ONE_ROW, nontemporal
             )

@@ -1,8 +1,15 @@
 """Channels-first arrays in slabs, as images without their border are: not all rows of a channel follow at one step.
 
+Of each channel, x being ``(far, near, outer, channel, inner)``, in plain words::
+
+    for slab in x[:, :, :, c].reshape(-1, outer, inner):      # far and near step by step, the last one fastest
+        for chunk in slab:                                    # rows r and r + outer / 2 in turn
+            moments = merged(moments, moments_of(chunk))      # forward; sums += ..., of gradients
+    y[..., c, :] = (x[..., c, :] - mean) * rstd * gamma + beta      # slab by slab; likewise dx
+
 The formulas are those of `inner_reduction` and `inner_gradients`, and so are chunks, which do not go beyond a slab. A
-segment is some slabs, or a part of one that is large; its rows come from the two halves of a slab in turn. What is
-written side by side, all rows of a slab, goes in one run.
+segment is some slabs, or a part of one that is large: threads share segments. What is written side by side, all rows
+of a slab, goes in one run.
 
 Bytes moved, S = the bytes of x: moments S, normalize 2S, grad_sums 2S, grad_input 3S; forward 2S and backward 3S where
 the slabs of a channel stay in cache between the two passes over them.
@@ -32,6 +39,7 @@ from fastbn.cpu.kernels.compiler import inline, kernel, shared
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.inner_gradients import (
     ChannelRows,
+    GradientGaps,
     Inputs,
     Numbers,
     Outputs,
@@ -40,7 +48,6 @@ from fastbn.cpu.kernels.inner_gradients import (
     write_affine_again,
     write_one_linear,
 )
-from fastbn.cpu.kernels.inner_gradients import Gaps as GapsOfInputs
 from fastbn.cpu.kernels.inner_places import (
     Place,
     chunk_count,
@@ -117,7 +124,7 @@ def run_at(array, t, s, row):
 
 
 @inline
-def task_at(k, shape):
+def slab_task_at(k, shape):
     """Task k of an elementwise pass."""
     most = rows_of_part(shape.inner)
     parts = -(-shape.outer // most)
@@ -168,7 +175,7 @@ def channel_moments(thread, first, last, x, shape, chunks, partials, table, eps)
 
 
 @inline
-def normalize_rows(x, y, residual, t, s, row, rows, shape, affine, relu, side_by_side, nontemporal):
+def normalize_slab_rows(x, y, residual, t, s, row, rows, shape, affine, relu, side_by_side, nontemporal):
     """Rows of a slab, in one run if those of y lie side by side; an `Affine` stands in the table's first place."""
     of_x, of_y = slab_at(x, s, shape.near), slab_at(y, s, shape.near)
     of_residual = slab_at(residual, s, shape.near)
@@ -189,10 +196,10 @@ def normalize(
     parameters = table_rows(Parameters, table, shape.channel)
     affine = table_rows(Affine, advance(workspace, AFFINE * thread * PAD), PAD)
     for k in range(first, last):
-        task = task_at(k, shape)
+        task = slab_task_at(k, shape)
         one = affine_of_index(x.values, parameters, task.channel, eps, given_rstd)
         write_one_affine(affine, one)
-        normalize_rows(
+        normalize_slab_rows(
             x, y, residual, task.channel, task.slab, task.row, task.rows, shape, affine, relu, side_by_side, nontemporal
         )
 
@@ -215,7 +222,7 @@ def forward(
         one = affine_of(x.values, moments.mean[t], moments.rstd[t], moments.gamma[t], moments.beta[t])
         write_one_affine(affine, one)
         for s in range(shape.far * shape.near):
-            normalize_rows(x, y, residual, t, s, 0, shape.outer, shape, affine, relu, side_by_side, nontemporal)
+            normalize_slab_rows(x, y, residual, t, s, 0, shape.outer, shape, affine, relu, side_by_side, nontemporal)
 
 
 # --- sums of gradients ------------------------------------------------------------------------------------------------
@@ -259,11 +266,11 @@ def tables_of_thread(workspace, affine, thread):
 
 
 @inline
-def grad_input_rows(dy, x, y, dx, dresidual, t, s, row, rows, shape, tables, side_by_side, nontemporal):
-    """As `normalize_rows`, with `Numbers`."""
+def grad_input_slab_rows(dy, x, y, dx, dresidual, t, s, row, rows, shape, tables, side_by_side, nontemporal):
+    """As `normalize_slab_rows`, with `Numbers`."""
     of_dy, of_x, of_y = slab_at(dy, s, shape.near), slab_at(x, s, shape.near), slab_at(y, s, shape.near)
     of_dx, of_dresidual = slab_at(dx, s, shape.near), slab_at(dresidual, s, shape.near)
-    gaps = GapsOfInputs(dy.outer - shape.inner, x.outer - shape.inner, y.outer - shape.inner, 0)
+    gaps = GradientGaps(dy.outer - shape.inner, x.outer - shape.inner, y.outer - shape.inner, 0)
     one = Shape(1, 1, rows, shape.inner)
     runs, count = (1, rows * shape.inner) if side_by_side else (rows, shape.inner)
     for r in range(row, row + runs):
@@ -281,13 +288,13 @@ def grad_input(
     of_dx = table_rows(Distances, distances, shape.channel)
     tables = tables_of_thread(workspace, affine, thread)
     for k in range(first, last):
-        task = task_at(k, shape)
+        task = slab_task_at(k, shape)
         d = distances_at(of_dx, task.channel)
         write_one_linear(tables.linear, linear_of(dy.values, d.mean, d.scale, d.offset, d.slope, d.unit))
         if affine is not None:
             given = table_rows(GradientParameters, parameters, shape.channel)
             write_one_affine(tables.affine, affine_again(x.values, given, task.channel, affine))
-        grad_input_rows(
+        grad_input_slab_rows(
             dy, x, y, dx, dresidual, task.channel, task.slab, task.row, task.rows, shape, tables, side_by_side,
             nontemporal,
         )  # fmt: skip
@@ -318,4 +325,6 @@ def backward(
         write_one_linear(tables.linear, linear_of(x.values, d.mean, d.scale, d.offset, d.slope, d.unit))
         write_affine_again(tables.affine, of_y)
         for s in range(shape.far * shape.near):
-            grad_input_rows(dy, live, y, dx, dresidual, t, s, 0, shape.outer, shape, tables, side_by_side, nontemporal)
+            grad_input_slab_rows(
+                dy, live, y, dx, dresidual, t, s, 0, shape.outer, shape, tables, side_by_side, nontemporal
+            )

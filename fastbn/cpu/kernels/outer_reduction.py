@@ -319,11 +319,11 @@ def merge_segments(cells_mean, cells_m2, at, apart, height, shape):
 
 
 @inline
-def write_cells(x, shape, t, count, cells_mean, cells_m2, apart, height, moments, eps):
+def write_cells(x, shape, t, count, origins, cells_mean, cells_m2, apart, height, moments, eps):
     """Moments of cells that are whole channels, from kept index t on, into a table of `MomentRows`.
 
-    Their segments' means and M2 are ``apart`` from segment to segment, their origins stand in the table's first row.
-    The same as `merged`, `finished` and `write_moments`, eight at a time.
+    Their segments' means, relative to their origins, and M2 are ``apart`` from segment to segment. As `merged`,
+    `finished` and `write_moments`, eight at a time.
     """
     n, all_rows = lanes(cells_mean, FULL), np.float64(shape.outer * shape.inner)
     one, plus = splat(cells_mean, 1.0, FULL), splat(cells_mean, eps, FULL)
@@ -336,7 +336,7 @@ def write_cells(x, shape, t, count, cells_mean, cells_m2, apart, height, moments
     for i in range(0, count, n):
         part = min(n, count - i)
         from_origin, m2 = merge_segments(cells_mean, cells_m2, i, apart, height, shape)
-        mean = load_first(moments.count, t + i, part, FULL) + from_origin
+        mean = load_first(origins, i, part, FULL) + from_origin
         counts = splat(cells_mean, all_rows, FULL)
         store_part(moments.count, t + i, part, counts, n)
         store_part(moments.m2, t + i, part, m2, n)
@@ -354,12 +354,12 @@ def write_channels(x, shape, first, last, tiles, results, partials, moments, eps
     while t < last:
         j = t % shape.channel
         count = min(last - t, shape.channel - j, tiles.width - j % tiles.width)
-        rows = rows_of(x, t, shape)
+        rows, origins = rows_of(x, t, shape), advance(moments.count, t)  # whose place is free until a count is written
         for i in range(count):
-            moments.count[t + i] = origin_of(rows_from(rows, 0, i * x.channel), None, None, t + i)
+            origins[i] = origin_of(rows_from(rows, 0, i * x.channel), None, None, t + i)
         at = t // shape.channel * results.segments * results.of_segment + place_of_cell(j, tiles)
         mean, m2 = advance(partials, at), advance(partials, at + results.together)
-        write_cells(x, shape, t, count, mean, m2, results.of_segment, tiles.height, moments, eps)
+        write_cells(x, shape, t, count, origins, mean, m2, results.of_segment, tiles.height, moments, eps)
         t += count
 
 
@@ -468,13 +468,11 @@ def forward(
         t = tile.batch * channels + tile.cell
         part, of_y, of_residual = rows_of(x, t, shape), rows_of(y, t, shape), rows_of(residual, t, shape)
         find_cell_origins(x, None, None, tile, shape, own)
-        for i in range(tile.cells):
-            moments.count[t + i] = own[i]
         for row in range(0, rows, height):
             mean = advance(results, row // height * 2 * room)
             numbers = TileCells(own, advance(own, room), mean, advance(mean, room))
             segment(rows_from(part, row, 0), min(height, rows - row), tile.cells, size, numbers, columns)
-        write_cells(x, shape, t, tile.cells, results, advance(results, room), 2 * room, height, moments, eps)
+        write_cells(x, shape, t, tile.cells, own, results, advance(results, room), 2 * room, height, moments, eps)
         spread_affine(x.values, parameters, t, 0, tile.cells, 0.0, True, tile.cells, size, affine)
         wide = tile.cells * size
         normalize_rows(part, of_y, of_residual, rows, wide, wide, affine, relu, nontemporal, wide)

@@ -1,8 +1,17 @@
 """Channels-last arrays in slabs, as images without their border are: rows that do not all follow at one step.
 
-The formulas are those of `outer_reduction` and `outer_gradients`, and so are cells, coalesced rows, tiles and chunks. A
-task has some slabs of a tile, over whose columns it spreads the channels' numbers once. Sums take a row of each quarter
-of its slabs in turn (of gradients, of each half), and of those left over as of a segment.
+Of each task, some slabs of a tile of columns, x being ``(far, near, outer, channel)``, in plain words::
+
+    slabs, fours = x[task].reshape(-1, outer, columns), len(slabs) // 4
+    for k in range(fours):                                    # four streams from memory; of gradients two
+        for r in range(outer):
+            add rows r of slabs k, k + fours, k + 2 * fours, k + 3 * fours to the sums of their columns
+            every ROW_CHUNK rows: moments = merged(moments, moments_of(sums)), and the sums begin anew
+    slabs[4 * fours:] one by one, each as a segment of `outer_reduction`: rows of its four quarters
+
+The first rows of a task only tell a better shift, and are added up again. The formulas are those of `outer_reduction`
+and `outer_gradients`, and so are cells, coalesced rows, tiles and chunks. The channels' numbers are spread over the
+columns of a tile once for all slabs of a task.
 
 Bytes moved, S = the bytes of x: moments S, normalize 2S, grad_sums 2S, grad_input 3S.
 """
@@ -96,7 +105,7 @@ def results_of_slabs(shape, tiles):
 
 
 @inline
-def find_origins(x, task, shape, out):
+def find_slab_origins(x, task, shape, out):
     """`common.origin_of` of the cells of a tile."""
     fill(out, task.cells, 0.0)
     for i in range(task.cells):
@@ -163,7 +172,7 @@ def moments_of_segments(thread, first, last, x, shape, tiles, partials, workspac
     own = advance(partials, 2 * results.together + thread * ORIGINS * room)
     for k in range(first, last):
         task = task_at(k, shape.far * shape.near, cells_of(shape, tiles), tiles)
-        find_origins(x, task, shape, own)
+        find_slab_origins(x, task, shape, own)
         mean = advance(partials, task.row // tiles.height * results.of_segment + place_of_cell(task.cell, tiles))
         cells = TileCells(own, advance(own, room), mean, advance(mean, results.together))
         moments_of_task(x, task, shape, tiles, cells, columns)

@@ -1,4 +1,11 @@
-"""Shifts of `statistics_outer`'s squares: numbers near the mean of each kept index, before it is known."""
+"""Shifts of `statistics_outer`'s squares: numbers near the mean of each kept index, before it is known.
+
+Of a cell, over some values v of up to eight rows of the part that count, q the first of them, in plain words::
+
+    shift = q + sum(v - q) / n          # of constants that constant itself, so that their squares are exactly 0
+
+and once more, of all values, where the mean has turned out to be far from it: ``shift += A / n``.
+"""
 
 import numpy as np
 

@@ -1,4 +1,12 @@
-"""A thread's table of the columns that `statistics_outer` sums up: rows of numbers in its workspace, a pitch apart."""
+"""A thread's table of the columns that `statistics_outer` sums up: rows of numbers in its workspace, a pitch apart.
+
+In plain words, of a part whose rows have ``columns`` values, ``size`` neighbours of each cell, coalesced rows behind
+each other::
+
+    n, q, A, B = table                                        # of each column: counts, shift, and the sums
+    A += v - q;  B += (v - q) ** 2;  n += counts              # for each row v of the part (`statistics_outer`)
+    n, A, B = (a.reshape(-1, cells, size).sum(axis=(0, 2)) for a in (n, A, B))      # of each cell, at the end
+"""
 
 from typing import Any, NamedTuple
 
