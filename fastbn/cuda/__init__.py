@@ -81,6 +81,7 @@ def _launcher(
 ) -> Callable[..., list[Array]]:
     """Of arrays by these names, launches the problem's plan; gives rows of results, a number for every kept index.
 
+    They come in the order in which kernels write them, which is the contract's: count, mean, M2 and rstd, or the sums.
     Scalars come behind the arrays. All else is packed beforehand: what is left is a few microseconds of a call.
     """
     if problem.kept == 0:
@@ -109,14 +110,8 @@ def _launcher(
     return launched_with_results
 
 
-def moments(x: Operand, weight: Operand | None) -> Callable[..., tuple[Array, ...]]:
-    launched = _launcher(plans.moments, problem_of({"x": x}, weight), 4, "x weight")
-
-    def run(x: Array, weight: Array | None) -> tuple[Array, ...]:
-        count, m2, mean, rstd = launched(x, weight)
-        return count, mean, m2, rstd
-
-    return run
+def moments(x: Operand, weight: Operand | None) -> Callable[..., list[Array]]:
+    return _launcher(plans.moments, problem_of({"x": x}, weight), 4, "x weight")
 
 
 def normalize(
@@ -132,20 +127,14 @@ def normalize(
 def forward(
     x: Operand, weight: Operand | None, y: Operand, residual: Operand | None, gamma: Any, beta: Any,
     eps: float, relu: bool, running: tuple[Any, Any] | None,
-) -> Callable[..., tuple[Array, ...]]:  # fmt: skip
+) -> Callable[..., list[Array]]:  # fmt: skip
     arrays, numbers = {"x": x, "y": y, "residual": residual}, {"gamma": gamma, "beta": beta}
     names, scalars = "x weight gamma beta residual y", tuple[str, ...]()
     if running is not None:
         numbers |= zip(launch.RUNNING_STATISTICS, running, strict=True)
         names, scalars = f"{names} {' '.join(launch.RUNNING_STATISTICS)}", launch.TILES.scalars
     problem = problem_of(arrays, weight, numbers, relu, residual is not None, eps=eps)
-    launched = _launcher(plans.forward, problem, 4, names, scalars)
-
-    def run(*given: Any) -> tuple[Array, ...]:
-        count, m2, mean, rstd = launched(*given)
-        return count, mean, m2, rstd
-
-    return run
+    return _launcher(plans.forward, problem, 4, names, scalars)
 
 
 VECTORS = " ".join(GradientTypes._fields).replace("rstd", "spread")

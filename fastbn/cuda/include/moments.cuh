@@ -217,7 +217,7 @@ __device__ __forceinline__ double batch_rstd(const Partial& partial, double eps)
 #endif
 }
 
-// Writes count, M2, mean and rstd, a row of the results each, and where other blocks go on the rest of the mean, the
+// Writes count, mean, M2 and rstd, a row of the results each, and where other blocks go on the rest of the mean, the
 // first row of the partials. Running statistics move towards what is written.
 __device__ __forceinline__ Statistics write_moments(const Params& p, i64 at, const Partial& partial) {
     const i64 all = p.batches * p.channels;
@@ -225,8 +225,8 @@ __device__ __forceinline__ Statistics write_moments(const Params& p, i64 at, con
     const Statistics found{mean, (partial.origin - mean) + partial.low, batch_rstd(partial, p.eps)};
     const double m2 = partial.n > 0 ? partial.m2_in(1) : not_a_number();
     p.results[at] = partial.n;
-    p.results[all + at] = m2;
-    p.results[2 * all + at] = found.mean;
+    p.results[all + at] = found.mean;
+    p.results[2 * all + at] = m2;
     p.results[3 * all + at] = found.rstd;
     if (p.partials != nullptr) p.partials[at] = found.rest;
     if (p.running_mean != nullptr)
@@ -241,7 +241,7 @@ __device__ __forceinline__ Statistics write_moments(const Params& p, i64 at, con
 __device__ __forceinline__ Statistics read_statistics(const Params& p, i64 at) {
     const i64 all = p.batches * p.channels;
     return Statistics{
-        read_shared_with_others(p.results + 2 * all + at), read_shared_with_others(p.partials + at),
+        read_shared_with_others(p.results + all + at), read_shared_with_others(p.partials + at),
         read_shared_with_others(p.results + 3 * all + at)
     };
 }
