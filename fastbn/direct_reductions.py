@@ -22,9 +22,9 @@ from fastbn.reduction_validation import (
     EMPTY,
     NO_DEGREES,
     ReductionOptions,
+    broadcastable,
     check_out,
     kept_axes,
-    operand,
     reduced_shape,
     result_dtype,
     warn,
@@ -48,7 +48,7 @@ def statistic(
     if isinstance(x, np.ndarray) and not (x.dtype.isnative and x.flags.aligned):
         plain = _native
     seen = x if plain is None else plain(x)
-    if where is not None and operand("where", where, x).dtype != bool:
+    if where is not None and broadcastable("where", where, x).dtype != bool:
         return None
     has_mean, has_spread, dtype = "mean" in what, what != "mean", result.dtype
     spread_is = what if what in ("var", "std") else "var"
@@ -243,10 +243,12 @@ def _kernel(
 
     def selected(x: Any, where: Any, weights: Any) -> Any:
         if weights is None:
-            return operand("where", where, x)
+            return broadcastable("where", where, x)
         if where is not None:
-            return validation.combined_weight(xp, operand("where", where, x), operand("weights", weights, x), x.shape)
-        weights = operand("weights", weights, x)
+            return validation.combined_weight(
+                xp, broadcastable("where", where, x), broadcastable("weights", weights, x), x.shape
+            )
+        weights = broadcastable("weights", weights, x)
         if sensible:
             validation.sensible_weights(xp, weights)
         known = weights.dtype.kind in "biu" or validation.is_float(weights.dtype)

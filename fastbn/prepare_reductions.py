@@ -17,7 +17,7 @@ from fastbn.call import Call, Once
 from fastbn.cuts import is_cut
 from fastbn.layout import layout_of
 from fastbn.merging import Moments
-from fastbn.reduction_validation import ReductionOptions, check_nan_form, kept_axes, operand
+from fastbn.reduction_validation import ReductionOptions, broadcastable, check_nan_form, kept_axes
 
 
 def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: ReductionOptions) -> Call:
@@ -108,7 +108,7 @@ def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:
 
 def _is_batch_norms(backend: Backend, x: Any, selection: tuple[Any, ...], kept: frozenset[int]) -> bool:
     """Whether `fastbn.batch_norm` takes such arrays as a whole: its moments are the same, bit by bit."""
-    given = [operand("where", a, x) for a in selection if a is not None]
+    given = [broadcastable("where", a, x) for a in selection if a is not None]
     if not validation.is_float(x.dtype) or any(a.shape[axis] != 1 for a in given for axis in kept):
         return False
     return bool(given) or not is_cut(backend, layout_of(x.shape, x.strides, kept), x)

@@ -63,15 +63,15 @@ def check_out(shape: Shape, wanted: Any, out: Any) -> None:
 
 def check_nan_form(x: Any, where: Any, dtype: Any, out: Any) -> None:
     """What NumPy says in other words, of arguments that are not named."""
-    if where is not None and operand("where", where, x).dtype != bool:
-        raise TypeError(f"where: expected dtype bool, got {operand('where', where, x).dtype}")
+    if where is not None and broadcastable("where", where, x).dtype != bool:
+        raise TypeError(f"where: expected dtype bool, got {broadcastable('where', where, x).dtype}")
     if x.dtype.kind not in "biu":
         for name, other in (("dtype", dtype), ("out", getattr(out, "dtype", None))):
             if other is not None and np.dtype(other).kind in "biuO":
                 raise TypeError(f"{name}: expected a float dtype for an array of floats, got {np.dtype(other)}")
 
 
-def operand(name: str, value: Any, x: Any) -> Any:
+def broadcastable(name: str, value: Any, x: Any) -> Any:
     return None if value is None else beside(name, value, x, ())
 
 

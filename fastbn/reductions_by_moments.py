@@ -23,10 +23,10 @@ from fastbn.reduction_validation import (
     NO_DEGREES,
     ReductionOptions,
     beside,
+    broadcastable,
     check_out,
     is_float64,
     kept_axes,
-    operand,
     reduced_shape,
     result_dtype,
     warn_if,
@@ -74,7 +74,7 @@ def without_nans(what: str, x: Any, given: Any, out: Any, options: ReductionOpti
     def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
         numbers = ~backend.xp.isnan(x)
         if where is not None:
-            numbers &= operand("where", where, x)
+            numbers &= broadcastable("where", where, x)
         return masked(x, numbers, given, out)(x, numbers, None, given, out)
 
     return backend.on_its_device(call, x)
@@ -103,7 +103,7 @@ def table(x: Any, kept: frozenset[int], wide: bool, where: Any, weights: Any) ->
     if where is None and weights is None:
         layout = walked_by(backend, layout, [seen]) or layout
     ways = Ways(backend, layout, seen)
-    weight_, weigh = ways.weight(operand("where", where, x), operand("weights", weights, x))
+    weight_, weigh = ways.weight(broadcastable("where", where, x), broadcastable("weights", weights, x))
     x_, to_x = ways.data(seen)
     run = backend.moments(x_, weight_)
     if weigh is None and to_x is None and not widened:
@@ -112,7 +112,7 @@ def table(x: Any, kept: frozenset[int], wide: bool, where: Any, weights: Any) ->
     def read(x: Any, where: Any, weights: Any) -> Any:
         if plain is not None:
             x = plain(x)
-        w = None if weigh is None else weigh(operand("where", where, x), operand("weights", weights, x))[1]
+        w = None if weigh is None else weigh(broadcastable("where", where, x), broadcastable("weights", weights, x))[1]
         if widened:
             x = x.astype(np.float64)
         return run(x if to_x is None else to_x(x), w)

@@ -12,7 +12,7 @@ from tests.cuda_variants import CHIPS, ITEMSIZES, Variant, covering
 @lru_cache(maxsize=16)
 def of_statistics(architecture: int) -> tuple[Variant, ...]:
     """What statistics of arrays as they lie are compiled to, in which every pair of choices occurs that can."""
-    from fastbn.cuda import launch, statistics
+    from fastbn.cuda import launch, strided
 
     chip, found = CHIPS[architecture], set()
     device = launch.Device(0, architecture, chip.processors, chip.shared)
@@ -29,13 +29,13 @@ def of_statistics(architecture: int) -> tuple[Variant, ...]:
         wanted = ((True, False), (False, True), (True, True))
         for dtype, (sums, squares), *flags in itertools.product(range(13), wanted, *[(False, True)] * 3):
             wide, masked, nan = flags
-            if (dtype > statistics.FLOAT64 and (wide or nan)) or (dtype == statistics.FLOAT64 and not wide):
+            if (dtype > strided.FLOAT64 and (wide or nan)) or (dtype == strided.FLOAT64 and not wide):
                 continue
-            data = statistics.Data(tuple(d), dtype, ITEMSIZES[dtype], 0, masked, nan, wide, sums, squares)
-            division = statistics.divide(data, device)
+            data = strided.Data(tuple(d), dtype, ITEMSIZES[dtype], 0, masked, nan, wide, sums, squares)
+            division = strided.divide(data, device)
             assert division is not None
-            found.add(Variant("strided_statistics", statistics.macros_of(data, division)))
-            found |= {Variant("finish_strided", statistics.finishing_macros(data, threads)) for threads in (32, 256)}
+            found.add(Variant("strided_statistics", strided.macros_of(data, division)))
+            found |= {Variant("finish_strided", strided.finishing_macros(data, threads)) for threads in (32, 256)}
     every = sorted(found)
     names = dict.fromkeys(name for variant in every for name, _ in variant.macros)
     return covering(every, lambda variant: (variant.kernel, *(variant[name] for name in names)))

@@ -156,12 +156,12 @@ def _problems(architecture: int) -> Iterator[Any]:
             if n == 1 << 12:  # two reduced axes, between which there is a gap
                 strides = (0, channels * (n + 1), 1, channels) if along else (0, 64 * n, n + 8, 1)
                 shape = (1, 2, channels, n)
-            operands = (("x", problems.Operand(strides, off)),)
+            operands = (("x", problems.Placement(strides, off)),)
             yield problems.Problem(
                 device, shape, dtype, itemsize, operands, weight, strides, (), relu=False, residual=residual
             )
         for samples, n, residual in itertools.product((1, 32, 1 << 14), ROWS, (False, True)):
-            operands = (("x", problems.Operand((0, 64 * n, n, 1), 0)),)
+            operands = (("x", problems.Placement((0, 64 * n, n, 1), 0)),)
             yield problems.Problem(
                 device, (1, samples, 64, n), dtype, itemsize, operands, 0, (), (), relu=False, residual=residual
             )

@@ -20,7 +20,7 @@ from fastbn.cpu.memory import (
     allocator,
     apart,
     collapsed_view,
-    kind_or_none,
+    kernel_type_or_none,
     nontemporal_stores,
     overlap,
     reads,
@@ -31,7 +31,7 @@ from fastbn.cpu.memory import (
     strides_of_weight,
     viewed,
 )
-from fastbn.cpu.program import Program, kind_of
+from fastbn.cpu.program import Program, kernel_type
 from fastbn.cpu.records import MomentRows, Sums, Union
 from fastbn.cpu.statistics import statistic
 from fastbn.formulas import LEAST_EPS, reciprocal_std
@@ -106,7 +106,7 @@ def moments(x: Operand, weight: Operand | None) -> Callable[..., tuple[Array, ..
 def _moments(x: Operand, weight: Operand | None, eps: float) -> Callable[..., tuple[Array, ...]]:
     shape, kind, xs, (ws, weights), kept = (
         shape_of(x),
-        kind_of(x.dtype),
+        kernel_type(x.dtype),
         strides_of(x),
         strides_of_weight(weight),
         x.kept,
@@ -126,8 +126,8 @@ def _moments(x: Operand, weight: Operand | None, eps: float) -> Callable[..., tu
 def normalize(
     x: Operand, y: Operand, residual: Operand | None, parameters: AffineTypes, eps: float | None, relu: bool
 ) -> Callable[..., None]:
-    shape, kind, (xs, ys, rs) = shape_of(x), kind_of(x.dtype), map(strides_of, (x, y, residual))
-    kinds = tuple(map(kind_or_none, parameters))
+    shape, kind, (xs, ys, rs) = shape_of(x), kernel_type(x.dtype), map(strides_of, (x, y, residual))
+    kinds = tuple(map(kernel_type_or_none, parameters))
     launch = _launcher(
         lambda threads: plans.normalize(shape, kind, xs, ys, rs, kinds, eps is None, relu, threads), x.size
     )
@@ -170,8 +170,8 @@ def forward(
 ) -> Callable[..., tuple[Array, ...]]:  # fmt: skip
     if running is not None:
         return _updating(forward(x, weight, y, residual, gamma, beta, eps, relu, None), x.kept, running)
-    shape, kind, (xs, ys, rs), kept = shape_of(x), kind_of(x.dtype), map(strides_of, (x, y, residual)), x.kept
-    (ws, weights), kinds = strides_of_weight(weight), (kind_or_none(gamma), kind_or_none(beta))
+    shape, kind, (xs, ys, rs), kept = shape_of(x), kernel_type(x.dtype), map(strides_of, (x, y, residual)), x.kept
+    (ws, weights), kinds = strides_of_weight(weight), (kernel_type_or_none(gamma), kernel_type_or_none(beta))
     launch = _launcher(
         lambda threads: plans.forward(shape, kind, xs, ws, weights, ys, rs, kinds, relu, threads), x.size
     )
@@ -218,8 +218,8 @@ def _updating(forward: Callable[..., tuple[Array, ...]], kept: int, running: tup
 def grad_sums(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool
 ) -> Callable[..., tuple[Array, Array]]:
-    shape, kind, (dys, xs, ys), kept = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y)), x.kept
-    (ws, weights), kinds, empty = strides_of_weight(weight), tuple(map(kind_or_none, types)), x.size == 0
+    shape, kind, (dys, xs, ys), kept = shape_of(x), kernel_type(x.dtype), map(strides_of, (dy, x, y)), x.kept
+    (ws, weights), kinds, empty = strides_of_weight(weight), tuple(map(kernel_type_or_none, types)), x.size == 0
     size = len(Sums._fields), kept
     launch = _launcher(
         lambda threads: gradient_plans.grad_sums(shape, kind, dys, xs, ys, ws, weights, kinds, recompute, threads),
@@ -242,8 +242,8 @@ def grad_input(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool,
     sums: tuple[Any, Any], dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., None]:  # fmt: skip
-    shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
-    (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, (*types, *sums)))
+    shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kernel_type(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
+    (ws, weights), kinds = strides_of_weight(weight), tuple(map(kernel_type_or_none, (*types, *sums)))
     launch = _launcher(
         lambda threads: gradient_plans.grad_input(
             shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, recompute, threads
@@ -276,8 +276,8 @@ def backward(
     dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool,
     frozen: bool, dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., tuple[Array, Array]]:  # fmt: skip
-    shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kind_of(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
-    (ws, weights), kinds = strides_of_weight(weight), tuple(map(kind_or_none, types))
+    shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kernel_type(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
+    (ws, weights), kinds = strides_of_weight(weight), tuple(map(kernel_type_or_none, types))
     launch = _launcher(
         lambda threads: gradient_plans.backward(
             shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, frozen, recompute, threads
@@ -310,14 +310,14 @@ def writes(dtype: Any) -> bool:
 
 
 def update_running(kept: int, types: RunningTypes, skip_nonfinite: bool, fresh: bool) -> Callable[..., object]:
-    return vector_plans.update_running(kept, tuple(map(kind_of, types)), skip_nonfinite).prepared()
+    return vector_plans.update_running(kept, tuple(map(kernel_type, types)), skip_nonfinite).prepared()
 
 
 MERGED_AT_ONCE = 8  # parts that one program merges
 
 
 def merge(kept: int, types: tuple[tuple[Any, Any, Any], ...]) -> Callable[..., tuple[Array, Array, Array]]:
-    kinds = [tuple(map(kind_of, three)) for three in types]
+    kinds = [tuple(map(kernel_type, three)) for three in types]
     size, of_state = MERGED_AT_ONCE, (len(Union._fields), kept)
     starts = range(0, len(kinds), size)
     launches = [

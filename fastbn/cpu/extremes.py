@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from fastbn.cpu import vector_plans
-from fastbn.cpu.memory import Array, kind_or_none
+from fastbn.cpu.memory import Array, kernel_type_or_none
 
 
 def find_beyond(kept: int, rstd: Any, gamma: Any) -> Callable[[Array, Array | None], bool]:
     """``beyond(rstd, gamma)``: whether channels of float32 data, or narrower, are to be normalized in float64."""
-    launch = vector_plans.find_beyond(kept, (kind_or_none(rstd), kind_or_none(gamma))).prepared()
+    launch = vector_plans.find_beyond(kept, (kernel_type_or_none(rstd), kernel_type_or_none(gamma))).prepared()
 
     def beyond(rstd: Array, gamma: Array | None) -> bool:
         out = np.empty(1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastbn.caches import last_cache
 from fastbn.cpu import program
-from fastbn.cpu.program import kind_of
+from fastbn.cpu.program import kernel_type
 from fastbn.cpu.records import Shape, Slabs, SlabStrides, Strides
 from fastbn.cpu.sizes import ROW_CHUNK, rows_together
 from fastbn.layout import Layout
@@ -121,12 +121,12 @@ def strides_of_weight(o: Operand | None) -> tuple[Strides | None, str | None]:
     strides = Strides(
         outer * channel * inner * (batch > 1), channel * inner, inner * (channel > 1), twice=2 * channel * inner
     )
-    return strides, kind_of(o.dtype)
+    return strides, kernel_type(o.dtype)
 
 
-def kind_or_none(dtype: np.dtype[Any] | None) -> str | None:
+def kernel_type_or_none(dtype: np.dtype[Any] | None) -> str | None:
     """Of a vector of parameters, which may be absent."""
-    return None if dtype is None else kind_of(dtype)
+    return None if dtype is None else kernel_type(dtype)
 
 
 def viewed(o: Operand, a: Any) -> Array:

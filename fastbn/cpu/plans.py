@@ -9,7 +9,7 @@ A plan is made once for each shape, strides, dtype, options and number of thread
 What changes the bits of sums (chunks and segments, for which see `sizes`, coalesced rows, the family of kernels)
 follows from shape and strides alone.
 
-Dtypes are named as kernels name arrays of them (`program.kind_of`).
+Dtypes are named as kernels name arrays of them (`program.kernel_type`).
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ Given = Argument | Strided | Options | Results | bool | float | None
 
 
 @lru_cache(maxsize=64)
-def kind_of(dtype: np.dtype[Any]) -> str:
+def kernel_type(dtype: np.dtype[Any]) -> str:
     """An array of this dtype, as kernels name it (``dtype.name`` alone takes a microsecond)."""
     return f"{_AS_INTEGERS.get(dtype.name, dtype.str[1:])}*"
 

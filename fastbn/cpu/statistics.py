@@ -16,7 +16,7 @@ import numpy as np
 from fastbn.cpu import team
 from fastbn.cpu.division import option
 from fastbn.cpu.memory import Array
-from fastbn.cpu.program import NONE, Argument, Program, kind_of
+from fastbn.cpu.program import NONE, Argument, Program, kernel_type
 from fastbn.cpu.program_words import VECTOR_KINDS
 from fastbn.cpu.records import Formats, Geometry, Options, Results
 from fastbn.cpu.sizes import AHEAD_BYTES, BYTES, FIELDS, MOVED, OF_INNER, OF_ROWS, OF_VALUES, pitch
@@ -58,13 +58,13 @@ TWO_PARTS = 3400  # bytes of a column from which it has two parts, if one thread
 _INTEGER_LETTERS = {"i": "s", "u": "n", "b": "b"}
 
 
-def kind_of_any(dtype: np.dtype[Any]) -> str | None:
+def kernel_type_of_any(dtype: np.dtype[Any]) -> str | None:
     """How kernels name a real dtype; None for others, among them those of the other byte order."""
     if not dtype.isnative:
         return None
     if dtype.kind in _INTEGER_LETTERS:
         return f"{_INTEGER_LETTERS[dtype.kind]}{dtype.itemsize}*"
-    kind = kind_of(dtype)
+    kind = kernel_type(dtype)
     return kind if kind in ("f4*", "f8*", "u2*", "i2*") else None
 
 
@@ -368,21 +368,23 @@ def statistic(
     x: Array, mask: Mask | None, kept: frozenset[int], what: Statistic, result_strides: tuple[int, ...]
 ) -> Callable[..., object] | None:
     """`fastbn.backend.Backend.statistic`."""
-    kind, size = kind_of_any(x.dtype), x.itemsize
+    kind, size = kernel_type_of_any(x.dtype), x.itemsize
     if kind is None or not x.flags.aligned or any(s % size for s in x.strides):
         return None
     if size == 8 and what.mean is not None and what.spread is not None:
         return _one_by_one(x, mask, kept, what, result_strides)
     mask_kind, masks = None, (0,) * x.ndim
     if mask is not None:
-        mask_kind, each = kind_of_any(mask.dtype), mask.dtype.itemsize
+        mask_kind, each = kernel_type_of_any(mask.dtype), mask.dtype.itemsize
         if mask_kind is None or any(s % each for s in mask.strides):
             return None
         masks = tuple(s // each for s in mask.strides)
     d, starts = dimensions(x.shape, tuple(s // size for s in x.strides), masks, result_strides, kept)
     if d and d[-1].mask not in (0, 1):
         return None
-    results = [None if dtype is None else kind_of(np.dtype(dtype)) for dtype in (what.count, what.mean, what.spread)]
+    results = [
+        None if dtype is None else kernel_type(np.dtype(dtype)) for dtype in (what.count, what.mean, what.spread)
+    ]
     skip_nan = what.skip_nan and kind[0] not in "snb"
     given = tuple(d), (*starts,), kind, mask_kind, skip_nan, FORMS.index(what.spread_is), (*results,)
     elements = x.size

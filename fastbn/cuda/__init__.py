@@ -32,7 +32,7 @@ from fastbn.cuda.memory import (
     same_or_apart,
     type_of,
 )
-from fastbn.cuda.statistics import statistic
+from fastbn.cuda.strided import statistic
 from fastbn.operands import AffineTypes, GradientTypes, Operand, RunningTypes
 
 __all__ = [

@@ -48,7 +48,7 @@ def problem_of(
         shape=first.shape,
         dtype=type_of(first.dtype),
         itemsize=first.dtype.itemsize,
-        operands=tuple((name, problems.Operand(strides_of(o), o.offset)) for name, o in present.items()),
+        operands=tuple((name, problems.Placement(strides_of(o), o.offset)) for name, o in present.items()),
         weight=0 if weight is None else _WEIGHTS[weight.dtype.name],
         weight_strides=() if weight is None else strides_of(weight),
         types=tuple((name, type_of(dtype)) for name, dtype in (types or {}).items() if dtype is not None),

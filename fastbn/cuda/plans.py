@@ -30,7 +30,7 @@ from fastbn.cuda.geometry import (
     work_of,
 )
 from fastbn.cuda.launch import Device, Launch
-from fastbn.cuda.problems import FLOAT32, FLOAT64, OF_X, Operand, Problem, Tuning
+from fastbn.cuda.problems import FLOAT32, FLOAT64, OF_X, Placement, Problem, Tuning
 
 NOTHING: Mapping[str, int] = {}
 STRATEGIES = ("block", "cluster", "cooperative", "two passes")
@@ -100,7 +100,7 @@ def _launch(
         "share": share_of(geometry, splits),
         "eps": problem.eps,
     }
-    weight = (("weight", Operand(problem.weight_strides, 0)),) if problem.weight else ()
+    weight = (("weight", Placement(problem.weight_strides, 0)),) if problem.weight else ()
     for name, operand in problem.operands + weight:
         everything |= {f"{name}_strides_{axis}": s for axis, s in zip(launch.AXES, operand.strides, strict=True)}
     everything |= {f"{name}_type": dtype for name, dtype in problem.types}

@@ -57,14 +57,14 @@ def tuning_of(architecture: int) -> Tuning:
     return TUNING[max(known for known in TUNING if known <= max(architecture, min(TUNING)))]
 
 
-class Operand(NamedTuple):
+class Placement(NamedTuple):
     """What matters of an array: strides in elements, and bytes by which its address is off a multiple of 16."""
 
     strides: Strides
     off: int
 
 
-Operands = tuple[tuple[str, Operand], ...]
+Placements = tuple[tuple[str, Placement], ...]
 
 
 class Problem(NamedTuple):
@@ -74,7 +74,7 @@ class Problem(NamedTuple):
     shape: Shape
     dtype: int
     itemsize: int
-    operands: Operands
+    operands: Placements
     """Arrays that are read or written by vectors, by their names in `launch.ARRAYS`, x or dy first."""
     weight: int
     """0 none, 1 bool, 2 float64, 3 float32."""

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastbn.cuda import launch, plans, problems, requirements, statistics
+from fastbn.cuda import launch, plans, problems, requirements, strided
 from fastbn.cuda.launch import Device, Kernel
 from fastbn.cuda.memory import type_of
-from fastbn.cuda.problems import Operand, Problem, Strides
+from fastbn.cuda.problems import Placement, Problem, Strides
 from fastbn.dimensions import dimensions
 from fastbn.environment import float_dtypes
 from fastbn.layout import Shape, layout_of
@@ -67,7 +67,7 @@ def kernels(device: Device, dtypes: Sequence[str], shapes: Sequence[Shape]) -> l
     return list(found)
 
 
-def _plans(device: Device, dtype: str, shape: Shape, layout: str) -> Iterator[plans.Plan | statistics.Plan]:
+def _plans(device: Device, dtype: str, shape: Shape, layout: str) -> Iterator[plans.Plan | strided.Plan]:
     """Of the calls that `fastbn.warmup` makes of one array, and of what they are made of."""
     n, channels, *image = shape
     shape, axis = ((n, channels, *image), 1) if layout == "NCHW" else ((n, *image, channels), len(shape) - 1)
@@ -79,7 +79,7 @@ def _plans(device: Device, dtype: str, shape: Shape, layout: str) -> Iterator[pl
         weight = 2 if "where" in options or "weights" in options else 0  # float64, one for all channels
 
         def problem(*arrays: str, relu: int = relu, residual: bool = residual, weight: int = weight) -> Problem:
-            operand = Operand(tuple(s if size > 1 else 0 for s, size in zip(strides, collapsed, strict=True)), 0)
+            operand = Placement(tuple(s if size > 1 else 0 for s, size in zip(strides, collapsed, strict=True)), 0)
             of_weight: Strides = (0, collapsed[3], 0, 1) if weight else ()
             operands = tuple((name, operand) for name in arrays)
             return Problem(
@@ -100,7 +100,7 @@ def _plans(device: Device, dtype: str, shape: Shape, layout: str) -> Iterator[pl
     yield from _statistics(device, dtype, shape, axis)
 
 
-def _statistics(device: Device, dtype: str, shape: Shape, axis: int) -> Iterator[statistics.Plan]:
+def _statistics(device: Device, dtype: str, shape: Shape, axis: int) -> Iterator[strided.Plan]:
     """mean, var, and both, of channels and of all; with a mask, and without NaNs."""
     itemsize = float_dtypes()[dtype].itemsize
     steps = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
@@ -110,10 +110,10 @@ def _statistics(device: Device, dtype: str, shape: Shape, axis: int) -> Iterator
     ):  # fmt: skip
         results = tuple(int(axis in kept) for axis in range(len(shape)))
         d, _ = dimensions(shape, steps, steps if masked else (0,) * len(shape), results, kept)
-        number = statistics.DTYPES.index(dtype)
-        data = statistics.Data(
+        number = strided.DTYPES.index(dtype)
+        data = strided.Data(
             tuple(d), number, itemsize, off=0, masked=masked, skip_nan=skip_nan,
-            in_float64=number == statistics.FLOAT64, sums=sums, squares=squares,
+            in_float64=number == strided.FLOAT64, sums=sums, squares=squares,
         )  # fmt: skip
-        if found := statistics.plan(device, data, 0, (None, None, None)):
+        if found := strided.plan(device, data, 0, (None, None, None)):
             yield found

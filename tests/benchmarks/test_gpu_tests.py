@@ -111,7 +111,7 @@ def test_sanitized_workloads_are_divided_in_every_way(monkeypatch):
                 ((1, n, channels, size), (0, channels * size, size, 1)),
                 ((1, n * size, channels, 1), (0, channels, 1, 0)),
             ):
-                operands = tuple((name, problems.Operand(strides, 0)) for name in ("x", "dy", "dx"))
+                operands = tuple((name, problems.Placement(strides, 0)) for name in ("x", "dy", "dx"))
                 problem = problems.Problem(h200, shape, 2, 4, operands, 0, (), (), False, False, (("frozen", 0),))
                 found.add(plans.backward(problem).strategy)
     cuda.forget()

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fastbn.cuda import statistics
+from fastbn.cuda import strided
 from tests import exact as oracle
 from tests import statistics as judged
 from tests.cuda import harness
@@ -97,14 +97,14 @@ def failures_of(kind, view, axis):
 
 def run_with(change, kind, view, axis, model=None):
     """What is wrong with the results, or with the launch: in some orders of threads, with few splits and with many."""
-    for schedule, batches in itertools.product((0, 1, 2), (0, statistics.BATCHES_OF_SPLIT)):
+    for schedule, batches in itertools.product((0, 1, 2), (0, strided.BATCHES_OF_SPLIT)):
         with (
             cuda.installed(processors=1, schedule=schedule, change=change, model=model),
             pytest.MonkeyPatch.context() as patch,
         ):
             patch.setattr(judged, "fastbn", harness.scalars(OnCupy()))
-            patch.setattr(statistics, "BYTES_OF_PART", 0)
-            patch.setattr(statistics, "BATCHES_OF_SPLIT", batches)
+            patch.setattr(strided, "BYTES_OF_PART", 0)
+            patch.setattr(strided, "BATCHES_OF_SPLIT", batches)
             try:
                 yield from failures_of(kind, view, axis)
             except (simt.SimtError, simt.CompileError) as error:

@@ -239,7 +239,7 @@ def test_shared_memory_is_allowed_whatever_came_before(monkeypatch):
     monkeypatch.setattr(launch, "function", functools.lru_cache(INSTALLED_FUNCTION))
     monkeypatch.setattr(launch, "device", lambda number: H200)
     for samples in (32, 24, 32, 8, 32):
-        operand = problems.Operand((0, 512 * 784, 784, 1), 0)
+        operand = problems.Placement((0, 512 * 784, 784, 1), 0)
         problem = problems.Problem(
             H200, (1, samples, 512, 784), 2, 4, (("x", operand), ("y", operand)), 0, (), (), False, False
         )

@@ -276,8 +276,8 @@ WIDTHS = {
 def test_width_of_loads(change, width, which):
     """What any of the arrays does not allow, none is read by."""
     usual = {"strides": (0, 1 << 20, 1 << 10, 1), "off": 0}
-    operands = [problems.Operand(**usual)] * 2
-    operands[which] = problems.Operand(**usual | {name: v for name, v in change.items() if name != "shape"})
+    operands = [problems.Placement(**usual)] * 2
+    operands[which] = problems.Placement(**usual | {name: v for name, v in change.items() if name != "shape"})
     problem = problems.Problem(
         launch.Device(0, 90, 132, 227 << 10), change.get("shape", (1, 4, 8, 64)), 2, 4,
         tuple(zip(("x", "y"), operands, strict=True)), 0, (), (), False, False,
@@ -306,7 +306,7 @@ def test_vectors_across_rows(shape, itemsize, lanes):
     usual = (channel * inner if batch > 1 else 0, channel * inner if outer > 1 else 0, inner, 1)
 
     def lanes_of(strides=usual, off=0, weight=0):
-        operands = tuple((name, problems.Operand(s, o)) for name, s, o in (("x", usual, 0), ("y", strides, off)))
+        operands = tuple((name, problems.Placement(s, o)) for name, s, o in (("x", usual, 0), ("y", strides, off)))
         problem = problems.Problem(
             launch.Device(0, 90, 132, 227 << 10), shape, 2, itemsize, operands, weight, (), (), False, False
         )
@@ -338,7 +338,7 @@ def test_large_halves_have_twice_the_loads_in_flight():
         strides = (0, 64, 1, 0)
         problem = problems.Problem(
             launch.Device(0, 80, 108, 163 << 10), (1, n, 64, 1), dtype, (2, 2, 4)[dtype],
-            (("x", problems.Operand(strides, 0)),), 0, strides, (), False, False,
+            (("x", problems.Placement(strides, 0)),), 0, strides, (), False, False,
         )._replace(**changes)  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(launch, "function", lambda _, kernel, macros: (kernel, macros))

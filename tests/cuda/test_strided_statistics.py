@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import fastbn
-from fastbn.cuda import launch, statistics
+from fastbn.cuda import launch, strided
 from fastbn.dimensions import dimensions
 from tests import exact as oracle
 from tests import statistics as judged
@@ -37,8 +37,8 @@ def on_cupy(cuda_arrays, monkeypatch):
 def splits(request, on_cupy, monkeypatch):
     """Also with parts for every vector, so that small arrays have some."""
     if request.param == "many splits":
-        monkeypatch.setattr(statistics, "BYTES_OF_PART", 0)
-        monkeypatch.setattr(statistics, "BATCHES_OF_SPLIT", 0)
+        monkeypatch.setattr(strided, "BYTES_OF_PART", 0)
+        monkeypatch.setattr(strided, "BATCHES_OF_SPLIT", 0)
     cuda.forget()
     yield request.param
     cuda.forget()
@@ -407,8 +407,8 @@ def test_float16_results_are_rounded_once(on_cupy):
 def test_every_order_of_threads_gives_the_same_bits(request, monkeypatch):
     if (reason := cuda.available()) is not None:
         missing(request, reason)
-    monkeypatch.setattr(statistics, "BYTES_OF_PART", 0)
-    monkeypatch.setattr(statistics, "BATCHES_OF_SPLIT", 0)
+    monkeypatch.setattr(strided, "BYTES_OF_PART", 0)
+    monkeypatch.setattr(strided, "BATCHES_OF_SPLIT", 0)
     x = np.random.default_rng(2).standard_normal((30, 7, 12)).astype(np.float32)
     for axis in (None, (0, 2), (0, 1)):
         found = set()
@@ -446,8 +446,8 @@ def test_divisions(shape, kept, dtype, off, wanted, pad):
         steps.insert(0, steps[0] * (n + pad))
     itemsize = (2, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1)[dtype]
     d, _ = dimensions(tuple(shape), tuple(steps), (0,) * len(shape), (0,) * len(shape), kept)
-    data = statistics.Data(tuple(d), dtype, itemsize, off * itemsize % 16, False, False, dtype == 3, *wanted)
-    c = statistics.divide(data, DEVICE)
+    data = strided.Data(tuple(d), dtype, itemsize, off * itemsize % 16, False, False, dtype == 3, *wanted)
+    c = strided.divide(data, DEVICE)
     if c is None:
         assert max(shape) > 1 << 31
         return
@@ -459,8 +459,8 @@ def test_divisions(shape, kept, dtype, off, wanted, pad):
     assert c.tiles_of_row * c.width >= c.row
     if c.along_kept and c.beside == 1:  # each element of a thread's vectors has one kept index
         assert c.along * c.vector % c.width == c.share * c.vector % c.width == 0
-    numbers = statistics.fields_of(c)
+    numbers = strided.fields_of(c)
     assert all(-(1 << 63) <= n < 1 << 63 for n in numbers.values())
     total = math.prod(shape) * itemsize
-    parts = c.all_kept * c.splits * 8 * statistics._numbers_of_part(data) if c.splits > 1 else 0
+    parts = c.all_kept * c.splits * 8 * strided._numbers_of_part(data) if c.splits > 1 else 0
     assert parts <= 0.02 * total

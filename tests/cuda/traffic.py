@@ -60,7 +60,7 @@ def problem_of(device: Any, shape: tuple[int, ...], layout: str, dtype: str, ope
     size = math.prod(spatial)
     collapsed = (1, samples, channels, size) if layout == "NCHW" else (1, samples * size, channels, 1)
     strides = (0, channels * size, size, 1) if layout == "NCHW" else (0, channels, 1, 0)
-    operand = problems.Operand(tuple(s if n > 1 else 0 for s, n in zip(strides, collapsed, strict=True)), 0)
+    operand = problems.Placement(tuple(s if n > 1 else 0 for s, n in zip(strides, collapsed, strict=True)), 0)
     parameter = max(number, 2)
     names, types, options = {
         "forward": (("x", "y"), {"gamma": parameter, "beta": parameter}, {}),

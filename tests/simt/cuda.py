@@ -137,9 +137,9 @@ PLANNED = ("moments", "grad_sums", "normalize", "grad_input", "forward", "backwa
 
 def forget() -> None:
     """Drop all plans."""
-    from fastbn.cuda import plans, statistics
+    from fastbn.cuda import plans, strided
 
     call.forget()
     for function in PLANNED:
         getattr(plans, function).cache_clear()
-    statistics.plan.cache_clear()
+    strided.plan.cache_clear()
