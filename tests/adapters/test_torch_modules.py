@@ -333,6 +333,7 @@ if rank == 0:
     torch.manual_seed(1)
     torch.save([norm(torch.randn(4, 3, 5)) for norm in norms], f"{folder}/alone")
 dist.barrier()
+dist.destroy_process_group()
 """
 
 
