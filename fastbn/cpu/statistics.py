@@ -91,6 +91,10 @@ class Summing(NamedTuple):
         """Whether so many of a kept index are read along."""
         return values >= ALONG[0] and values * self.itemsize >= ALONG[1]
 
+    def in_blocks(self, values: int) -> bool:
+        """Whether so many neighbours of eight kept indices are transposed."""
+        return values > 1 and self.itemsize <= 4 and not self.mask
+
     def enough(self, size: int) -> int:
         """Rows of so many values, beside each other, from which on each column has a sum."""
         if self.squares and self.itemsize >= 4 and not (self.small or self.mask) and size >= LONG_FOR_SQUARES:
@@ -123,6 +127,8 @@ class Division(NamedTuple):
     """The mask has a byte of each row of kept indices, several of which are taken as one."""
     along: bool = False
     """Values of a kept index are neighbours, enough for a vector."""
+    blocks: bool = False
+    """Values of a kept index are neighbours, too few for that."""
 
 
 def _words(kept: list[Dimension], rows: list[Dimension]) -> tuple[int, ...]:
@@ -233,12 +239,13 @@ def _along_kept(
     )  # fmt: skip
     along = row.step != 1 and bool(rows) and rows[-1].step == 1 and how.along(rows[-1].size)
     along = along and (not how.mask or rows[-1].mask == 1)
+    blocks = row.step != 1 and bool(rows) and rows[-1].step == 1 and how.in_blocks(rows[-1].size) and not along
     few = ABREAST_ROWS if row.step == 1 else how.few(along)
     if count <= few and size is None and coalesced == 1:
         return Division(
             "few", geometry._replace(parts=1, rows_of_a_part=count), _words(kept, rows), tasks=others * tiles,
             finishing=0, partials=0, own=0, strided=row.step != 1, mask_of_rows=row.mask == 0 and not along,
-            along=along,
+            along=along, blocks=blocks,
         )  # fmt: skip
     innermost = row if size is None else size
     of_cells = together is not None and how.mask > 0 and innermost.mask == 0 != together.mask
@@ -325,7 +332,9 @@ def plan(
     }
     x = p.array("x").after(starts[0])
     if c.kernel == "few":
-        lying: dict[str, Any] = {"x": x, "strided": option(c.strided), "along": option(c.along)}
+        lying: dict[str, Any] = {
+            "x": x, "strided": option(c.strided), "along": option(c.along), "blocks": option(c.blocks),
+        }  # fmt: skip
         p.launch("statistics_few.few", c.tasks, **(lying | selection | given), results=results)
         return p
     given["partials"] = p.scratch(c.partials + 64, "f8*")

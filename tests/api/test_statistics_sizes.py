@@ -1,5 +1,10 @@
 """Statistics of arrays of any size: lengths around every width of a kernel, the same bits on any number of threads."""
 
+import ctypes
+import itertools
+import mmap
+import sys
+
 import numpy as np
 import pytest
 
@@ -130,6 +135,68 @@ def test_short_rows_beside_each_other(dtype, function):
             x = line[: images * channels * size].reshape(images, channels, size)
             compare(failures, f"{x.shape}", function, x, (0, 2), expected_of(x, (0, 2)))
     report(failures)
+
+
+@by_sum
+@pytest.mark.parametrize("dtype", SOME_DTYPES)
+def test_rows_of_few_values(dtype, function):
+    """Eight rows are read at once; some begin far from their mean, of which the shift is made."""
+    line, failures = maker(dtype)((72_017,)), []
+    for n in range(2, 41):
+        for rows in (8, 21):
+            x = line[: rows * n].reshape(rows, n).copy()
+            compare(failures, f"{rows} rows of {n}", function, x, 1, expected_of(x, 1))
+            x[1::3, 0] = x.max() if x.dtype.kind == "b" else 100
+            compare(failures, f"{rows} rows of {n}, the first value far", function, x, 1, expected_of(x, 1))
+    for shape in ((16, 3, 5), (19, 4, 11), (33, 7, 2)):
+        x = line[: np.prod(shape) * 2].reshape(shape[0], 2 * shape[1], shape[2])[:, ::2]
+        compare(failures, f"{shape}, every second row", function, x, (1, 2), expected_of(x, (1, 2)))
+    report(failures)
+
+
+@by_sum
+@pytest.mark.parametrize("dtype", SOME_DTYPES)
+@pytest.mark.parametrize("step", [2, 3, 4, 5, -1, -2, -3])
+def test_values_apart(step, dtype, function):
+    """One row, and rows, of every so many values."""
+    line, failures = maker(dtype)((72_017,)), []
+    for n in (1, 2, 7, 8, 9, 15, 16, 17, 24, 25, 33, 100, 601, 3000):
+        x = line[::step][:n]
+        compare(failures, f"{n} values", function, x, None, expected_of(x, None))
+        x = line[: 12 * n * abs(step)].reshape(12, n * abs(step))[:, ::step] if 12 * n * abs(step) < 70_000 else None
+        if x is not None:
+            compare(failures, f"12 rows of {n}", function, x, 1, expected_of(x, 1))
+    report(failures)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is protected as Linux does it")
+@pytest.mark.parametrize("function", ["mean", "var", "nanvar"])
+@pytest.mark.parametrize("dtype", some_slow(["float32", "float64", "float16", "uint8", "int32"], ["float32", "uint8"]))
+def test_nothing_is_read_beside_an_array(dtype, function):
+    """Memory ends where the array does, and begins there: the bits are those of a copy."""
+    page, make = mmap.PAGESIZE, maker(dtype)
+    memory = mmap.mmap(-1, 18 * page)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    protect(place, page, 0)
+    protect(place + 17 * page, page, 0)
+    inside = np.frombuffer(memory, dtype, 16 * page // np.dtype(dtype).itemsize, page)
+    inside[:] = make((inside.size,))
+    try:
+        for rows, n, step in itertools.product(
+            (1, 3, 8, 20), (1, 2, 3, 5, 7, 8, 11, 16, 19, 31, 40), (1, 2, 3, 4, -1, -2)
+        ):
+            for near in (inside[-(rows * n * abs(step)) :], inside[: rows * n * abs(step)]):
+                # The last value of a row is its last one in memory, or for negative steps its first one in x.
+                first = step - 1 if step > 1 else None
+                x, other = (a.reshape(rows, n * abs(step))[:, first::step] for a in (near, near.copy()))
+                for axis in (0, 1, None):
+                    label = rows, n, step, axis
+                    assert bits(results_of(function, x, axis)) == bits(results_of(function, other, axis)), label
+    finally:
+        protect(place, page, 3)
+        protect(place + 17 * page, page, 3)
 
 
 LARGE = {

@@ -47,6 +47,7 @@ from fastbn.cpu.kernels.doubles import (
     unless,
     value_at,
     values,
+    values_apart,
     values_to_test,
     which_count,
 )
@@ -241,6 +242,13 @@ def eight(x, source, at, step, w_at, w_step, row_weight, q, some, o):
 
 
 @inline
+def eight_of_a_column(v, q, o):
+    """The same of values that are there, without a mask."""
+    mask = which_count(None, 0, None, v, None, o.skip_nan)
+    return Eight(in_float64(choose(mask, v, in_type_of(v, q))), mask, None)
+
+
+@inline
 def masked_by(source, where):
     return Values(source.x, source.raw, source.fetch, where, source.geometry, source.dimensions)
 
@@ -320,20 +328,35 @@ def fetched(source, at, n, workspace, into):
 # --- any dtype, any step ----------------------------------------------------------------------------------------------
 
 
+@inline
+def copied_apart(x, first, last, step, out):
+    """Copy all but some of the last ones, which are a known number apart: how far it has come."""
+    i = first
+    while i + LANES < last:  # what is read ends before the value behind these
+        put_values(out, i, values_apart(x, i * step, step), None)
+        i += LANES
+    return i
+
+
 @kernel
 def fetch(thread, first, last, x, step, out):
     """Copy values from the first to the last, a step apart, as float64."""
-    whole = last - (last - first) % LANES
+    i = first
     if step == 1:
-        for i in range(first, whole, LANES):
+        while i + LANES <= last:
             put_values(out, i, some_values(x, i, None, None), None)
-        if whole < last:
-            put_values(out, whole, some_values(x, whole, None, last - whole), last - whole)
-    else:
-        for i in range(first, whole, LANES):
-            put_values(out, i, some_values(x, i * step, step, None), None)
-        if whole < last:
-            put_values(out, whole, some_values(x, whole * step, step, last - whole), last - whole)
+            i += LANES
+    elif step == 2:
+        i = copied_apart(x, first, last, 2, out)
+    elif step == 3:
+        i = copied_apart(x, first, last, 3, out)
+    elif step == 4:
+        i = copied_apart(x, first, last, 4, out)
+    while i + LANES <= last:
+        put_values(out, i, some_values(x, i * step, step, None), None)
+        i += LANES
+    if i < last:
+        put_values(out, i, some_values(x, i * step, step, last - i), last - i)
 
 
 FETCH = offsets_of_arguments(fetch)

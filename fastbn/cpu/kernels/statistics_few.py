@@ -2,16 +2,22 @@
 
 In plain words, for the values x of each kept index that count, and their weights w or ones::
 
-    n, s = w.sum(), (w * x).sum()                      # the first time
-    q = s / n                                          # in float32, but for dtypes of 8 bytes
-    a, b = (w * (x - q)).sum(), (w * (x - q)**2).sum() # the second time, if squares are wanted
-    mean, m2 = q + a / n, b - a**2 / n
+    q = x[0]                                           # the shift; 0, and no b, where squares are not wanted
+    n, a, b = w.sum(), (w * (x - q)).sum(), (w * (x - q)**2).sum()
+    mean, m2 = q + a / n, b - a**2 / n                 # around q = mean again, if a**2 / n is large beside m2
 
-Eight kept indices at a time go through their values twice, and the second time these are in the first-level cache: for
-the mean, which is the shift of the sums of squares, and for these. Nothing is kept in memory between. Where kept
-indices are neighbours, a lane is one of them; where their own values are, as in (1 000 000, 50) on axis 1, eight values
-of one are read at once, and the lanes of eight such sums are added up in the end.
+Eight kept indices at a time, a lane for each. Of up to 17 values a**2 / n is never as large as `statistics.far` has
+it, of a hundred seldom; then, and always for dtypes of 8 bytes, values are looked at again, in the first-level cache.
+Nothing is kept in memory between. Three ways lead to the lanes:
+
+- across: kept indices are neighbours, or everything lies apart;
+- blocks: values of a kept index are neighbours, as in (1 000 000, 10) on axis 1: blocks of eight kept indices and
+  eight, four or two values are transposed;
+- along: there are enough of them for a vector, as in (1 000 000, 50): eight of one are read at once, and the lanes of
+  eight such sums are added up in the end.
 """
+
+from typing import Any, NamedTuple
 
 from fastbn.cpu.kernels.calls import doubles, reserve
 from fastbn.cpu.kernels.compiler import inline, kernel
@@ -26,18 +32,25 @@ from fastbn.cpu.kernels.doubles import (
     lane,
     last_lanes,
     only_if,
+    prefetch_values,
     row_sums,
     shortened,
+    some_values,
+    transposed,
     unless,
+    values_to_test,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
-from fastbn.cpu.kernels.simd import prefetch, zero_where_not_positive
+from fastbn.cpu.kernels.simd import any_greater, prefetch, zero_where_not_positive
 from fastbn.cpu.kernels.simd import store as put
 from fastbn.cpu.kernels.statistics import (
+    LOOKS,
     Eight,
     Values,
     add,
     eight,
+    eight_of_a_column,
+    far,
     kept_place,
     one_by_one,
     row_counts,
@@ -51,27 +64,43 @@ from fastbn.cpu.kernels.statistics_results import Targets, checks, finish
 from fastbn.cpu.sizes import AHEAD_BYTES
 from fastbn.operands import CAREFUL
 
+
+class Columns(NamedTuple):
+    """Eight kept indices, a column of values each."""
+
+    at: Any
+    step: Any
+    """From one to the next, or None if they are neighbours."""
+    w_at: Any
+    """The same of a mask."""
+    w_step: Any
+    some: Any
+    """How many there are, if not eight."""
+    count: Any
+    """How many there are."""
+
+
 COUNTS, RESTS, SHIFTS = (k * LANES * LANES for k in (1, 2, 3))  # behind the sums, in the table of `sums_of_rows`
 NUMBERS = SHIFTS + LANES
 
 
 @inline
-def sums_of_columns(x, source, at, step, w_at, w_across, some, q, squares, exact, o):
+def sums_of_columns(x, source, c, q, squares, exact, o):
     """Of eight columns from a place on: their counts, and the sums around q that `add` makes."""
     zero, geometry = everywhere(0.0), source.geometry
     n, a, b, of_rows, r, line = zero, zero, zero, 0.0, 0, 64 // geometry.itemsize
-    ahead = at + AHEAD_BYTES // geometry.itemsize
+    ahead = c.at + AHEAD_BYTES // geometry.itemsize
     while r < geometry.rows:
         x_row, w_row, x_step, w_step, rows, _ = rows_from(r, geometry.rows, source)
         r += rows
-        x_row, w_row = at + x_row, w_at + w_row
+        x_row, w_row = c.at + x_row, c.w_at + w_row
         for _ in range(rows):
             if row_counts(source.where, w_row, geometry):
                 weight = weight_of_row(source.where, w_row, weight_by_row(o))
-                if step is not None and squares is None and geometry.rows >= LANES:
+                if c.step is not None and geometry.rows >= LANES:
                     prefetch(x, ahead)
                     ahead += line
-                e = eight(x, source, x_row, step, w_row, w_across, everywhere(weight), q, some, o)
+                e = eight(x, source, x_row, c.step, w_row, c.w_step, everywhere(weight), q, c.some, o)
                 a, b = add(a, b, e, q, squares, exact)
                 n, of_rows = tallied(n, e, o), of_rows + weight
             x_row += x_step
@@ -89,8 +118,7 @@ def add_short_row(x, source, at, w_at, q, squares, exact, o):
         r += rows
         x_row, w_row = at + x_row, w_at + w_row
         for i in range(0, rows & -LANES, LANES):
-            if squares is None:
-                prefetch(x, x_row + i + ahead)
+            prefetch(x, x_row + i + ahead)
             e = eight(x, source, x_row + i, None, w_row + i, None, zero, q, None, o)
             a, b = add(a, b, e, q, squares, exact)
             n = tallied(n, e, o)
@@ -105,15 +133,15 @@ def add_short_row(x, source, at, w_at, q, squares, exact, o):
 
 
 @inline
-def sums_of_rows(x, source, at, step, w_at, w_step, some, q, squares, exact, o):
-    """Of eight kept indices from a place on, or the first ``some``, a step apart: as `sums_of_columns`."""
+def sums_of_rows(x, source, c, q, squares, exact, o):
+    """As `sums_of_columns`, of kept indices a step apart."""
     table, zero = doubles(reserve(NUMBERS)), everywhere(0.0)
     put(table, SHIFTS, q)
     for k in range(LANES):
         n, a, b = zero, zero, zero
-        if k < some:
+        if k < c.count:
             shift = everywhere(table[SHIFTS + k])
-            n, a, b = add_short_row(x, source, at + k * step, w_at + k * w_step, shift, squares, exact, o)
+            n, a, b = add_short_row(x, source, c.at + k * c.step, c.w_at + k * c.w_step, shift, squares, exact, o)
         put(table, k * LANES, a)
         put(table, COUNTS + k * LANES, n)
         put(table, RESTS + k * LANES, b)
@@ -123,13 +151,62 @@ def sums_of_rows(x, source, at, step, w_at, w_step, some, q, squares, exact, o):
 
 
 @inline
-def sums(x, source, at, step, w_at, w_step, some, q, squares, exact, along, across, o, count):
-    """By columns or by rows, whichever lies side by side."""
+def add_column(v, q, squares, exact, o, sums):
+    """Values of eight kept indices to the sums n, a, b."""
+    n, a, b = sums
+    e = eight_of_a_column(v, q, o)
+    a, b = add(a, b, e, q, squares, exact)
+    return tallied(n, e, o), a, b
+
+
+@inline
+def add_two_columns(v, q, squares, exact, o, sums):
+    return add_column(v[1], q, squares, exact, o, add_column(v[0], q, squares, exact, o, sums))
+
+
+@inline
+def add_four_columns(v, q, squares, exact, o, sums):
+    sums = add_two_columns((v[0], v[1]), q, squares, exact, o, sums)
+    return add_two_columns((v[2], v[3]), q, squares, exact, o, sums)
+
+
+@inline
+def sums_of_blocks(x, source, c, q, squares, exact, o):
+    """As `sums_of_columns`, where values of a kept index are neighbours: eight, four or two of each are transposed."""
+    zero, geometry, skip_nan = everywhere(0.0), source.geometry, o.skip_nan
+    sums, r, ahead = (zero, zero, zero), 0, AHEAD_BYTES // geometry.itemsize
+    while r < geometry.rows:
+        x_row, _, _, _, rows, _ = rows_from(r, geometry.rows, source)
+        r += rows
+        i, end = c.at + x_row, c.at + x_row + rows
+        while i + 8 <= end:
+            prefetch_values(x, i + ahead)
+            v = transposed(x, i, c.step, 8, skip_nan)
+            sums = add_four_columns((v[0], v[1], v[2], v[3]), q, squares, exact, o, sums)
+            sums = add_four_columns((v[4], v[5], v[6], v[7]), q, squares, exact, o, sums)
+            i += 8
+        if i + 4 <= end:
+            sums = add_four_columns(transposed(x, i, c.step, 4, skip_nan), q, squares, exact, o, sums)
+            i += 4
+        if i + 2 <= end:
+            sums = add_two_columns(transposed(x, i, c.step, 2, skip_nan), q, squares, exact, o, sums)
+            i += 2
+        if i < end:
+            sums = add_column(values_to_test(x, i, c.step, None, skip_nan), q, squares, exact, o, sums)
+    n, a, b = sums
+    return count_of(n, float(geometry.rows), one_by_one(o)), a, b
+
+
+@inline
+def sums(x, source, c, q, squares, exact, o, along, blocks, across):
+    """By whichever lies side by side; two of the three ways are None."""
     n, a, b = q, q, q
     if along is not None:
-        n, a, b = sums_of_rows(x, source, at, step, w_at, w_step, count, q, squares, exact, o)
+        n, a, b = sums_of_rows(x, source, c, q, squares, exact, o)
+    if blocks is not None:
+        n, a, b = sums_of_blocks(x, source, c, q, squares, exact, o)
     if across is not None:
-        n, a, b = sums_of_columns(x, source, at, step, w_at, w_step, some, q, squares, exact, o)
+        n, a, b = sums_of_columns(x, source, c, q, squares, exact, o)
     return n, a, b
 
 
@@ -142,39 +219,55 @@ def count_of(of_values, of_rows, counts):
 
 
 @inline
-def divided(a, n, each, exact):
-    """The mean, which of equal values is theirs: so rounded for float64, in any way for narrower ones."""
+def least_looks(exact):
+    """How often values are looked at that are more than once: of 8-byte dtypes, around the mean."""
     if exact is None:
-        return a * each
-    return a / n
+        return 0
+    return 1
 
 
 @inline
-def finish_columns(x, source, at, step, w_at, w_step, some, squares, along, o, results, to):
-    """Results of eight columns, or the first ``some``."""
-    zero, checked = everywhere(0.0), first_there(o.exact, o.weighted)
-    across = unless(along, True)
-    n, hi, lo = sums(x, source, at, step, w_at, w_step, some, zero, None, checked, along, across, o, to.count)
-    each = everywhere(1.0) / n
-    if squares is not None:
-        mu = divided(hi + lo, n, each, o.exact)
-        q = choose(finite(mu), shortened(mu, o.exact), zero)
-        if checks(squares, o.exact, o.weighted):
+def sums_around_a_shift(x, source, c, o, along, blocks, across):
+    """n, shift, A and m2 of eight columns; of 8-byte dtypes around the mean; and B."""
+    zero, one = everywhere(0.0), everywhere(1.0)
+    q = some_values(x, c.at, c.step, c.some)
+    q = choose(finite(q), shortened(q, o.exact), zero)
+    n, a, b, m2 = zero, zero, zero, zero
+    for look in range(LOOKS):
+        if checks(o.squares, o.exact, o.weighted):
             lower_underflow_flag()
-        _, a, b = sums(x, source, at, step, w_at, w_step, some, q, squares, o.exact, along, across, o, to.count)
-        m2 = b - a * (a * choose(greater(n, zero), each, zero))
+        n, a, b = sums(x, source, c, q, o.squares, o.exact, o, along, blocks, across)
+        each = one / n
+        between = a * choose(greater(n, zero), a * each, zero)
+        m2 = b - between
+        is_far = any_greater(choose(finite(between), between, zero), everywhere(far(o.exact, o.weighted)) * m2)
+        if look + 1 == LOOKS or not (is_far or look < least_looks(o.exact)):
+            break
+        mu = q + a * each
+        q = choose(finite(mu), shortened(mu, o.exact), q)
+    return n, q, a, zero_where_not_positive(m2, m2), b
+
+
+@inline
+def finish_columns(x, source, c, o, squares, along, blocks, results, o_at):
+    """Results of eight columns."""
+    zero, one, checked = everywhere(0.0), everywhere(1.0), first_there(o.exact, o.weighted)
+    across = unless(first_there(along, blocks), True)
+    to = Targets(o_at, source.geometry.kept_step, c.count)
+    if squares is not None:
+        n, q, a, m2, b = sums_around_a_shift(x, source, c, o, along, blocks, across)
         if checks(squares, o.exact, o.weighted) and underflowed(lane(b, 0)):
             results.status[CAREFUL] = 1.0
-        m2 = zero_where_not_positive(m2, m2)
-        finish(n, each, q, a, zero, m2, squares, checked, results, to)
+        finish(n, one / n, q, a, zero, m2, squares, checked, results, to)
     if squares is None:
-        finish(n, each, zero, hi, lo, zero, squares, checked, results, to)
+        n, hi, lo = sums(x, source, c, zero, None, checked, o, along, blocks, across)
+        finish(n, one / n, zero, hi, lo, zero, squares, checked, results, to)
 
 
 @kernel
-def few(thread, first, last, x, strided, along, where, options, geometry, dimensions, results):
+def few(thread, first, last, x, strided, along, blocks, where, options, geometry, dimensions, results):
     """A task is a tile of columns."""
-    source = Values(x, None, 0, where, geometry, dimensions)
+    source, o = Values(x, None, 0, where, geometry, dimensions), options
     channels, tile = geometry.channels, geometry.tile
     step, w_step = only_if(strided, geometry.step), only_if(strided, geometry.mask_step)
     tiles = -(-channels // tile)
@@ -183,12 +276,10 @@ def few(thread, first, last, x, strided, along, where, options, geometry, dimens
         cell = (task - k * tiles) * tile
         end = min(cell + tile, channels)
         at, w_at, o_at = kept_place(k, geometry, dimensions)
-        for c in range(cell, end, LANES):
-            x_at, w_c = at + c * geometry.step, w_at + c * geometry.mask_step
-            to = Targets(o_at + c * geometry.kept_step, geometry.kept_step, min(LANES, end - c))
-            if to.count == LANES:
-                finish_columns(x, source, x_at, step, w_c, w_step, None, options.squares, along, options, results, to)
+        for i in range(cell, end, LANES):
+            there = at + i * geometry.step, step, w_at + i * geometry.mask_step, w_step
+            count, to = min(LANES, end - i), o_at + i * geometry.kept_step
+            if count == LANES:
+                finish_columns(x, source, Columns(*there, None, LANES), o, o.squares, along, blocks, results, to)
             else:
-                finish_columns(
-                    x, source, x_at, step, w_c, w_step, to.count, options.squares, along, options, results, to
-                )
+                finish_columns(x, source, Columns(*there, count, count), o, o.squares, along, None, results, to)
