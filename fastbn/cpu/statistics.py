@@ -37,6 +37,7 @@ SHORTEST = 8  # values: of shorter reduced rows, eight neighbours are read toget
 SMALLEST = 64  # values: of shorter reduced rows of small integers, eight neighbours are read together
 FEW_VALUES = 128  # values of a kept index: if it has no more, eight neighbours are read together, whatever its rows
 ALONG = 32, 128  # values, and bytes: rows that have both are read each along itself, up to three times as fast
+ALONG_NOT_IN_BLOCKS = 40  # values of such rows, where blocks can be transposed: below it a sixth faster
 FEW_BYTES = 1 << 10  # bytes of a kept index: FEW_VALUES of narrow dtypes, where rows are read each along itself
 ABREAST_ROWS = 12  # rows of neighbouring kept indices, up to which all are read for eight columns at once
 FEW = 8  # kept indices in a row, below which each goes its own way along the reduced ones
@@ -89,7 +90,8 @@ class Summing(NamedTuple):
 
     def along(self, values: int) -> bool:
         """Whether so many of a kept index are read along."""
-        return values >= ALONG[0] and values * self.itemsize >= ALONG[1]
+        least = ALONG_NOT_IN_BLOCKS if self.in_blocks(values) else ALONG[0]
+        return values >= least and values * self.itemsize >= ALONG[1]
 
     def in_blocks(self, values: int) -> bool:
         """Whether so many neighbours of eight kept indices are transposed."""

@@ -29,13 +29,13 @@ def expected_of(x, axis):
     return mean, np.square(wide - mean).mean(axis, keepdims=True), np.abs(wide).mean(axis, keepdims=True)
 
 
-def compare(failures, label, function, x, axis, expected):
+def compare(failures, label, function, x, axis, expected, **options):
     mean, var, magnitude = expected
     wide = x.dtype.kind in "iub" or x.dtype.itemsize == 8
     of_mean, of_var = oracle.MEAN["float64" if wide else "float32"], oracle.SPREAD["float64" if wide else "float32"]
     if function in ("moments", "mean_var") and not wide:
         of_mean = 1e-7
-    count = x.size // mean.size
+    count = options["where"].sum() if options else x.size // mean.size
     wanted = {
         "mean": (mean, magnitude, of_mean),
         "var": (var, var, of_var),
@@ -43,7 +43,7 @@ def compare(failures, label, function, x, axis, expected):
         "m2": (var * count, var * count, of_var),
         "count": (np.full(mean.shape, count), 0, 0),
     }
-    for name, actual in results_of(function, x, axis).items():
+    for name, actual in results_of(function, x, axis, **options).items():
         value, scale, relative = wanted[name]
         beyond = oracle.excess(
             np.reshape(actual, mean.shape), *(np.asarray(a, float) for a in (value, scale)), relative
@@ -166,6 +166,26 @@ def test_values_apart(step, dtype, function):
         x = line[: 12 * n * abs(step)].reshape(12, n * abs(step))[:, ::step] if 12 * n * abs(step) < 70_000 else None
         if x is not None:
             compare(failures, f"12 rows of {n}", function, x, 1, expected_of(x, 1))
+    report(failures)
+
+
+@by_sum
+@pytest.mark.parametrize("dtype", SOME_DTYPES)
+def test_masks_of_rows(dtype, function):
+    """Four rows are read at once, of those that count."""
+    line, failures, draw = maker(dtype)((72_017,)), [], np.random.default_rng(5)
+    for rows, columns in ((5, 3), (8, 40), (67, 33), (200, 129), (4001, 9)):
+        x = line[: rows * columns].reshape(rows, columns)
+        place = np.arange(rows)
+        for name, counts in {
+            "one": place == rows - 1,
+            "first": place < 0.3 * rows,
+            "last": place > 0.6 * rows,
+            "some": draw.random(rows) < 0.5,
+            "all": place >= 0,
+        }.items():
+            label, expected = f"{name} of {rows} x {columns}", expected_of(x[counts], 0)
+            compare(failures, label, function, x, 0, expected, where=counts[:, None])
     report(failures)
 
 

@@ -6,8 +6,8 @@ In plain words, for the values x of each kept index that count, and their weight
     n, a, b = w.sum(), (w * (x - q)).sum(), (w * (x - q)**2).sum()
     mean, m2 = q + a / n, b - a**2 / n                 # around q = mean again, if a**2 / n is large beside m2
 
-Eight kept indices at a time, a lane for each. Of up to 17 values a**2 / n is never as large as `statistics.far` has
-it, of a hundred seldom; then, and always for dtypes of 8 bytes, values are looked at again, in the first-level cache.
+Eight kept indices at a time, a lane for each. Of up to 17 floats a**2 / n is never as large as `statistics.far` has
+it, of a hundred seldom; then values are looked at again, in the first-level cache.
 Nothing is kept in memory between. Three ways lead to the lanes:
 
 - across: kept indices are neighbours, or everything lies apart;
@@ -219,16 +219,8 @@ def count_of(of_values, of_rows, counts):
 
 
 @inline
-def least_looks(exact):
-    """How often values are looked at that are more than once: of 8-byte dtypes, around the mean."""
-    if exact is None:
-        return 0
-    return 1
-
-
-@inline
 def sums_around_a_shift(x, source, c, o, along, blocks, across):
-    """n, shift, A and m2 of eight columns; of 8-byte dtypes around the mean; and B."""
+    """n, shift, A and m2 of eight columns; and B."""
     zero, one = everywhere(0.0), everywhere(1.0)
     q = some_values(x, c.at, c.step, c.some)
     q = choose(finite(q), shortened(q, o.exact), zero)
@@ -241,7 +233,7 @@ def sums_around_a_shift(x, source, c, o, along, blocks, across):
         between = a * choose(greater(n, zero), a * each, zero)
         m2 = b - between
         is_far = any_greater(choose(finite(between), between, zero), everywhere(far(o.exact, o.weighted)) * m2)
-        if look + 1 == LOOKS or not (is_far or look < least_looks(o.exact)):
+        if look + 1 == LOOKS or not is_far:
             break
         mu = q + a * each
         q = choose(finite(mu), shortened(mu, o.exact), q)

@@ -24,6 +24,7 @@ from fastbn.cpu.kernels.doubles import (
     greater,
     put_values,
     unless,
+    value_at,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
 from fastbn.cpu.kernels.integers import COLUMNS, HOLDS
@@ -83,20 +84,19 @@ def add_vector(x, source, at, w_at, w, some, o, table, c):
 
 
 @inline
-def add_vectors(x, source, at, step, far, w_at, w_far, weights, some, o, table, c):
-    """The same of four rows, each ``far`` from the one before."""
+def add_vectors(x, source, at, step, w_at, weights, some, o, table, c):
+    """The same of four rows, whose places are given; what is a step on is prefetched."""
     rest, counts = first_there(o.squares, o.exact), one_by_one(o)
     q, n, a, b = loaded(table, c, o.squares, rest, counts)
-    at, w_at = at + c, w_at + c
     if c & (64 // source.geometry.itemsize - 1) == 0:
-        prefetch(x, at + step)
-        prefetch(x, at + far + step)
-        prefetch(x, at + 2 * far + step)
-        prefetch(x, at + 3 * far + step)
-    e0 = eight(x, source, at, None, w_at, None, weights[0], q, some, o)
-    e1 = eight(x, source, at + far, None, w_at + w_far, None, weights[1], q, some, o)
-    e2 = eight(x, source, at + 2 * far, None, w_at + 2 * w_far, None, weights[2], q, some, o)
-    e3 = eight(x, source, at + 3 * far, None, w_at + 3 * w_far, None, weights[3], q, some, o)
+        prefetch(x, at[0] + c + step)
+        prefetch(x, at[1] + c + step)
+        prefetch(x, at[2] + c + step)
+        prefetch(x, at[3] + c + step)
+    e0 = eight(x, source, at[0] + c, None, w_at[0] + c, None, weights[0], q, some, o)
+    e1 = eight(x, source, at[1] + c, None, w_at[1] + c, None, weights[1], q, some, o)
+    e2 = eight(x, source, at[2] + c, None, w_at[2] + c, None, weights[2], q, some, o)
+    e3 = eight(x, source, at[3] + c, None, w_at[3] + c, None, weights[3], q, some, o)
     a, b = add_four(a, b, (e0, e1, e2, e3), q, o.squares, o.exact)
     n = all_tallied(n, (e0, e1, e2, e3), o)
     stored(table, c, n, a, b, rest, counts)
@@ -112,12 +112,17 @@ def add_one_row(x, source, at, w_at, w, o, table, columns):
 
 
 @inline
-def add_four_rows(x, source, at, step, far, w_at, w_far, weights, o, table, columns):
+def add_four_rows(x, source, at, step, w_at, weights, o, table, columns):
     whole = columns & -LANES
     for c in range(0, whole, LANES):
-        add_vectors(x, source, at, step, far, w_at, w_far, weights, None, o, table, c)
+        add_vectors(x, source, at, step, w_at, weights, None, o, table, c)
     if whole < columns:
-        add_vectors(x, source, at, step, far, w_at, w_far, weights, columns - whole, o, table, whole)
+        add_vectors(x, source, at, step, w_at, weights, columns - whole, o, table, whole)
+
+
+@inline
+def four_places(at, far):
+    return at, at + far, at + 2 * far, at + 3 * far
 
 
 @inline
@@ -127,11 +132,11 @@ def weight_at_row(source, at, o):
 
 @inline
 def add_quarters(x, source, at, step, w_at, w_step, rows, by_cell, o, table, columns):
-    """Rows of four quarters, read side by side: how many, and what they weigh. None if rows may be left out."""
+    """Rows of four quarters, read side by side: how many, and what those weigh that count."""
     if x is None:
         return 0, 0.0
     if source.geometry.mask == OF_ROWS and o.weighted is None:
-        return 0, 0.0
+        return add_counted_rows(x, source, at, step, w_at, w_step, rows, o, table, columns)
     quarter, n = rows // 4, 0.0
     jump, w_jump = quarter * step, quarter * w_step
     for k in range(quarter):
@@ -145,10 +150,39 @@ def add_quarters(x, source, at, step, w_at, w_step, rows, by_cell, o, table, col
             w_far = table.pitch
             for i in range(1, 4):
                 mask_of_row(source, w_k + i * w_jump, columns, by_cell, table, i)
-        masked = masked_by(source, where)
-        add_four_rows(x, masked, at + k * step, step, jump, w_first, w_far, weights, o, table, columns)
+        masked, w_places = masked_by(source, where), four_places(w_first, w_far)
+        add_four_rows(x, masked, four_places(at + k * step, jump), step, w_places, weights, o, table, columns)
         n += (w0 + w1) + (w2 + w3)
     return 4 * quarter, n
+
+
+@inline
+def counted_from(source, row, last, w_at, w_step):
+    """The first row from one on, before the last, that a mask of rows has; else the last."""
+    while row < last and value_at(source.where, w_at + row * w_step) == 0.0:
+        row += 1
+    return row
+
+
+@inline
+def add_counted_rows(x, source, at, step, w_at, w_step, rows, o, table, columns):
+    """The same with a mask of rows: of each quarter the next one that counts, until one of them has no more."""
+    quarter, n, one = rows // 4, 0.0, everywhere(1.0)
+    end1, end2, end3 = 2 * quarter, 3 * quarter, 4 * quarter
+    k0, k1, k2, k3 = 0, quarter, end1, end2
+    while True:
+        k0, k1 = counted_from(source, k0, quarter, w_at, w_step), counted_from(source, k1, end1, w_at, w_step)
+        k2, k3 = counted_from(source, k2, end2, w_at, w_step), counted_from(source, k3, end3, w_at, w_step)
+        if k0 == quarter or k1 == end1 or k2 == end2 or k3 == end3:
+            break
+        places = at + k0 * step, at + k1 * step, at + k2 * step, at + k3 * step
+        add_four_rows(x, source, places, step, four_places(w_at, 0), (one, one, one, one), o, table, columns)
+        k0, k1, k2, k3, n = k0 + 1, k1 + 1, k2 + 1, k3 + 1, n + 4.0
+    for k, end in ((k0, quarter), (k1, end1), (k2, end2), (k3, end3)):
+        while k < end:
+            add_one_row(x, source, at + k * step, w_at, one, o, table, columns)
+            k, n = counted_from(source, k + 1, end, w_at, w_step), n + 1.0
+    return end3, n
 
 
 @inline
