@@ -56,6 +56,7 @@ from fastbn.cpu.kernels.statistics import (
     row_counts,
     rows_from,
     tallied,
+    together,
     totals,
     weight_by_row,
     weight_of_row,
@@ -85,13 +86,16 @@ NUMBERS = SHIFTS + LANES
 
 
 @inline
-def sums_of_columns(x, source, c, q, squares, exact, o):
-    """Of eight columns from a place on: their counts, and the sums around q that `add` makes."""
+def sums_of_columns(x, source, first, c, q, squares, exact, o):
+    """Of eight columns from a place on: their counts, and the sums around q that `add` makes.
+
+    Of every run of rows, of which the first is given, the second, fourth, ... values have sums of their own.
+    """
     zero, geometry = everywhere(0.0), source.geometry
-    n, a, b, of_rows, r, line = zero, zero, zero, 0.0, 0, 64 // geometry.itemsize
+    n, a0, b0, a1, b1, of_rows, r, line = zero, zero, zero, zero, zero, 0.0, 0, 64 // geometry.itemsize
+    x_row, w_row, x_step, w_step, rows, _ = first
     ahead = c.at + AHEAD_BYTES // geometry.itemsize
-    while r < geometry.rows:
-        x_row, w_row, x_step, w_step, rows, _ = rows_from(r, geometry.rows, source)
+    while True:
         r += rows
         x_row, w_row = c.at + x_row, c.w_at + w_row
         for _ in range(rows):
@@ -101,20 +105,27 @@ def sums_of_columns(x, source, c, q, squares, exact, o):
                     prefetch(x, ahead)
                     ahead += line
                 e = eight(x, source, x_row, c.step, w_row, c.w_step, everywhere(weight), q, c.some, o)
-                a, b = add(a, b, e, q, squares, exact)
+                a0, b0 = add(a0, b0, e, q, squares, exact)
                 n, of_rows = tallied(n, e, o), of_rows + weight
+            a0, b0, a1, b1 = a1, b1, a0, b0
             x_row += x_step
             w_row += w_step
+        if rows & 1 == 1:
+            a0, b0, a1, b1 = a1, b1, a0, b0
+        if r >= geometry.rows:
+            break
+        x_row, w_row, x_step, w_step, rows, _ = rows_from(r, geometry.rows, source)
+    a, b = together(a0, b0, a1, b1, squares, exact)
     return count_of(n, of_rows, one_by_one(o)), a, b
 
 
 @inline
-def add_short_row(x, source, at, w_at, q, squares, exact, o):
+def add_short_row(x, source, first, at, w_at, q, squares, exact, o):
     """The values of one kept index to sums in lanes; the last ones are read together with some that were before."""
     zero, geometry = everywhere(0.0), source.geometry
     n, a, b, r, ahead = zero, zero, zero, 0, AHEAD_BYTES // geometry.itemsize
-    while r < geometry.rows:
-        x_row, w_row, _, _, rows, _ = rows_from(r, geometry.rows, source)
+    x_row, w_row, _, _, rows, _ = first
+    while True:
         r += rows
         x_row, w_row = at + x_row, w_at + w_row
         for i in range(0, rows & -LANES, LANES):
@@ -129,11 +140,14 @@ def add_short_row(x, source, at, w_at, q, squares, exact, o):
             e = Eight(choose(mask, e.v, q), mask, e.w)
             a, b = add(a, b, e, q, squares, exact)
             n = tallied(n, e, o)
+        if r >= geometry.rows:
+            break
+        x_row, w_row, _, _, rows, _ = rows_from(r, geometry.rows, source)
     return n, a, b
 
 
 @inline
-def sums_of_rows(x, source, c, q, squares, exact, o):
+def sums_of_rows(x, source, first, c, q, squares, exact, o):
     """As `sums_of_columns`, of kept indices a step apart."""
     table, zero = doubles(reserve(NUMBERS)), everywhere(0.0)
     put(table, SHIFTS, q)
@@ -141,7 +155,9 @@ def sums_of_rows(x, source, c, q, squares, exact, o):
         n, a, b = zero, zero, zero
         if k < c.count:
             shift = everywhere(table[SHIFTS + k])
-            n, a, b = add_short_row(x, source, c.at + k * c.step, c.w_at + k * c.w_step, shift, squares, exact, o)
+            n, a, b = add_short_row(
+                x, source, first, c.at + k * c.step, c.w_at + k * c.w_step, shift, squares, exact, o
+            )
         put(table, k * LANES, a)
         put(table, COUNTS + k * LANES, n)
         put(table, RESTS + k * LANES, b)
@@ -151,62 +167,63 @@ def sums_of_rows(x, source, c, q, squares, exact, o):
 
 
 @inline
-def add_column(v, q, squares, exact, o, sums):
-    """Values of eight kept indices to the sums n, a, b."""
-    n, a, b = sums
-    e = eight_of_a_column(v, q, o)
-    a, b = add(a, b, e, q, squares, exact)
-    return tallied(n, e, o), a, b
+def add_two_columns(one, other, q, squares, exact, o, sums):
+    """Values of eight kept indices each to the sums n, A and B of either."""
+    n, a0, b0, a1, b1 = sums
+    e0, e1 = eight_of_a_column(one, q, o), eight_of_a_column(other, q, o)
+    a0, b0 = add(a0, b0, e0, q, squares, exact)
+    a1, b1 = add(a1, b1, e1, q, squares, exact)
+    return tallied(tallied(n, e0, o), e1, o), a0, b0, a1, b1
 
 
 @inline
-def add_two_columns(v, q, squares, exact, o, sums):
-    return add_column(v[1], q, squares, exact, o, add_column(v[0], q, squares, exact, o, sums))
-
-
-@inline
-def add_four_columns(v, q, squares, exact, o, sums):
-    sums = add_two_columns((v[0], v[1]), q, squares, exact, o, sums)
-    return add_two_columns((v[2], v[3]), q, squares, exact, o, sums)
-
-
-@inline
-def sums_of_blocks(x, source, c, q, squares, exact, o):
+def sums_of_blocks(x, source, first, c, q, squares, exact, o):
     """As `sums_of_columns`, where values of a kept index are neighbours: eight, four or two of each are transposed."""
     zero, geometry, skip_nan = everywhere(0.0), source.geometry, o.skip_nan
-    sums, r, ahead = (zero, zero, zero), 0, AHEAD_BYTES // geometry.itemsize
-    while r < geometry.rows:
-        x_row, _, _, _, rows, _ = rows_from(r, geometry.rows, source)
+    sums, r, ahead = (zero, zero, zero, zero, zero), 0, AHEAD_BYTES // geometry.itemsize
+    x_row, _, _, _, rows, _ = first
+    while True:
         r += rows
         i, end = c.at + x_row, c.at + x_row + rows
         while i + 8 <= end:
             prefetch_values(x, i + ahead)
             v = transposed(x, i, c.step, 8, skip_nan)
-            sums = add_four_columns((v[0], v[1], v[2], v[3]), q, squares, exact, o, sums)
-            sums = add_four_columns((v[4], v[5], v[6], v[7]), q, squares, exact, o, sums)
+            sums = add_two_columns(v[0], v[1], q, squares, exact, o, sums)
+            sums = add_two_columns(v[2], v[3], q, squares, exact, o, sums)
+            sums = add_two_columns(v[4], v[5], q, squares, exact, o, sums)
+            sums = add_two_columns(v[6], v[7], q, squares, exact, o, sums)
             i += 8
         if i + 4 <= end:
-            sums = add_four_columns(transposed(x, i, c.step, 4, skip_nan), q, squares, exact, o, sums)
+            v = transposed(x, i, c.step, 4, skip_nan)
+            sums = add_two_columns(v[0], v[1], q, squares, exact, o, sums)
+            sums = add_two_columns(v[2], v[3], q, squares, exact, o, sums)
             i += 4
         if i + 2 <= end:
-            sums = add_two_columns(transposed(x, i, c.step, 2, skip_nan), q, squares, exact, o, sums)
+            v = transposed(x, i, c.step, 2, skip_nan)
+            sums = add_two_columns(v[0], v[1], q, squares, exact, o, sums)
             i += 2
         if i < end:
-            sums = add_column(values_to_test(x, i, c.step, None, skip_nan), q, squares, exact, o, sums)
-    n, a, b = sums
+            e = eight_of_a_column(values_to_test(x, i, c.step, None, skip_nan), q, o)
+            a, b = add(sums[1], sums[2], e, q, squares, exact)
+            sums = tallied(sums[0], e, o), a, b, sums[3], sums[4]
+        if r >= geometry.rows:
+            break
+        x_row, _, _, _, rows, _ = rows_from(r, geometry.rows, source)
+    n, a0, b0, a1, b1 = sums
+    a, b = together(a0, b0, a1, b1, squares, exact)
     return count_of(n, float(geometry.rows), one_by_one(o)), a, b
 
 
 @inline
-def sums(x, source, c, q, squares, exact, o, along, blocks, across):
+def sums(x, source, first, c, q, squares, exact, o, along, blocks, across):
     """By whichever lies side by side; two of the three ways are None."""
     n, a, b = q, q, q
     if along is not None:
-        n, a, b = sums_of_rows(x, source, c, q, squares, exact, o)
+        n, a, b = sums_of_rows(x, source, first, c, q, squares, exact, o)
     if blocks is not None:
-        n, a, b = sums_of_blocks(x, source, c, q, squares, exact, o)
+        n, a, b = sums_of_blocks(x, source, first, c, q, squares, exact, o)
     if across is not None:
-        n, a, b = sums_of_columns(x, source, c, q, squares, exact, o)
+        n, a, b = sums_of_columns(x, source, first, c, q, squares, exact, o)
     return n, a, b
 
 
@@ -219,7 +236,7 @@ def count_of(of_values, of_rows, counts):
 
 
 @inline
-def sums_around_a_shift(x, source, c, o, along, blocks, across):
+def sums_around_a_shift(x, source, first, c, o, along, blocks, across):
     """n, shift, A and m2 of eight columns; and B."""
     zero, one = everywhere(0.0), everywhere(1.0)
     q = some_values(x, c.at, c.step, c.some)
@@ -228,7 +245,7 @@ def sums_around_a_shift(x, source, c, o, along, blocks, across):
     for look in range(LOOKS):
         if checks(o.squares, o.exact, o.weighted):
             lower_underflow_flag()
-        n, a, b = sums(x, source, c, q, o.squares, o.exact, o, along, blocks, across)
+        n, a, b = sums(x, source, first, c, q, o.squares, o.exact, o, along, blocks, across)
         each = one / n
         between = a * choose(greater(n, zero), a * each, zero)
         m2 = b - between
@@ -241,18 +258,18 @@ def sums_around_a_shift(x, source, c, o, along, blocks, across):
 
 
 @inline
-def finish_columns(x, source, c, o, squares, along, blocks, results, o_at):
+def finish_columns(x, source, first, c, o, squares, along, blocks, results, o_at):
     """Results of eight columns."""
     zero, one, checked = everywhere(0.0), everywhere(1.0), first_there(o.exact, o.weighted)
     across = unless(first_there(along, blocks), True)
     to = Targets(o_at, source.geometry.kept_step, c.count)
     if squares is not None:
-        n, q, a, m2, b = sums_around_a_shift(x, source, c, o, along, blocks, across)
+        n, q, a, m2, b = sums_around_a_shift(x, source, first, c, o, along, blocks, across)
         if checks(squares, o.exact, o.weighted) and underflowed(lane(b, 0)):
             results.status[CAREFUL] = 1.0
         finish(n, one / n, q, a, zero, m2, squares, checked, results, to)
     if squares is None:
-        n, hi, lo = sums(x, source, c, zero, None, checked, o, along, blocks, across)
+        n, hi, lo = sums(x, source, first, c, zero, None, checked, o, along, blocks, across)
         finish(n, one / n, zero, hi, lo, zero, squares, checked, results, to)
 
 
@@ -262,7 +279,7 @@ def few(thread, first, last, x, strided, along, blocks, where, options, geometry
     source, o = Values(x, None, 0, where, geometry, dimensions), options
     channels, tile = geometry.channels, geometry.tile
     step, w_step = only_if(strided, geometry.step), only_if(strided, geometry.mask_step)
-    tiles = -(-channels // tile)
+    tiles, run = -(-channels // tile), rows_from(0, geometry.rows, source)
     for task in range(first, last):
         k = task // tiles
         cell = (task - k * tiles) * tile
@@ -272,6 +289,6 @@ def few(thread, first, last, x, strided, along, blocks, where, options, geometry
             there = at + i * geometry.step, step, w_at + i * geometry.mask_step, w_step
             count, to = min(LANES, end - i), o_at + i * geometry.kept_step
             if count == LANES:
-                finish_columns(x, source, Columns(*there, None, LANES), o, o.squares, along, blocks, results, to)
+                finish_columns(x, source, run, Columns(*there, None, LANES), o, o.squares, along, blocks, results, to)
             else:
-                finish_columns(x, source, Columns(*there, count, count), o, o.squares, along, None, results, to)
+                finish_columns(x, source, run, Columns(*there, count, count), o, o.squares, along, None, results, to)
