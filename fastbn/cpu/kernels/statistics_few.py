@@ -41,7 +41,7 @@ from fastbn.cpu.kernels.doubles import (
     values_to_test,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
-from fastbn.cpu.kernels.simd import any_greater, prefetch, zero_where_not_positive
+from fastbn.cpu.kernels.simd import any_greater, fma, prefetch, zero_where_not_positive
 from fastbn.cpu.kernels.simd import store as put
 from fastbn.cpu.kernels.statistics import (
     LOOKS,
@@ -246,9 +246,11 @@ def sums_around_a_shift(x, source, first, c, o, along, blocks, across):
         if checks(o.squares, o.exact, o.weighted):
             lower_underflow_flag()
         n, a, b = sums(x, source, first, c, q, o.squares, o.exact, o, along, blocks, across)
-        each = one / n
-        between = a * choose(greater(n, zero), a * each, zero)
-        m2 = b - between
+        each = choose(greater(n, zero), one / n, zero)
+        square = a * a
+        between = square * each
+        # B - A^2/n in one rounding, beside those of A and B: exact for integers.
+        m2 = (fma(n, b, zero - square) - fma(a, a, zero - square)) * each
         is_far = any_greater(choose(finite(between), between, zero), everywhere(far(o.exact, o.weighted)) * m2)
         if look + 1 == LOOKS or not is_far:
             break
