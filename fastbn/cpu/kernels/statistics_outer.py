@@ -62,7 +62,7 @@ from fastbn.cpu.kernels.statistics_table import (
 )
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
-from fastbn.cpu.sizes import AHEAD_BYTES, FIELDS, OF_ROWS, OF_VALUES
+from fastbn.cpu.sizes import AHEAD_BYTES, FIELDS, OF_VALUES
 from fastbn.operands import CAREFUL
 
 BIG = 1.5 * 2.0**52  # added and taken off again, it rounds to a whole number
@@ -131,11 +131,11 @@ def weight_at_row(source, at, o):
 
 
 @inline
-def add_quarters(x, source, at, step, w_at, w_step, rows, by_cell, o, table, columns):
+def add_quarters(x, mask_of_rows, source, at, step, w_at, w_step, rows, by_cell, o, table, columns):
     """Rows of four quarters, read side by side: how many, and what those weigh that count."""
     if x is None:
         return 0, 0.0
-    if source.geometry.mask == OF_ROWS and o.weighted is None:
+    if mask_of_rows is not None:
         return add_counted_rows(x, source, at, step, w_at, w_step, rows, o, table, columns)
     quarter, n = rows // 4, 0.0
     jump, w_jump = quarter * step, quarter * w_step
@@ -201,6 +201,7 @@ def add_any_row(x, raw, source, at, w_at, w, by_cell, o, table, columns):
 def add_rows(source, part, by_cell, o, table):
     """Rows of a part to the sums of their columns; what a cell weighs of them, if values do not count one by one."""
     geometry = source.geometry
+    mask_of_rows = unless(first_there(o.masked, o.weighted), source.where)
     r, n = part.first, 0.0
     while r < part.last:
         x_row, w_row, x_step, w_step, rows, left = rows_from(r, part.last, source)
@@ -208,7 +209,7 @@ def add_rows(source, part, by_cell, o, table):
         r += rows
         whole = rows - 1 if geometry.tail > 0 and rows == left else rows  # the last one of coalesced rows may be short
         done, weight = add_quarters(
-            source.x, source, x_row, x_step, w_row, w_step, whole, by_cell, o, table, part.columns
+            source.x, mask_of_rows, source, x_row, x_step, w_row, w_step, whole, by_cell, o, table, part.columns
         )
         n += weight * geometry.coalesced
         for k in range(done, rows):
