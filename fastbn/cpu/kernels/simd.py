@@ -139,10 +139,13 @@ def zero_where_not_positive(typing, test, v):
 @intrinsic
 def zero_where_stored_not_positive(typing, array, test, v):
     """The same of what ``test`` is in the dtype of ``array``, to which the smallest numbers of halves round to 0."""
-    most = {types.uint16: 2.0**-25, types.int16: 2.0**-134}.get(array.dtype, 0.0)
+    # 2^-25 and 2^-134, as bits: where a process flushes subnormal numbers, Python would write the second one as 0.
+    most = {types.uint16: 0x33000000, types.int16: 0x8000}.get(array.dtype)
 
     def codegen(context, builder, sig, args):
-        zero, bound = (ir.Constant(v.llvm, [number] * v.lanes) for number in (0.0, most))
+        zero = bound = ir.Constant(v.llvm, [0.0] * v.lanes)
+        if most is not None:
+            bound = builder.bitcast(ir.Constant(ir.VectorType(I32, v.lanes), [most] * v.lanes), v.llvm)
         return builder.select(builder.fcmp_ordered("<=", args[1], bound), zero, args[2])
 
     return v(array, test, v), codegen
