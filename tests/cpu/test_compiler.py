@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import platform
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from fastbn.cpu.kernels import compiler
 from fastbn.cpu.kernels.simd import load, store
 from fastbn.cpu.records import INTEGER_RECORDS, Options, Shape
 from fastbn.numba_parts import compiling, version
+from tests import interpreters
+from tests.support import DTYPES
 
 # Of Numba's passes, those that kernels go without, and why.
 LEFT_OUT = {
@@ -176,3 +179,53 @@ def test_code_names_what_the_system_has(possible, names, tmp_path):
     command = ["nm", "--undefined-only", "--format=posix", "calls.o"]
     listed = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, text=True)
     assert {line.split()[0] for line in listed.stdout.splitlines()} == names
+
+
+FLUSHING = """
+import ctypes, sys, warnings
+import numpy as np
+import fastbn
+from fastbn.cpu import code
+from fastbn.environment import float_dtypes
+
+library = ctypes.CDLL(None)
+environment = (ctypes.c_uint32 * 8)()  # glibc's fenv_t, whose last word is MXCSR
+
+def flush(yes):
+    library.fegetenv(environment)
+    environment[7] = environment[7] | 0x8040 if yes else environment[7] & ~0x8040
+    library.fesetenv(environment)
+    assert (np.float32([1e-40]) * np.float32(1) == 0)[0] == yes
+
+dtype, kernels = float_dtypes()[sys.argv[1]], code.record()
+warnings.simplefilter("ignore")
+for shape in (8, 32, 20, 20), (500, 3):
+    x, gamma = np.ones(shape, dtype), np.ones(shape[1], np.float32)
+    y, saved = fastbn.batch_norm(x, gamma, gamma, activation="relu")
+    fastbn.batch_norm_backward(x, saved)
+    fastbn.batch_norm_backward(x, saved._replace(y=y, beta=None))
+for axis in 0, 1:
+    fastbn.var(np.ones((30, 10), dtype), axis=axis), fastbn.nanvar(np.ones((300, 200), dtype), axis=axis)
+assert len(kernels) > 5, kernels
+for name, kinds in [kernel for kernel in kernels if sys.argv[2] in kernel[0]]:
+    built = []
+    for yes in False, True:
+        flush(yes)
+        built.append(code.build(name, kinds, [code.level_here()]))
+        flush(False)
+    assert built[0] == built[1], (name, kinds)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="the mode is set as glibc does it there"
+)
+@pytest.mark.parametrize(
+    ("dtype", "names"),
+    [("bfloat16", ".backward"), *(pytest.param(d, "", marks=pytest.mark.slow) for d in DTYPES)],
+)
+def test_the_same_code_where_subnormal_numbers_are_flushed(dtype, names):
+    """As `torch.set_flush_denormal` has it: what is compiled there is kept, and runs elsewhere too."""
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    interpreters.run(interpreters.python(FLUSHING, dtype, names))
