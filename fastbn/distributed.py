@@ -74,11 +74,6 @@ def torch_gather(group: Any = None) -> Gather:
     ImportError, RuntimeError
         PyTorch is not installed, or has no process group.
 
-    Notes
-    -----
-    End a program by ``torch.distributed.destroy_process_group()``: gloo's threads may still hold the last arrays, and
-    one that lets go of them while Python ends stops the process.
-
     Examples
     --------
     >>> import fastbn

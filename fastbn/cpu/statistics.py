@@ -239,9 +239,9 @@ def _along_kept(
         tile=cells, width=pitch(coalesced * -(-cells // 8) * 8 * inner + 8 * inner), kept_step=row.result,
         mask_step=row.mask,
     )  # fmt: skip
-    along = row.step != 1 and bool(rows) and rows[-1].step == 1 and how.along(rows[-1].size)
-    along = along and (not how.mask or rows[-1].mask == 1)
-    blocks = row.step != 1 and bool(rows) and rows[-1].step == 1 and how.in_blocks(rows[-1].size) and not along
+    neighbours = row.step != 1 and bool(rows) and rows[-1].step == 1
+    along = neighbours and how.along(rows[-1].size) and (not how.mask or rows[-1].mask == 1)
+    blocks = neighbours and how.in_blocks(rows[-1].size) and not along
     few = ABREAST_ROWS if row.step == 1 else how.few(along)
     if count <= few and size is None and coalesced == 1:
         return Division(

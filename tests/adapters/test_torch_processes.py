@@ -25,7 +25,7 @@ part = x[mine].clone().requires_grad_()
 y = norm(part)
 y.backward(dy[mine])
 torch.save([y.detach(), part.grad, norm.weight.grad, norm.bias.grad, norm.state_dict()], f"{folder}/{rank}")
-dist.destroy_process_group()  # else a thread of gloo may let go of an array when Python is gone
+dist.destroy_process_group()  # its threads end before Python does
 """
 
 

@@ -47,7 +47,8 @@ class _MaskModel(models.PrimitiveModel):
         super().__init__(manager, mask, BITS)
 
 
-def _in_float64(builder, stored, dtype):
+def widened(builder, stored, dtype):
+    """Eight elements as float64."""
     if isinstance(dtype, Integer):
         if dtype.letter == "b":
             stored = builder.icmp_unsigned("!=", stored, ir.Constant(stored.type, None))
@@ -99,23 +100,11 @@ def values(typing, array, at, step):
 
     def codegen(context, builder, sig, args):
         if strided:
-            return _in_float64(builder, _gathered(builder, array, args, None), array.dtype)
+            return widened(builder, _gathered(builder, array, args, None), array.dtype)
         pointer = pointer_to(builder, array, args[0], args[1], LANES)
-        return _in_float64(builder, builder.load(pointer, align=size_of(array)), array.dtype)
+        return widened(builder, builder.load(pointer, align=size_of(array)), array.dtype)
 
     return DOUBLE_LANES(array, types.intp, types.intp if strided else types.none), codegen
-
-
-@intrinsic(prefer_literal=True)
-def values_apart(typing, array, at, step):
-    """Eight values from ``at`` on, a literal step apart, of eight times as many that are read."""
-    count = LANES * step.literal_value
-
-    def codegen(context, builder, sig, args):
-        stored = builder.load(pointer_to(builder, array, args[0], args[1], count), align=size_of(array))
-        return _in_float64(builder, shuffle(builder, stored, range(0, count, step.literal_value)), array.dtype)
-
-    return DOUBLE_LANES(array, types.intp, step), codegen
 
 
 @intrinsic
@@ -128,7 +117,7 @@ def some_values(typing, array, at, step, some):
         return types.none(array, types.intp, step, some), _dummy
 
     def codegen(context, builder, sig, args):
-        return _in_float64(builder, _some(builder, array, args, strided, few), array.dtype)
+        return widened(builder, _some(builder, array, args, strided, few), array.dtype)
 
     return DOUBLE_LANES(array, types.intp, types.intp if strided else step, types.intp if few else some), codegen
 
@@ -144,60 +133,23 @@ def _some(builder, array, args, strided, few):
 def values_to_test(typing, array, at, step, some, skip_nan):
     """`some_values`; floats of 32 bits or fewer as float32 if NaNs are to be found: half the instructions."""
     strided, few = step != types.none, some != types.none
-    short = skip_nan != types.none and array.dtype in (types.float32, types.uint16, types.int16)
-    v = FLOAT_LANES if short else DOUBLE_LANES
+    v = lanes_to_test(array, skip_nan)
 
     def codegen(context, builder, sig, args):
-        stored = _some(builder, array, args, strided, few)
-        return decode(builder, stored, array.dtype, v) if short else _in_float64(builder, stored, array.dtype)
+        return as_lanes(builder, _some(builder, array, args, strided, few), array.dtype, v)
 
     return v(array, types.intp, types.intp if strided else step, types.intp if few else some, skip_nan), codegen
 
 
-@intrinsic(prefer_literal=True)
-def transposed(typing, array, at, step, count, skip_nan):
-    """Of eight rows, a step apart: `count` values (2, 4 or 8) that lie side by side in each, as so many vectors of
-    eight rows' values, each as `values_to_test` has them.
-    """
+def lanes_to_test(array, skip_nan):
+    """What eight values come as if NaNs are perhaps to be found among them."""
     short = skip_nan != types.none and array.dtype in (types.float32, types.uint16, types.int16)
-    v, columns = FLOAT_LANES if short else DOUBLE_LANES, count.literal_value
-
-    def codegen(context, builder, sig, args):
-        array_, at, step = args[:3]
-        rows = []
-        for k in range(LANES):
-            place = builder.add(at, builder.mul(step, I64(k)))
-            rows.append(builder.load(pointer_to(builder, array, array_, place, columns), align=size_of(array)))
-        stored = _columns(builder, rows, columns)
-        found = [decode(builder, c, array.dtype, v) if short else _in_float64(builder, c, array.dtype) for c in stored]
-        return context.make_tuple(builder, sig.return_type, found)
-
-    return types.UniTuple(v, columns)(array, types.intp, types.intp, count, skip_nan), codegen
+    return FLOAT_LANES if short else DOUBLE_LANES
 
 
-def _columns(builder, rows, columns):
-    """The columns of eight rows. Blocks of some of both have 16 elements, as many as a register of float32."""
-
-    def two(one, other, lanes):
-        return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
-
-    blocks, height, width = rows, 1, columns
-    while height * width < 16:
-        blocks = [two(a, b, list(range(2 * height * width))) for a, b in zip(blocks[::2], blocks[1::2], strict=True)]
-        height *= 2
-    groups = [[block] for block in blocks]  # of rows; each has blocks of neighbouring columns
-    while height < LANES:  # twice as many rows, half as many columns
-        half = width // 2
-        index = [
-            [r // height * 16 + r % height * width + side + c for r in range(2 * height) for c in range(half)]
-            for side in (0, half)
-        ]
-        groups = [
-            [two(a, b, lanes) for a, b in zip(above, below, strict=True) for lanes in index]
-            for above, below in zip(groups[::2], groups[1::2], strict=True)
-        ]
-        height, width = 2 * height, half
-    return [shuffle(builder, block, range(c, 16, 2)) for block in groups[0] for c in range(2)]
+def as_lanes(builder, stored, dtype, v):
+    """Eight elements as either."""
+    return decode(builder, stored, dtype, v) if v == FLOAT_LANES else widened(builder, stored, dtype)
 
 
 @intrinsic
@@ -241,7 +193,7 @@ def value_at(typing, array, at):
     def codegen(context, builder, sig, args):
         pointer = pointer_to(builder, array, args[0], args[1], 1)
         stored = shuffle(builder, builder.load(pointer, align=size_of(array)), [0] * LANES)
-        return builder.extract_element(_in_float64(builder, stored, array.dtype), I32(0))
+        return builder.extract_element(widened(builder, stored, array.dtype), I32(0))
 
     return types.float64(array, types.intp), codegen
 
@@ -284,7 +236,7 @@ def first_there(typing, a, b):
 def _not_zero(builder, stored, dtype):
     if isinstance(dtype, Integer):
         return builder.icmp_unsigned("!=", stored, ir.Constant(stored.type, None))
-    return builder.fcmp_unordered("!=", _in_float64(builder, stored, dtype), ir.Constant(DOUBLE_LANES.llvm, None))
+    return builder.fcmp_unordered("!=", widened(builder, stored, dtype), ir.Constant(DOUBLE_LANES.llvm, None))
 
 
 @intrinsic

@@ -22,8 +22,7 @@ own for each dtype, so that the others need not know it. `fastbn.cpu.statistics`
 dimensions lie. A part's numbers are (n, shift, A, B), of sums (n, _, sum, rest).
 
 Bytes moved, S = the bytes of x and of its mask: S, and once more those of parts that are summed again; 2S where mean
-and variance of 8-byte dtypes are both wanted, of which each has a pass of its own. Squares of `statistics_few` take S
-from memory and S from L1.
+and variance of 8-byte dtypes are both wanted, of which each has a pass of its own.
 """
 
 from typing import Any, NamedTuple
@@ -47,11 +46,11 @@ from fastbn.cpu.kernels.doubles import (
     unless,
     value_at,
     values,
-    values_apart,
     values_to_test,
     which_count,
 )
 from fastbn.cpu.kernels.pointers import address
+from fastbn.cpu.kernels.shuffles import values_apart
 from fastbn.cpu.kernels.simd import fma, load
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
@@ -238,14 +237,18 @@ def eight(x, source, at, step, w_at, w_step, row_weight, q, some, o):
     v = values_to_test(x, at, step, some, o.skip_nan)
     mask = which_count(where, w_at, w_step, v, some, o.skip_nan)
     w = first_there(some_values(only_if(o.weighted, where), w_at, w_step, some), only_if(o.weighted, row_weight))
-    return Eight(in_float64(choose(mask, v, in_type_of(v, q))), mask, w)
+    return counting(v, mask, w, q)
 
 
 @inline
 def eight_of_a_column(v, q, o):
     """The same of values that are there, without a mask."""
-    mask = which_count(None, 0, None, v, None, o.skip_nan)
-    return Eight(in_float64(choose(mask, v, in_type_of(v, q))), mask, None)
+    return counting(v, which_count(None, 0, None, v, None, o.skip_nan), None, q)
+
+
+@inline
+def counting(v, mask, w, q):
+    return Eight(in_float64(choose(mask, v, in_type_of(v, q))), mask, w)
 
 
 @inline

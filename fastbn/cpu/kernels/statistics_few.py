@@ -6,9 +6,9 @@ In plain words, for the values x of each kept index that count, and their weight
     n, a, b = w.sum(), (w * (x - q)).sum(), (w * (x - q)**2).sum()
     mean, m2 = q + a / n, b - a**2 / n                 # around q = mean again, if a**2 / n is large beside m2
 
-Eight kept indices at a time, a lane for each. Of up to 17 floats a**2 / n is never as large as `statistics.far` has
-it, of a hundred seldom; then values are looked at again, in the first-level cache.
-Nothing is kept in memory between. Three ways lead to the lanes:
+Eight kept indices at a time, a lane for each. Of up to 17 floats a**2 / n is never as large as `statistics.far` has it,
+of a hundred seldom; then values are looked at again, in the first-level cache. Nothing is kept in memory between. Three
+ways lead to the lanes:
 
 - across: kept indices are neighbours, or everything lies apart;
 - blocks: values of a kept index are neighbours, as in (1 000 000, 10) on axis 1: blocks of eight kept indices and
@@ -36,11 +36,11 @@ from fastbn.cpu.kernels.doubles import (
     row_sums,
     shortened,
     some_values,
-    transposed,
     unless,
     values_to_test,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
+from fastbn.cpu.kernels.shuffles import transposed
 from fastbn.cpu.kernels.simd import any_greater, fma, prefetch, zero_where_not_positive
 from fastbn.cpu.kernels.simd import store as put
 from fastbn.cpu.kernels.statistics import (

@@ -176,7 +176,8 @@ def add_counted_rows(x, source, at, step, w_at, w_step, rows, o, table, columns)
         if k0 == quarter or k1 == end1 or k2 == end2 or k3 == end3:
             break
         places = at + k0 * step, at + k1 * step, at + k2 * step, at + k3 * step
-        add_four_rows(x, source, places, step, four_places(w_at, 0), (one, one, one, one), o, table, columns)
+        unread = four_places(w_at, 0)  # all values of these rows count
+        add_four_rows(x, source, places, step, unread, (one, one, one, one), o, table, columns)
         k0, k1, k2, k3, n = k0 + 1, k1 + 1, k2 + 1, k3 + 1, n + 4.0
     for k, end in ((k0, quarter), (k1, end1), (k2, end2), (k3, end3)):
         while k < end:
