@@ -322,32 +322,39 @@ def plan(
         skip_nan=option(skip_nan),
     )  # fmt: skip
     selection: dict[str, Any] = {"where": p.array("where").after(starts[1]) if mask else None}
+    if c.kernel == "outer":
+        selection["by_cell"] = option(c.mask_of_cells)
     into = {
         name: _address(p.array(name).after(starts[2]) if arrays[name] else NONE) for name in ("count", "mean", "spread")
     }
     formats = Formats(form, skip_nan, *(0 if k is None else VECTOR_KINDS.index(k) for k in kinds))
     results = Results(**into, ddof=p.number("ddof"), status=p.array("status"), formats=p.record(formats))
-    given: dict[str, Any] = {
-        "options": options,
-        "geometry": p.record(c.geometry._replace(itemsize=itemsize, mask=mask_of, moved=MOVED.get(kind, 0))),
-        "dimensions": p.integers(c.dimensions),
-    }
+    geometry = p.record(c.geometry._replace(itemsize=itemsize, mask=mask_of, moved=MOVED.get(kind, 0)))
+    lying: dict[str, Any] = {"geometry": geometry, "dimensions": p.integers(c.dimensions)}
+    given: dict[str, Any] = selection | {"options": options, **lying}
     x = p.array("x").after(starts[0])
     if c.kernel == "few":
-        lying: dict[str, Any] = {
-            "x": x, "strided": option(c.strided), "along": option(c.along), "blocks": option(c.blocks),
-        }  # fmt: skip
-        p.launch("statistics_few.few", c.tasks, **(lying | selection | given), results=results)
+        ways = option(c.strided), option(c.along), option(c.blocks)
+        given = dict(zip(("strided", "along", "blocks"), ways, strict=True)) | given
+        p.launch("statistics_few.few", c.tasks, x=x, **given, results=results)
         return p
-    given["partials"] = p.scratch(c.partials + 64, "f8*")
-    if c.kernel == "outer":
-        selection["by_cell"] = option(c.mask_of_cells)
-    data = _reading(p, x, c, how) | selection | given | {"workspace": p.temporary(threads * c.own, "f8*")}
-    p.launch(f"statistics_{c.kernel}.{c.kernel}", c.tasks, **data, results=results)
+    work: dict[str, Any] = {
+        "partials": p.scratch(c.partials + 64, "f8*"), "workspace": p.temporary(threads * c.own, "f8*")
+    }  # fmt: skip
+    finishing: dict[str, Any] = {"merge": _merge(p, options), "results": Results(*map(_address, results))}
+    p.launch(f"statistics_{c.kernel}.{c.kernel}", c.tasks, **_reading(p, x, c, how), **given, **work, **finishing)
     if c.geometry.parts > 1:
-        given["options"] = options._replace(masked=None, skip_nan=None)
-        p.launch("statistics_results.finish_parts", c.finishing, c.partials < FEW_NUMBERS, **given, results=results)
+        short, finishing["partials"] = c.partials < FEW_NUMBERS, work["partials"]
+        p.launch("statistics_results.finish_parts", c.finishing, short, **lying, **finishing)
     return p
+
+
+def _merge(p: Program, options: Options) -> Argument:
+    """The function that makes results of parts."""
+    words = dict.fromkeys(("pitch", "far", "parts", "at", "step", "count", "mean", "spread"), "i8")
+    of_results = {"ddof": "f8", "status": "f8*", "formats": "Formats"}
+    own = {name: "none" if getattr(options, name) is None else "bool" for name in ("squares", "exact", "weighted")}
+    return p.function("statistics_results.merge", table="f8*", **words, **of_results, **own)
 
 
 def _reading(p: Program, x: Argument, c: Division, how: Summing) -> dict[str, Any]:

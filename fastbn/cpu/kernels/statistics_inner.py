@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn.cpu.kernels.calls import reserve
+from fastbn.cpu.kernels.calls import doubles, reserve
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.doubles import LANES, everywhere, hidden, lane, only_if, prefetch_values, unless, value_at
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
@@ -42,7 +42,7 @@ from fastbn.cpu.kernels.statistics import (
     weight_by_row,
     weight_of_row,
 )
-from fastbn.cpu.kernels.statistics_results import checks, merge_parts
+from fastbn.cpu.kernels.statistics_results import MERGE, checks, merge_parts, merging
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import load as word_at
 from fastbn.cpu.kernels.team import store as put_word
@@ -277,13 +277,14 @@ def count_of(of_rows, of_values, counts):
 
 @kernel
 def inner(
-    thread, first, last, x, raw, fetch, integers, where, options, geometry, dimensions, partials, workspace, results
+    thread, first, last, x, raw, fetch, integers, where, options, geometry, dimensions, partials, workspace, merge,
+    results,
 ):  # fmt: skip
     """A task is a part of a kept index: rows, or a piece of one. Results of up to eight are made at once."""
     o, source = options, Values(x, raw, fetch, where, geometry, dimensions)
     parts, pieces, columns = geometry.parts, geometry.pieces, geometry.columns
-    own = thread * OF_INNER
-    buffer = own + FIELDS * LANES
+    own, params = thread * OF_INNER, merging(reserve(MERGE), results)
+    buffer, table = own + FIELDS * LANES, address(workspace, own)
     waiting, first_at, last_at, step = 0, 0, 0, 1
     for task in range(first, last):
         t, k = task, 0
@@ -302,19 +303,19 @@ def inner(
         part = RowRange(at, w_at, r, end, width)
         n, shift, a, b, lost = sums_of(source, part, o, o.squares, integers, unless(integers, True), workspace, buffer)
         if lost:
-            results.status[CAREFUL] = 1.0
+            doubles(results.status)[CAREFUL] = 1.0
         if parts > 1:
             put_part(partials, FIELDS * task, 1, n, shift, a, b)
             continue
         if (waiting > 0 and o_at - last_at != step and waiting > 1) or waiting == LANES:
-            merge_parts(workspace, own, LANES, 0, 1, waiting, o, results, first_at, step)
+            merge_parts(merge, params, table, LANES, 0, 1, waiting, first_at, step)
             waiting = 0
         put_part(workspace, own + waiting, LANES, n, shift, a, b)
         if waiting == 0:
             first_at = o_at
         step, last_at, waiting = o_at - last_at, o_at, waiting + 1
     if waiting > 0:
-        merge_parts(workspace, own, LANES, 0, 1, waiting, o, results, first_at, step)
+        merge_parts(merge, params, table, LANES, 0, 1, waiting, first_at, step)
 
 
 @inline

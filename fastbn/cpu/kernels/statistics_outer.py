@@ -12,7 +12,7 @@ Each column has its sums in a thread's workspace, which stays in the first-level
 together, ``coalesced`` of them; then the sums of a cell's columns are added up in the end.
 """
 
-from fastbn.cpu.kernels.calls import reserve
+from fastbn.cpu.kernels.calls import doubles, reserve
 from fastbn.cpu.kernels.compiler import inline, kernel
 from fastbn.cpu.kernels.doubles import (
     LANES,
@@ -49,7 +49,7 @@ from fastbn.cpu.kernels.statistics import (
     weight_by_row,
     weight_of_row,
 )
-from fastbn.cpu.kernels.statistics_results import checks, merge_parts
+from fastbn.cpu.kernels.statistics_results import MERGE, checks, merge_parts, merging
 from fastbn.cpu.kernels.statistics_shifts import better_shifts, peek_at_columns
 from fastbn.cpu.kernels.statistics_table import (
     clear,
@@ -343,13 +343,13 @@ def sums_of(source, part, cells, squares, by_cell, o, integers, floats, table):
 @kernel
 def outer(
     thread, first, last, x, raw, fetch, integers, where, by_cell, options, geometry, dimensions, partials, workspace,
-    results,
+    merge, results,
 ):  # fmt: skip
     """A task is a tile of cells in a part of the rows; tiles of a row are neighbours."""
     o, source = options, Values(x, raw, fetch, where, geometry, dimensions)
     parts, channels, tile, pitch = geometry.parts, geometry.channels, geometry.tile, geometry.width
     tiles = -(-channels // tile)
-    table = table_at(workspace, thread * geometry.own, pitch)
+    table, params = table_at(workspace, thread * geometry.own, pitch), merging(reserve(MERGE), results)
     for task in range(first, last):
         rest = task // tiles
         cell = (task - rest * tiles) * tile
@@ -363,7 +363,7 @@ def outer(
             r, min(r + geometry.rows_of_a_part, geometry.rows), geometry.coalesced * cells * geometry.size,
         )  # fmt: skip
         if sums_of(source, part, cells, o.squares, by_cell, o, integers, unless(integers, True), table):
-            results.status[CAREFUL] = 1.0
+            doubles(results.status)[CAREFUL] = 1.0
         if parts > 1:
             to = FIELDS * channels * rest + cell
             for f in range(FIELDS):
@@ -372,4 +372,4 @@ def outer(
                     put_values(partials, to + f * channels + j, numbers, min(LANES, cells - j))
         else:
             o_at += cell * geometry.kept_step
-            merge_parts(workspace, table.counts, pitch, 0, 1, cells, o, results, o_at, geometry.kept_step)
+            merge_parts(merge, params, address(workspace, table.counts), pitch, 0, 1, cells, o_at, geometry.kept_step)

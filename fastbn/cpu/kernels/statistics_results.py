@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn.cpu.kernels.calls import F4, F8, I2, U2, bfloats, doubles, floats, halves
-from fastbn.cpu.kernels.compiler import inline, kernel
+from fastbn.cpu.kernels.calls import F4, F8, I2, U2, bfloats, doubles, floats, halves, reserve
+from fastbn.cpu.kernels.compiler import inline, kernel, offsets_of_arguments
 from fastbn.cpu.kernels.doubles import (
     LANES,
     choose,
@@ -31,9 +31,13 @@ from fastbn.cpu.kernels.doubles import (
     put_values,
 )
 from fastbn.cpu.kernels.flags import lower_underflow_flag, underflowed
+from fastbn.cpu.kernels.pointers import address
 from fastbn.cpu.kernels.simd import any_greater, fma, load, root, zero_where_not_positive
 from fastbn.cpu.kernels.statistics import field, kept_place
+from fastbn.cpu.kernels.team import enter
+from fastbn.cpu.kernels.team import store as put_word
 from fastbn.cpu.kernels.vectors import two_sum
+from fastbn.cpu.records import Results
 from fastbn.cpu.sizes import FIELDS, LEAST_SQUARE, STD, SUM_OF_SQUARES
 from fastbn.operands import CAREFUL, EMPTY, NO_DEGREES
 
@@ -46,38 +50,64 @@ class Targets(NamedTuple):
     count: Any
 
 
-@inline
-def merge_parts(a, at, pitch, far, parts, cells, o, results, o_at, step):
-    """Results of some kept indices from their parts, ``far`` apart, whose four fields are a pitch apart."""
-    zero = everywhere(0.0)
-    for j in range(0, cells, LANES):
+# --- from parts -------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def merge(
+    thread, first, last, table, pitch, far, parts, at, step, count, mean, spread, ddof, status, formats, squares, exact,
+    weighted,
+):  # fmt: skip
+    """Results of kept indices from their parts, ``far`` apart, whose four fields are a pitch apart.
+
+    Other kernels call it (`merge_parts`): to compile it into each of them would take a fifth longer.
+    """
+    zero, results = everywhere(0.0), Results(count, mean, spread, ddof, status, formats)
+    for j in range(first, last, LANES):
         n, hi, lo, m2 = zero, zero, zero, zero
-        among = first_lanes(cells - j)  # in the other lanes are other numbers, or none yet
-        origin = choose(among, field(a, at + pitch + j, o.squares), zero)
-        if checks(o.squares, o.exact, o.weighted):
+        among = first_lanes(last - j)  # in the other lanes are other numbers, or none yet
+        origin = choose(among, field(table, pitch + j, squares), zero)
+        if checks(squares, exact, weighted):
             lower_underflow_flag()
         for k in range(parts):
-            here = at + k * far + j
-            part_n, s = choose(among, load(a, here, 64), zero), choose(among, load(a, here + 2 * pitch, 64), zero)
-            rest = choose(among, field(a, here + 3 * pitch, first_there(o.squares, o.exact)), zero)
-            apart = choose(among, field(a, here + pitch, o.squares), zero) - origin
-            hi, lo, m2 = merged(n, hi, lo, m2, part_n, apart, s, rest, o.squares)
+            here = k * far + j
+            part_n = choose(among, load(table, here, 64), zero)
+            s = choose(among, load(table, here + 2 * pitch, 64), zero)
+            rest = choose(among, field(table, here + 3 * pitch, first_there(squares, exact)), zero)
+            apart = choose(among, field(table, here + pitch, squares), zero) - origin
+            hi, lo, m2 = merged(n, hi, lo, m2, part_n, apart, s, rest, squares)
             n = n + part_n
-        if checks(o.squares, o.exact, o.weighted) and parts > 1 and underflowed(lane(m2, 0)):
-            results.status[CAREFUL] = 1.0
-        to = Targets(o_at + j * step, step, min(LANES, cells - j))
-        finish(
-            n,
-            everywhere(1.0) / n,
-            origin,
-            hi,
-            lo,
-            m2,
-            o.squares,
-            first_there(o.exact, o.weighted),
-            results,
-            to,
-        )
+        if checks(squares, exact, weighted) and parts > 1 and underflowed(lane(m2, 0)):
+            status[CAREFUL] = 1.0
+        to = Targets(at + j * step, step, min(LANES, last - j))
+        finish(n, everywhere(1.0) / n, origin, hi, lo, m2, squares, first_there(exact, weighted), results, to)
+
+
+MERGE = offsets_of_arguments(merge)
+
+
+@inline
+def merging(params, results):
+    """What `merge` is called with, where results' words are known; of options it has code of its own."""
+    put_word(params + MERGE.count, results.count)
+    put_word(params + MERGE.mean, results.mean)
+    put_word(params + MERGE.spread, results.spread)
+    put_word(params + MERGE.ddof, results.ddof)
+    put_word(params + MERGE.status, results.status)
+    put_word(params + MERGE.formats, results.formats)
+    return params
+
+
+@inline
+def merge_parts(merge, params, table, pitch, far, parts, cells, at, step):
+    """Results of so many cells, from a place on."""
+    put_word(params + MERGE.table, table)
+    put_word(params + MERGE.pitch, pitch)
+    put_word(params + MERGE.far, far)
+    put_word(params + MERGE.parts, parts)
+    put_word(params + MERGE.at, at)
+    put_word(params + MERGE.step, step)
+    enter(merge, params, 0, 0, cells)
 
 
 @inline
@@ -178,14 +208,14 @@ def put(out, to, v):
 
 
 @kernel
-def finish_parts(thread, first, last, options, geometry, dimensions, partials, results):
+def finish_parts(thread, first, last, geometry, dimensions, merge, results, partials):
     """A task is a kept index of `inner`, or up to eight neighbours of `outer`."""
-    parts, channels = geometry.parts, geometry.channels
+    parts, channels, params = geometry.parts, geometry.channels, merging(reserve(MERGE), results)
     groups = -(-channels // LANES)
     for task in range(first, last):
         if channels == 0:
             _, _, o_at = kept_place(task, geometry, dimensions)
-            merge_parts(partials, FIELDS * parts * task, 1, FIELDS, parts, 1, options, results, o_at, 1)
+            merge_parts(merge, params, address(partials, FIELDS * parts * task), 1, FIELDS, parts, 1, o_at, 1)
         else:
             k = task // groups
             cell = (task - k * groups) * LANES
@@ -193,5 +223,6 @@ def finish_parts(thread, first, last, options, geometry, dimensions, partials, r
             at, o_at = FIELDS * channels * parts * k + cell, o_at + cell * geometry.kept_step
             some = min(LANES, channels - cell)
             merge_parts(
-                partials, at, channels, FIELDS * channels, parts, some, options, results, o_at, geometry.kept_step
-            )
+                merge, params, address(partials, at), channels, FIELDS * channels, parts, some, o_at,
+                geometry.kept_step,
+            )  # fmt: skip
