@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable
 from numbers import Real
 from operator import index
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 Call = Callable[..., Any]
+T = TypeVar("T")
 
 MOST_CALLS = 4096  # prepared calls that are kept, for programs whose shapes never repeat
 _prepared: dict[Any, Call] = {}
@@ -31,14 +32,20 @@ def describe(*arrays: Any) -> Any:
     """What a signature has of arrays, or of None. All else becomes `Unlike`, so the call is prepared, which raises."""
     if arrays and type(arrays[0]) is _cupy_ndarray:
         return _of_cupys(arrays)
-    return _compiled(*arrays) or tuple(map(_of, arrays))
+    return _compiled(*arrays) or in_python(arrays)
+
+
+def in_python(arrays: tuple[Any, ...]) -> Any:
+    """Of NumPy arrays and Nones the bytes that `_compiled` makes of them, unless these are too many for it."""
+    if any(type(a) is np.ndarray for a in arrays) and all(a is None or type(a) is np.ndarray for a in arrays):
+        from fastbn.cpu.objects import words_of
+
+        return b"".join(map(words_of, arrays))
+    return tuple(map(_of, arrays))
 
 
 def _first(*arrays: Any) -> bytes | None:
-    """For NumPy arrays there is a compiled function, twenty times as fast as asking for their attributes.
-
-    A process that has to compile it first prepares its first call twice.
-    """
+    """For NumPy arrays there is a compiled function, twenty times as fast as asking for their attributes."""
     global _compiled
     if not any(type(a) is np.ndarray for a in arrays):
         return None
@@ -61,10 +68,9 @@ def _of(a: Any) -> Any:
     if type(a) in (np.ndarray, np.memmap):
         return type(a), a.shape, a.strides, a.dtype, a.flags.aligned, a.flags.writeable
     cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(a, cupy.ndarray):
+    if cupy is not None and type(a) is cupy.ndarray:
         _cupy_ndarray = cupy.ndarray
-        memory = a.data
-        return type(a), a.shape, a.strides, a.dtype, memory.device_id, memory.ptr & 15
+        return _of_cupys((a,))[0]
     return Unlike()
 
 
@@ -72,7 +78,7 @@ _cupy_ndarray: Any = Unlike  # which no array is; CuPy's once there was one
 
 
 def _of_cupys(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same in a loop, in half the time."""
+    """In a loop, in half the time of a function for each."""
     described: list[Any] = []
     for a in arrays:
         if type(a) is _cupy_ndarray:
@@ -127,14 +133,14 @@ def keep(signature: Any, call: Call) -> Call:
     return call
 
 
-class Once:
+class Once(Generic[T]):
     """What is prepared when it is wanted first."""
 
-    def __init__(self, prepare: Callable[..., Call]) -> None:
+    def __init__(self, prepare: Callable[..., T]) -> None:
         self._prepare = prepare
-        self._made: Call | None = None
+        self._made: T | None = None
 
-    def __call__(self, *arguments: Any) -> Call:
+    def __call__(self, *arguments: Any) -> T:
         if self._made is None:
             self._made = self._prepare(*arguments)
         return self._made

@@ -108,7 +108,7 @@ def batch_norm(
     >>> running
     (array([0.2, 0.4]), array([1.1, 1.7]))
     """
-    pair = () if running is None else running if type(running) is tuple else (Unlike(),)
+    pair = () if running is None else running if isinstance(running, tuple) else (Unlike(),)
     signature = (
         "batch_norm", describe(x, gamma, beta, where, weights, residual, out, *pair),
         None if gather is None else callable(gather), axes_of(channel_axis), number_of(eps), activation,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
 
 from fastbn import direct_reductions, reductions_by_moments, validation
 from fastbn.arrays import device_of, one_kind
@@ -17,7 +18,7 @@ from fastbn.call import Call, Once
 from fastbn.cuts import is_cut
 from fastbn.layout import layout_of
 from fastbn.merging import Moments
-from fastbn.reduction_validation import ReductionOptions, broadcastable, check_nan_form, kept_axes
+from fastbn.reduction_validation import ReductionOptions, broadcastable, check_keepdims, check_nan_form, kept_axes
 
 
 def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any, options: ReductionOptions) -> Call:
@@ -50,11 +51,14 @@ def _by_moments(what: str, x: Any, where: Any, weights: Any, given: Any, out: An
     return reductions_by_moments.statistic(what, x, where, weights, given, out, options)
 
 
-def average(x: Any, weights: Any, dtype: Any, axis: Any, keepdims: Any) -> Call:
-    """``call(x, weights)`` gives averages and the sums of weights, for any real weights of x's dimensions."""
+def average(x: Any, weights: Any, axis: Any, keepdims: Any) -> Call:
+    """``call(x, weights)`` gives averages and the sums of weights, for any real weights of x's shape or the axes'."""
     backend = backend_of(one_kind({"x": x}, weights=weights))
+    check_keepdims(keepdims)
+    beside = _beside(x, weights, axis)
+    dtype = np.result_type(x.dtype, weights.dtype, *([np.float64] if x.dtype.kind in "iub" else []))
     with device_of(x):
-        found = direct_reductions.average(x, weights, dtype, axis, keepdims)
+        found = direct_reductions.average(x, beside(weights), dtype, axis, keepdims)
     axes = tuple(set(range(x.ndim)) - kept_axes(x, axis))
     xp, wide, mean = backend.xp, np.result_type(dtype, np.float64), Once(statistic)
 
@@ -74,12 +78,30 @@ def average(x: Any, weights: Any, dtype: Any, axis: Any, keepdims: Any) -> Call:
         return result.astype(dtype), scale
 
     def call(x: Any, weights: Any) -> tuple[Any, Any]:
+        weights = beside(weights)
         both = None if found is None else found(x, weights)
         if both is None:
             return by_moments(x, weights)
         return both[0], some(both[1])
 
     return backend.on_its_device(call, x)
+
+
+def _beside(x: Any, weights: Any, axis: Any) -> Call:
+    """``beside(weights)`` has x's dimensions, where weights have x's shape or that of the axes."""
+    if weights.dtype.kind not in "biuf" and not validation.is_float(weights.dtype):
+        raise TypeError(f"weights: expected real numbers, got dtype {weights.dtype}")
+    if weights.shape == x.shape:
+        return lambda weights: weights
+    if axis is None:
+        raise TypeError(f"weights: expected x's shape {x.shape} where there is no axis, got {weights.shape}")
+    axes = normalize_axis_tuple(axis, x.ndim)
+    expected = tuple(x.shape[a] for a in axes)
+    if weights.shape != expected:
+        raise ValueError(f"weights: expected x's shape {x.shape} or that of its axes, {expected}, got {weights.shape}")
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    shape = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))
+    return lambda weights: weights.transpose(order).reshape(shape)
 
 
 def moments(x: Any, where: Any, weights: Any, channel_axis: Any) -> Call:

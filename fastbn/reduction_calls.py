@@ -10,7 +10,7 @@ import numpy as np
 from fastbn.arrays import is_foreign, kind_of
 from fastbn.call import Unlike, axes_of, describe, find, keep, number_of
 from fastbn.prepare_reductions import statistic
-from fastbn.reduction_validation import ReductionOptions
+from fastbn.reduction_validation import ReductionOptions, check_keepdims
 
 
 def mean_call(name: str, x: Any, axis: Any, dtype: Any, out: Any, keepdims: Any, where: Any) -> Any:
@@ -59,7 +59,7 @@ def array_of(x: Any) -> Any:
 def normalized(axis: Any, ddof: Any = 0) -> tuple[Any, Any]:
     """Both as a signature has them."""
     return (
-        axis if axis is None or type(axis) is int else axes_of(axis),
+        axis if axis is None or type(axis) is int else Unlike() if isinstance(axis, bool) else axes_of(axis),
         ddof if type(ddof) is int else number_of(ddof),
     )
 
@@ -68,15 +68,20 @@ def options_of(
     axis: Any, ddof: Any, given_axis: Any, dtype: Any, keepdims: Any, given_ddof: Any = 0, skip_nan: bool = False
 ) -> ReductionOptions:
     """What was normalized if it could be, else what was given: then the call is not kept."""
+    if isinstance(given_axis, bool):
+        raise TypeError(f"axis: expected an int or a tuple of ints, got {given_axis}")
+    check_keepdims(keepdims)
+    if isinstance(given_ddof, int) and abs(given_ddof) > sys.float_info.max:
+        raise ValueError("ddof: expected a number that a float64 can be, got an int beyond it")
     axis, ddof = given_axis if type(axis) is Unlike else axis, given_ddof if type(ddof) is Unlike else ddof
     return ReductionOptions(axis, dtype, keepdims, ddof, skip_nan)
 
 
 def mask_of(where: Any) -> Any:
-    """None for True, which leaves nothing out; None itself is no mask."""
-    if where is True or where is np._NoValue:
+    """An array; None for True, which leaves nothing out. None itself is no mask."""
+    if where is True or where is np._NoValue or where is np.True_:
         return None
-    return np.asarray(None) if where is None else where
+    return where if type(where) is np.ndarray or is_foreign(where) else np.asarray(where)
 
 
 def or_default(value: Any, default: Any) -> Any:

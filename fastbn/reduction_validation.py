@@ -43,7 +43,7 @@ def is_float64(dtype: Any) -> bool:
 def result_dtype(x: Any, dtype: Any) -> Any:
     """Of a result."""
     if dtype is not None:
-        return dtype
+        return np.dtype(dtype).newbyteorder("=")
     return x.dtype.newbyteorder("=") if validation.is_float(x.dtype) else np.float64
 
 
@@ -59,6 +59,11 @@ def check_out(shape: Shape, wanted: Any, out: Any) -> None:
         raise TypeError(f"out: expected a dtype that {wanted} can be cast to, got {out.dtype}")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out: expected a writable array, got a read-only one")
+
+
+def check_keepdims(keepdims: Any) -> None:
+    if not isinstance(keepdims, (bool, np.bool, int, np.integer)):
+        raise TypeError(f"keepdims: expected a bool, got {keepdims!r}")
 
 
 def check_nan_form(x: Any, where: Any, dtype: Any, out: Any) -> None:

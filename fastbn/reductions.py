@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.lib.array_utils import normalize_axis_tuple
 
-from fastbn import prepare_reductions, validation
-from fastbn.arrays import device_of, is_foreign, one_kind
+from fastbn import prepare_reductions
+from fastbn.arrays import device_of, is_foreign
 from fastbn.call import axes_of, describe, find, keep
 from fastbn.merging import Moments, namespace
 from fastbn.prepare_reductions import statistic
@@ -319,18 +318,20 @@ def average(x: Any, axis: Any = None, weights: Any = None, returned: bool = Fals
         scale = np.asarray(result) if isinstance(result, np.generic) else result
         number = x.size // max(1, scale.size)
         return (result, _like(scale, number)) if returned else result
-    weights = _weights_beside(weights, x, axis)
-    dtype = np.result_type(x.dtype, weights.dtype, *([np.float64] if x.dtype.kind in "iub" else []))
+    if not (type(weights) is np.ndarray or is_foreign(weights)):
+        weights = np.asarray(weights)
+        with device_of(x):
+            weights = weights if isinstance(x, np.ndarray) else namespace(x).asarray(weights)
     normal, _ = normalized(axis)
     signature = "average", describe(x, weights), normal, keepdims, type(keepdims)
     run = find(signature)
     if run is None:
-        run = keep(signature, prepare_reductions.average(x, weights, dtype, axis, keepdims))
+        run = keep(signature, prepare_reductions.average(x, weights, axis, keepdims))
     result, scale = run(x, weights)
     if not returned:
         return result
     with device_of(x):
-        return result, scale.astype(dtype)
+        return result, scale.astype(result.dtype)
 
 
 def _like(a: Any, number: int) -> Any:
@@ -338,24 +339,3 @@ def _like(a: Any, number: int) -> Any:
     with device_of(a):
         full = namespace(a).full_like(a, number)
     return full[()] if isinstance(full, np.ndarray) else full
-
-
-def _weights_beside(weights: Any, x: Any, axis: Any) -> Any:
-    """Weights with x's dimensions: of x's shape, or of that of the axes."""
-    if not (type(weights) is np.ndarray or is_foreign(weights)):
-        weights = np.asarray(weights)
-        with device_of(x):
-            weights = weights if isinstance(x, np.ndarray) else namespace(x).asarray(weights)
-    one_kind({"x": x, "weights": weights})
-    if weights.dtype.kind not in "biuf" and not validation.is_float(weights.dtype):
-        raise TypeError(f"weights: expected real numbers, got dtype {weights.dtype}")
-    if weights.shape == x.shape:
-        return weights
-    if axis is None:
-        raise TypeError(f"weights: expected x's shape {x.shape} where there is no axis, got {weights.shape}")
-    axes = normalize_axis_tuple(axis, x.ndim)
-    expected = tuple(x.shape[a] for a in axes)
-    if weights.shape != expected:
-        raise ValueError(f"weights: expected x's shape {x.shape} or that of its axes, {expected}, got {weights.shape}")
-    order = sorted(range(len(axes)), key=axes.__getitem__)
-    return weights.transpose(order).reshape(tuple(n if a in axes else 1 for a, n in enumerate(x.shape)))

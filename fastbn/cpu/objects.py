@@ -7,6 +7,9 @@ looked for when this is imported, in objects whose values are known; what is not
 from __future__ import annotations
 
 import ctypes
+import struct
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +32,18 @@ TYPE_AT = _offset(_array, id(np.ndarray))  # of any object
 SCALAR_AT = _offset(_array.dtype, id(np.float32))  # of a dtype, the type of its elements
 NUMBER_AT = SCALAR_AT + 8  # its kind, character, byte order and flags, a byte each; its number
 FLOAT_AT = _offset(1.5, 0x3FF8000000000000)  # of a float, its value
+ALIGNED, WRITABLE = 0x100, 0x400  # of NumPy's flags
+
+
+def words_of(a: Any) -> bytes:
+    """What a signature has of an array, or of None: as `kernels.signatures` has it, while that is not compiled."""
+    if a is None:
+        return bytes(8)
+    dtype, flags = a.dtype, a.ndim << 32 | a.flags.num & (ALIGNED | WRITABLE)
+    number = _word(id(dtype) + NUMBER_AT)
+    return struct.pack(
+        f"{3 + 2 * a.ndim}q", id(dtype.type), number, flags, *chain.from_iterable(zip(a.shape, a.strides, strict=True))
+    )
 
 
 def check() -> None:

@@ -8,6 +8,7 @@ from fastbn.cpu.kernels.calls import invoke, reserve
 from fastbn.cpu.kernels.compiler import inline, plain
 from fastbn.cpu.kernels.team import load, store
 from fastbn.cpu.objects import (
+    ALIGNED,
     DATA_AT,
     DIMENSIONS_AT,
     DTYPE_AT,
@@ -17,6 +18,7 @@ from fastbn.cpu.objects import (
     SHAPE_AT,
     STRIDES_AT,
     TYPE_AT,
+    WRITABLE,
 )
 from fastbn.cpu.program_words import ARRAY_TYPE, FALSE_AT, INCREASE, NEW_BYTES, NONE_AT, TRUE_AT
 
@@ -24,7 +26,6 @@ I64 = ir.IntType(64)
 MOST_WORDS = 256  # words
 LARGEST_ELEMENT = 16  # bytes of an element, of which only the address is asked for
 OF_EACH = 3  # words of an array beside sizes and strides
-ALIGNED, WRITABLE = 0x100, 0x400  # of NumPy's flags
 
 
 @intrinsic
