@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ def statistic(
 
     ``with_care(x, where, weights, out)`` prepares the call for numbers that the kernel does not finish.
     """
-    if not isinstance(options.ddof, (int, float)) or x.size == 0:
+    if not isinstance(options.ddof, (int, float)) or options.ddof != options.ddof or x.size == 0:
         return None
     backend, result = backend_of(kind_of("x", x)), _result_of(x, options, out)
     plain = validation.plainer(x)
@@ -59,6 +60,8 @@ def statistic(
     count, ddof = x.size // max(1, math.prod(x.shape[axis] for axis in result.kept)), float(options.ddof)
     sure = select is None and not options.skip_nan and x.dtype.itemsize < 8 and (count > ddof or not has_spread)
     careful, shape, into_out, empty = Once(with_care), result.shape, result.into_out, backend.xp.empty
+    # Where `out` shares memory with what is read: a kernel writes by the strides that it was prepared for.
+    into_new = Once(partial(_kernel, backend, kept=result.kept, wanted=wanted, strides=result.strides_of_new))
     tell, deliver = _teller(wanted), _deliverer(wanted, shape == () and isinstance(x, np.ndarray))
 
     def call(x: Any, where: Any, weights: Any, given: Any, out: Any) -> Any:
@@ -66,15 +69,19 @@ def statistic(
         mask = None if select is None else select(x, where, weights)
         mean: Any
         spread: Any
+        launch: Any = run
         if into_out and backend.apart(out, seen, mask):
             mean, spread = (out, None) if has_mean else (None, out)
         else:
             mean, spread = empty(shape, dtype) if has_mean else None, empty(shape, dtype) if has_spread else None
+            if into_out:
+                launch, as_new = into_new(where, weights, x, seen)
+                mask = None if as_new is None else as_new(x, where, weights)
         if sure:
-            run(seen, mask, None, mean, spread, _UNREAD, ddof)
+            launch(seen, mask, None, mean, spread, _UNREAD, ddof)
         else:
             status = np.zeros(STATUS)
-            run(seen, mask, None, mean, spread, status, ddof)
+            launch(seen, mask, None, mean, spread, status, ddof)
             if status.tobytes() != _CLEAR and tell(status):  # a tenth of the time of any()
                 return careful(x, where, weights, out)(x, where, weights, None, out)
         return deliver(mean, spread, out)
@@ -150,6 +157,8 @@ class _Result(NamedTuple):
     dtype: np.dtype[Any]
     strides: Shape
     """In elements, for each axis of what is reduced."""
+    strides_of_new: Shape
+    """The same of a new array."""
     into_out: bool
     """Kernels can write ``out`` itself, if it shares no memory with what they read."""
 
@@ -161,8 +170,9 @@ def _result_of(x: Any, options: ReductionOptions, out: Any) -> _Result:
     if out is not None and options.dtype is None:  # its digits are wanted
         dtype = out.dtype.newbyteorder("=") if validation.is_float(out.dtype) else np.dtype(np.float64)
     into_out = out is not None and _lies_well(out, dtype)
-    strides = _steps(out if into_out else np.empty(shape, dtype), x.ndim, kept, options.keepdims)
-    return _Result(kept, shape, dtype, strides, into_out)
+    of_new = _steps(np.empty(shape, dtype), x.ndim, kept, options.keepdims)
+    strides = _steps(out, x.ndim, kept, options.keepdims) if into_out else of_new
+    return _Result(kept, shape, dtype, strides, of_new, into_out)
 
 
 def _teller(wanted: Statistic) -> Callable[[Any], bool]:

@@ -46,7 +46,7 @@ def statistic(what: str, x: Any, where: Any, weights: Any, given: Any, out: Any,
         wide = not validation.is_float(x.dtype) or is_float64(getattr(out, "dtype", None) if dtype is None else dtype)
         if given is not None:
             values = beside("mean", given, x, single)
-            if dtype is None and not isinstance(given, (int, float)):  # Python's numbers do not widen a result
+            if dtype is None and type(given) not in (bool, int, float):  # Python's numbers do not widen a result
                 own = np.float64 if x.dtype.kind in "iub" else x.dtype.newbyteorder("=")
                 dtype = np.result_type(own, values.dtype)
         dtype = np.dtype(result_dtype(x, dtype))

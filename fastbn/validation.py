@@ -228,7 +228,7 @@ def hook(gather: Any) -> Any:
 
 def is_relu(activation: Any) -> bool:
     """None or "relu"."""
-    if activation is not None and activation != "relu":
+    if activation is not None and not (isinstance(activation, str) and activation == "relu"):
         raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
     return activation is not None
 

@@ -182,7 +182,7 @@ def _in_fours(size: int, most: int) -> int:
 
     Four rows are read at once: the others, in runs of ten such as cropped images have, would take half the time.
     """
-    good = (n for n in range(most, most // 2 - 1, -1) if size % n == 0 and size // n % 4 == 0)
+    good = (n for n in range(most, max(1, most // 2 - 1), -1) if size % n == 0 and size // n % 4 == 0)
     return next(good, most)
 
 
@@ -250,7 +250,7 @@ def _along_kept(
             along=along, blocks=blocks,
         )  # fmt: skip
     innermost = row if size is None else size
-    of_cells = together is not None and how.mask > 0 and innermost.mask == 0 != together.mask
+    of_cells = coalesced > 1 and together is not None and how.mask > 0 and innermost.mask == 0 != together.mask
     of_thread = (FIELDS + 1) * geometry.width + (-(-4 * geometry.width * how.mask // 8) if of_cells else 0)
     return Division(
         "outer", geometry._replace(own=of_thread), _words(kept, rows), tasks=others * parts * tiles,

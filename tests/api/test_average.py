@@ -213,6 +213,15 @@ def test_weights_and_data_that_are_not_finite():
     assert np.isnan(fastbn.average([1.0, 2.0], weights=[1.0, np.nan]))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "uint8"])
+def test_weights_whose_sum_has_no_reciprocal(dtype):
+    x = np.array([[1, 2, 3, 6], [5, 5, 9, 9]], dtype)
+    for a, axis in ((x, 1), (np.ascontiguousarray(x.T), 0), (np.tile(x, 50), 1)):
+        found, scale = fastbn.average(a, axis, np.full(a.shape, 1e-310), returned=True)
+        np.testing.assert_allclose(found, [3, 7], rtol=1e-6)
+        np.testing.assert_allclose(scale, a.shape[axis] * 1e-310)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 

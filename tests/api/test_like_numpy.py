@@ -178,9 +178,17 @@ def test_axis_errors(function):
     for axis in ((0, 0), (1, -1)):
         with pytest.raises(ValueError, match="axis"):
             getattr(fastbn, function)(x, axis=axis)
-    for axis in (1.0, "0", (0.0, 1)):
+    for axis in (1.0, "0", (0.0, 1), True, np.True_):
         with pytest.raises(TypeError):
             getattr(fastbn, function)(x, axis=axis)
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, "mean_var", "average"])
+@pytest.mark.parametrize("keepdims", ["yes", None, 1.0, np.array([1, 0])], ids=str)
+def test_keepdims_that_is_no_bool(function, keepdims):
+    options = {"weights": [1, 2, 3]} if function == "average" else {}
+    with pytest.raises(TypeError, match=r"^keepdims: expected a bool, got "):
+        getattr(fastbn, function)(numbers((3, 4)), 0, keepdims=keepdims, **options)
 
 
 # --- dtype= and out= --------------------------------------------------------------------------------------------------
@@ -199,6 +207,46 @@ def test_dtypes_left_to_numpy(function, dtype):
         np.testing.assert_array_equal(actual, expected)
 
 
+@by_function
+@pytest.mark.parametrize("dtype", [">f2", ">f4", ">f8", "<f4"])
+def test_dtypes_in_another_byte_order(function, dtype):
+    """NumPy refuses these. A dtype says how exact a result is; the order of its bytes is ``out``'s."""
+    x = numbers((3, 4))
+    expected = getattr(np, function)(x, 0, dtype=np.dtype(dtype).newbyteorder("="))
+    result = getattr(fastbn, function)(x, 0, dtype=dtype)
+    assert result.dtype == expected.dtype
+    np.testing.assert_allclose(result, expected, rtol=1e-6 if dtype != ">f2" else 1e-3)
+    out = np.empty(4, dtype)
+    assert getattr(fastbn, function)(x, 0, dtype=dtype, out=out) is out
+    np.testing.assert_array_equal(out, result)
+
+
+@by_function
+@pytest.mark.parametrize("n", [5, 300])
+def test_out_in_x(function, n):
+    """Whatever its steps are: results are computed before x is written."""
+    line = np.random.default_rng(0).standard_normal(n * n * 3).astype(np.float32)
+    for axis, place in {
+        "column": (1, np.s_[:, 0, 0]),
+        "column upwards": (1, np.s_[::-1, 1, 0]),
+        "row": (0, np.s_[2, :, 0]),
+        "row backwards": (0, np.s_[0, ::-1, 2]),
+        "steps": (0, np.s_[1, ::-1, 0]),
+    }.values():
+        x = line.copy().reshape(n, n, 3)
+        expected = getattr(fastbn, function)(x, (axis, 2))
+        out = x[place]
+        for _ in range(2):  # the second is prepared
+            x[...] = line.reshape(x.shape)
+            assert getattr(fastbn, function)(x, (axis, 2), out=out) is out
+            np.testing.assert_array_equal(out, expected)
+    x = line.copy().reshape(3, n, n)
+    for out in (x[0].T, x[1], x[2, ::-1]):
+        x[...] = line.reshape(x.shape)
+        expected = getattr(fastbn, function)(x, 0)
+        np.testing.assert_array_equal(getattr(fastbn, function)(x, 0, out=out), expected)
+
+
 # --- ddof=, correction= and mean= -------------------------------------------------------------------------------------
 
 
@@ -214,6 +262,24 @@ def test_ddof_too_big(ddof, function):
         assert np.isnan(actual[1])
         with pytest.warns(RuntimeWarning, match="Degrees of freedom <= 0 for slice"):
             getattr(fastbn, function)(x, axis=1, ddof=ddof)
+
+
+@by_spread
+def test_ddof_that_is_no_number_of_values(function):
+    x = numbers((3, 4))
+    for axis in (None, 0, 1):
+        actual, expected = (run(getattr(library, function), x, axis=axis, ddof=np.nan) for library in (fastbn, np))
+        np.testing.assert_array_equal(actual[0], expected[0])
+        assert actual[1] == expected[1]
+    with pytest.raises(ValueError, match=r"^ddof: "):
+        getattr(fastbn, function)(x, ddof=10**400)
+
+
+@by_spread
+@pytest.mark.parametrize("mean", [1, 1.0, True, np.float64(1), np.float32(1), np.array(1.0)], ids=repr)
+def test_dtype_beside_a_given_mean(function, mean):
+    x = numbers((3, 4))
+    assert getattr(fastbn, function)(x, 0, mean=mean).dtype == getattr(np, function)(x, 0, mean=mean).dtype
 
 
 @by_spread

@@ -191,6 +191,27 @@ def test_masks_of_rows(dtype, function):
     report(failures)
 
 
+@pytest.mark.parametrize("dtype", some_slow(["float32", "float64", "int32"], ["float32"]))
+@pytest.mark.parametrize("what", some_slow(["mean", "var", "weights"], ["mean", "var"]))
+def test_masks_of_several_rows(dtype, what):
+    """Few rows may be taken as one, each with a byte or a weight of its own: of wide rows two or three, or none."""
+    draw, make = np.random.default_rng(7), maker(dtype)
+    for a, b in itertools.product((1, 5, 16), (3, 4, 12, 20, 28)):
+        for c in (33, 129, 200, 228, 300, 341, 512, 700, 1024, 1500):
+            x, counts = make((a, b, c)), draw.random((1, b, 1)) < 0.7
+            counts[0, 0] = True
+            kept = np.broadcast_to(counts[0, :, 0], (a, b))
+            mean, var, magnitude = expected_of(x[kept], 0)
+            if what == "mean":
+                found, expected, limit = fastbn.mean(x, (0, 1), where=counts), mean[0], 1e-6 * magnitude[0]
+            elif what == "var":
+                found, expected, limit = fastbn.var(x, (0, 1), where=counts), var[0], 1e-5 * var[0]
+            else:
+                found, expected = fastbn.mean_var(x, (0, 1), weights=counts.astype("f4"))[1], var[0]
+                limit = 1e-5 * var[0]
+            assert (abs(found - expected) <= limit).all(), f"{x.shape}"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is protected as Linux does it")
 @pytest.mark.parametrize("function", ["mean", "var", "nanvar"])
 @pytest.mark.parametrize("dtype", some_slow(["float32", "float64", "float16", "uint8", "int32"], ["float32", "uint8"]))

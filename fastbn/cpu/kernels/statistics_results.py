@@ -38,7 +38,7 @@ from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
 from fastbn.cpu.kernels.vectors import two_sum
 from fastbn.cpu.records import Results
-from fastbn.cpu.sizes import FIELDS, LEAST_SQUARE, STD, SUM_OF_SQUARES
+from fastbn.cpu.sizes import FIELDS, LEAST_SQUARE, LEAST_WEIGHT, STD, SUM_OF_SQUARES
 from fastbn.operands import CAREFUL, EMPTY, NO_DEGREES
 
 
@@ -154,6 +154,10 @@ def finish(n, each, origin, hi, lo, m2, squares, checked, results, to):
         put_spread(n, m2, checked, results, to, among)
     elif checked is not None and any_greater(choose(among, choose(finite(s), zero, one), zero), zero):
         results.status[CAREFUL] = 1.0
+    if checked is not None:
+        tiny = choose(greater(everywhere(LEAST_WEIGHT), n), n, zero)
+        if any_greater(choose(among, tiny, zero), zero):  # 1/n may be infinite
+            results.status[CAREFUL] = 1.0
     put_results(results.mean, results.formats.of_mean, to, mu)
     put_results(results.count, results.formats.of_count, to, n)
     if any_greater(choose(among, choose(greater(n, zero), zero, one), zero), zero):
