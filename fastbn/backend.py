@@ -127,7 +127,7 @@ class Backend(Protocol):
     def alike(self, a: Any) -> Any:
         """An array that lies as such results do, which nobody reads or writes."""
 
-    def apart(self, out: Any, *others: Any) -> bool:
+    def disjoint(self, out: Any, *others: Any) -> bool:
         """Whether an array surely shares no memory with others, but itself and None. It is cheap to ask."""
 
     def overlap(self, a: Any, b: Any) -> bool:

@@ -70,7 +70,7 @@ def statistic(
         mean: Any
         spread: Any
         launch: Any = run
-        if into_out and backend.apart(out, seen, mask):
+        if into_out and backend.disjoint(out, seen, mask):
             mean, spread = (out, None) if has_mean else (None, out)
         else:
             mean, spread = empty(shape, dtype) if has_mean else None, empty(shape, dtype) if has_spread else None

@@ -129,17 +129,17 @@ def _running_check(backend: Backend) -> Call:
 
     It raises where running statistics share memory with each other or with others.
     """
-    apart, overlap = backend.apart, backend.overlap
+    disjoint, overlap = backend.disjoint, backend.overlap
     names = "running[1]", "x", "gamma", "beta", "where", "weights", "residual", "out"
 
     def check(running: tuple[Any, Any], rate: Any, correction: Any, *others: Any) -> tuple[float, float]:
         mean, var = running
         rate, correction = validation.rate_and_correction(rate, correction)
-        for a in others:  # which `apart` does not count
+        for a in others:  # which `disjoint` does not count
             if a is mean or a is var:
                 break
         else:
-            if mean is not var and apart(mean, var, *others) and apart(var, *others):
+            if mean is not var and disjoint(mean, var, *others) and disjoint(var, *others):
                 return rate, correction
         for one, array in (("running[0]", mean), ("running[1]", var)):
             for name, other in zip(names, (var, *others), strict=True):

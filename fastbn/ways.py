@@ -126,7 +126,7 @@ class Ways:
 
     def partly_overlaps(self, out: Any, *inputs: Any) -> bool:
         """Whether an input shares memory with `out` but not element for element: it would be lost before it is read."""
-        if self.backend.apart(out, *inputs):
+        if self.backend.disjoint(out, *inputs):
             return False
         same_or_apart = self.backend.same_or_apart
         return any(a is not None and a is not out and not same_or_apart(out, a) for a in inputs)

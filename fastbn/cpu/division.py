@@ -245,8 +245,8 @@ class InOrder:
             if any(n > 1 and s[axis] != run for s in (*inputs, *outputs)):
                 break
             run *= n
-        apart = run == inner and all(s.channel == inner for s in outputs) and all(s.channel >= inner for s in inputs)
-        run *= channel if apart else 1
+        gapped = run == inner and all(s.channel == inner for s in outputs) and all(s.channel >= inner for s in inputs)
+        run *= channel if gapped else 1
         self.tasks = sizes.piece_count(problem.shape)
         rows = -(-self.tasks // problem.num_threads) // max(1, -(-inner // sizes.PIECE)) + 2  # of a thread, at most
         if exchanged or outer == 1:  # the rows of one kept index are neighbours
@@ -257,7 +257,7 @@ class InOrder:
             most = (rows // max(1, outer * channel) + 2) * channel
         self.pitch = min(problem.kept, most) + sizes.PAD
         self.walk = Walk(
-            run=run, apart=int(apart), pitch=self.pitch, values=values, kept=kept, batch=problem.shape.channel,
+            run=run, gapped=int(gapped), pitch=self.pitch, values=values, kept=kept, batch=problem.shape.channel,
             outer=int(exchanged), channel=int(not exchanged),
         )  # fmt: skip
 

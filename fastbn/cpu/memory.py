@@ -53,9 +53,9 @@ def reads_slabs(views: Sequence[Array]) -> bool:
 _shares_memory: Any = np.shares_memory  # whose stub knows only two of max_work's values
 
 
-def apart(out: Array, *others: Array | None) -> bool:
+def disjoint(out: Array, *others: Array | None) -> bool:
     """By first and last bytes, in compiled code: for the gradients' arrays 0.4 us, where asking NumPy takes 2."""
-    return program.apart()(out, *others)
+    return program.disjoint()(out, *others)
 
 
 def overlap(a: Array, b: Array) -> bool:
@@ -63,7 +63,7 @@ def overlap(a: Array, b: Array) -> bool:
     if a is b:
         return a.size > 0
     try:
-        return not apart(a, b) and bool(_shares_memory(a, b, max_work=1000))
+        return not disjoint(a, b) and bool(_shares_memory(a, b, max_work=1000))
     except np.exceptions.TooHardError:
         return True
 

@@ -154,9 +154,7 @@ class Program:
         slot = NOWHERE if kind == "none" else self._slots[name]
         target = NOWHERE if to.source == SCRATCH else to.slot
         self._vectors.append(
-            VectorWords(
-                slot, VECTOR_KINDS.index(kind), default=_bits(default), numbers=count, to=target, start=to.extra
-            )
+            VectorWords(slot, VECTOR_KINDS.index(kind), default=_bits(default), length=count, to=target, start=to.extra)
         )
 
     def launch(self, name: str, tasks: int, short: bool = False, **arguments: Given) -> None:
@@ -279,7 +277,7 @@ def _definition() -> _Method:
     return made
 
 
-_call, _describe, _apart = _definition(), _definition(), _definition()
+_call, _describe, _disjoint = _definition(), _definition(), _definition()
 
 
 def _built_in(definition: _Method, code: str, words: Any) -> Callable[..., Any]:
@@ -313,6 +311,6 @@ def _objects() -> Any:
 
 
 @cache
-def apart() -> Callable[..., bool]:
-    """``apart(out, *others)``: whether it surely shares no memory with other arrays; itself does not count."""
-    return _built_in(_apart, "signatures.apart", _objects())
+def disjoint() -> Callable[..., bool]:
+    """``disjoint(out, *others)``: whether it surely shares no memory with other arrays; itself does not count."""
+    return _built_in(_disjoint, "signatures.disjoint", _objects())

@@ -27,7 +27,7 @@ LONG_WAIT, MOST_WON = 4_000_000, 20_000_000  # ns: lost at once; of time that wa
 # The words of a program, in bytes: its header, `VectorWords`, and each launch's `LaunchWords` and `SourceWords`.
 TEAM, RELEASES, SAVE_THREAD, RESTORE_THREAD, INC_REF, NO_MEMORY, MALLOC, FREE = range(0, 64, 8)
 SCRATCH_BYTES, VECTORS, LAUNCHES, HEADER = range(64, 96, 8)
-NOWHERE = -1  # no array given; to the scratch memory
+NOWHERE = -1  # as a slot: no array is given; as the place of a copy: the scratch memory
 VECTOR_KINDS = ("none", "f8*", "f4*", "u2*", "i2*")  # what a vector of parameters may be
 
 
@@ -35,14 +35,16 @@ class VectorWords(NamedTuple):
     """Words: a vector of parameters that is copied."""
 
     slot: int
-    """Of the array that is given, or `NOWHERE`; the index of its kind in `VECTOR_KINDS`;"""
+    """Of the array that is given, or `NOWHERE`."""
     kind: int
+    """An index into `VECTOR_KINDS`."""
     default: int
-    """bits of the number in its place."""
-    numbers: int
+    """Bits of the number in place of an array."""
+    length: int
     to: int
-    """The slot of the array that it is copied to, or `NOWHERE`, and where in it."""
+    """The slot of the array that it is copied to, or `NOWHERE`: the scratch memory."""
     start: int
+    """Where in that, in bytes."""
 
 
 class LaunchWords(NamedTuple):

@@ -80,7 +80,7 @@ class Walk(NamedTuple):
 
     run: int
     """Values side by side in all arrays that are written."""
-    apart: int
+    gapped: int
     """1 where rows of a run lie apart, behind each other, in arrays that are read."""
     pitch: int
     """Between rows of a thread's table."""
@@ -122,7 +122,7 @@ class Geometry(NamedTuple):
     """Values of the last coalesced row, if these are fewer."""
     tile: int = 0
     """Channels of a task."""
-    width: int = 0
+    pitch: int = 0
     """Numbers from a row of a thread's table to the next row."""
     own: int = 0
     """Numbers from a thread's table to the next thread's."""
@@ -133,9 +133,9 @@ class Geometry(NamedTuple):
     # Of arrays:
     itemsize: int = 0
     mask: int = 0
-    """`statistics.OF_VALUES`, `OF_ROWS`, or 0 of none."""
+    """`statistics_sizes.OF_VALUES`, `OF_ROWS`, or 0 of none."""
     moved: int = 0
-    """What is added to values, one of `statistics.MOVED`, or 0."""
+    """What is added to values, one of `statistics_sizes.MOVED`, or 0."""
     ahead: int = 0
     """From a value of a row to the one that is prefetched with it."""
     turn: int = 0
@@ -151,7 +151,7 @@ class Formats(NamedTuple):
     """One of `statistics.FORMS`."""
     skip_nan: int
     of_count: int
-    """Dtypes: indices into `program.VECTOR_KINDS`."""
+    """Dtypes: indices into `program_words.VECTOR_KINDS`."""
     of_mean: int
     of_spread: int
 
@@ -204,8 +204,8 @@ class Options(NamedTuple):
 
     squares: Any
     """Squares are summed, too."""
-    exact: Any
-    """Float64 sums of this dtype lose digits that are wanted."""
+    compensated: Any
+    """Sums keep what rounding takes from them: those of this dtype lose digits in float64."""
     masked: Any
     """The mask has a byte, or a weight, of each value, and not of each row."""
     weighted: Any

@@ -19,14 +19,15 @@ from fastbn.cpu.memory import Array
 from fastbn.cpu.program import NONE, Argument, Program, kernel_type
 from fastbn.cpu.program_words import VECTOR_KINDS
 from fastbn.cpu.records import Formats, Geometry, Options, Results
-from fastbn.cpu.sizes import AHEAD_BYTES, BYTES, FIELDS, MOVED, OF_INNER, OF_ROWS, OF_VALUES, pitch
+from fastbn.cpu.sizes import pitch
+from fastbn.cpu.statistics_sizes import AHEAD_BYTES, BYTES, FIELDS, MOVED, OF_INNER, OF_ROWS, OF_VALUES
 from fastbn.dimensions import Dimension, dimensions
 from fastbn.operands import Mask, Statistic
 
 FORMS = ("var", "std", "m2")
 SMALL = ("n1*", "s1*", "b1*", "n2*", "s2*")  # what is added up in integers where it lies side by side
 MOST_SQUARES = 1 << 20  # of values of 16 bits, whose sum, and twice that, is exact in float64
-EXACT = ("f8*", "s8*", "n8*")  # dtypes whose sums in float64 lose digits
+COMPENSATED = ("f8*", "s8*", "n8*")  # dtypes whose sums in float64 lose digits
 
 SHORT_ROW = 512  # values: reduced rows that are shorter may lie side by side in the rows of `outer`
 ENOUGH_ROWS, ENOUGH_LONG_ROWS = 8, 12  # reduced rows side by side, for which a sum of each column is worth the space
@@ -73,7 +74,7 @@ class Summing(NamedTuple):
     """What is added up, and how."""
 
     itemsize: int
-    exact: bool
+    compensated: bool
     """Sums in float64 lose digits that are wanted."""
     squares: bool
     small: bool = False
@@ -86,7 +87,7 @@ class Summing(NamedTuple):
         if self.small:
             many = IN_L1 // (self.itemsize * (6 if self.squares else 4)) * (2 if wide else 1)
             return min(many, max(FEW_COLUMNS, size // SIZE_OF_COLUMN))
-        return (OF_WIDE_ROWS if wide else IN_L1) // 8 // (3 if self.squares else 2 if self.exact else 1)
+        return (OF_WIDE_ROWS if wide else IN_L1) // 8 // (3 if self.squares else 2 if self.compensated else 1)
 
     def along(self, values: int) -> bool:
         """Whether so many of a kept index are read along."""
@@ -101,7 +102,7 @@ class Summing(NamedTuple):
         """Rows of so many values, beside each other, from which on each column has a sum."""
         if self.squares and self.itemsize >= 4 and not (self.small or self.mask) and size >= LONG_FOR_SQUARES:
             return ENOUGH_FOR_SQUARES
-        long = size >= LONG_ROW and not self.small and (self.squares or not self.exact)
+        long = size >= LONG_ROW and not self.small and (self.squares or not self.compensated)
         return ENOUGH_LONG_ROWS if long else ENOUGH_ROWS
 
     def few(self, along: bool) -> int:
@@ -142,7 +143,7 @@ def _along_reduced(d: list[Dimension], run: Dimension, how: Summing) -> Division
     kept = [o for o in d if o.kept]
     rows = [o for o in d if not o.kept and o is not run]
     channels, count = math.prod(o.size for o in kept), math.prod(o.size for o in rows)
-    most = PART_OF_SQUARES if how.exact and how.squares else PART
+    most = PART_OF_SQUARES if how.compensated and how.squares else PART
     pieces, piece, each = 1, run.size, count
     if run.size > most:
         pieces = -(-run.size // most)
@@ -205,7 +206,7 @@ def _coalesced(
 def _parts(count: int, coalesced: int, inner: int, cells: int, tiles: int, how: Summing) -> tuple[int, int]:
     """Into how many parts so many rows of each tile of cells are divided, and rows of each; none is empty."""
     least = max(1, SHARE_OF_PARTS // (how.itemsize * coalesced), PART // (coalesced * cells * inner))
-    longest = 1024 if how.exact and how.squares else count
+    longest = 1024 if how.compensated and how.squares else count
     if how.small and how.itemsize == 2:  # sums of squares are to be exact in float64
         longest = max(1, MOST_SQUARES // (coalesced * inner))
     parts = max(1, min(count // least, max(PARTS_AT_MOST, -(-count // longest))))
@@ -236,7 +237,7 @@ def _along_kept(
     geometry = Geometry(
         len(kept), len(rows), rows=count, parts=parts, rows_of_a_part=each,
         step=row.step if size is None else size.step, channels=row.size, size=inner, coalesced=coalesced, tail=tail,
-        tile=cells, width=pitch(coalesced * -(-cells // 8) * 8 * inner + 8 * inner), kept_step=row.result,
+        tile=cells, pitch=pitch(coalesced * -(-cells // 8) * 8 * inner + 8 * inner), kept_step=row.result,
         mask_step=row.mask,
     )  # fmt: skip
     neighbours = row.step != 1 and bool(rows) and rows[-1].step == 1
@@ -251,7 +252,7 @@ def _along_kept(
         )  # fmt: skip
     innermost = row if size is None else size
     of_cells = coalesced > 1 and together is not None and how.mask > 0 and innermost.mask == 0 != together.mask
-    of_thread = (FIELDS + 1) * geometry.width + (-(-4 * geometry.width * how.mask // 8) if of_cells else 0)
+    of_thread = (FIELDS + 1) * geometry.pitch + (-(-4 * geometry.pitch * how.mask // 8) if of_cells else 0)
     return Division(
         "outer", geometry._replace(own=of_thread), _words(kept, rows), tasks=others * parts * tiles,
         finishing=others * -(-row.size // 8), partials=FIELDS * row.size * parts * others if parts > 1 else 0,
@@ -306,20 +307,20 @@ def plan(
     kinds: tuple[str | None, str | None, str | None], threads: int,
 ) -> Program:  # fmt: skip
     """``program(x, where, count, mean, spread, status, ddof)``; a mask that is not of bytes is one of weights."""
-    exact, weighted, itemsize = kind in EXACT, mask not in (None, "b1*"), int(kind[1])
-    squares = kinds[2] is not None or (exact and weighted)  # the sum of weights is rounded
+    compensated, weighted, itemsize = kind in COMPENSATED, mask not in (None, "b1*"), int(kind[1])
+    squares = kinds[2] is not None or (compensated and weighted)  # the sum of weights is rounded
     arrays: dict[str, str | None] = {"x": kind, "where": mask}
     arrays |= dict(zip(("count", "mean", "spread"), kinds, strict=True))
     p = Program(threads, (1 + squares) * math.prod(o.size for o in d), arrays | {"status": "f8*"}, ["ddof"])
-    how = Summing(itemsize, exact, squares, kind in SMALL and mask is None, int(mask[1]) if mask else 0)
+    how = Summing(itemsize, compensated, squares, kind in SMALL and mask is None, int(mask[1]) if mask else 0)
     c = divide(list(d), how)
     if how.small and c.strided:
         how = how._replace(small=False)
         c = divide(list(d), how)
     mask_of = 0 if mask is None else OF_ROWS if c.mask_of_rows else OF_VALUES
     options = Options(
-        squares=option(squares), exact=option(exact), masked=option(mask_of == OF_VALUES), weighted=option(weighted),
-        skip_nan=option(skip_nan),
+        squares=option(squares), compensated=option(compensated), masked=option(mask_of == OF_VALUES),
+        weighted=option(weighted), skip_nan=option(skip_nan),
     )  # fmt: skip
     selection: dict[str, Any] = {"where": p.array("where").after(starts[1]) if mask else None}
     if c.kernel == "outer":
@@ -353,7 +354,9 @@ def _merge(p: Program, options: Options) -> Argument:
     """The function that makes results of parts."""
     words = dict.fromkeys(("pitch", "far", "parts", "at", "step", "count", "mean", "spread"), "i8")
     of_results = {"ddof": "f8", "status": "f8*", "formats": "Formats"}
-    own = {name: "none" if getattr(options, name) is None else "bool" for name in ("squares", "exact", "weighted")}
+    own = {
+        name: "none" if getattr(options, name) is None else "bool" for name in ("squares", "compensated", "weighted")
+    }
     return p.function("statistics_results.merge", table="f8*", **words, **of_results, **own)
 
 

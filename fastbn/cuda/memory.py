@@ -155,7 +155,7 @@ class _Shadow:
 _shares_memory: Any = np.shares_memory
 
 
-def apart(out: Array, *others: Array | None) -> bool:
+def disjoint(out: Array, *others: Array | None) -> bool:
     low, high = _extent(out)
     for a in others:
         if a is not None and a is not out:

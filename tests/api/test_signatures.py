@@ -80,20 +80,20 @@ def test_signatures_leave_no_references():
     assert all(abs(a - b) < 50 for a, b in zip(before, after, strict=True))
 
 
-def test_what_lies_apart():
+def test_what_is_disjoint():
     """Said of no two arrays that share memory, of slices whatever way they run; of all that are far from another."""
     whole = np.zeros((12, 10, 8))
     pieces = [whole[i : i + 3, ::s, ::t] for i in (0, 2, 5, 9) for s in (1, -1, 3) for t in (1, -2)]
     pieces += [whole.T[:, :, ::-4], whole[:0], np.broadcast_to(whole[5, 5, 5], (4, 4)), np.zeros(3), whole[1, 1, 1:1]]
     for a, b in itertools.product(pieces, repeat=2):
-        apart = memory.apart(a, b)
-        assert not (apart and a is not b and np.shares_memory(a, b))
+        disjoint = memory.disjoint(a, b)
+        assert not (disjoint and a is not b and np.shares_memory(a, b))
         low, high = np.lib.array_utils.byte_bounds(a)
         first, end = np.lib.array_utils.byte_bounds(b)
-        assert apart or a is b or (first < high + 16 and low < end + 16)
-    assert memory.apart(whole, None, np.zeros(4), whole, None)
-    assert not memory.apart(whole, np.zeros(4), whole[3])
-    assert not memory.apart(whole, np.zeros(4).view(np.recarray)), "what is not known is looked at"
+        assert disjoint or a is b or (first < high + 16 and low < end + 16)
+    assert memory.disjoint(whole, None, np.zeros(4), whole, None)
+    assert not memory.disjoint(whole, np.zeros(4), whole[3])
+    assert not memory.disjoint(whole, np.zeros(4).view(np.recarray)), "what is not known is looked at"
 
 
 # --- what a signature leaves out --------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def test_a_circle_is_found(tmp_path, back, expected):
 
 def test_kernels_stand_on_the_ground():
     """They are imported when they are compiled: by files that stand above all that they import."""
-    ground = {f"fastbn.cpu.{n}" for n in ("machines", "objects", "program_words", "records", "sizes", "team_words")}
+    words = "program_words", "team_words"
+    ground = {f"fastbn.cpu.{name}" for name in ("machines", "objects", "records", "sizes", "statistics_sizes", *words)}
     ground |= {"fastbn.operands", "fastbn.numba_parts.compiling"}
     for file, imported in structure.graph_of(structure.PACKAGE).items():
         if file.startswith("fastbn.cpu.kernels."):

@@ -128,7 +128,7 @@ def number_of(args, slot):
 def fill_vector(args, scratch, at):
     """A vector of float64 from one of any dtype, or from its default."""
     slot, kind, default = load(at + VECTOR.slot), load(at + VECTOR.kind), load(at + VECTOR.default)
-    count, to, start = load(at + VECTOR.numbers), load(at + VECTOR.to), load(at + VECTOR.start)
+    count, to, start = load(at + VECTOR.length), load(at + VECTOR.to), load(at + VECTOR.start)
     out = doubles((scratch if to == NOWHERE else data_of(args, to)) + start)
     given = 0 if slot == NOWHERE else data_of(args, slot)
     for i in range(count):

@@ -300,15 +300,15 @@ def both(typing, a, b):
 
 
 @intrinsic
-def shortened(typing, v, exact):
-    """Rounded to float32, unless the sums are to be exact in float64."""
-    if exact != types.none:
-        return v(v, exact), lambda context, builder, sig, args: args[0]
+def shortened(typing, v, compensated):
+    """Rounded to float32, unless sums keep what rounding takes from them."""
+    if compensated != types.none:
+        return v(v, compensated), lambda context, builder, sig, args: args[0]
 
     def codegen(context, builder, sig, args):
         return builder.fpext(builder.fptrunc(args[0], FLOAT_LANES.llvm), DOUBLE_LANES.llvm)
 
-    return v(v, exact), codegen
+    return v(v, compensated), codegen
 
 
 @intrinsic

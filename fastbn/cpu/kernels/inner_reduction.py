@@ -316,7 +316,7 @@ def normalize_vectors(x, y, residual, start, end, affine, relu, nontemporal):
 @inline
 def gap_of(array, shape, walk):
     """Values between two rows of a run."""
-    return (array.channel - shape.inner) * walk.apart
+    return (array.channel - shape.inner) * walk.gapped
 
 
 @inline

@@ -25,7 +25,7 @@ from fastbn.cpu.kernels.llvm import I32, I64, lanes_below, pointer_to, size_of
 from fastbn.cpu.kernels.pointers import table_rows
 from fastbn.cpu.kernels.simd import fma, load, prefetch
 from fastbn.cpu.kernels.simd import store as put
-from fastbn.cpu.sizes import BYTES, MOVED
+from fastbn.cpu.statistics_sizes import BYTES, MOVED
 
 LANE_ROUNDS = 32  # of eight values a lane, the most whose sum a lane of 16 bits holds: 32 * 8 * -128 = -2^15
 LONG_ROUNDS = 96  # rounds of a row from which its quarters are read side by side: 24 kB

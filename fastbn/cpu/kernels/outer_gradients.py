@@ -63,7 +63,7 @@ from fastbn.cpu.kernels.simd import (
     unit_of,
     zero_where_uncounted,
 )
-from fastbn.cpu.records import Affine, ColumnSums, Distances, GradientParameters, Sums
+from fastbn.cpu.records import Affine, ColumnSums, Distances, GradientParameters, SegmentSums, Sums
 from fastbn.cpu.sizes import COLUMN_SUMS, ROW_CHUNK
 
 
@@ -166,28 +166,28 @@ def add_row(inputs, row, columns, sums):
 
 
 @inline
-def move_sums(cells, size, sums, dbeta, dgamma):
+def move_sums(cells, size, sums, found):
     """What was added up of columns, to that of their cells, in float64."""
-    cell_totals(sums.s1, cells, size, dbeta)
-    cell_totals(sums.s2, cells, size, dbeta)
-    for j in range(0, cells, lanes(dbeta, FULL)):
-        store(dbeta, j, load(dbeta, j, FULL) + in_float64(sums.s1, j, dbeta))
-        store(dgamma, j, load(dgamma, j, FULL) + in_float64(sums.s2, j, dbeta))
+    cell_totals(sums.s1, cells, size, found.dz)
+    cell_totals(sums.s2, cells, size, found.dz)
+    for j in range(0, cells, lanes(found.dz, FULL)):
+        store(found.dz, j, load(found.dz, j, FULL) + in_float64(sums.s1, j, found.dz))
+        store(found.distance, j, load(found.distance, j, FULL) + in_float64(sums.s2, j, found.dz))
 
 
 @inline
-def segment_grad_sums(inputs, rows, cells, size, dbeta, dgamma, sums):
+def segment_grad_sums(inputs, rows, cells, size, found, sums):
     """sum(dz) and sum(dz * (x - hi) * unit) of each cell of one segment, with hi and unit of its columns."""
     columns, half = cells * size, rows // 2
-    fill(dbeta, cells, 0.0)
-    fill(dgamma, cells, 0.0)
+    fill(found.dz, cells, 0.0)
+    fill(found.distance, cells, 0.0)
     for first in range(0, max(1, half), ROW_CHUNK // 2):
         clear_sums(columns, sums)
         end = min(first + ROW_CHUNK // 2, half)
         add_rows_of_two(inputs_from(inputs, first), inputs_from(inputs, half + first), end - first, columns, sums)
         if rows % 2 > 0 and end == half:
             add_row(inputs, rows - 1, columns, sums)
-        move_sums(cells, size, sums, dbeta, dgamma)
+        move_sums(cells, size, sums, found)
 
 
 @inline
@@ -221,7 +221,7 @@ def spread_hi_and_unit(x, given, first, j, channels, cells, size, sums):
 def grad_sums_of_segments(
     thread, first, last, dy, x, y, weight, shape, tiles, parameters, partials, workspace, affine
 ):  # fmt: skip
-    """Of each cell of each segment, in ``partials``: all sum(dz), then all sum(dz * (x - hi) * unit).
+    """A table of `SegmentSums` in ``partials``, of each cell of each segment.
 
     With a workspace for `Affine` y is computed again.
     """
@@ -236,7 +236,7 @@ def grad_sums_of_segments(
         spread_hi_and_unit(x.values, given, task.batch * channels, task.cell, channels, task.cells, size, sums)
         spread_affine_again(x.values, given, task.batch * channels, task.cell, channels, task.cells, size, of_y)
         at = task.batch * results.segments + task.row // tiles.height
-        dbeta = advance(partials, at * results.of_segment + place_of_cell(task.cell, tiles))
+        place = advance(partials, at * results.of_segment + place_of_cell(task.cell, tiles))
         inputs = Inputs(
             rows_of_tile(dy, task.batch, task.row, task.cell * size, coalesced),
             rows_of_tile(x, task.batch, task.row, task.cell * size, coalesced),
@@ -245,21 +245,21 @@ def grad_sums_of_segments(
             weight.channel,
             around(sums.hi, of_y),
         )
-        dgamma = advance(dbeta, results.together)
-        segment_grad_sums(inputs, task.end - task.row, task.cells, size, dbeta, dgamma, sums)
+        found = table_rows(SegmentSums, place, results.together)
+        segment_grad_sums(inputs, task.end - task.row, task.cells, size, found, sums)
 
 
 @inline
-def write_grad_sums(x, t, count, dz, distance, results, given, sums):
-    """The results of channels from t on, whose segments' sums begin at two places: eight at a time."""
-    n = lanes(dz, FULL)
+def write_grad_sums(x, t, count, found, results, given, sums):
+    """The results of channels from t on, from their first segments' `SegmentSums`: eight at a time."""
+    n = lanes(found.dz, FULL)
     for i in range(0, count, n):
         part = min(n, count - i)
-        a = splat(dz, 0.0, FULL)
+        a = splat(found.dz, 0.0, FULL)
         b = a
         for s in range(results.segments):
-            a = a + load_first(dz, s * results.of_segment + i, part, FULL)
-            b = b + load_first(distance, s * results.of_segment + i, part, FULL)
+            a = a + load_first(found.dz, s * results.of_segment + i, part, FULL)
+            b = b + load_first(found.distance, s * results.of_segment + i, part, FULL)
         mean, rstd = load_first(given.mean, t + i, part, FULL), load_first(given.rstd, t + i, part, FULL)
         hi, unit = converted(converted(mean, splat(x, 0.0, mean)), mean), unit_of(x, rstd)
         store_part(sums.dgamma, t + i, part, (b - (mean - hi) * unit * a) * (rstd / unit), n)
@@ -301,13 +301,14 @@ def channel_grad_sums(
     channels, kept = shape.channel, shape.batch * shape.channel
     rows, cells = shape.outer // tiles.coalesced, channels * tiles.coalesced
     results, given = results_of(shape, rows, cells, tiles), table_rows(GradientParameters, parameters, kept)
-    out, dz, distance = table_rows(Sums, sums, kept), partials, advance(partials, results.together)
+    out, found = table_rows(Sums, sums, kept), table_rows(SegmentSums, partials, results.together)
     whole = first
     while tiles.coalesced == 1 and whole < last:
         j = whole % channels
         count = min(last - whole, channels - j, tiles.width - j % tiles.width)
         at = whole // channels * results.segments * results.of_segment + place_of_cell(j, tiles)
-        write_grad_sums(x.values, whole, count, advance(dz, at), advance(distance, at), results, given, out)
+        of_these = table_rows(SegmentSums, advance(partials, at), results.together)
+        write_grad_sums(x.values, whole, count, of_these, results, given, out)
         whole += count
     for t in range(whole, last):
         a, b = 0.0, 0.0
@@ -315,7 +316,7 @@ def channel_grad_sums(
             at = (t // channels * results.segments + s) * results.of_segment
             for j in range(t % channels, cells, channels):
                 k = at + place_of_cell(j, tiles)
-                a, b = a + dz[k], b + distance[k]
+                a, b = a + found.dz[k], b + found.distance[k]
         mean, rstd = given.mean[t], given.rstd[t]
         affine = affine_again(x.values, given, t, recompute)
         a, b = sums_of_rest(dy, x, y, affine, t, rows * tiles.coalesced, shape, mean, rstd, a, b)

@@ -51,7 +51,7 @@ from fastbn.cpu.kernels.simd import (
     prefetch,
     store_first,
 )
-from fastbn.cpu.records import ColumnSums, Distances, GradientParameters, Linear, Rows, Sums
+from fastbn.cpu.records import ColumnSums, Distances, GradientParameters, Linear, Rows, SegmentSums, Sums
 from fastbn.cpu.sizes import LINEAR, SUMS
 
 
@@ -166,11 +166,11 @@ def grad_input(
 
 
 @inline
-def add_to_sums(t, cells, dbeta, dgamma, sums):
+def add_to_sums(t, cells, found, sums):
     """A segment's sums of cells that are whole channels, from kept index t on."""
     for c in range(cells):
-        sums.dbeta[t + c] += dbeta[c]
-        sums.dgamma[t + c] += dgamma[c]
+        sums.dbeta[t + c] += found.dz[c]
+        sums.dgamma[t + c] += found.distance[c]
 
 
 @inline
@@ -198,8 +198,8 @@ def backward(
     given, out = table_rows(GradientParameters, parameters, kept), table_rows(Sums, sums, kept)
     of_thread = advance(workspace, thread * LINEAR * pitch)
     columns, linear = table_rows(ColumnSums, of_thread, pitch), table_rows(Linear, of_thread, pitch)
-    dbeta, of_y = advance(partials, thread * SUMS * room), affine_table(affine, thread, pitch)
-    dgamma = advance(dbeta, room)
+    found = table_rows(SegmentSums, advance(partials, thread * SUMS * room), room)
+    of_y = affine_table(affine, thread, pitch)
     for k in range(first, last):
         tile = task_at(k, 1, channels, tiles)
         t, cells, wide = tile.batch * channels + tile.cell, tile.cells, tile.cells * size
@@ -212,8 +212,8 @@ def backward(
             out.dgamma[t + c] = out.dbeta[t + c] = 0.0
         for row in range(0, rows, tiles.height):
             high = min(tiles.height, rows - row)
-            segment_grad_sums(inputs_from(inputs, row), high, cells, size, dbeta, dgamma, columns)
-            add_to_sums(t, cells, dbeta, dgamma, out)
+            segment_grad_sums(inputs_from(inputs, row), high, cells, size, found, columns)
+            add_to_sums(t, cells, found, out)
         finish_tile(x.values, t, cells, size, given, live.values is None, mixed, out, linear)
         again = around(linear.hi, of_y)
         of_live = Inputs(inputs.dy, rows_of(live, t, shape), rows_of_y, no_weight, 0, again)

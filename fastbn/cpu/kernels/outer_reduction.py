@@ -150,12 +150,12 @@ def peek_at_cells(x, rows, count, size, cells):
     """As centres the means of some values of each cell, from rows all over the segment."""
     part = min(size, lanes(x.values, FULL))
     looked_at = min(rows, -(-PEEK // part))
-    apart = rows // looked_at * x.step
+    jump = rows // looked_at * x.step
     for j in range(count):
         origin = splat(x.values, cells.origin[j], FULL)
         s = splat(x.values, 0.0, FULL)
         for k in range(looked_at):
-            s = s + (load_first(x.values, k * apart + j * size, part, FULL) - origin)
+            s = s + (load_first(x.values, k * jump + j * size, part, FULL) - origin)
         cells.centre[j] = cells.origin[j] + total(first_lanes(s, part)) / (looked_at * part)
 
 
@@ -303,26 +303,26 @@ def careful_cells(x, shape, t, first, end, moments, all_rows, lost, eps):
 
 
 @inline
-def merge_segments(cells_mean, cells_m2, at, apart, height, shape):
-    """A vector of means and M2 over all segments, which are ``apart``: as `common.merged`."""
+def merge_segments(cells_mean, cells_m2, at, pitch, height, shape):
+    """A vector of means and M2 over all segments, which are a pitch apart: as `common.merged`."""
     mean, m2 = load(cells_mean, at, FULL), load(cells_m2, at, FULL)
     before = np.float64(min(height, shape.outer) * shape.inner)
     for s in range(1, -(-shape.outer // height)):
         n = np.float64(min(height, shape.outer - s * height) * shape.inner)
         ratio = n / (before + n)
-        delta = load(cells_mean, s * apart + at, FULL) - mean
+        delta = load(cells_mean, s * pitch + at, FULL) - mean
         mean = mean + delta * splat(cells_mean, ratio, FULL)
         between = delta * delta * splat(cells_mean, before * ratio, FULL)
-        m2 = m2 + (load(cells_m2, s * apart + at, FULL) + between)
+        m2 = m2 + (load(cells_m2, s * pitch + at, FULL) + between)
         before += n
     return mean, m2
 
 
 @inline
-def write_cells(x, shape, t, count, origins, cells_mean, cells_m2, apart, height, moments, eps):
+def write_cells(x, shape, t, count, origins, cells_mean, cells_m2, pitch, height, moments, eps):
     """Moments of cells that are whole channels, from kept index t on, into a table of `MomentRows`.
 
-    Their segments' means, relative to their origins, and M2 are ``apart`` from segment to segment. As `merged`,
+    Their segments' means, relative to their origins, and M2 are a pitch apart from segment to segment. As `merged`,
     `finished` and `write_moments`, eight at a time.
     """
     n, all_rows = lanes(cells_mean, FULL), np.float64(shape.outer * shape.inner)
@@ -335,7 +335,7 @@ def write_cells(x, shape, t, count, origins, cells_mean, cells_m2, apart, height
     lower_underflow_flag()
     for i in range(0, count, n):
         part = min(n, count - i)
-        from_origin, m2 = merge_segments(cells_mean, cells_m2, i, apart, height, shape)
+        from_origin, m2 = merge_segments(cells_mean, cells_m2, i, pitch, height, shape)
         mean = load_first(origins, i, part, FULL) + from_origin
         counts = splat(cells_mean, all_rows, FULL)
         store_part(moments.count, t + i, part, counts, n)

@@ -78,6 +78,7 @@ from fastbn.cpu.records import (
     MomentRows,
     Parameters,
     Rows,
+    SegmentSums,
     Shape,
 )
 from fastbn.cpu.sizes import AFFINE, COLUMN_MOMENTS, COLUMN_SUMS, LINEAR, ORIGINS, ROW_CHUNK
@@ -241,11 +242,11 @@ def inputs_at(arrays, s, cell, shape, tiles):
 
 
 @inline
-def sums_of_task(arrays, task, shape, tiles, dbeta, dgamma, sums):
+def sums_of_task(arrays, task, shape, tiles, found, sums):
     """sum(dz) and sum(dz * (x - hi) * unit) of each cell."""
     cells = task.cells
-    fill(dbeta, cells, 0.0)
-    fill(dgamma, cells, 0.0)
+    fill(found.dz, cells, 0.0)
+    fill(found.distance, cells, 0.0)
     clear_sums(cells, sums)
     rows, half = shape.outer // tiles.coalesced, (task.end - task.row) // 2
     s, first, pending = task.row, 0, 0
@@ -253,7 +254,7 @@ def sums_of_task(arrays, task, shape, tiles, dbeta, dgamma, sums):
         of_two = s < task.row + half
         deep = rows if of_two else rows // 2
         if pending >= ROW_CHUNK // 2:
-            move_sums(cells, 1, sums, dbeta, dgamma)
+            move_sums(cells, 1, sums, found)
             clear_sums(cells, sums)
             pending = 0
         count = min(deep - first, ROW_CHUNK // 2 - pending)
@@ -267,12 +268,12 @@ def sums_of_task(arrays, task, shape, tiles, dbeta, dgamma, sums):
                 add_row(near, rows - 1, cells, sums)
             first = 0
             s += 1 if s + 1 != task.row + half else half + 1
-    move_sums(cells, 1, sums, dbeta, dgamma)
+    move_sums(cells, 1, sums, found)
 
 
 @kernel
 def grad_sums_of_segments(thread, first, last, dy, x, y, shape, tiles, parameters, partials, workspace, affine):
-    """Of each cell of each task, in ``partials``: all sum(dz), then all sum(dz * (x - hi) * unit)."""
+    """A table of `SegmentSums` in ``partials``, of each cell of each task."""
     results, channels, pitch = results_of_slabs(shape, tiles), shape.channel, pitch_of(tiles, 1)
     given = table_rows(GradientParameters, parameters, channels)
     sums = table_rows(ColumnSums, advance(workspace, thread * COLUMN_SUMS * pitch), pitch)
@@ -281,8 +282,8 @@ def grad_sums_of_segments(thread, first, last, dy, x, y, shape, tiles, parameter
         task = task_at(k, shape.far * shape.near, cells_of(shape, tiles), tiles)
         spread_hi_and_unit(x.values, given, 0, task.cell, channels, task.cells, 1, sums)
         spread_affine_again(x.values, given, 0, task.cell, channels, task.cells, 1, arrays.affine)
-        dbeta = advance(partials, task.row // tiles.height * results.of_segment + place_of_cell(task.cell, tiles))
-        sums_of_task(arrays, task, shape, tiles, dbeta, advance(dbeta, results.together), sums)
+        place = advance(partials, task.row // tiles.height * results.of_segment + place_of_cell(task.cell, tiles))
+        sums_of_task(arrays, task, shape, tiles, table_rows(SegmentSums, place, results.together), sums)
 
 
 # --- dx ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a signature has of arrays (`fastbn.call`), and whether they lie apart; where to look says `cpu.objects`."""
+"""What a signature has of arrays (`fastbn.call`), and whether they share memory; where to look says `cpu.objects`."""
 
 from llvmlite import ir
 from numba import types
@@ -88,8 +88,8 @@ def extent(a):
 
 
 @plain
-def apart(me, args, count):
-    """``PyObject *apart(PyObject *self, PyObject *const *args, Py_ssize_t nargs)``: True or False."""
+def disjoint(me, args, count):
+    """``PyObject *disjoint(PyObject *self, PyObject *const *args, Py_ssize_t nargs)``: True or False."""
     words = load(me + DATA_AT)
     array_type, none, out = load(words + ARRAY_TYPE), load(words + NONE_AT), load(args)
     result = load(words + TRUE_AT)

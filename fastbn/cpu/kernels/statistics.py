@@ -55,7 +55,7 @@ from fastbn.cpu.kernels.simd import fma, load
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
 from fastbn.cpu.kernels.vectors import two_sum
-from fastbn.cpu.sizes import DIMENSION, OF_ROWS
+from fastbn.cpu.statistics_sizes import DIMENSION, OF_ROWS
 
 SIZE, STEP, MASK, RESULT = range(DIMENSION)  # words
 PEEKS = 8  # values of a part, of whose mean the first shift is made
@@ -152,43 +152,43 @@ class Eight(NamedTuple):
 
 
 @inline
-def add(a, b, e, shift, squares, exact):
+def add(a, b, e, shift, squares, compensated):
     """Eight values to the sums a, b."""
     if squares is not None:
         d = e.v - shift
         wd = times(e.w, d)
         return a + wd, fma(wd, d, b)
-    if exact is not None:
+    if compensated is not None:
         s, lost = two_sum(a, times(e.w, e.v))
         return s, b + lost
     return a + times(e.w, e.v), b
 
 
 @inline
-def add_four(a, b, e, shift, squares, exact):
+def add_four(a, b, e, shift, squares, compensated):
     """Four times eight values to the same sums."""
-    if exact is not None and squares is None:  # and so without weights
+    if compensated is not None and squares is None:  # and so without weights
         s, lost = two_sum(a, (e[0].v + e[1].v) + (e[2].v + e[3].v))
         return s, b + lost
-    a, b = add(a, b, e[0], shift, squares, exact)
-    a, b = add(a, b, e[1], shift, squares, exact)
-    a, b = add(a, b, e[2], shift, squares, exact)
-    return add(a, b, e[3], shift, squares, exact)
+    a, b = add(a, b, e[0], shift, squares, compensated)
+    a, b = add(a, b, e[1], shift, squares, compensated)
+    a, b = add(a, b, e[2], shift, squares, compensated)
+    return add(a, b, e[3], shift, squares, compensated)
 
 
 @inline
-def together(a, b, more_a, more_b, squares, exact):
+def together(a, b, more_a, more_b, squares, compensated):
     """Sums of vectors."""
-    if squares is None and exact is not None:
+    if squares is None and compensated is not None:
         s, lost = two_sum(a, more_a)
         return s, lost + (b + more_b)
     return a + more_a, b + more_b
 
 
 @inline
-def totals(table, sums, rests, squares, exact):
+def totals(table, sums, rests, squares, compensated):
     """Over the lanes of eight sums each, and of what these lost, or of squares."""
-    if squares is None and exact is not None:
+    if squares is None and compensated is not None:
         a, b = values(table, sums, LANES), values(table, rests, LANES)
         for k in range(1, LANES):
             a, lost = two_sum(a, values(table, sums + k, LANES))
@@ -205,8 +205,8 @@ def times(w, v):
 
 
 @inline
-def far(exact, weighted):
-    if exact is None:
+def far(compensated, weighted):
+    if compensated is None:
         return FAR_OF_FLOATS
     return FAR if weighted is None else FAR_OF_WEIGHTS
 
@@ -216,13 +216,13 @@ def is_far(n, a, b, o):
     """Whether the shift is too far from the mean."""
     between = a * a / n
     m2 = b - between
-    return between > far(o.exact, o.weighted) * m2 and between < np.inf
+    return between > far(o.compensated, o.weighted) * m2 and between < np.inf
 
 
 @inline
-def short(number, exact):
+def short(number, compensated):
     """As float32 has it, so that floats' and integers' distances from it are exact."""
-    if exact is None:
+    if compensated is None:
         return np.float64(np.float32(number))
     return number
 

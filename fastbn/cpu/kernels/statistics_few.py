@@ -62,7 +62,7 @@ from fastbn.cpu.kernels.statistics import (
     weight_of_row,
 )
 from fastbn.cpu.kernels.statistics_results import Targets, checks, finish
-from fastbn.cpu.sizes import AHEAD_BYTES
+from fastbn.cpu.statistics_sizes import AHEAD_BYTES
 from fastbn.operands import CAREFUL
 
 
@@ -86,7 +86,7 @@ NUMBERS = SHIFTS + LANES
 
 
 @inline
-def sums_of_columns(x, source, first, c, q, squares, exact, o):
+def sums_of_columns(x, source, first, c, q, squares, compensated, o):
     """Of eight columns from a place on: their counts, and the sums around q that `add` makes.
 
     Of every run of rows, of which the first is given, the second, fourth, ... values have sums of their own.
@@ -105,7 +105,7 @@ def sums_of_columns(x, source, first, c, q, squares, exact, o):
                     prefetch(x, ahead)
                     ahead += line
                 e = eight(x, source, x_row, c.step, w_row, c.w_step, everywhere(weight), q, c.some, o)
-                a0, b0 = add(a0, b0, e, q, squares, exact)
+                a0, b0 = add(a0, b0, e, q, squares, compensated)
                 n, of_rows = tallied(n, e, o), of_rows + weight
             a0, b0, a1, b1 = a1, b1, a0, b0
             x_row += x_step
@@ -115,12 +115,12 @@ def sums_of_columns(x, source, first, c, q, squares, exact, o):
         if r >= geometry.rows:
             break
         x_row, w_row, x_step, w_step, rows, _ = rows_from(r, geometry.rows, source)
-    a, b = together(a0, b0, a1, b1, squares, exact)
+    a, b = together(a0, b0, a1, b1, squares, compensated)
     return count_of(n, of_rows, one_by_one(o)), a, b
 
 
 @inline
-def add_short_row(x, source, first, at, w_at, q, squares, exact, o):
+def add_short_row(x, source, first, at, w_at, q, squares, compensated, o):
     """The values of one kept index to sums in lanes; the last ones are read together with some that were before."""
     zero, geometry = everywhere(0.0), source.geometry
     n, a, b, r, ahead = zero, zero, zero, 0, AHEAD_BYTES // geometry.itemsize
@@ -131,14 +131,14 @@ def add_short_row(x, source, first, at, w_at, q, squares, exact, o):
         for i in range(0, rows & -LANES, LANES):
             prefetch(x, x_row + i + ahead)
             e = eight(x, source, x_row + i, None, w_row + i, None, zero, q, None, o)
-            a, b = add(a, b, e, q, squares, exact)
+            a, b = add(a, b, e, q, squares, compensated)
             n = tallied(n, e, o)
         if rows % LANES > 0:
             last = rows - LANES
             e = eight(x, source, x_row + last, None, w_row + last, None, zero, q, None, o)
             mask = both(last_lanes(rows % LANES), e.mask)
             e = Eight(choose(mask, e.v, q), mask, e.w)
-            a, b = add(a, b, e, q, squares, exact)
+            a, b = add(a, b, e, q, squares, compensated)
             n = tallied(n, e, o)
         if r >= geometry.rows:
             break
@@ -147,7 +147,7 @@ def add_short_row(x, source, first, at, w_at, q, squares, exact, o):
 
 
 @inline
-def sums_of_rows(x, source, first, c, q, squares, exact, o):
+def sums_of_rows(x, source, first, c, q, squares, compensated, o):
     """As `sums_of_columns`, of kept indices a step apart."""
     table, zero = doubles(reserve(NUMBERS)), everywhere(0.0)
     put(table, SHIFTS, q)
@@ -156,28 +156,28 @@ def sums_of_rows(x, source, first, c, q, squares, exact, o):
         if k < c.count:
             shift = everywhere(table[SHIFTS + k])
             n, a, b = add_short_row(
-                x, source, first, c.at + k * c.step, c.w_at + k * c.w_step, shift, squares, exact, o
+                x, source, first, c.at + k * c.step, c.w_at + k * c.w_step, shift, squares, compensated, o
             )
         put(table, k * LANES, a)
         put(table, COUNTS + k * LANES, n)
         put(table, RESTS + k * LANES, b)
     n = count_of(row_sums(table, COUNTS), float(source.geometry.rows), one_by_one(o))
-    a, b = totals(table, 0, RESTS, squares, exact)
+    a, b = totals(table, 0, RESTS, squares, compensated)
     return n, a, b
 
 
 @inline
-def add_two_columns(one, other, q, squares, exact, o, sums):
+def add_two_columns(one, other, q, squares, compensated, o, sums):
     """Values of eight kept indices each to the sums n, A and B of either."""
     n, a0, b0, a1, b1 = sums
     e0, e1 = eight_of_a_column(one, q, o), eight_of_a_column(other, q, o)
-    a0, b0 = add(a0, b0, e0, q, squares, exact)
-    a1, b1 = add(a1, b1, e1, q, squares, exact)
+    a0, b0 = add(a0, b0, e0, q, squares, compensated)
+    a1, b1 = add(a1, b1, e1, q, squares, compensated)
     return tallied(tallied(n, e0, o), e1, o), a0, b0, a1, b1
 
 
 @inline
-def sums_of_blocks(x, source, first, c, q, squares, exact, o):
+def sums_of_blocks(x, source, first, c, q, squares, compensated, o):
     """As `sums_of_columns`, where values of a kept index are neighbours: eight, four or two of each are transposed."""
     zero, geometry, skip_nan = everywhere(0.0), source.geometry, o.skip_nan
     sums, r, ahead = (zero, zero, zero, zero, zero), 0, AHEAD_BYTES // geometry.itemsize
@@ -188,42 +188,42 @@ def sums_of_blocks(x, source, first, c, q, squares, exact, o):
         while i + 8 <= end:
             prefetch_values(x, i + ahead)
             v = transposed(x, i, c.step, 8, skip_nan)
-            sums = add_two_columns(v[0], v[1], q, squares, exact, o, sums)
-            sums = add_two_columns(v[2], v[3], q, squares, exact, o, sums)
-            sums = add_two_columns(v[4], v[5], q, squares, exact, o, sums)
-            sums = add_two_columns(v[6], v[7], q, squares, exact, o, sums)
+            sums = add_two_columns(v[0], v[1], q, squares, compensated, o, sums)
+            sums = add_two_columns(v[2], v[3], q, squares, compensated, o, sums)
+            sums = add_two_columns(v[4], v[5], q, squares, compensated, o, sums)
+            sums = add_two_columns(v[6], v[7], q, squares, compensated, o, sums)
             i += 8
         if i + 4 <= end:
             v = transposed(x, i, c.step, 4, skip_nan)
-            sums = add_two_columns(v[0], v[1], q, squares, exact, o, sums)
-            sums = add_two_columns(v[2], v[3], q, squares, exact, o, sums)
+            sums = add_two_columns(v[0], v[1], q, squares, compensated, o, sums)
+            sums = add_two_columns(v[2], v[3], q, squares, compensated, o, sums)
             i += 4
         if i + 2 <= end:
             v = transposed(x, i, c.step, 2, skip_nan)
-            sums = add_two_columns(v[0], v[1], q, squares, exact, o, sums)
+            sums = add_two_columns(v[0], v[1], q, squares, compensated, o, sums)
             i += 2
         if i < end:
             e = eight_of_a_column(values_to_test(x, i, c.step, None, skip_nan), q, o)
-            a, b = add(sums[1], sums[2], e, q, squares, exact)
+            a, b = add(sums[1], sums[2], e, q, squares, compensated)
             sums = tallied(sums[0], e, o), a, b, sums[3], sums[4]
         if r >= geometry.rows:
             break
         x_row, _, _, _, rows, _ = rows_from(r, geometry.rows, source)
     n, a0, b0, a1, b1 = sums
-    a, b = together(a0, b0, a1, b1, squares, exact)
+    a, b = together(a0, b0, a1, b1, squares, compensated)
     return count_of(n, float(geometry.rows), one_by_one(o)), a, b
 
 
 @inline
-def sums(x, source, first, c, q, squares, exact, o, along, blocks, across):
+def sums(x, source, first, c, q, squares, compensated, o, along, blocks, across):
     """By whichever lies side by side; two of the three ways are None."""
     n, a, b = q, q, q
     if along is not None:
-        n, a, b = sums_of_rows(x, source, first, c, q, squares, exact, o)
+        n, a, b = sums_of_rows(x, source, first, c, q, squares, compensated, o)
     if blocks is not None:
-        n, a, b = sums_of_blocks(x, source, first, c, q, squares, exact, o)
+        n, a, b = sums_of_blocks(x, source, first, c, q, squares, compensated, o)
     if across is not None:
-        n, a, b = sums_of_columns(x, source, first, c, q, squares, exact, o)
+        n, a, b = sums_of_columns(x, source, first, c, q, squares, compensated, o)
     return n, a, b
 
 
@@ -240,34 +240,34 @@ def sums_around_a_shift(x, source, first, c, o, along, blocks, across):
     """n, shift, A and m2 of eight columns; and B."""
     zero, one = everywhere(0.0), everywhere(1.0)
     q = some_values(x, c.at, c.step, c.some)
-    q = choose(finite(q), shortened(q, o.exact), zero)
+    q = choose(finite(q), shortened(q, o.compensated), zero)
     n, a, b, m2 = zero, zero, zero, zero
     for look in range(LOOKS):
-        if checks(o.squares, o.exact, o.weighted):
+        if checks(o.squares, o.compensated, o.weighted):
             lower_underflow_flag()
-        n, a, b = sums(x, source, first, c, q, o.squares, o.exact, o, along, blocks, across)
+        n, a, b = sums(x, source, first, c, q, o.squares, o.compensated, o, along, blocks, across)
         each = choose(greater(n, zero), one / n, zero)
         square = a * a
         between = square * each
         # B - A^2/n in one rounding, beside those of A and B: exact for integers.
         m2 = (fma(n, b, zero - square) - fma(a, a, zero - square)) * each
-        is_far = any_greater(choose(finite(between), between, zero), everywhere(far(o.exact, o.weighted)) * m2)
+        is_far = any_greater(choose(finite(between), between, zero), everywhere(far(o.compensated, o.weighted)) * m2)
         if look + 1 == LOOKS or not is_far:
             break
         mu = q + a * each
-        q = choose(finite(mu), shortened(mu, o.exact), q)
+        q = choose(finite(mu), shortened(mu, o.compensated), q)
     return n, q, a, zero_where_not_positive(m2, m2), b
 
 
 @inline
 def finish_columns(x, source, first, c, o, squares, along, blocks, results, o_at):
     """Results of eight columns."""
-    zero, one, checked = everywhere(0.0), everywhere(1.0), first_there(o.exact, o.weighted)
+    zero, one, checked = everywhere(0.0), everywhere(1.0), first_there(o.compensated, o.weighted)
     across = unless(first_there(along, blocks), True)
     to = Targets(o_at, source.geometry.kept_step, c.count)
     if squares is not None:
         n, q, a, m2, b = sums_around_a_shift(x, source, first, c, o, along, blocks, across)
-        if checks(squares, o.exact, o.weighted) and underflowed(lane(b, 0)):
+        if checks(squares, o.compensated, o.weighted) and underflowed(lane(b, 0)):
             results.status[CAREFUL] = 1.0
         finish(n, one / n, q, a, zero, m2, squares, checked, results, to)
     if squares is None:

@@ -47,7 +47,7 @@ from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import load as word_at
 from fastbn.cpu.kernels.team import store as put_word
 from fastbn.cpu.kernels.vectors import two_sum
-from fastbn.cpu.sizes import BUFFER, FIELDS, OF_INNER, OF_VALUES
+from fastbn.cpu.statistics_sizes import BUFFER, FIELDS, OF_INNER, OF_VALUES
 from fastbn.operands import CAREFUL
 
 LONG_ROW = 6 << 10  # values of a row whose quarters take turns: up to a tenth faster than prefetching
@@ -68,11 +68,11 @@ class LaneSums(NamedTuple):
 
 
 @inline
-def total(a, b, squares, exact):
+def total(a, b, squares, compensated):
     """The sums over the lanes."""
     s, rest = lane(a, 0), lane(b, 0)
     for k in range(1, LANES):
-        if squares is None and exact is not None:
+        if squares is None and compensated is not None:
             s, lost = two_sum(s, lane(a, k))
             rest += lost + lane(b, k)
         else:
@@ -94,7 +94,7 @@ def value_of(x, raw, source, at, workspace, buffer):
 
 
 @inline
-def peek(source, part, exact, workspace, buffer):
+def peek(source, part, compensated, workspace, buffer):
     """The mean of some values of a part, for a shift; around the first that counts, so that it is that of constants."""
     geometry, columns, rows = source.geometry, part.columns, part.last - part.first
     bits = 3 if rows * columns >= 16 * PEEKS else 0
@@ -110,19 +110,19 @@ def peek(source, part, exact, workspace, buffer):
                 origin = number
             s += number - origin
             n += 1
-    return short(origin + s / n, exact) if n > 0 else 0.0
+    return short(origin + s / n, compensated) if n > 0 else 0.0
 
 
 @inline
-def add_each(s, e, q, squares, exact):
+def add_each(s, e, q, squares, compensated):
     """Four times eight values to sums of their own, or to the first ones."""
-    if exact is not None and squares is None:
-        a0, b0 = add_four(s.a0, s.b0, e, q, squares, exact)
+    if compensated is not None and squares is None:
+        a0, b0 = add_four(s.a0, s.b0, e, q, squares, compensated)
         return LaneSums(s.n, a0, s.a1, s.a2, s.a3, b0, s.b1, s.b2, s.b3)
-    a0, b0 = add(s.a0, s.b0, e[0], q, squares, exact)
-    a1, b1 = add(s.a1, s.b1, e[1], q, squares, exact)
-    a2, b2 = add(s.a2, s.b2, e[2], q, squares, exact)
-    a3, b3 = add(s.a3, s.b3, e[3], q, squares, exact)
+    a0, b0 = add(s.a0, s.b0, e[0], q, squares, compensated)
+    a1, b1 = add(s.a1, s.b1, e[1], q, squares, compensated)
+    a2, b2 = add(s.a2, s.b2, e[2], q, squares, compensated)
+    a3, b3 = add(s.a3, s.b3, e[3], q, squares, compensated)
     return LaneSums(s.n, a0, a1, a2, a3, b0, b1, b2, b3)
 
 
@@ -146,7 +146,7 @@ def add_row(x, source, at, w_at, columns, w, q, o, sums, in_memory):
         e2 = eight(x, source, at + i + 2 * far, None, w_at + i + 2 * far, None, w, q, None, o)
         e3 = eight(x, source, at + i + 3 * far, None, w_at + i + 3 * far, None, w, q, None, o)
         n = all_tallied(n, (e0, e1, e2, e3), o)
-        sums = add_each(LaneSums(n, a0, a1, a2, a3, b0, b1, b2, b3), (e0, e1, e2, e3), q, o.squares, o.exact)
+        sums = add_each(LaneSums(n, a0, a1, a2, a3, b0, b1, b2, b3), (e0, e1, e2, e3), q, o.squares, o.compensated)
         n, a0, a1, a2, a3, b0, b1, b2, b3 = sums
         i += jump
     if done < columns:
@@ -155,12 +155,12 @@ def add_row(x, source, at, w_at, columns, w, q, o, sums, in_memory):
     for i in range(done, columns & -LANES, LANES):
         e = eight(x, source, at + i, None, w_at + i, None, w, q, None, o)
         n = tallied(n, e, o)
-        a0, b0 = add(a0, b0, e, q, o.squares, o.exact)
+        a0, b0 = add(a0, b0, e, q, o.squares, o.compensated)
     i = columns & -LANES
     if i < columns:
         e = eight(x, source, at + i, None, w_at + i, None, w, q, columns - i, o)
         n = tallied(n, e, o)
-        a1, b1 = add(a1, b1, e, q, o.squares, o.exact)
+        a1, b1 = add(a1, b1, e, q, o.squares, o.compensated)
     return LaneSums(n, a0, a1, a2, a3, b0, b1, b2, b3)
 
 
@@ -197,10 +197,10 @@ def sums_of_rows(source, part, shift, o, workspace, buffer):
                 n += weight * part.columns
             x_row += x_step
             w_row += w_step
-    a0, b0 = together(sums.a0, sums.b0, sums.a1, sums.b1, o.squares, o.exact)
-    a2, b2 = together(sums.a2, sums.b2, sums.a3, sums.b3, o.squares, o.exact)
-    a0, b0 = together(a0, b0, a2, b2, o.squares, o.exact)
-    a, b = total(a0, b0, o.squares, o.exact)
+    a0, b0 = together(sums.a0, sums.b0, sums.a1, sums.b1, o.squares, o.compensated)
+    a2, b2 = together(sums.a2, sums.b2, sums.a3, sums.b3, o.squares, o.compensated)
+    a0, b0 = together(a0, b0, a2, b2, o.squares, o.compensated)
+    a, b = total(a0, b0, o.squares, o.compensated)
     return count_of(n, sums.n, one_by_one(o)), a, b
 
 
@@ -241,15 +241,15 @@ def sums_around_a_shift(source, part, o, squares, workspace, buffer):
     # LLVM would choose a known number in place of NaNs after the conversion to float64: nanmean 0.9 times as fast.
     shift, n, a, b, lost = hidden(0.0), 0.0, 0.0, 0.0, False
     if squares is not None:
-        shift = peek(source, part, o.exact, workspace, buffer)
+        shift = peek(source, part, o.compensated, workspace, buffer)
     for look in range(LOOKS):
-        if checks(squares, o.exact, o.weighted):
+        if checks(squares, o.compensated, o.weighted):
             lower_underflow_flag()
         n, a, b = sums_of_rows(source, part, shift, o, workspace, buffer)
-        lost = checks(squares, o.exact, o.weighted) and underflowed(b)
+        lost = checks(squares, o.compensated, o.weighted) and underflowed(b)
         if squares is None or n == 0.0 or look + 1 == LOOKS or not is_far(n, a, b, o):
             break
-        shift = short(shift + a / n, o.exact)
+        shift = short(shift + a / n, o.compensated)
     return n, shift, a, b, lost
 
 

@@ -62,7 +62,7 @@ from fastbn.cpu.kernels.statistics_table import (
 )
 from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
-from fastbn.cpu.sizes import AHEAD_BYTES, FIELDS, OF_VALUES
+from fastbn.cpu.statistics_sizes import AHEAD_BYTES, FIELDS, OF_VALUES
 from fastbn.operands import CAREFUL
 
 BIG = 1.5 * 2.0**52  # added and taken off again, it rounds to a whole number
@@ -74,11 +74,11 @@ BIG = 1.5 * 2.0**52  # added and taken off again, it rounds to a whole number
 @inline
 def add_vector(x, source, at, w_at, w, some, o, table, c):
     """Eight columns, or ``some`` of them, of a row."""
-    rest, counts = first_there(o.squares, o.exact), one_by_one(o)
+    rest, counts = first_there(o.squares, o.compensated), one_by_one(o)
     q, n, a, b = loaded(table, c, o.squares, rest, counts)
     prefetch(x, at + c + AHEAD_BYTES // source.geometry.itemsize)
     e = eight(x, source, at + c, None, w_at + c, None, w, q, some, o)
-    a, b = add(a, b, e, q, o.squares, o.exact)
+    a, b = add(a, b, e, q, o.squares, o.compensated)
     n = tallied(n, e, o)
     stored(table, c, n, a, b, rest, counts)
 
@@ -86,7 +86,7 @@ def add_vector(x, source, at, w_at, w, some, o, table, c):
 @inline
 def add_vectors(x, source, at, step, w_at, weights, some, o, table, c):
     """The same of four rows, whose places are given; what is a step on is prefetched."""
-    rest, counts = first_there(o.squares, o.exact), one_by_one(o)
+    rest, counts = first_there(o.squares, o.compensated), one_by_one(o)
     q, n, a, b = loaded(table, c, o.squares, rest, counts)
     if c & (64 // source.geometry.itemsize - 1) == 0:
         prefetch(x, at[0] + c + step)
@@ -97,7 +97,7 @@ def add_vectors(x, source, at, step, w_at, weights, some, o, table, c):
     e1 = eight(x, source, at[1] + c, None, w_at[1] + c, None, weights[1], q, some, o)
     e2 = eight(x, source, at[2] + c, None, w_at[2] + c, None, weights[2], q, some, o)
     e3 = eight(x, source, at[3] + c, None, w_at[3] + c, None, weights[3], q, some, o)
-    a, b = add_four(a, b, (e0, e1, e2, e3), q, o.squares, o.exact)
+    a, b = add_four(a, b, (e0, e1, e2, e3), q, o.squares, o.compensated)
     n = all_tallied(n, (e0, e1, e2, e3), o)
     stored(table, c, n, a, b, rest, counts)
 
@@ -228,7 +228,7 @@ def add_rows(source, part, by_cell, o, table):
 @inline
 def some_are_far(cells, o, table):
     """`is_far` of any cell. The lanes behind the last one hold sums of other columns."""
-    numbers, limit = table.numbers, everywhere(far(o.exact, o.weighted))
+    numbers, limit = table.numbers, everywhere(far(o.compensated, o.weighted))
     found = False
     for j in range(0, cells, LANES):
         n, a = load(numbers, table.counts + j, 64), load(numbers, table.sums + j, 64)
@@ -250,20 +250,20 @@ def sums_of_columns(source, part, cells, squares, by_cell, o, table):
     geometry, lost = source.geometry, False
     size, columns = geometry.size, part.columns
     if squares is not None:
-        peek_at_columns(source, part, cells, o.masked, by_cell, o.exact, table)
+        peek_at_columns(source, part, cells, o.masked, by_cell, o.compensated, table)
     for look in range(LOOKS):
         clear(table, table.counts, columns)
         lower_underflow_flag()
         clear(table, table.sums, columns)
         clear(table, table.rest, columns)
         n = add_rows(source, part, by_cell, o, table)
-        lost = checks(squares, o.exact, o.weighted) and underflowed(table.numbers[table.rest])
+        lost = checks(squares, o.compensated, o.weighted) and underflowed(table.numbers[table.rest])
         if columns > cells:
             gather_columns(geometry, cells, o, table)
         fill_counts(n, cells, one_by_one(o), table)
         if squares is None or look + 1 == LOOKS or not some_are_far(cells, o, table):
             break
-        better_shifts(size, columns, cells, o.exact, table)
+        better_shifts(size, columns, cells, o.compensated, table)
     return lost
 
 
@@ -347,7 +347,7 @@ def outer(
 ):  # fmt: skip
     """A task is a tile of cells in a part of the rows; tiles of a row are neighbours."""
     o, source = options, Values(x, raw, fetch, where, geometry, dimensions)
-    parts, channels, tile, pitch = geometry.parts, geometry.channels, geometry.tile, geometry.width
+    parts, channels, tile, pitch = geometry.parts, geometry.channels, geometry.tile, geometry.pitch
     tiles = -(-channels // tile)
     table, params = table_at(workspace, thread * geometry.own, pitch), merging(reserve(MERGE), results)
     for task in range(first, last):

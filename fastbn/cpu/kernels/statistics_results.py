@@ -38,7 +38,7 @@ from fastbn.cpu.kernels.team import enter
 from fastbn.cpu.kernels.team import store as put_word
 from fastbn.cpu.kernels.vectors import two_sum
 from fastbn.cpu.records import Results
-from fastbn.cpu.sizes import FIELDS, LEAST_SQUARE, LEAST_WEIGHT, STD, SUM_OF_SQUARES
+from fastbn.cpu.statistics_sizes import FIELDS, LEAST_SQUARE, LEAST_WEIGHT, STD, SUM_OF_SQUARES
 from fastbn.operands import CAREFUL, EMPTY, NO_DEGREES
 
 
@@ -55,8 +55,8 @@ class Targets(NamedTuple):
 
 @kernel
 def merge(
-    thread, first, last, table, pitch, far, parts, at, step, count, mean, spread, ddof, status, formats, squares, exact,
-    weighted,
+    thread, first, last, table, pitch, far, parts, at, step, count, mean, spread, ddof, status, formats, squares,
+    compensated, weighted,
 ):  # fmt: skip
     """Results of kept indices from their parts, ``far`` apart, whose four fields are a pitch apart.
 
@@ -67,20 +67,20 @@ def merge(
         n, hi, lo, m2 = zero, zero, zero, zero
         among = first_lanes(last - j)  # in the other lanes are other numbers, or none yet
         origin = choose(among, field(table, pitch + j, squares), zero)
-        if checks(squares, exact, weighted):
+        if checks(squares, compensated, weighted):
             lower_underflow_flag()
         for k in range(parts):
             here = k * far + j
             part_n = choose(among, load(table, here, 64), zero)
             s = choose(among, load(table, here + 2 * pitch, 64), zero)
-            rest = choose(among, field(table, here + 3 * pitch, first_there(squares, exact)), zero)
-            apart = choose(among, field(table, here + pitch, squares), zero) - origin
-            hi, lo, m2 = merged(n, hi, lo, m2, part_n, apart, s, rest, squares)
+            rest = choose(among, field(table, here + 3 * pitch, first_there(squares, compensated)), zero)
+            from_origin = choose(among, field(table, here + pitch, squares), zero) - origin
+            hi, lo, m2 = merged(n, hi, lo, m2, part_n, from_origin, s, rest, squares)
             n = n + part_n
-        if checks(squares, exact, weighted) and parts > 1 and underflowed(lane(m2, 0)):
+        if checks(squares, compensated, weighted) and parts > 1 and underflowed(lane(m2, 0)):
             status[CAREFUL] = 1.0
         to = Targets(at + j * step, step, min(LANES, last - j))
-        finish(n, everywhere(1.0) / n, origin, hi, lo, m2, squares, first_there(exact, weighted), results, to)
+        finish(n, everywhere(1.0) / n, origin, hi, lo, m2, squares, first_there(compensated, weighted), results, to)
 
 
 MERGE = offsets_of_arguments(merge)
@@ -111,8 +111,8 @@ def merge_parts(merge, params, table, pitch, far, parts, cells, at, step):
 
 
 @inline
-def merged(n, hi, lo, m2, part_n, apart, s, rest, squares):
-    """Sums, relative to an origin, and M2 of n values and of a part's, whose shift is ``apart`` from the origin."""
+def merged(n, hi, lo, m2, part_n, from_origin, s, rest, squares):
+    """Sums, relative to an origin, and M2 of n values and of a part's, whose shift is ``from_origin`` from it."""
     if squares is None:
         hi, lost = two_sum(hi, s)
         return hi, lo + (lost + rest), m2
@@ -121,18 +121,18 @@ def merged(n, hi, lo, m2, part_n, apart, s, rest, squares):
     part_m2 = rest - s * (s / some)
     part_m2 = zero_where_not_positive(part_m2, part_m2)
     both = choose(greater(n + part_n, zero), n + part_n, one)
-    delta = (apart + s / some) - (hi + lo) / choose(greater(n, zero), n, one)
+    delta = (from_origin + s / some) - (hi + lo) / choose(greater(n, zero), n, one)
     between = choose(greater(n, zero), delta * delta * (n * (part_n / both)), zero)
     m2 = choose(greater(part_n, zero), m2 + (part_m2 + between), m2)
-    moved, lost = two_sum(hi, part_n * apart)
+    moved, lost = two_sum(hi, part_n * from_origin)
     hi, more = two_sum(moved, s)
     return hi, lo + (lost + more), m2
 
 
 @inline
-def checks(squares, exact, weighted):
+def checks(squares, compensated, weighted):
     """Whether squares may have underflowed."""
-    return squares is not None and (exact is not None or weighted is not None)
+    return squares is not None and (compensated is not None or weighted is not None)
 
 
 @inline

@@ -64,7 +64,7 @@ def peek_at_any_row(x, raw, source, at, w_at, masked, width, run, skip, first, b
 
 
 @inline
-def peek_at_columns(source, part, cells, masked, by_cell, exact, table):
+def peek_at_columns(source, part, cells, masked, by_cell, compensated, table):
     """A shift for each column, the same for all of a cell, from some rows of a part; their sums are used meanwhile.
 
     Of a cell's columns some are enough: of many neighbours a vector in the middle, since at borders of images values
@@ -72,17 +72,17 @@ def peek_at_columns(source, part, cells, masked, by_cell, exact, table):
     """
     geometry, numbers, columns = source.geometry, table.numbers, part.columns
     size, seen, run, skip = geometry.size, columns, columns, 0
-    look, apart = size, 1  # how far a cell's columns reach, and how far apart they are
+    look, step = size, 1  # how far a cell's columns reach, and how far apart they are
     if size >= LONG_CELL:
         run, skip = size, size // 2
         look = min(LANES, size - skip)
     elif size == 1 and cells < columns:
         seen = min(columns, PEEKS * cells)
-        look, apart = seen, cells
+        look, step = seen, cells
     clear(table, table.counts, seen)
     clear(table, table.shifts, seen)
     clear(table, table.sums, seen)
-    count = min(PEEKS, max(1, (part.last - part.first) >> (4 if exact is None else 2)))
+    count = min(PEEKS, max(1, (part.last - part.first) >> (4 if compensated is None else 2)))
     for k in range(count):
         r = part.first + k * (part.last - part.first) // count
         row, w_row, _, _, _, left = rows_from(r, part.last, source)
@@ -98,12 +98,12 @@ def peek_at_columns(source, part, cells, masked, by_cell, exact, table):
             n, q = load(numbers, table.counts + c, 64), load(numbers, table.shifts + c, 64)
             s = load(numbers, table.sums + c, 64)
             mu = q + s / choose(greater(n, everywhere(0.0)), n, everywhere(1.0))
-            store(numbers, table.shifts + c, shortened(mu, exact))
+            store(numbers, table.shifts + c, shortened(mu, compensated))
     else:
         for j in range(cells):
             first = j * size + skip
-            shift = shift_of_columns(first, apart, first + look, table)
-            numbers[table.sums + j] = short(shift, exact)
+            shift = shift_of_columns(first, step, first + look, table)
+            numbers[table.sums + j] = short(shift, compensated)
         spread_shifts(size, columns, cells, table)
 
 
@@ -136,11 +136,11 @@ def spread_shifts(size, columns, cells, table):
 
 
 @inline
-def better_shifts(size, columns, cells, exact, table):
+def better_shifts(size, columns, cells, compensated, table):
     """The mean of each cell, for another look."""
     numbers = table.numbers
     for j in range(cells):
         q, n, a = numbers[table.shifts + j], numbers[table.counts + j], numbers[table.sums + j]
-        better = short(q + a / n, exact)
+        better = short(q + a / n, compensated)
         numbers[table.sums + j] = better if n > 0.0 and np.isfinite(better) else q
     spread_shifts(size, columns, cells, table)

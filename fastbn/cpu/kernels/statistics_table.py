@@ -27,7 +27,7 @@ from fastbn.cpu.kernels.doubles import (
 from fastbn.cpu.kernels.pointers import address
 from fastbn.cpu.kernels.simd import load, store
 from fastbn.cpu.kernels.statistics import field, one_by_one, together, totals
-from fastbn.cpu.sizes import FIELDS
+from fastbn.cpu.statistics_sizes import FIELDS
 
 LONG_CELL = 12  # neighbouring columns of a cell, from which they are read eight at once
 OF_EIGHT = 3 * LANES * LANES  # numbers: lanes of the sums, of what these lost, and of the counts of eight cells
@@ -130,7 +130,7 @@ def gather_columns(geometry, cells, o, table):
 @inline
 def add_columns(coalesced, size, cells, o, table):
     """Of cells with few neighbouring columns, or one in each of the rows that were taken as one: lanes are cells."""
-    rest, counts = first_there(o.squares, o.exact), one_by_one(o)
+    rest, counts = first_there(o.squares, o.compensated), one_by_one(o)
     for j in range(0, cells, LANES):
         n, a, b = everywhere(0.0), everywhere(0.0), everywhere(0.0)
         for k in range(coalesced):
@@ -138,7 +138,7 @@ def add_columns(coalesced, size, cells, o, table):
                 c = (k * cells + j) * size + i
                 n = n + values_if(counts, table.numbers, table.counts + c, size)
                 more = values_if(rest, table.numbers, table.rest + c, size)
-                a, b = together(a, b, values(table.numbers, table.sums + c, size), more, o.squares, o.exact)
+                a, b = together(a, b, values(table.numbers, table.sums + c, size), more, o.squares, o.compensated)
         store_if(o.squares, table.numbers, table.shifts + j, values(table.numbers, table.shifts + j * size, size))
         stored(table, j, n, a, b, rest, counts)
 
@@ -146,7 +146,7 @@ def add_columns(coalesced, size, cells, o, table):
 @inline
 def add_long_cells(size, cells, o, table):
     """Of cells with many: lanes are columns, and eight cells' are added up together."""
-    rest, counts, zero = first_there(o.squares, o.exact), one_by_one(o), everywhere(0.0)
+    rest, counts, zero = first_there(o.squares, o.compensated), one_by_one(o), everywhere(0.0)
     lanes = doubles(reserve(OF_EIGHT))
     for j in range(0, cells, LANES):
         for k in range(min(LANES, cells - j)):
@@ -155,10 +155,12 @@ def add_long_cells(size, cells, o, table):
                 there = first_lanes(size - i)
                 _, more_n, more_a, more_b = loaded(table, first + i, None, rest, counts)
                 n = n + choose(there, more_n, zero)
-                a, b = together(a, b, choose(there, more_a, zero), choose(there, more_b, zero), o.squares, o.exact)
+                a, b = together(
+                    a, b, choose(there, more_a, zero), choose(there, more_b, zero), o.squares, o.compensated
+                )
             store(lanes, k * LANES, a)
             store(lanes, (LANES + k) * LANES, b)
             store(lanes, (2 * LANES + k) * LANES, n)
         store_if(o.squares, table.numbers, table.shifts + j, values(table.numbers, table.shifts + j * size, size))
-        a, b = totals(lanes, 0, LANES * LANES, o.squares, o.exact)
+        a, b = totals(lanes, 0, LANES * LANES, o.squares, o.compensated)
         stored(table, j, row_sums(lanes, 2 * LANES * LANES), a, b, rest, counts)

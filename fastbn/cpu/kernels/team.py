@@ -13,7 +13,7 @@ has cost lately; and when others cost jobs more (calling them, waiting for their
 the calling thread works alone until that loss is a small part of its time. What they won before counts, so that single
 interruptions change nothing.
 
-Memory is addressed by words, laid out in `fastbn.cpu.team`.
+Memory is addressed by words, laid out in `fastbn.cpu.team_words`.
 """
 
 import platform
