@@ -443,6 +443,20 @@ def repeat_value(typing, array, at, out, to):
     return types.none(array, types.intp, out, types.intp), codegen
 
 
+@intrinsic(prefer_literal=True)
+def repeat_values(typing, array, at, out, to, times):
+    """Write each of eight values so often, side by side, into another array of its dtype."""
+
+    def codegen(context, builder, sig, args):
+        stored = builder.load(pointer_to(builder, array, args[0], args[1], LANES), align=size_of(array))
+        pointer = pointer_to(builder, out, args[2], args[3], LANES * times.literal_value)
+        each = [lane for lane in range(LANES) for _ in range(times.literal_value)]
+        builder.store(shuffle(builder, stored, each), pointer, align=size_of(array))
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, out, types.intp, times), codegen
+
+
 @intrinsic
 def put_value(typing, array, at, number):
     """Write one value, in the array's dtype."""
