@@ -64,16 +64,16 @@ def merge(
     """
     zero, results = everywhere(0.0), Results(count, mean, spread, ddof, status, formats)
     for j in range(first, last, LANES):
-        n, hi, lo, m2 = zero, zero, zero, zero
         among = first_lanes(last - j)  # in the other lanes are other numbers, or none yet
         origin = choose(among, field(table, pitch + j, squares), zero)
         if checks(squares, compensated, weighted):
             lower_underflow_flag()
-        for k in range(parts):
+        n, s, rest = sums_of_part(table, j, pitch, among, first_there(squares, compensated))
+        m2 = own_m2(n, s, rest, squares)
+        hi, lo = s + zero, rest if squares is None else zero
+        for k in range(1, parts):
             here = k * far + j
-            part_n = choose(among, load(table, here, 64), zero)
-            s = choose(among, load(table, here + 2 * pitch, 64), zero)
-            rest = choose(among, field(table, here + 3 * pitch, first_there(squares, compensated)), zero)
+            part_n, s, rest = sums_of_part(table, here, pitch, among, first_there(squares, compensated))
             from_origin = choose(among, field(table, here + pitch, squares), zero) - origin
             hi, lo, m2 = merged(n, hi, lo, m2, part_n, from_origin, s, rest, squares)
             n = n + part_n
@@ -111,6 +111,24 @@ def merge_parts(merge, params, table, pitch, far, parts, cells, at, step):
 
 
 @inline
+def sums_of_part(table, at, pitch, among, rest_is_used):
+    """n, A and B of up to eight kept indices."""
+    zero = everywhere(0.0)
+    n, s = choose(among, load(table, at, 64), zero), choose(among, load(table, at + 2 * pitch, 64), zero)
+    return n, s, choose(among, field(table, at + 3 * pitch, rest_is_used), zero)
+
+
+@inline
+def own_m2(n, s, rest, squares):
+    """M2 of a part alone; zeros where squares are not wanted."""
+    zero, one = everywhere(0.0), everywhere(1.0)
+    if squares is None:
+        return zero
+    m2 = rest - s * (s / choose(greater(n, zero), n, one))
+    return choose(greater(n, zero), zero_where_not_positive(m2, m2), zero)
+
+
+@inline
 def merged(n, hi, lo, m2, part_n, from_origin, s, rest, squares):
     """Sums, relative to an origin, and M2 of n values and of a part's, whose shift is ``from_origin`` from it."""
     if squares is None:
@@ -118,12 +136,10 @@ def merged(n, hi, lo, m2, part_n, from_origin, s, rest, squares):
         return hi, lo + (lost + rest), m2
     zero, one = everywhere(0.0), everywhere(1.0)
     some = choose(greater(part_n, zero), part_n, one)
-    part_m2 = rest - s * (s / some)
-    part_m2 = zero_where_not_positive(part_m2, part_m2)
     both = choose(greater(n + part_n, zero), n + part_n, one)
     delta = (from_origin + s / some) - (hi + lo) / choose(greater(n, zero), n, one)
     between = choose(greater(n, zero), delta * delta * (n * (part_n / both)), zero)
-    m2 = choose(greater(part_n, zero), m2 + (part_m2 + between), m2)
+    m2 = choose(greater(part_n, zero), m2 + (own_m2(part_n, s, rest, squares) + between), m2)
     moved, lost = two_sum(hi, part_n * from_origin)
     hi, more = two_sum(moved, s)
     return hi, lo + (lost + more), m2
