@@ -40,7 +40,7 @@ class Backend(Protocol):
     ) -> Callable[..., Any]:
         """``run(x, residual, y, mean, spread, gamma, beta)``: ``y = (x - mean) * rstd * gamma + beta + residual``.
 
-        Through relu, if so. The spread is the variance, to which eps is added, or without eps the rstd.
+        Then relu, if `relu`. The spread is the variance, to which eps is added, or without eps the rstd.
         """
 
     def forward(
@@ -78,7 +78,10 @@ class Backend(Protocol):
         self, dy: Operand, x: Operand, y: Operand | None, weight: Operand | None, types: GradientTypes, recompute: bool,
         frozen: bool, dx: Operand, dresidual: Operand | None,
     ) -> Callable[..., Any]:  # fmt: skip
-        """``run(dy, x, y, weight, *vectors, dx, dresidual)``: both; gives the sums. Frozen statistics have no share."""
+        """``run(dy, x, y, weight, *vectors, dx, dresidual)``: both; gives the sums.
+
+        With frozen statistics dx has no terms through mean and variance.
+        """
 
     def statistic(
         self, x: Any, mask: Mask | None, kept: frozenset[int], what: Statistic, result_strides: Shape

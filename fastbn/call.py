@@ -23,7 +23,7 @@ _prepared: dict[Any, Call] = {}
 
 
 class Unlike:
-    """In a signature, what is like nothing else. It cannot be hashed, so that no such call is kept."""
+    """In a signature, what is like nothing else: it cannot be hashed, so such a call is checked and never kept."""
 
     __hash__ = None  # type: ignore[assignment]  # None is how a class says so
 

@@ -89,7 +89,7 @@ def add_grad_sums(
             partials=partials, workspace=problem.workspace(tiled.of_threads(sizes.COLUMN_SUMS)),
             affine=problem.affine(tiled.of_threads(1), recompute),
         )  # fmt: skip
-        # To sums it is all one where rows were: no rows are left behind coalesced ones.
+        # The kernel reads rows that are left behind coalesced ones; slabs leave none, so steps do not matter.
         nowhere = {name: p.strided(p.array(name), problem.strides[name] and Strides(0, 0, 0, 0)) for name in names}
         p.launch(
             "outer_gradients.channel_grad_sums", channels, tiled.partials(2) < FEW_PARTIALS, **nowhere,

@@ -147,7 +147,7 @@ def test_second_derivatives():
 
 
 def test_modes_and_transforms_see_operators():
-    """A tracer and `torch.func.functional_call` under fake tensors meet ``torch.ops.fastbn``, not the short way."""
+    """A tracer and `torch.func.functional_call` under fake tensors meet ``torch.ops.fastbn``, not its kernels."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -164,7 +164,7 @@ def test_modes_and_transforms_see_operators():
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of Python's ifs
 @pytest.mark.parametrize("training", [True, False])
 def test_a_trace_sees_operators(training):
-    """With `torch.no_grad` too, where results of the short way would be constants to it."""
+    """With `torch.no_grad` too, where results of kernels that are called directly would be constants to it."""
     x, other = torch.randn(4, 3, 2), torch.randn(4, 3, 2)
     mean, var = torch.zeros(3), torch.ones(3)
 

@@ -229,7 +229,7 @@ def test_numbers_of_a_later_saved_are_looked_at(cuda_arrays):
 
 @pytest.mark.parametrize("name", ["mean", "rstd", "count"])
 def test_numbers_of_other_dtypes_are_taken_again(cuda_device, name):
-    """In a `Saved` made by hand: integers go the documented way, where they are cast."""
+    """In a `Saved` made by hand: integers are cast."""
     x = host_cupy.to_cupy(np.arange(24.0).reshape(4, 6))
     _, saved = fastbn.batch_norm(x)
     whole, real = (saved._replace(**{name: host_cupy.to_cupy(np.full(6, 4, dtype))}) for dtype in (int, float))

@@ -35,7 +35,9 @@ from fastbn.cpu.sizes import AFFINE
 
 FULL = 64  # bytes of a vector: one cache line of float32
 NARROW, SINGLE = 32, 4  # at the ends of rows, where masked stores would be slow on AMD processors
-LEAST_M2 = 2.0**-930  # of what is not constant, until `finished` finds it; far below what float32's squares give
+LEAST_M2 = (
+    2.0**-930
+)  # in place of M2 that underflows, until `finished` computes it; far below what float32's squares give
 
 
 class ManySlabs(NamedTuple):

@@ -1,6 +1,6 @@
 """Where the values of kept indices in rows are: chunks and segments of sums, places in the order of memory.
 
-Divisions take as long as 20 values: of a small array most of the time, if they were not avoided for its one chunk.
+A division takes as long as 20 values, so small arrays, of one chunk, do without.
 """
 
 from typing import Any, NamedTuple

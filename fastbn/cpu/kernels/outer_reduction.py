@@ -354,7 +354,7 @@ def write_channels(x, shape, first, last, tiles, results, partials, moments, eps
     while t < last:
         j = t % shape.channel
         count = min(last - t, shape.channel - j, tiles.width - j % tiles.width)
-        rows, origins = rows_of(x, t, shape), advance(moments.count, t)  # whose place is free until a count is written
+        rows, origins = rows_of(x, t, shape), advance(moments.count, t)  # the row of counts is free until `write_cells`
         for i in range(count):
             origins[i] = origin_of(rows_from(rows, 0, i * x.channel), None, None, t + i)
         at = t // shape.channel * results.segments * results.of_segment + place_of_cell(j, tiles)
