@@ -197,7 +197,7 @@ class Pieces:
                 totals = of_piece
                 break
             if totals is None:
-                totals = self._backend.xp.zeros((2, *parameters.sizes))
+                totals = [self._backend.xp.zeros(parameters.sizes) for _ in sums]
             for total, part in zip(totals, of_piece, strict=True):
                 total[parameters.place(index)] += part
         dgamma, dbeta = (total.reshape(-1) for total in totals)
@@ -215,7 +215,7 @@ class PieceVectors:
         self._there = tuple(of_piece[axis] for axis in axes)
         self._unrepeated = tuple(of_piece[axis] if axis in layout.kept else 1 for axis in axes)
         self.sizes = tuple(shape[axis] for axis in self._axes)
-        self._same = self._there == self.sizes and self._back == self._order and not self._repeated
+        self._same = self._there == self.sizes and self._order == sorted(self._order) and not self._repeated
 
     def place(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
         """Of the kept indices of a piece."""

@@ -98,8 +98,9 @@ def _forward(ways: Ways, run: Call, options: _Options, plain: Any, weigh: Any, u
             if ways.partly_overlaps(out, x, residual, gamma, beta, where, weights):
                 alone = x, gamma, beta, where, weights, residual, None, gather, running
                 result, saved = by_itself(*alone, axes, eps, activation)(*alone, rate, correction)
+                saved = saved._replace(x=kept_x, y=out if keeps_y else None, **_copied(backend, out, saved))
                 out[...] = result
-                return out, saved._replace(x=kept_x, y=out if keeps_y else None)
+                return out, saved
         weight, w = (None, None) if weigh is None else weigh(where, weights)
         if weight is not None and out is not None and backend.overlap(out, weight):
             weight = weight.copy()  # for the backward pass: y is going to be there
@@ -122,6 +123,12 @@ def _forward(ways: Ways, run: Call, options: _Options, plain: Any, weigh: Any, u
         return y, saved
 
     return call
+
+
+def _copied(backend: Backend, out: Any, saved: Saved) -> dict[str, Any]:
+    """Copies of what the backward pass reads of the arguments, where it shares memory with an array to be written."""
+    given = {"gamma": saved.gamma, "beta": saved.beta, "weight": saved.weight}
+    return {name: a.copy() for name, a in given.items() if a is not None and backend.overlap(out, a)}
 
 
 def _running_check(backend: Backend) -> Call:

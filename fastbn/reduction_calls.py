@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.arrays import is_foreign, kind_of
+from fastbn.arrays import device_of, is_foreign, kind_of
 from fastbn.call import Unlike, axes_of, describe, find, keep, number_of
+from fastbn.merging import namespace
 from fastbn.prepare_reductions import statistic
 from fastbn.reduction_validation import ReductionOptions, check_keepdims
 
@@ -16,7 +17,7 @@ from fastbn.reduction_validation import ReductionOptions, check_keepdims
 def mean_call(name: str, x: Any, axis: Any, dtype: Any, out: Any, keepdims: Any, where: Any) -> Any:
     if type(x) is not np.ndarray:
         x = array_of(x)
-    where, keepdims = mask_of(where), or_default(keepdims, False)
+    where, keepdims = mask_of(where, x), or_default(keepdims, False)
     axes, number = normalized(axis)
     signature = name, describe(x, where, out), axes, dtype, keepdims, type(keepdims)
     run = find(signature)
@@ -32,7 +33,7 @@ def spread_call(
     """The variance, or its root."""
     if type(x) is not np.ndarray:
         x = array_of(x)
-    where, keepdims, given = mask_of(where), or_default(keepdims, False), or_default(given, None)
+    where, keepdims, given = mask_of(where, x), or_default(keepdims, False), or_default(given, None)
     number = isinstance(given, (int, float))
     axes, divided_by = normalized(axis, ddof)
     signature = (
@@ -77,11 +78,20 @@ def options_of(
     return ReductionOptions(axis, dtype, keepdims, ddof, skip_nan)
 
 
-def mask_of(where: Any) -> Any:
-    """An array; None for True, which leaves nothing out. None itself is no mask."""
+def mask_of(where: Any, x: Any) -> Any:
+    """An array of x's kind; None for True, which leaves nothing out. None itself is no mask."""
     if where is True or where is np._NoValue or where is np.True_:
         return None
-    return where if type(where) is np.ndarray or is_foreign(where) else np.asarray(where)
+    if where is None:
+        return np.asarray(None)
+    return where if type(where) is np.ndarray or is_foreign(where) else like(where, x)
+
+
+def like(values: Any, x: Any) -> Any:
+    """Numbers as an array of x's kind."""
+    values = np.asarray(values)
+    with device_of(x):
+        return values if isinstance(x, np.ndarray) else namespace(x).asarray(values)
 
 
 def or_default(value: Any, default: Any) -> Any:

@@ -21,6 +21,7 @@ from fastbn.prepare_reductions import statistic
 from fastbn.reduction_calls import (
     array_of,
     degrees_of,
+    like,
     mask_of,
     mean_call,
     normalized,
@@ -191,7 +192,7 @@ def mean_var(
     """
     if type(x) is not np.ndarray:
         x = array_of(x)
-    where, keepdims, correction = mask_of(where), or_default(keepdims, False), or_default(correction, 0)
+    where, keepdims, correction = mask_of(where, x), or_default(keepdims, False), or_default(correction, 0)
     axes, number = normalized(axis, correction)
     signature = "mean_var", describe(x, where, weights), axes, number, keepdims, type(keepdims)
     run = find(signature)
@@ -319,9 +320,7 @@ def average(x: Any, axis: Any = None, weights: Any = None, returned: bool = Fals
         number = x.size // max(1, scale.size)
         return (result, _like(scale, number)) if returned else result
     if not (type(weights) is np.ndarray or is_foreign(weights)):
-        weights = np.asarray(weights)
-        with device_of(x):
-            weights = weights if isinstance(x, np.ndarray) else namespace(x).asarray(weights)
+        weights = like(weights, x)
     normal, _ = normalized(axis)
     signature = "average", describe(x, weights), normal, keepdims, type(keepdims)
     run = find(signature)

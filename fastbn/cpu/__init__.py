@@ -243,7 +243,8 @@ def grad_input(
     sums: tuple[Any, Any], dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., None]:  # fmt: skip
     shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kernel_type(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
-    (ws, weights), kinds = strides_of_weight(weight), tuple(map(kernel_type_or_none, (*types, *sums)))
+    (ws, weights), types = strides_of_weight(weight), _with_count_in_range(types, weight)
+    kinds = tuple(map(kernel_type_or_none, (*types, *sums)))
     launch = _launcher(
         lambda threads: gradient_plans.grad_input(
             shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, recompute, threads
@@ -266,10 +267,16 @@ def grad_input(
     return run
 
 
+def _with_count_in_range(types: GradientTypes, weight: Operand | None) -> GradientTypes:
+    """The count beside weights is what `_in_range` makes of it, in float64."""
+    return types if weight is None or types.count is None else types._replace(count=np.dtype(float))
+
+
 def _in_range(weight: Array, count: Array, x: Array) -> tuple[Array | None, Array]:
     """Weights and their sum over the same power of two."""
     scaled, k = weight_in_range(weight, x)
-    return scaled, count if k == 0 else np.ldexp(count.astype(np.float64), -k)
+    count = count.astype(np.float64, copy=False)
+    return scaled, count if k == 0 else np.ldexp(count, -k)
 
 
 def backward(
@@ -277,7 +284,8 @@ def backward(
     frozen: bool, dx: Operand, dresidual: Operand | None,
 ) -> Callable[..., tuple[Array, Array]]:  # fmt: skip
     shape, kind, (dys, xs, ys, dxs, drs) = shape_of(x), kernel_type(x.dtype), map(strides_of, (dy, x, y, dx, dresidual))
-    (ws, weights), kinds = strides_of_weight(weight), tuple(map(kernel_type_or_none, types))
+    (ws, weights), types = strides_of_weight(weight), _with_count_in_range(types, weight)
+    kinds = tuple(map(kernel_type_or_none, types))
     launch = _launcher(
         lambda threads: gradient_plans.backward(
             shape, kind, dys, xs, ys, ws, weights, dxs, drs, kinds, frozen, recompute, threads

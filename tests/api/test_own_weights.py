@@ -101,6 +101,19 @@ def test_weights_that_the_output_overwrites(dtype, kind):
     np.testing.assert_array_equal(kind.batch_norm_backward(y, saved).x, gradients.x)
 
 
+@pytest.mark.parametrize("scale", [2.0**100, 2.0**-90])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_count_of_another_dtype_beside_scaled_weights(dtype, scale):
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, 60, 3)).astype(np.float32)
+    weights = rng.integers(1, 4, (60, 3)).astype(np.float32)
+    mean, rstd, one = np.zeros(3), np.ones(3), np.ones(3)
+    expected = fastbn.grad_input(dy, x, mean, rstd, None, one, one, weights.sum(0, dtype=float), weights=weights)
+    count = (weights.sum(0, dtype=float) * scale).astype(dtype)
+    found = fastbn.grad_input(dy, x, mean, rstd, None, one, one, count, weights=weights * np.float32(scale))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def trained(kind, x, weights, where, axis):
     y, saved = kind.batch_norm(x, weights=weights, where=where, channel_axis=axis)
     sums = kind.grad_sums(y, x, saved.mean, saved.rstd, weights=weights, where=where, channel_axis=axis)

@@ -288,3 +288,52 @@ def test_gradients_in_another_order(order):
     expected = fastbn.batch_norm_backward(dy.copy(), saved._replace(x=x.copy()))
     for ours, theirs in zip(found[:3], expected[:3], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+ORDERS = [(1, 0, 2, 3), (0, 1, 2, 3), (2, 1, 0, 3), (0, 2, 1, 3)]  # axes as they lie in memory
+
+
+def laid_out(a, order):
+    """A copy whose axes lie in an order, in a memory that has more beside every row of the first."""
+    shape = [a.shape[axis] for axis in order]
+    memory = np.empty((shape[0], shape[1] + 1, *shape[2:]), a.dtype)[:, :-1]
+    memory[...] = a.transpose(order)
+    return memory.transpose(np.argsort(order))
+
+
+@pytest.mark.parametrize("which", ["out", "dy", "residual", "x"])
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("axes", [(0, 1), (1, 2), (0, 2)], ids=str)
+def test_kept_axes_of_equal_sizes_in_another_order(axes, order, which, in_small_pieces, monkeypatch):
+    """Parameters go with their channels, though their number is the same in every order, and of one piece all."""
+    monkeypatch.setattr(cuts, "LITTLE", 1 << 18)
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal((6, 6, 6, 9)).astype(np.float32) for name in ("x", "dy", "residual", "out")}
+    gamma, beta = rng.random((2, 6, 6))
+    given = {"gamma": gamma, "beta": beta, "channel_axis": axes, "activation": "relu"}
+    expected, saved = fastbn.batch_norm(arrays["x"], residual=arrays["residual"], **given)
+    of_dx = fastbn.batch_norm_backward(arrays["dy"], saved)
+    inferred = fastbn.batch_norm_inference(arrays["x"], beta, gamma, gamma, beta, channel_axis=axes)
+    call.forget()
+    arrays[which] = laid_out(arrays[which], order)
+    y, saved = fastbn.batch_norm(arrays["x"], residual=arrays["residual"], out=arrays["out"], **given)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    grads = fastbn.batch_norm_backward(arrays["dy"], saved, out=arrays["out"].copy())
+    for found, wanted in zip(grads[:4], of_dx[:4], strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    y = fastbn.batch_norm_inference(arrays["x"], beta, gamma, gamma, beta, channel_axis=axes, out=laid_out(y, order))
+    np.testing.assert_allclose(y, inferred, rtol=1e-5, atol=1e-6)
+
+
+def test_no_channels_axes_in_pieces(in_small_pieces):
+    x = np.random.default_rng(0).standard_normal((30, 40)).astype(np.float32)[:, ::2]
+    expected, of_copy = fastbn.batch_norm(x.copy(), channel_axis=())
+    y, saved = fastbn.batch_norm(x, channel_axis=())
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    for found, wanted in zip(fastbn.batch_norm_backward(x, saved), fastbn.batch_norm_backward(x, of_copy), strict=True):
+        assert wanted is None or np.shape(found) == np.shape(wanted)
+        if wanted is not None:
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
+    _, dbeta = fastbn.grad_sums(x, x, saved.mean, saved.rstd, channel_axis=())
+    np.testing.assert_allclose(dbeta, x.sum(dtype=float), rtol=1e-6)
+    assert in_small_pieces

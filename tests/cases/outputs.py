@@ -122,6 +122,29 @@ def test_out_partly_overlaps(shift, forwards):
         np.testing.assert_array_equal(out, wanted)
 
 
+@pytest.mark.parametrize("what", ["weights", "where", "gamma", "beta"])
+@pytest.mark.parametrize("first", [0, 2])
+def test_out_over_what_the_backward_pass_reads(what, first):
+    """It reads what was given, not y."""
+    x = np.random.default_rng(0).standard_normal((6, 2)).astype(np.float32)
+    given = {
+        "weights": np.arange(1, 13, dtype=np.float32).reshape(6, 2),
+        "where": np.arange(12).reshape(6, 2) % 3 > 0,
+        "gamma": np.array([3, 4], np.float32),
+        "beta": np.array([0.5, -0.5], np.float32),
+    }[what]
+    others = {"gamma": np.ones(2)} | {what: given, "activation": "relu"}
+    expected, of_copy = fastbn.batch_norm(x, **others)
+    buffer = np.zeros(64, np.float32)
+    memory = buffer[4:].view(given.dtype)[: given.size].reshape(given.shape)
+    memory[...] = given
+    out = buffer[first : first + x.size].reshape(x.shape)
+    y, saved = fastbn.batch_norm(x, **others | {what: memory}, out=out)
+    np.testing.assert_array_equal(y, expected)
+    for found, wanted in zip(fastbn.batch_norm_backward(x, saved), fastbn.batch_norm_backward(x, of_copy), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_interleaved_out_is_not_an_overlap():
     """Two channel slices of one buffer (a DenseNet block): x stays, and the backward pass works."""
     buffer = np.random.default_rng(0).standard_normal((3, 8, 4, 4)).astype(np.float32)
