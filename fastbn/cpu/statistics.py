@@ -209,10 +209,11 @@ def _parts(count: int, coalesced: int, inner: int, cells: int, tiles: int, how: 
     longest = 1024 if how.compensated and how.squares else count
     if how.small and how.itemsize == 2:  # sums of squares are to be exact in float64
         longest = max(1, MOST_SQUARES // (coalesced * inner))
+        least = min(least, longest)
     parts = max(1, min(count // least, max(PARTS_AT_MOST, -(-count // longest))))
     each = -(-count // parts)
     parts = -(-count // each)
-    if tiles == parts == 1 and count * coalesced * how.itemsize >= TWO_PARTS:
+    if count > 1 and tiles == parts == 1 and count * coalesced * how.itemsize >= TWO_PARTS:
         return 2, -(-count // 2)
     return parts, each
 

@@ -47,6 +47,13 @@ def test_every_mask(dtype, function):
     check_masks(dtype, function, of=1)
 
 
+NO_DATA = {"float16": -65504.0, "float32": -3.4028235e38, "float64": 9.969209968386869e36}
+LEFT_OUT = [
+    ((6, 40), 1), ((40, 6), 0), ((3, 4, 5, 7), (0, 2, 3)), ((5000,), None), ((2, 3000), 1), ((5, 700), 0),
+    ((300, 49), 1), ((90, 98), 1), ((80, 10), 1),
+]  # fmt: skip
+
+
 def check_masks(dtype, function, of):
     """Of slices in which something is left; what is left out is NaN."""
     failures = []
@@ -109,16 +116,52 @@ def test_short_rows_left_out_whole(n):
 
 @by_function
 @pytest.mark.parametrize("dtype", some_slow(["float16", "float32", "float64"], ["float32"]))
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of slices without values
 def test_what_is_left_out_is_not_seen(dtype, function):
-    """NaN and infinities under the mask change no bit."""
-    for shape, axis in (((6, 40), 1), ((40, 6), 0), ((3, 4, 5, 7), (0, 2, 3)), ((5000,), None), ((2, 3000), 1)):
+    """NaN, infinities and the numbers that stand for no data change no bit under the mask."""
+    for shape, axis in LEFT_OUT:
         x = maker(dtype)(shape)
         where = np.random.default_rng(1).random(shape) < 0.6
         expected = results_of(function, x, axis, where=where)
-        for bad in (np.nan, np.inf, -np.inf):
+        for bad in (np.nan, np.inf, -np.inf, NO_DATA[dtype]):
             found = results_of(function, np.where(where, x, bad).astype(x.dtype), axis, where=where)
             for name in expected:
                 np.testing.assert_array_equal(found[name], expected[name], err_msg=f"{shape}, {bad}")
+
+
+@pytest.mark.parametrize("dtype", some_slow(["float16", "float32", "float64"], ["float32"]))
+@pytest.mark.parametrize("of", ["values", "rows"])
+def test_what_weighs_nothing_is_not_seen(dtype, of):
+    """The same, of weights."""
+    for shape, axis in LEFT_OUT:
+        x, rng = maker(dtype)(shape), np.random.default_rng(1)
+        rows = (*shape[:1], *[1] * (len(shape) - 1)) if axis in (0, (0, 2, 3)) else shape
+        weights = rng.random(shape if of == "values" else rows) * (rng.random(shape if of == "values" else rows) < 0.7)
+        weights.flat[0], weights.flat[-1] = 0, 1
+        fills = np.where(np.broadcast_to(weights, shape) > 0, x, NO_DATA[dtype]).astype(x.dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            for w in (weights, weights.astype(np.float32)):
+                for found, expected in zip(*(fastbn.mean_var(a, axis, weights=w) for a in (fills, x)), strict=True):
+                    np.testing.assert_array_equal(found, expected, err_msg=f"{shape}")
+
+
+@pytest.mark.parametrize("counted", [1, 7, 8, 9, 33, 49, 98])
+def test_no_data_first(counted):
+    """However many of the first values do not count, the variance is as exact as without them."""
+    rng = np.random.default_rng(0)
+    for dtype, fill in ((np.float32, -3.4028235e38), (float, 9.969209968386869e36), (float, 1e60)):
+        x = (rng.standard_normal((700, 100)) + 3).astype(dtype)
+        x[:, : 100 - counted] = fill
+        where = np.zeros(x.shape, bool)
+        where[:, 100 - counted :] = True
+        wide = x[:, 100 - counted :].astype(np.longdouble)
+        for a, mask, axis in ((x, where, 1), (np.asfortranarray(x), where, 1), (x.T.copy(), where.T.copy(), 0)):
+            expected = (wide.var(1)).astype(dtype)
+            limit = 1e-6 if dtype is np.float32 else 1e-12
+            np.testing.assert_allclose(fastbn.var(a, axis, where=mask), expected, rtol=limit)
+            weighted = fastbn.mean_var(a, axis, weights=mask.astype(dtype))[1]
+            np.testing.assert_allclose(weighted, expected, rtol=limit)
 
 
 @by_function

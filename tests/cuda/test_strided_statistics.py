@@ -254,6 +254,21 @@ def test_outliers(splits, outlier):
     report(failures)
 
 
+@pytest.mark.parametrize("fill", [-3.4028235e38, 9.969209968386869e36])
+def test_no_data_first(splits, fill):
+    """However large a number stands for values that do not count, they change no digit of the variance."""
+    failures = []
+    for n, first in ((9, 1), (100, 51), (100, 2), (1500, 1)):
+        x = (np.random.default_rng(n).standard_normal((5, n)) + 3).astype(np.float32)
+        x[:, :first] = fill
+        where = np.broadcast_to(np.arange(n) >= first, x.shape).copy()
+        for a, mask, axis in ((x, where, 1), (x.T.copy(), where.T.copy(), 0), (x, where[0], None)):
+            exact = oracle.exact(a, axis, np.broadcast_to(mask, a.shape))
+            for function in ("var", "mean_var"):
+                check(failures, f"{a.shape}", function, a, exact, axis=axis, where=mask)
+    report(failures)
+
+
 SPECIAL = {
     "nan": [np.nan],
     "inf": [np.inf],

@@ -2,7 +2,7 @@
 
 In plain words, for the values x of each kept index that count, and their weights w or ones::
 
-    q = x[0]                                           # the shift; 0, and no b, where squares are not wanted
+    q = the first x of some                            # the shift; 0, and no b, where squares are not wanted
     n, a, b = w.sum(), (w * (x - q)).sum(), (w * (x - q)**2).sum()
     mean, m2 = q + a / n, b - a**2 / n                 # around q = mean again, if a**2 / n is large beside m2
 
@@ -35,7 +35,6 @@ from fastbn.cpu.kernels.doubles import (
     prefetch_values,
     row_sums,
     shortened,
-    some_values,
     unless,
     values_to_test,
 )
@@ -45,6 +44,7 @@ from fastbn.cpu.kernels.simd import any_greater, fma, prefetch, zero_where_not_p
 from fastbn.cpu.kernels.simd import store as put
 from fastbn.cpu.kernels.statistics import (
     LOOKS,
+    PEEKS,
     Eight,
     Values,
     add,
@@ -236,11 +236,32 @@ def count_of(of_values, of_rows, counts):
 
 
 @inline
+def peeks(where):
+    """Values of each kept index among which the first one that counts is looked for."""
+    if where is None:
+        return 1
+    return PEEKS
+
+
+@inline
+def first_values(x, source, first, c, count, o):
+    """Of each column the first finite value that counts, of so many; else 0. What does not count may be anything."""
+    zero = everywhere(0.0)
+    x_row, w_row, x_step, w_step, rows, _ = first
+    q = zero
+    for k in range(min(count, rows) - 1, -1, -1):
+        w_at = c.w_at + w_row + k * w_step
+        if row_counts(source.where, w_at, source.geometry):
+            v = eight(x, source, c.at + x_row + k * x_step, c.step, w_at, c.w_step, zero, q, c.some, o).v
+            q = choose(finite(v), v, q)
+    return q
+
+
+@inline
 def sums_around_a_shift(x, source, first, c, o, along, blocks, across):
     """n, shift, A and m2 of eight columns; and B."""
     zero, one = everywhere(0.0), everywhere(1.0)
-    q = some_values(x, c.at, c.step, c.some)
-    q = choose(finite(q), shortened(q, o.compensated), zero)
+    q = shortened(first_values(x, source, first, c, peeks(source.where), o), o.compensated)
     n, a, b, m2 = zero, zero, zero, zero
     for look in range(LOOKS):
         if checks(o.squares, o.compensated, o.weighted):
