@@ -82,13 +82,13 @@ def mask_of(where: Any, x: Any) -> Any:
     """An array of x's kind; None for True, which leaves nothing out. None itself is no mask."""
     if where is True or where is np._NoValue or where is np.True_:
         return None
-    if where is None:
-        return np.asarray(None)
-    return where if type(where) is np.ndarray or is_foreign(where) else like(where, x)
+    return np.asarray(None) if where is None else array_beside(where, x)
 
 
-def like(values: Any, x: Any) -> Any:
-    """Numbers as an array of x's kind."""
+def array_beside(values: Any, x: Any) -> Any:
+    """Lists and scalars as an array of x's kind; arrays as they are."""
+    if type(values) is np.ndarray or is_foreign(values):
+        return values
     values = np.asarray(values)
     with device_of(x):
         return values if isinstance(x, np.ndarray) else namespace(x).asarray(values)

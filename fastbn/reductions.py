@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from fastbn import prepare_reductions
-from fastbn.arrays import device_of, is_foreign
+from fastbn.arrays import device_of
 from fastbn.call import axes_of, describe, find, keep
 from fastbn.merging import Moments, namespace
 from fastbn.prepare_reductions import statistic
 from fastbn.reduction_calls import (
+    array_beside,
     array_of,
     degrees_of,
-    like,
     mask_of,
     mean_call,
     normalized,
@@ -194,6 +194,8 @@ def mean_var(
         x = array_of(x)
     where, keepdims, correction = mask_of(where, x), or_default(keepdims, False), or_default(correction, 0)
     axes, number = normalized(axis, correction)
+    if weights is not None:
+        weights = array_beside(weights, x)
     signature = "mean_var", describe(x, where, weights), axes, number, keepdims, type(keepdims)
     run = find(signature)
     if run is None:
@@ -319,8 +321,7 @@ def average(x: Any, axis: Any = None, weights: Any = None, returned: bool = Fals
         scale = np.asarray(result) if isinstance(result, np.generic) else result
         number = x.size // max(1, scale.size)
         return (result, _like(scale, number)) if returned else result
-    if not (type(weights) is np.ndarray or is_foreign(weights)):
-        weights = like(weights, x)
+    weights = array_beside(weights, x)
     normal, _ = normalized(axis)
     signature = "average", describe(x, weights), normal, keepdims, type(keepdims)
     run = find(signature)

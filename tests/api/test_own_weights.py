@@ -304,7 +304,7 @@ def test_weights_that_select_nothing():
         (np.full(4, -1.0), ValueError, "^weights: expected finite values >= 0"),
         ([1.0, np.nan, 1.0, 1.0], ValueError, "^weights: expected finite values >= 0"),
         (np.ones(4, complex), TypeError, "^weights: expected a real dtype, got complex128"),
-        (["a", "b", "c", "d"], TypeError, "^weights: expected real numbers, got dtype <U1"),
+        (["a", "b", "c", "d"], TypeError, "^weights: expected a real dtype, got <U1"),
         (np.ma.ones(4), TypeError, "^weights: expected a numpy.ndarray .* got numpy.ma.MaskedArray"),
     ],
 )

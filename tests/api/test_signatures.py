@@ -269,11 +269,12 @@ class Pair(NamedTuple):
         lambda x: fastbn.mean(x, where=False),
         lambda x: fastbn.var(x, 1, where=[[True, False, True], [True, True, False]]),
         lambda x: fastbn.average(x, 1, weights=[1, 2, 3]),
+        lambda x: fastbn.mean_var(x, 1, weights=[1, 2, 3]),
         lambda x: fastbn.merge(*map(fastbn.moments, 64 * [x])),
         lambda x: fastbn.batch_norm(x, running=Pair(np.zeros(3), np.ones(3))),
         lambda x: fastbn.batch_norm(x, channel_axis=[1]),
     ],
-    ids=["true of NumPy", "false", "list", "weights", "64 moments", "a pair with names", "axes"],
+    ids=["true of NumPy", "false", "list", "weights", "weights of mean_var", "64 moments", "a pair with names", "axes"],
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_call_is_prepared_once(run, monkeypatch):
