@@ -6,6 +6,7 @@ import pytest
 import fastbn
 from fastbn import call, prepare_forward, prepare_gradients
 from fastbn.cpu import team
+from fastbn.saved import Saved, make_saved
 from tests.cases.calls import *  # noqa: F403
 from tests.conftest import forget
 
@@ -206,3 +207,17 @@ def test_population():
             assert means.dtype == variances.dtype == np.float64
             np.testing.assert_allclose(means, [3.0, 3.0, nan, nan, nan], rtol=1e-15)
             np.testing.assert_allclose(variances, [5 / 3, 2.5, nan, nan, nan], rtol=1e-7)
+
+
+def test_fields_of_saved_are_where_their_names_say():
+    """It is made by positions, for speed."""
+    names = [name for name in Saved._fields if name not in ("moments", "count")]
+    given = {name: object() for name in names}
+    moments = fastbn.Moments(object(), object(), object())
+    saved = make_saved(moments=moments, **given)
+    assert {name: getattr(saved, name) for name in names} == given
+    assert saved.moments is moments
+    assert saved.count is moments.count
+    again = Saved.from_arrays(*saved.arrays())
+    assert again._replace(moments=None) == saved._replace(moments=None)
+    assert all(a is b for a, b in zip(again.moments, moments, strict=True))
