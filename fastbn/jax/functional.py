@@ -114,6 +114,7 @@ def batch_norm(
         _parameter(name, statistic, channels, several and not training)
         for name, statistic in (("running_mean", running_mean), ("running_var", running_var))
     )
+    x, mean, var, gamma, beta, residual = _varying_alike(x, mean, var, gamma, beta, residual)
     if not training:
         if mean is None or var is None:
             raise ValueError("running_mean, running_var: expected both with training=False, got None")
@@ -124,7 +125,7 @@ def batch_norm(
     if count > 0:
         mean = _moved(mean, batch[0], rate)
     if count > correction:
-        var = _moved(var, batch[1] / (count - correction), rate)
+        var = _moved(var, batch[1] * (count / (count - correction)), rate)
     return y, (mean, var)
 
 
@@ -212,7 +213,7 @@ def _parameter(name: str, value: Any, channels: tuple[int, ...], broadcasts: boo
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _train(static: Static, x: Any, gamma: Any, beta: Any, residual: Any) -> tuple[Any, Any, Any]:
-    """y; bits of (count, mean, m2, rstd); mean and m2 rounded."""
+    """y; bits of (count, mean, m2, rstd); mean and variance rounded."""
     channels = static.channels(x)
     outputs = (
         jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -260,8 +261,8 @@ def _infer_forward(static: Static, x: Any, mean: Any, var: Any, gamma: Any, beta
 def _infer_backward(static: Static, saved: Any, dy: Any) -> Any:
     x, y, mean, var, gamma, beta, has_residual = saved
     dx, dgamma, dbeta, dz = _backward(static, dy, x, y, gamma, (mean, var), True)
-    rstd = jax.lax.rsqrt(var + static.eps)
-    scale = rstd if gamma is None else rstd * gamma
+    rstd = jax.lax.rsqrt(var.astype(dbeta.dtype) + static.eps)
+    scale = rstd if gamma is None else rstd * gamma.astype(dbeta.dtype)
     of_statistics = (-scale * dbeta).astype(mean.dtype), (-0.5 * scale * rstd * dgamma).astype(var.dtype)
     return dx, *of_statistics, _like(gamma, dgamma), _like(beta, dbeta), dz if has_residual else None
 
@@ -276,6 +277,31 @@ def _backward(static: Static, dy: Any, x: Any, y: Any, gamma: Any, statistics: A
     outputs = (like, sums) if y is None else (like, sums, like)
     dx, dsums, *dz = _call("frozen" if frozen else "backward", static, outputs, dy, x, y, gamma, *statistics)
     return dx, dsums[0], dsums[1], dz[0] if dz else dy
+
+
+# --- axes of a mesh ---------------------------------------------------------------------------------------------------
+
+
+def _varies_over(a: Any) -> frozenset[str]:
+    """The axes of `jax.shard_map`'s mesh along which an array has other values."""
+    kind = jax.typeof(a) if hasattr(jax, "typeof") else None
+    axes = getattr(kind, "manual_axis_type", kind)
+    return frozenset(getattr(axes, "varying", None) or getattr(kind, "vma", None) or ())
+
+
+def _varying(arrays: Sequence[Any], along: frozenset[str]) -> tuple[Any, ...]:
+    """The same, typed as varying along these axes: XLA's calls are typed as varying along none."""
+
+    def typed(a: Any) -> Any:
+        missing = tuple(sorted(along - _varies_over(a))) if a is not None else ()
+        return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+    return tuple(map(typed, arrays)) if along else tuple(arrays)
+
+
+def _varying_alike(*arrays: Any) -> tuple[Any, ...]:
+    """All along the axes of any: so gradients of what does not vary are sums over the mesh."""
+    return _varying(arrays, frozenset().union(*(_varies_over(a) for a in arrays if a is not None)))
 
 
 # --- from XLA to the host ---------------------------------------------------------------------------------------------
@@ -301,7 +327,8 @@ def _call(name: str, static: Static, outputs: Sequence[Any], *inputs: Any) -> tu
 
         return tuple(jax.pure_callback(on_host, tuple(outputs), *arrays, vmap_method="sequential"))
 
-    return jax.lax.platform_dependent(*present, cpu=in_place, default=by_callback)  # type: ignore[no-any-return]  # JAX is not typed here
+    results: tuple[Any, ...] = jax.lax.platform_dependent(*present, cpu=in_place, default=by_callback)
+    return _varying(results, frozenset().union(*map(_varies_over, present)))
 
 
 def _given(attributes: dict[str, Any], inputs: Sequence[Any], count: int) -> list[Any]:
@@ -324,7 +351,9 @@ def _forward_on_host(attributes: dict[str, Any], inputs: Sequence[Any], outputs:
     _, saved = fastbn.batch_norm(x, gamma, beta, eps=attributes["eps"], residual=residual, out=y, **options)
     assert saved.moments is not None
     table.view(np.float64)[..., 0] = *saved.moments, saved.rstd
-    batch[...] = saved.moments.mean, saved.moments.m2
+    count, mean, m2 = saved.moments
+    with np.errstate(over="ignore"):  # beyond float32
+        batch[...] = mean, m2 / np.maximum(count, 1)
 
 
 def _inference_on_host(attributes: dict[str, Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:

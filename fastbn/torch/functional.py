@@ -90,7 +90,7 @@ def batch_norm(
             [ 1.,  1.]])
     """
     check(input, running_mean, running_var, weight, bias, residual, activation)
-    if is_preferred(input, training, where_faster):
+    if is_preferred(input, training, where_faster, running_mean, running_var, weight, bias):
         return unfused(
             input, running_mean, running_var, weight, bias, training, momentum, eps,
             residual=residual, activation=activation,
@@ -200,7 +200,7 @@ def update_in_place(
 
 
 def _move(running: Any, batch: Any, momentum: float, rate: float) -> None:
-    running[...] = (1 - momentum) * running + rate * batch
+    running[...] = (1 - momentum) * running.astype(np.float64) + rate * batch
 
 
 UPDATES = {ops.NONE: update_in_place, ops.TRANSFORMS: update_below, ops.OTHERS: update_running}

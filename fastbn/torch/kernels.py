@@ -80,8 +80,11 @@ def batch_norm_backward(
             x=x_, y=optional(y), gamma=optional(weight), weight=None, moments=moments, mean=mean_, rstd=rstd_,
             channel_axis=1, activation=None if y is None else "relu", has_residual=with_dz, gathered=False,
         )  # fmt: skip
-        grads = fastbn.batch_norm_backward(array(dy), saved, dmean=optional(dmean), dvar=optional(dvar), out=out(x))
+        into = out(x)
+        grads = fastbn.batch_norm_backward(array(dy), saved, dmean=optional(dmean), dvar=optional(dvar), out=into)
         dz = tensor(grads.residual) if with_dz else x.new_empty(0)
+        if with_dz and into is not None:  # in the order that was announced
+            dz = torch.empty_like(x).copy_(dz)
         return tensor(grads.x), tensor(grads.gamma), tensor(grads.beta), dz
 
 

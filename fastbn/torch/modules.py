@@ -65,7 +65,9 @@ class _Mixin(_State):
     where_faster: bool | None = None  # as for `fastbn.torch.batch_norm`; `convert` sets it
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # PyTorch's name
-        if is_preferred(input, self.training, self.where_faster) and not self._is_synchronised():
+        module: Any = self
+        vectors = module.running_mean, module.running_var, module.weight, module.bias
+        if is_preferred(input, module.training, self.where_faster, *vectors) and not self._is_synchronised():
             return super().forward(input)  # type: ignore[misc]  # that of `torch.nn`
         return self._compute(input)
 
@@ -82,7 +84,8 @@ class _Mixin(_State):
                 input, mean, var, module.weight, module.bias, momentum, module.eps, module.process_group,
                 residual=residual, activation=self.activation,
             )  # fmt: skip
-        if is_preferred(input, training, self.where_faster) or _is_exported_to_onnx():
+        vectors = mean, var, module.weight, module.bias
+        if is_preferred(input, training, self.where_faster, *vectors) or _is_exported_to_onnx():
             return unfused(
                 input, mean, var, module.weight, module.bias, training, momentum, module.eps,
                 residual=residual, activation=self.activation,

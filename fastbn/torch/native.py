@@ -16,9 +16,25 @@ LEAST_VALUES = {False: (3 << 20, 3 << 20), True: (3 << 17, 5 << 17)}
 channels-last ones (2 cores of a Xeon, float32: `python -m benchmarks.steps --layers`)."""
 
 
-def is_preferred(input: Tensor, training: bool, where_faster: bool | None) -> bool:  # noqa: A002  # PyTorch's name
-    """Whether PyTorch is to compute this; ``where_faster`` is that of `fastbn.torch.batch_norm`."""
+HALVES = torch.float16, torch.bfloat16
+
+
+def is_preferred(
+    input: Tensor, training: bool, where_faster: bool | None, *vectors: Tensor | None,  # noqa: A002  # PyTorch's name
+) -> bool:  # fmt: skip
+    """Whether PyTorch is to compute this; ``where_faster`` is that of `fastbn.torch.batch_norm`.
+
+    It has no kernels for parameters and statistics of other dtypes, but float32 ones beside halves.
+    """
     if where_faster is False:
+        return False
+    kind = None
+    for t in vectors:
+        if t is not None:
+            if kind is not None and t.dtype != kind:
+                return False
+            kind = t.dtype
+    if kind not in (None, input.dtype) and not (kind == torch.float32 and input.dtype in HALVES):
         return False
     if torch.compiler.is_compiling():
         return True

@@ -156,10 +156,10 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, _, residual, relu, eps = inputs
+        x, weight, bias, residual, relu, eps = inputs
         y, mean, _, rstd = output
         _save(ctx, x, y if relu else None, weight, mean, rstd)
-        ctx.relu, ctx.has_residual, ctx.eps = relu, residual is not None, eps
+        ctx.relu, ctx.has_residual, ctx.eps, ctx.of_bias = relu, residual is not None, eps, _dtype(bias)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -203,9 +203,9 @@ class Inference(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, mean, var, weight, _, residual, relu, eps = inputs
+        x, mean, var, weight, bias, residual, relu, eps = inputs
         _save(ctx, x, output if relu else None, weight, mean, var)
-        ctx.relu, ctx.has_residual, ctx.eps = relu, residual is not None, eps
+        ctx.relu, ctx.has_residual, ctx.eps, ctx.of_bias = relu, residual is not None, eps, _dtype(bias)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -309,8 +309,11 @@ def _gradients_frozen(ctx: Any, dy: Any) -> tuple[Any, ...]:
 def _of_parameters(ctx: Any, weight: Tensor | None, dweight: Tensor, dbias: Tensor, at: int) -> tuple[Any, Any]:
     """In the parameters' dtypes, those that are asked for."""
     needed = ctx.needs_input_grad[at : at + 2]
-    kind = dbias.dtype if weight is None else weight.dtype
-    return dweight.to(kind) if needed[0] else None, dbias.to(kind) if needed[1] else None
+    return dweight.to(_dtype(weight)) if needed[0] else None, dbias.to(ctx.of_bias) if needed[1] else None
+
+
+def _dtype(t: Tensor | None) -> torch.dtype | None:
+    return None if t is None else t.dtype
 
 
 def _of_residual(ctx: Any, dy: Tensor, dz: Tensor) -> Tensor | None:
@@ -410,7 +413,7 @@ class Training(torch.autograd.Function):
         if residual is not None and not relu:
             made = made._replace(has_residual=False)  # its gradient is dy itself
         ctx.saved = made._replace(x=None, y=None, gamma=None, beta=None)  # these are tensors of PyTorch's
-        ctx.relu, ctx.has_residual, ctx.eps = relu, residual is not None, eps
+        ctx.relu, ctx.has_residual, ctx.eps, ctx.of_bias = relu, residual is not None, eps, _dtype(bias)
         ctx.set_materialize_grads(False)
         return y
 
@@ -432,10 +435,9 @@ class Training(torch.autograd.Function):
             gamma = optional(weight)
             saved = ctx.saved._replace(x=array(x), y=optional(y), gamma=gamma, beta=optional(bias))
             grads = fastbn.batch_norm_backward(array(dy), saved, out=out(x))
-            kind = grads.gamma.dtype if gamma is None else gamma.dtype
             of_parameters = (
-                tensor(g.astype(kind)) if wanted else None
-                for g, wanted in zip((grads.gamma, grads.beta), ctx.needs_input_grad[2:4], strict=True)
+                tensor(g).to(dtype) if dtype is not None else None
+                for g, dtype in ((grads.gamma, _dtype(weight)), (grads.beta, ctx.of_bias))
             )
             dz = dy if grads.residual is None else tensor(grads.residual)
             return None, tensor(grads.x), *of_parameters, dz if ctx.has_residual else None, None, None, None

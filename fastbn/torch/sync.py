@@ -50,8 +50,11 @@ class _Synchronised(torch.autograd.Function):
             statistics = tensor(saved.mean), tensor(saved.moments.m2), tensor(saved.moments.count[:1])
             arrays, ctx.static = saved.arrays()
             y = tensor(result)
-            given = [t for t in (x, None if activation is None else y, weight) if t is not None]
-            ctx.save_for_backward(*given, *map(tensor, arrays[len(given) :]))
+            # What PyTorch has as tensors is saved as such, so that it sees changes in place.
+            fields = (saved.x, x), (saved.y, y), (saved.gamma, weight), (saved.beta, bias)
+            known = {id(a): t for a, t in fields if a is not None}
+            ctx.save_for_backward(*(known[id(a)] if id(a) in known else tensor(a) for a in arrays))
+        ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
         ctx.mark_non_differentiable(*statistics)
         return y, *statistics
 
@@ -61,8 +64,9 @@ class _Synchronised(torch.autograd.Function):
         with on_stream(dy):
             saved = fastbn.Saved.from_arrays([array(t) for t in ctx.saved_tensors], ctx.static)
             grads = fastbn.batch_norm_backward(array(dy), saved, gather=ctx.gather)
-            kind = grads.gamma.dtype if saved.gamma is None else saved.gamma.dtype
-            of_parameters = (tensor(g.astype(kind)) for g in grads[1:3])
+            of_parameters = (
+                None if dtype is None else tensor(g).to(dtype) for g, dtype in zip(grads[1:3], ctx.dtypes, strict=True)
+            )
             of_residual = dy if grads.residual is None else tensor(grads.residual)
             found = tensor(grads.x), *of_parameters, of_residual if ctx.has_residual else None
         wanted = (g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False))

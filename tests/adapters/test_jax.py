@@ -387,3 +387,71 @@ def test_without_jax():
     program = "import sys; sys.modules['jax'] = None\nimport fastbn\nimport fastbn.jax"
     ((_, err),) = interpreters.end(interpreters.begin(interpreters.python(program)), returns=1)
     assert 'fastbn.jax needs JAX, which is not installed: pip install "jax>=0.5"' in err
+
+
+def test_a_variance_near_the_end_of_float32():
+    """The sum of squares is beyond it, and the variance is not."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1000, 2)) * 1e18, jnp.float32)
+    _, (_, var) = fj.batch_norm(x, None, None, jnp.zeros(2), jnp.ones(2), rate=1.0)
+    np.testing.assert_allclose(var, np.asarray(x, np.float64).var(0, ddof=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("narrow", ["float16", "bfloat16"])
+def test_gradients_of_narrow_statistics(narrow):
+    """They are rounded in the end, not on their way."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal((8, 4)), jnp.float32) for _ in range(2))
+    gamma = jnp.full(4, 4.0, narrow)
+
+    def loss(mean, var):
+        return (fj.batch_norm(x, gamma, None, mean, var, training=False)[0] * w).sum() * 1e-5
+
+    of_mean, of_var = jax.grad(loss, (0, 1))(jnp.zeros(4), jnp.full(4, 1e-3, narrow))
+    var, scale = np.asarray(jnp.full(4, 1e-3, narrow), np.float64) + 1e-5, 1e-5 * np.asarray(w, np.float64)
+    expected = -4 * scale.sum(0) / np.sqrt(var), -2 * (scale * np.asarray(x)).sum(0) / var**1.5
+    assert (of_mean.dtype, of_var.dtype) == (jnp.float32, jnp.dtype(narrow))
+    np.testing.assert_allclose(of_mean, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(of_var, np.float64), expected[1], rtol=1e-3 if narrow == "float16" else 8e-3)
+
+
+SHARDED = """
+import jax, numpy as np, jax.numpy as jnp, fastbn.jax as fj
+from jax.sharding import AxisType, PartitionSpec as P
+mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+rng = np.random.default_rng(0)
+x, w = (jnp.asarray(rng.standard_normal((8, 4)), jnp.float32) for _ in range(2))
+gamma, beta, mean, var = jnp.arange(1.0, 5.0), jnp.zeros(4), jnp.zeros(4), jnp.ones(4)
+
+def of_shards(training):
+    def local(x, gamma, beta, mean, var):
+        return fj.batch_norm(x, gamma, beta, mean, var, training=training, activation="relu")[0]
+    return jax.shard_map(local, mesh=mesh, in_specs=(P("d"), *[P()] * 4), out_specs=P("d"))
+
+def by_hand(training):
+    def whole(x, gamma, beta, mean, var):
+        x = x.reshape(2, 4, 4)
+        m, v = (x.mean(1, keepdims=True), x.var(1, keepdims=True)) if training else (mean, var)
+        return jax.nn.relu(gamma * (x - m) / jnp.sqrt(v + 1e-5) + beta).reshape(8, 4)
+    return whole
+
+given = x, gamma, beta, mean, var
+for training in (True, False):
+    for jit in (lambda f: f, jax.jit):
+        loss = lambda f: jit(lambda *a: (f(training)(*a) * w).sum())
+        for a, b in zip(*(jax.grad(loss(f), (0, 1, 2))(*given) for f in (of_shards, by_hand)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+try:
+    jax.shard_map(
+        lambda x: fj.batch_norm(x, None, None, mean, var)[1][0], mesh=mesh, in_specs=P("d"), out_specs=P()
+    )(x)
+except ValueError as error:
+    assert "replication" in str(error), error
+    print("refused")
+"""
+
+
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="JAX knows no shard_map outside of its experiments")
+def test_shards():
+    """Gradients of what is the same on all devices are sums over them; other statistics are not taken for the same."""
+    flags = "--xla_force_host_platform_device_count=2"
+    assert interpreters.run(interpreters.python(SHARDED), XLA_FLAGS=flags) == "refused\n"

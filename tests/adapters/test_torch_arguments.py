@@ -154,3 +154,37 @@ def test_layouts_without_memory():
         ft.batch_norm(x, None, None, torch.ones(3).to_sparse(), training=True)
     with pytest.raises(ValueError, match=r"residual: expected .* torch.strided, as input is, got .* torch.sparse_coo"):
         ft.batch_norm(x, None, None, training=True, residual=x.to_sparse())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_are_in_the_dtype_of_their_parameter(training, create_graph):
+    """A float32 bias beside a float16 weight: a sum of 262 144 is no infinity."""
+    x = torch.ones(4096, 2, 8, 8)
+    weight, bias = torch.ones(2, dtype=torch.float16, requires_grad=True), torch.zeros(2, requires_grad=True)
+    y = ft.batch_norm(x, torch.zeros(2), torch.ones(2), weight, bias, training)
+    of_weight, of_bias = torch.autograd.grad(y.sum(), (weight, bias), create_graph=create_graph)
+    assert (of_weight.dtype, of_bias.dtype) == (torch.float16, torch.float32)
+    torch.testing.assert_close(of_bias.detach(), torch.full((2,), 262144.0))
+
+
+@pytest.mark.parametrize("where_faster", [True, None, False])
+@pytest.mark.parametrize(
+    ("x", "statistics", "parameters"),
+    [
+        ("float32", "float64", "float32"), ("float32", "float32", "float64"), ("bfloat16", "float64", "float32"),
+        ("bfloat16", "float32", "float32"), ("float64", "float32", "float64"), ("float16", "float16", "float32"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("training", [True, False])
+def test_mixed_dtypes_whoever_computes(x, statistics, parameters, training, where_faster):
+    """PyTorch has no kernels for most of them."""
+    x, statistics, parameters = (getattr(torch, name) for name in (x, statistics, parameters))
+    data = torch.randn(6, 3, 4, 4)
+    mean, var, weight, bias = torch.zeros(3), torch.ones(3), torch.rand(3), torch.rand(3)
+    y = ft.batch_norm(
+        data.to(x), mean.to(statistics), var.to(statistics), weight.to(parameters), bias.to(parameters), training,
+        where_faster=where_faster,
+    )  # fmt: skip
+    expected = torch.nn.functional.batch_norm(data, mean, var, weight, bias, training)
+    torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=3e-2)

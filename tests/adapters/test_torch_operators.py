@@ -93,3 +93,15 @@ def test_exported(where_faster):
     assert sum("batch_norm" in name for name in names) == 2
     more = torch.randn(7, 3, 8, 8)
     assert_close(exported.module()(more), model(more))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_gradients_of_expanded_tensors_lie_as_announced(axis):
+    """As the operator's results under a compiler do, which allocates what it fuses by that."""
+    shape = [4, 6, 8, 10]
+    x = torch.randn([1 if i == axis else n for i, n in enumerate(shape)]).expand(shape)
+    dy, residual = torch.randn(shape), torch.randn(shape)
+    y, mean, _, rstd = torch.ops.fastbn.batch_norm(x, None, None, residual, True, 1e-5)
+    found = torch.ops.fastbn.batch_norm_backward(dy, x, y, None, mean, rstd, None, None, False, True)
+    assert found[0].stride() == found[3].stride() == torch.empty_like(x).stride()
+    torch.testing.assert_close(found[3], torch.where(y > 0, dy, 0.0))

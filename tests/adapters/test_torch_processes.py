@@ -72,3 +72,48 @@ def test_double_backward_of_a_group_is_refused(monkeypatch):
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("affine", [None, (torch.float64, torch.float64), (torch.float32, torch.float64)], ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("shape", [(6, 3, 4, 5), (9, 3)], ids=str)
+def test_gradients_of_a_group(shape, activation, with_residual, affine, monkeypatch):
+    """Of one process, with all that is fused; each gradient in its parameter's dtype."""
+    from fastbn.torch import sync
+
+    monkeypatch.setattr(sync, "torch_gather", lambda group: lambda vector: vector[None])
+    x, residual, dy = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
+    parameters = [None, None] if affine is None else [torch.rand(3, dtype=kind) + 0.5 for kind in affine]
+
+    def run(call, *given):
+        given = [None if t is None else t.clone().requires_grad_() for t in given]
+        call(*given).backward(dy)
+        return [None if t is None else t.grad for t in given]
+
+    def theirs(x, weight, bias, residual):
+        weight, bias = (None if t is None else t.double() for t in (weight, bias))
+        y = nn.functional.batch_norm(x, None, None, weight, bias, True)
+        y = y if residual is None else y + residual
+        return y if activation is None else nn.functional.relu(y)
+
+    def ours(x, weight, bias, residual):
+        return sync.synchronised(x, None, None, weight, bias, 0.1, 1e-5, None, residual=residual, activation=activation)
+
+    given = x, *parameters, residual if with_residual else None
+    for found, expected in zip(run(ours, *given), run(theirs, *given), strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_bias_that_changed_before_the_backward_pass(monkeypatch):
+    """Relu's gradient reads it, so PyTorch refuses, as for every tensor that was saved."""
+    from fastbn.torch import sync
+
+    monkeypatch.setattr(sync, "torch_gather", lambda group: lambda vector: vector[None])
+    x, weight, bias = leaf(4, 3), torch.ones(3), torch.zeros(3)
+    y = sync.synchronised(x, None, None, weight, bias, 0.1, 1e-5, None, activation="relu")
+    bias.sub_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -72,3 +72,14 @@ def test_changes_in_place_are_noticed():
     ft.batch_norm(x, mean, var, training=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("lying", [apart, of_one_storage])
+def test_halves_move_by_the_whole_rate(lying):
+    """1 - 0.1 is no bfloat16: rounded first, it would be 0.8984."""
+    mean, var = lying(torch.ones(4), torch.tensor([1.1, 2.3, 33.3, 777.7]))
+    mean, var = (t.bfloat16() for t in (mean, var)) if lying is apart else torch.stack([mean, var]).bfloat16()
+    before, x = var.double(), torch.randn(50, 4) * 3
+    ft.batch_norm(x, mean, var, training=True, momentum=0.1)
+    expected = (0.9 * before + 0.1 * x.double().var(0)).bfloat16()
+    torch.testing.assert_close(var, expected, rtol=0, atol=0)
