@@ -22,26 +22,27 @@ HALVES = torch.float16, torch.bfloat16
 def is_preferred(
     input: Tensor, training: bool, where_faster: bool | None, *vectors: Tensor | None,  # noqa: A002  # PyTorch's name
 ) -> bool:  # fmt: skip
-    """Whether PyTorch is to compute this; ``where_faster`` is that of `fastbn.torch.batch_norm`.
-
-    It has no kernels for parameters and statistics of other dtypes, but float32 ones beside halves.
-    """
+    """Whether PyTorch is to compute this; ``where_faster`` is that of `fastbn.torch.batch_norm`."""
     if where_faster is False:
         return False
+    if torch.compiler.is_compiling():
+        return _has_kernels(input, *vectors)
+    if where_faster is None or type(input) is not Tensor or not input.is_cpu or input.is_quantized:
+        return False
+    contiguous, channels_last = LEAST_VALUES[training]
+    few = input.numel() < (contiguous if input.is_contiguous() else channels_last)
+    return few and _has_kernels(input, *vectors)
+
+
+def _has_kernels(x: Tensor, *vectors: Tensor | None) -> bool:
+    """PyTorch has none for parameters and statistics of other dtypes than x's, but float32 ones beside halves."""
     kind = None
     for t in vectors:
         if t is not None:
             if kind is not None and t.dtype != kind:
                 return False
             kind = t.dtype
-    if kind not in (None, input.dtype) and not (kind == torch.float32 and input.dtype in HALVES):
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    if where_faster is None or type(input) is not Tensor or not input.is_cpu or input.is_quantized:
-        return False
-    contiguous, channels_last = LEAST_VALUES[training]
-    return bool(input.numel() < (contiguous if input.is_contiguous() else channels_last))
+    return kind in (None, x.dtype) or (kind == torch.float32 and x.dtype in HALVES)
 
 
 def unfused(
