@@ -76,6 +76,8 @@ def statistic(
             mean, spread = empty(shape, dtype) if has_mean else None, empty(shape, dtype) if has_spread else None
             if into_out:
                 launch, as_new = into_new(where, weights, x, seen)
+                if launch is None:  # an `out` may have fewer dimensions to walk than a new array
+                    return careful(x, where, weights, out)(x, where, weights, None, out)
                 mask = None if as_new is None else as_new(x, where, weights)
         if sure:
             launch(seen, mask, None, mean, spread, _UNREAD, ddof)

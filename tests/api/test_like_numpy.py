@@ -10,6 +10,7 @@ import pytest
 from numpy.exceptions import AxisError
 
 import fastbn
+from fastbn import call, direct_reductions
 from tests.cases.arguments import Own
 from tests.cases.like_numpy import *  # noqa: F403
 from tests.cases.like_numpy import (
@@ -245,6 +246,26 @@ def test_out_in_x(function, n):
         x[...] = line.reshape(x.shape)
         expected = getattr(fastbn, function)(x, 0)
         np.testing.assert_array_equal(getattr(fastbn, function)(x, 0, out=out), expected)
+
+
+@by_function
+def test_out_in_x_where_only_out_can_be_walked(function, monkeypatch):
+    """Kernels may take the strides of an `out` and not those of a new array."""
+    kernel, asked = direct_reductions._kernel, []
+
+    def first_alone(*given, **named):
+        asked.append(given)
+        return kernel(*given, **named) if len(asked) == 1 else (None, None)
+
+    call.forget()
+    monkeypatch.setattr(direct_reductions, "_kernel", first_alone)
+    x = numbers((6, 7))
+    expected = getattr(np, function)(x, 1)
+    found = getattr(fastbn, function)(x, 1, out=x[::-1, 2])
+    monkeypatch.undo()
+    call.forget()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert len(asked) > 1
 
 
 # --- ddof=, correction= and mean= -------------------------------------------------------------------------------------
