@@ -294,7 +294,9 @@ def _varying(arrays: Sequence[Any], along: frozenset[str]) -> tuple[Any, ...]:
 
     def typed(a: Any) -> Any:
         missing = tuple(sorted(along - _varies_over(a))) if a is not None else ()
-        return jax.lax.pcast(a, missing, to="varying") if missing else a
+        if not missing:
+            return a
+        return jax.lax.pcast(a, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(a, missing)
 
     return tuple(map(typed, arrays)) if along else tuple(arrays)
 

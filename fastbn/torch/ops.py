@@ -436,8 +436,10 @@ class Training(torch.autograd.Function):
             saved = ctx.saved._replace(x=array(x), y=optional(y), gamma=gamma, beta=optional(bias))
             grads = fastbn.batch_norm_backward(array(dy), saved, out=out(x))
             of_parameters = (
-                tensor(g).to(dtype) if dtype is not None else None
-                for g, dtype in ((grads.gamma, _dtype(weight)), (grads.beta, ctx.of_bias))
+                tensor(g).to(dtype) if wanted else None
+                for g, dtype, wanted in zip(
+                    (grads.gamma, grads.beta), (_dtype(weight), ctx.of_bias), ctx.needs_input_grad[2:4], strict=True
+                )
             )
             dz = dy if grads.residual is None else tensor(grads.residual)
             return None, tensor(grads.x), *of_parameters, dz if ctx.has_residual else None, None, None, None

@@ -60,7 +60,7 @@ def merge(
 ):  # fmt: skip
     """Results of kept indices from their parts, ``far`` apart, whose four fields are a pitch apart.
 
-    Other kernels call it (`merge_parts`): to compile it into each of them would take a fifth longer.
+    Other kernels call it (`merge_parts`): compiled into each of them, it took a tenth to a half of their time.
     """
     zero, results = everywhere(0.0), Results(count, mean, spread, ddof, status, formats)
     for j in range(first, last, LANES):
